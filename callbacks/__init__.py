@@ -1,0 +1,14 @@
+"""The compression stages, one file a method. Every ``Stage`` subclass defined in a file here is found by itself."""
+
+if __name__ == "callbacks":
+    raise ImportError("import pqqp_lightning.callbacks, not callbacks: it would make every class a second time")
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from pqqp_lightning.stage import Stage
+
+for _module in iter_modules(__path__):
+    for _name, _value in vars(import_module(f"{__name__}.{_module.name}")).items():
+        if isinstance(_value, type) and issubclass(_value, Stage) and _value.__module__ == f"{__name__}.{_module.name}":
+            globals()[_name] = _value

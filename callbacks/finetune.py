@@ -1,0 +1,28 @@
+"""Training as a stage of its own."""
+
+from __future__ import annotations
+
+from pqqp_lightning.stage import Stage
+
+
+class Finetune(Stage):
+    """Trains for ``epochs`` without compressing anything; may stand anywhere in the list, first included.
+
+    Masks of earlier stages are held: pruned weights stay zero under any optimizer.
+
+    Example::
+
+        stages:
+          recover: {class_path: Finetune, init_args: {epochs: 2, learning_rate: 0.0001}}
+    """
+
+    source = "ordinary training; masks are held"
+
+    def __init__(self, epochs: int = 1, learning_rate: float | None = None) -> None:
+        """Make the stage.
+
+        Args:
+            epochs: epochs of training.
+            learning_rate: the highest learning rate; the model's own by default.
+        """
+        super().__init__(epochs=epochs, learning_rate=learning_rate)

@@ -1,0 +1,74 @@
+"""GPTQ / OPTQ (Frantar et al., arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from pqqp_lightning.algorithms.gptq import quantize_gptq
+from pqqp_lightning.calibration.collect import Reading
+from pqqp_lightning.calibration.statistics import Hessian
+from pqqp_lightning.modules.constraints import constraints_of
+from pqqp_lightning.modules.layers import row_groups, weight_matrix
+from pqqp_lightning.quantization import GroupSize, QuantizationStage, merge_rows
+from pqqp_lightning.second_order import check_hessian_knobs, factorize
+from pqqp_lightning.stage import Context, Plan, Stage
+
+
+class GPTQ(QuantizationStage):
+    """Rounds weights column by column and feeds each rounding error to the columns after it.
+
+    On layers that are pruned already, pruned weights stay zero and the kept ones take up their error.
+
+    Example::
+
+        stages:
+          quantize: {class_path: GPTQ, init_args: {bits: 4, group_size: 64}}
+
+    Args:
+        bits: 2 to 8; or name pattern to bits.
+        group_size: input columns that share a scale; "channel" for one scale an output channel, "tensor" for one in
+            all; or name pattern to size.
+        symmetric: without zero points; False for asymmetric grids.
+        block_size: columns whose errors are passed on at a time; a matter of speed only.
+        damping: fraction of the Hessian's mean diagonal that is added to it; more is steadier and less exact.
+        activation_order: quantize the columns with the largest inputs first; often a little better.
+        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+    """
+
+    source = "Frantar et al. 2023, GPTQ (OPTQ), arXiv 2210.17323"
+    needs_calibration = True
+
+    def __init__(
+        self,
+        bits: int | dict[str, int] = 4,
+        group_size: GroupSize | dict[str, GroupSize] = "channel",
+        symmetric: bool = True,
+        block_size: int = 128,
+        damping: float = 0.01,
+        activation_order: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(bits, group_size, symmetric, **kwargs)
+        self.block_size, self.damping, self.activation_order = block_size, damping, activation_order
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        return super().check(model, data, earlier) + check_hessian_knobs(self.block_size, self.damping)
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        def quantize(reading: Reading) -> None:
+            hessians, order = reading.statistic.value(), self.activation_order
+            inverses = factorize(hessians, self.damping, reading.layers, context.notes, activation_order=order)
+            for name, layer in reading.layers.items():
+                matrix, options = weight_matrix(layer), self.grid_options(name)
+                rows = row_groups(matrix, constraints_of(layer).mask(matrix.device), groups=len(inverses))
+                parts = [
+                    quantize_gptq(w, inverse, mask=mask, block_size=self.block_size, **options)
+                    for inverse, (w, mask) in zip(inverses, rows, strict=True)
+                ]
+                self.write_grid(layer, merge_rows(parts))
+
+        context.calibrate(self.find_blocks(model), self.find_layers(model), Hessian, quantize)
+        return {}

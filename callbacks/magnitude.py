@@ -1,0 +1,67 @@
+"""Magnitude pruning (Han et al., NeurIPS 2015)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule
+
+from pqqp_lightning.algorithms.magnitude import prune_magnitude, prune_magnitude_global
+from pqqp_lightning.modules.constraints import constraints_of
+from pqqp_lightning.modules.layers import Layer, weight_matrix
+from pqqp_lightning.pruning import PruningStage
+from pqqp_lightning.stage import Context, Plan, Stage
+
+
+class Magnitude(PruningStage):
+    """Removes the smallest weights; needs no data.
+
+    Example::
+
+        stages:
+          prune: {class_path: Magnitude, init_args: {sparsity: 0.5, scope: global}}
+
+    Args:
+        sparsity: fraction of the weights to remove, in (0, 1); or name pattern to fraction.
+        pattern: "N:M" instead: N kept of every M consecutive inputs.
+        scope: "layer" compares weights within a layer, "global" within all targeted layers.
+        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+    """
+
+    source = "Han et al. 2015, Learning both Weights and Connections, arXiv 1506.02626"
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float] | None = None,
+        pattern: str | int | dict[str, str | int] | None = None,
+        scope: Literal["layer", "global"] = "layer",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(sparsity, pattern, **kwargs)
+        self.scope = scope
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        problems = super().check(model, data, earlier)
+        if self.scope == "global" and not isinstance(self.sparsity, float | int):
+            problems.append("scope: global needs one sparsity for all layers. Set sparsity: 0.5, or scope: layer.")
+        return problems
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        layers = self.find_layers(model)
+        if self.scope == "global":
+            self._prune_globally(layers)
+            return {}
+        for name, layer in context.each(layers):
+            matrix, amount = weight_matrix(layer), self.amount(name)
+            mask = prune_magnitude(matrix, mask=constraints_of(layer).mask(matrix.device), **amount)
+            self.write_mask(layer, matrix, mask, amount.get("pattern"))
+        return {}
+
+    def _prune_globally(self, layers: dict[str, Layer]) -> None:
+        assert isinstance(self.sparsity, float)
+        matrices = [weight_matrix(layer) for layer in layers.values()]
+        earlier = [constraints_of(layer).mask(layer.weight.device) for layer in layers.values()]
+        masks = prune_magnitude_global(matrices, sparsity=self.sparsity, masks=earlier)
+        for layer, matrix, mask in zip(layers.values(), matrices, masks, strict=True):
+            self.write_mask(layer, matrix, mask, None)

@@ -1,0 +1,21 @@
+"""Prune, quantize and recover trained networks in any order, as PyTorch Lightning callbacks."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pqqp_lightning.checkpoint import load
+    from pqqp_lightning.stage import Stage
+    from pqqp_lightning.trainer import Trainer
+
+__version__ = "0.1.0"
+__all__ = ["Stage", "Trainer", "load"]
+
+_HOMES = {"load": "checkpoint", "Stage": "stage", "Trainer": "trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch and Lightning take seconds."""
+    if name in _HOMES:
+        return getattr(import_module(f"pqqp_lightning.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'pqqp_lightning' has no attribute '{name}'")

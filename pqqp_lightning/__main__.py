@@ -1,0 +1,63 @@
+"""The command line's door: answers ``--help`` without importing torch, and words errors for people."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+HELP = """\
+usage: pqqp-lightning COMMAND [options]
+
+Prune, quantize and recover a trained network in any order. A recipe (YAML) names the model, the data and an ordered
+list of stages; every stage is measured, and the result is a packed checkpoint that is as small as the table says.
+
+commands:
+  fit       apply the stages in order                 pqqp-lightning fit --config recipes/quickstart.yaml
+  order     try every order of the stages             pqqp-lightning order --config recipes/quickstart.yaml
+  validate  measure a model, or a run's checkpoint    pqqp-lightning validate --run_dir runs/quickstart
+  test      the same on the test data                 pqqp-lightning test --run_dir runs/quickstart
+  report    draw a run's table again                  pqqp-lightning report runs/quickstart
+  methods   list the stages that are installed        pqqp-lightning methods
+
+any option of a recipe can be set on the command line:
+  --stages.NAME METHOD --stages.NAME.KNOB VALUE       add a stage, or change one of its knobs
+  --stage_order [b,a]                                 apply the recipe's stages in another order
+  --run_dir DIR                                       the run folder (runs/RECIPE by default)
+  --ckpt_path last                                    go on with the run in the run folder
+  --print_config                                      print the whole recipe with its defaults, and stop
+
+pqqp-lightning COMMAND --help lists every option. Environment variables set options too: PQQP_FIT__RUN_DIR=DIR.
+"""
+
+COMMANDS = ("fit", "order", "validate", "test", "report", "methods")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; exits with 2 and one line a problem where the user has to put something right."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return
+    if arguments[0] in ("--version", "-V"):
+        from pqqp_lightning import __version__
+
+        print(f"pqqp-lightning {__version__}")
+        return
+    from pqqp_lightning.errors import RecipeError, suggest
+
+    try:
+        if arguments[0] not in COMMANDS:
+            raise RecipeError(f"'{arguments[0]}' is no command.{suggest(arguments[0], COMMANDS)}")
+        sys.path.insert(0, os.getcwd())  # a stage or model in the working folder is importable
+        from pqqp_lightning.cli import run_command
+
+        run_command(arguments)
+    except RecipeError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

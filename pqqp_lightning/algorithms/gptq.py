@@ -1,0 +1,135 @@
+"""GPTQ / OPTQ: quantization with error feedback (Frantar et al., arXiv 2210.17323, Algorithm 1).
+
+Differs from the published code in three things. A mask is held inside the column sweep: a pruned entry is set to
+zero when its column comes up and its error is fed to the kept entries after it. A group's scale is always read from
+weights that hold every earlier column's feedback (the published code misses the running block's for a group that
+starts inside it). With activation order, the groups' grids are fitted beforehand in the original column order, so
+that the stored format stays plain.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pqqp_lightning.algorithms.grid import Grid, Quantized, fit_grid, round_to_grid
+from pqqp_lightning.algorithms.hessian import InverseFactor, factorize_inverse
+from pqqp_lightning.algorithms.sweep import sweep_columns
+
+STEP = 32
+
+
+def quantize_gptq(
+    weight: Tensor,
+    hessian: Tensor | InverseFactor,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    per_tensor: bool = False,
+    damping: float = 0.01,
+    block_size: int = 128,
+    activation_order: bool = False,
+    mask: Tensor | None = None,
+) -> Quantized:
+    """Quantize ``weight`` [O, I].
+
+    Args:
+        weight: [O, I].
+        hessian: X^T X [I, I]; or its factorized inverse where several matrices share it (``damping`` and
+            ``activation_order`` are then its own).
+        bits: 2 to 8.
+        group_size: columns that share a scale; None for one scale an output row.
+        symmetric: without zero points.
+        per_tensor: one scale for the whole matrix.
+        damping: fraction of the mean diagonal added to the diagonal.
+        block_size: columns a block.
+        activation_order: sweep the columns by descending diagonal of the Hessian.
+        mask: keep-mask [O, I]; its zeros stay zero.
+
+    Raises:
+        ArithmeticError: the Hessian cannot be factorized.
+    """
+    if isinstance(hessian, Tensor):
+        hessian = factorize_inverse(hessian, damping, activation_order=activation_order)
+    order = hessian.order
+    turn = slice(None) if order is None else order  # columns as they come up
+    live = weight.float()[:, turn].masked_fill(hessian.dead, 0.0)
+    groups = None if per_tensor else group_size
+    follow = groups is not None and order is None  # a group's grid is fitted when the sweep reaches it
+    fitted = live if order is None else live[:, order.argsort()]
+    static = None if follow else fit_grid(fitted, bits, group_size=groups, symmetric=symmetric, per_tensor=per_tensor)
+    columns_of_mask = None if mask is None else mask[:, turn].T.contiguous()
+    rounder = _Rounder(bits, weight.shape[1], groups, symmetric, static, order, columns_of_mask)
+
+    def decide(i: int, column: Tensor) -> Tensor:
+        value = rounder.round(i, column)
+        return value if columns_of_mask is None else value * columns_of_mask[i]
+
+    swept = sweep_columns(
+        live,
+        hessian.factor,
+        decide,
+        block_size=groups * max(1, block_size // groups) if follow and groups else block_size,
+        step=groups if follow and groups else STEP,
+        on_step=rounder.fit if follow else None,
+    )
+    if order is not None:
+        swept = swept[:, order.argsort()]
+    grid = rounder.grid()
+    rounded = round_to_grid(swept.to(weight.dtype), grid)
+    return Quantized(rounded if mask is None else rounded.masked_fill(~mask, 0.0), grid)
+
+
+class _Rounder:
+    """Rounds column by column to a grid that is given, or fitted group by group as the sweep reaches it."""
+
+    def __init__(
+        self,
+        bits: int,
+        columns: int,
+        group_size: int | None,
+        symmetric: bool,
+        static: Grid | None,
+        order: Tensor | None,
+        kept: Tensor | None,
+    ) -> None:
+        self._kept = kept  # [I, O]
+        self._bits, self._columns, self._symmetric, self._static = bits, columns, symmetric, static
+        self._levels, self._middle = 2**bits - 1, 2.0 ** (bits - 1)
+        group_of = torch.arange(columns) // (group_size or columns)
+        self._group_of = (group_of if order is None else group_of[order.cpu()]).tolist()
+        self._fitted: list[Grid] = []
+        self._scales: list[Tensor] = []
+        self._zeros: list[Tensor | float] = []
+        if static is not None:
+            self._take(static)
+
+    def fit(self, start: int, stop: int, columns: Tensor) -> None:
+        """Fit the grid of the group that ``columns`` [size, O] are."""
+        kept = columns if self._kept is None else columns * self._kept[start:stop]
+        grid = fit_grid(kept.T, self._bits, symmetric=self._symmetric)
+        self._fitted.append(grid)
+        self._take(grid)
+
+    def _take(self, grid: Grid) -> None:
+        scale = grid.scale.float().T.contiguous()  # [G, O]
+        self._scales.extend(scale.unbind(0))
+        zero = [self._middle] * len(scale) if grid.zero is None else list(grid.zero.float().T.contiguous().unbind(0))
+        self._zeros.extend(zero)
+
+    def round(self, i: int, column: Tensor) -> Tensor:
+        """The nearest points of the grid for column i, [O]."""
+        group = self._group_of[i]
+        scale, zero = self._scales[group], self._zeros[group]
+        return (column / scale).round_().add_(zero).clamp_(0, self._levels).sub_(zero).mul_(scale)
+
+    def grid(self) -> Grid:
+        """The grid of the whole matrix."""
+        if self._static is not None:
+            return self._static
+        dtypes = {g.scale.dtype for g in self._fitted}
+        dtype = torch.float16 if dtypes == {torch.float16} else torch.float32
+        scale = torch.cat([g.scale.to(dtype) for g in self._fitted], dim=1)
+        zeros = [g.zero for g in self._fitted if g.zero is not None]
+        return Grid(self._bits, scale, torch.cat(zeros, dim=1) if zeros else None, self._columns)

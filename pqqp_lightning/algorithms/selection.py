@@ -1,0 +1,83 @@
+"""Which entries a pruning method removes: exact counts, ties broken by position, earlier zeros first.
+
+A mask is a bool tensor [O, I] that is True where the entry is kept. Scores are >= 0 and low where an entry matters
+least. Entries that an earlier mask removed are removed again, and count towards the sparsity asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Pattern = tuple[int, int]
+"""N:M: at most N kept in every M consecutive columns of a row."""
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """The ``count`` lowest entries of each row of ``scores`` [R, C], as a bool tensor [R, C]; exact under ties."""
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count, dim=-1, keepdim=True).values  # [R, 1]
+    below = scores < threshold
+    tied = scores == threshold
+    missing = count - below.sum(dim=-1, keepdim=True)
+    return below | (tied & (tied.cumsum(dim=-1) <= missing))
+
+
+def keep_by_score(scores: Tensor, sparsity: float, mask: Tensor | None = None) -> Tensor:
+    """Keep-mask that removes ``round(sparsity * C)`` of the lowest entries in each row of ``scores`` [R, C]."""
+    scores = removed_first(scores, mask)
+    removed = lowest(scores, round(sparsity * scores.shape[-1]))
+    return _within(~removed, mask)
+
+
+def keep_by_pattern(scores: Tensor, pattern: Pattern, mask: Tensor | None = None) -> Tensor:
+    """Keep-mask with the N best of every M consecutive columns of ``scores`` [O, I]; M must divide I."""
+    kept, size = pattern
+    grouped = removed_first(scores, mask).unflatten(-1, (-1, size))  # [O, I / M, M]
+    rank = grouped.argsort(dim=-1, stable=True).argsort(dim=-1)  # 0 is the lowest
+    return _within((rank >= size - kept).flatten(-2), mask)
+
+
+def keep_across(scores: list[Tensor], sparsity: float, masks: list[Tensor | None]) -> list[Tensor]:
+    """Keep-masks that together remove ``round(sparsity * all entries)``: one threshold for all matrices.
+
+    The threshold is found by bisection on the bits of the float32 scores (ordered as the scores are, since these are
+    not negative), so that no copy of all the matrices is made.
+    """
+    total = sum(s.numel() for s in scores)
+    count = round(sparsity * total)
+    if count == 0:
+        return [_within(torch.ones_like(s, dtype=torch.bool), m) for s, m in zip(scores, masks, strict=True)]
+
+    def bits(index: int) -> Tensor:
+        """Ordered integers [O, I]; -1 where an earlier mask removed the entry."""
+        as_integers = scores[index].float().abs().contiguous().view(torch.int32)
+        earlier = masks[index]
+        return as_integers if earlier is None else as_integers.masked_fill(~earlier, -1)
+
+    low, high = -1, torch.iinfo(torch.int32).max  # the smallest value with at least `count` entries at or below it
+    while low < high:
+        middle = (low + high) // 2
+        if sum(int((bits(i) <= middle).sum()) for i in range(len(scores))) >= count:
+            high = middle
+        else:
+            low = middle + 1
+    missing = count - sum(int((bits(i) < low).sum()) for i in range(len(scores)))
+    masks_out = []
+    for i, earlier in enumerate(masks):
+        ordered = bits(i)
+        tied = (ordered == low).flatten()
+        taken = tied & (tied.cumsum(0) <= missing)
+        missing -= int(taken.sum())
+        masks_out.append(_within(~((ordered < low) | taken.view_as(ordered)), earlier))
+    return masks_out
+
+
+def removed_first(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores below every other for entries that are removed already."""
+    return scores if mask is None else scores.masked_fill(~mask, -1.0)
+
+
+def _within(keep: Tensor, mask: Tensor | None) -> Tensor:
+    return keep if mask is None else keep & mask

@@ -1,0 +1,1 @@
+"""Block-by-block calibration: replay the calibration set through one block at a time, collect, compress, go on."""

@@ -1,0 +1,122 @@
+"""Hooks that sum up the inputs of a block's layers, one statistic for all layers that read the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pqqp_lightning.calibration.statistics import Statistic
+from pqqp_lightning.modules.layers import Layer, columns_of, geometry, groups_of, input_rows
+
+
+class StopForward(Exception):
+    """Raised by a hook when a forward pass has shown all that was asked for."""
+
+
+@dataclass
+class Reading:
+    """A statistic and the layers whose inputs it describes.
+
+    Attributes:
+        layers: name to layer; all read the same input.
+        statistic: their statistic.
+    """
+
+    layers: dict[str, Layer]
+    statistic: Statistic
+    latest: Tensor | None = field(default=None, repr=False)
+
+
+class Collector:
+    """Collects one statistic for each distinct input of ``layers`` over forward passes of their block.
+
+    Layers that get the very same tensor (q, k and v projections) share a reading, found in the first pass and checked
+    in every later one. From the second pass on, the forward pass ends as soon as every layer has been called, so that
+    the rest of the block is not computed.
+
+    Args:
+        layers: name to layer.
+        kind: the statistic's class.
+    """
+
+    def __init__(self, layers: dict[str, Layer], kind: type[Statistic]) -> None:
+        self._layers, self._kind = layers, kind
+        self._reading_of: dict[str, Reading] = {}
+        self._calls: list[str] = []
+        self._may_stop = False
+
+    @property
+    def readings(self) -> list[Reading]:
+        """The readings, in the order in which their layers were first called."""
+        return list({id(r): r for r in self._reading_of.values()}.values())
+
+    def uncalled(self) -> list[str]:
+        """Layers that no forward pass reached."""
+        return [name for name in self._layers if name not in self._reading_of]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks in place for the forward passes inside."""
+        handles = [
+            layer.register_forward_pre_hook(lambda _, args, name=name: self._see(name, args[0]))
+            for name, layer in self._layers.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Around one forward pass."""
+        self._calls.clear()
+        with suppress(StopForward):
+            yield
+        for reading in self.readings:
+            reading.latest = None
+        self._may_stop = sorted(self._calls) == sorted(self._layers)
+
+    def _see(self, name: str, inputs: Tensor) -> None:
+        self._calls.append(name)
+        reading = self._reading_of.get(name)
+        if reading is None:
+            self._first(name, inputs)
+        elif next(iter(reading.layers)) == name:
+            reading.latest = inputs
+            reading.statistic.add(input_rows(self._layers[name], inputs))
+        elif reading.latest is not inputs:
+            leader = next(iter(reading.layers))
+            raise RuntimeError(
+                f"{name} and {leader} shared an input in the first calibration batch, not in a later one"
+            )
+        if self._may_stop and len(self._calls) == len(self._layers):
+            raise StopForward
+
+    def _first(self, name: str, inputs: Tensor) -> None:
+        layer = self._layers[name]
+        for reading in self.readings:
+            leader = next(iter(reading.layers.values()))
+            if reading.latest is inputs and geometry(leader) == geometry(layer):
+                reading.layers[name] = layer
+                self._reading_of[name] = reading
+                return
+        statistic = self._kind(groups_of(layer), columns_of(layer), layer.weight.device)
+        statistic.add(input_rows(layer, inputs))
+        self._reading_of[name] = Reading({name: layer}, statistic, inputs)
+
+
+def check_reading(reading: Reading) -> None:
+    """Refuse statistics that cannot be used.
+
+    Raises:
+        ArithmeticError: NaN or infinite activations, or no calibration row at all.
+    """
+    if int(reading.statistic.rows) == 0:
+        raise ArithmeticError("no calibration token reached it")
+    if not bool(torch.isfinite(reading.statistic.total).all()):
+        raise ArithmeticError("its calibration inputs hold NaN or infinite values")

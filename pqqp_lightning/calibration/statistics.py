@@ -1,0 +1,74 @@
+"""What a stage may ask to know about a layer's calibration inputs; float32 sums, added up over ranks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from pqqp_lightning.algorithms.hessian import add_gram, symmetric
+
+
+class Statistic(ABC):
+    """A sum over the input rows of a layer, per group of the layer.
+
+    Args:
+        groups: a grouped convolution's groups, else 1.
+        columns: I, the columns of the weight matrix.
+        device: where to accumulate.
+    """
+
+    def __init__(self, groups: int, columns: int, device: torch.device) -> None:
+        self.rows = torch.zeros((), dtype=torch.int64, device=device)
+        self.total = self.empty(groups, columns, device)
+
+    @abstractmethod
+    def empty(self, groups: int, columns: int, device: torch.device) -> Tensor:
+        """The sum before any row."""
+
+    @abstractmethod
+    def accumulate(self, rows: Tensor) -> None:
+        """Add ``rows`` [groups, T, I]."""
+
+    @abstractmethod
+    def value(self) -> Tensor:
+        """The statistic, first dimension groups."""
+
+    def add(self, rows: Tensor) -> None:
+        """Add ``rows`` [groups, T, I] and count them."""
+        self.rows += rows.shape[1]
+        self.accumulate(rows)
+
+    def reduce(self) -> None:
+        """Sum over the ranks of a distributed run."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.total)
+            torch.distributed.all_reduce(self.rows)
+
+
+class Hessian(Statistic):
+    """X^T X per group: [groups, I, I] (SparseGPT, GPTQ)."""
+
+    def empty(self, groups: int, columns: int, device: torch.device) -> Tensor:
+        return torch.zeros(groups, columns, columns, device=device)
+
+    def accumulate(self, rows: Tensor) -> None:
+        for total, group in zip(self.total, rows, strict=True):
+            add_gram(total, group)
+
+    def value(self) -> Tensor:
+        return torch.stack([symmetric(total) for total in self.total])
+
+
+class SquaredNorm(Statistic):
+    """The squared l2 norm of every input column: [groups, I] (Wanda)."""
+
+    def empty(self, groups: int, columns: int, device: torch.device) -> Tensor:
+        return torch.zeros(groups, columns, device=device)
+
+    def accumulate(self, rows: Tensor) -> None:
+        self.total += rows.float().square().sum(dim=1)
+
+    def value(self) -> Tensor:
+        return self.total

@@ -1,0 +1,133 @@
+"""The walk over the blocks: collect statistics, let the stage compress, pass the compressed outputs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pqqp_lightning.calibration.chain import Call, Run, capture_calls, first_output, is_chain
+from pqqp_lightning.calibration.collect import Collector, Reading, check_reading
+from pqqp_lightning.calibration.statistics import Statistic
+from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.modules.blocks import Blocks
+from pqqp_lightning.modules.layers import Layer
+
+Compress = Callable[[Reading], None]
+
+
+@dataclass
+class Walk:
+    """Calibrates a model block by block.
+
+    Attributes:
+        model: the network that holds ``blocks``.
+        blocks: by name, in the order of the forward pass.
+        batches: the calibration batches.
+        probe: a batch (one sample) that shows how the blocks follow one another.
+        run: runs the model on one batch.
+        forward_context: entered around every forward pass (precision).
+        title: what the progress bar says.
+        progress: whether to show it.
+        notes: findings for the stage's record.
+    """
+
+    model: nn.Module
+    blocks: Blocks
+    batches: list[Any]
+    probe: Any
+    run: Run
+    forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    title: str = ""
+    progress: bool = True
+    notes: list[str] = field(default_factory=list)
+
+    def over(self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
+        """Collect ``kind`` for each of ``layers`` and hand it to ``compress``, block after block.
+
+        Raises:
+            RecipeError: a layer that no forward pass reaches, or numbers that cannot be used, with the layer named.
+        """
+        with calibrating(self.model), self.forward_context():
+            chained, same = (False, False) if "" in self.blocks else is_chain(self.blocks, self.run, self.probe)
+            if not chained and "" not in self.blocks:
+                self.notes.append("the blocks do not feed one another directly: calibrated as one block")
+            inside = {n: layer for n, layer in layers.items() if chained and self._block_of(n) is not None}
+            outside = {n: layer for n, layer in layers.items() if n not in inside}
+            if inside:
+                self._blocks_in_turn(inside, kind, compress, every_block=not same)
+            if outside:
+                self._whole_model(outside, kind, compress)
+
+    def _blocks_in_turn(
+        self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, *, every_block: bool
+    ) -> None:
+        calls = capture_calls(self.blocks, self.run, self.batches, every_block=every_block)
+        hidden = [batch[0].hidden for batch in calls]
+        calls = [[call.without_hidden() for call in batch] for batch in calls]
+        names = list(self.blocks)
+        of_block = {name: {n: la for n, la in layers.items() if self._block_of(n) == name} for name in names}
+        last = max(i for i, name in enumerate(names) if of_block[name])
+        bar = tqdm(names[: last + 1], desc=self.title, unit="block", disable=not self.progress, leave=False)
+        for index, name in enumerate(bar):
+            block = self.blocks[name]
+
+            def replay(i: int, block: nn.Module = block, position: int = index) -> Tensor:
+                call: Call = calls[i][position if every_block else 0].with_hidden(hidden[i])
+                output = first_output(block(*call.args, **call.kwargs))
+                assert output is not None
+                return output
+
+            if of_block[name]:
+                self._collect(of_block[name], kind, compress, replay)
+            if index < last:
+                for i in range(len(hidden)):
+                    hidden[i] = replay(i)
+
+    def _whole_model(self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
+        self._collect(layers, kind, compress, lambda i: self.run(self.batches[i]))
+
+    def _collect(
+        self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, forward: Callable[[int], object]
+    ) -> None:
+        collector = Collector(layers, kind)
+        with collector.watching():
+            for i in range(len(self.batches)):
+                with collector.forward_pass():
+                    forward(i)
+        if missed := collector.uncalled():
+            raise RecipeError(
+                f"calibration never reached {shorten(missed)}; use more calibration samples, or add them to ignore"
+            )
+        for reading in collector.readings:
+            reading.statistic.reduce()
+            try:
+                check_reading(reading)
+                compress(reading)
+            except ArithmeticError as error:
+                raise RecipeError(
+                    f"{shorten(reading.layers)} cannot be calibrated: {error}. Check the model and the calibration "
+                    "data, or add the layer to ignore."
+                ) from error
+
+    def _block_of(self, layer: str) -> str | None:
+        return next((b for b in self.blocks if layer.startswith(f"{b}.") or layer == b), None)
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; modes and random state are put back, whatever happens."""
+    modes = {module: module.training for module in model.modules()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

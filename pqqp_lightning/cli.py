@@ -1,0 +1,234 @@
+"""The command line: LightningCLI with stages by name, a run folder, and errors that show the way out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import pqqp_lightning
+from pqqp_lightning.diagnosis import diagnose, option, recipe_name, stage_class_names
+from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.listing import print_methods
+from pqqp_lightning.order import search_orders
+from pqqp_lightning.report import print_order_report, print_report
+from pqqp_lightning.run import RECIPE
+from pqqp_lightning.stage import Stage
+from pqqp_lightning.stages import import_from_working_folder, known_stages, load_installed
+from pqqp_lightning.trainer import Trainer
+
+
+class CommandTrainer(Trainer):
+    """The command line's trainer: also has the commands that are not Lightning's."""
+
+    def order(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        metric: str | None = None,
+        higher_is_better: bool | None = None,
+    ) -> None:
+        """Apply the stages in every order, each from the same dense model.
+
+        Args:
+            model: the dense model.
+            datamodule: its data.
+            ckpt_path: "last" to go on with the search in the run folder.
+            metric: what decides; the model's own by default.
+            higher_is_better: whether more of it is better; known for common metrics.
+        """
+        search_orders(self, model, datamodule, resume=ckpt_path == "last", metric=metric, higher=higher_is_better)
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI with ``--stages``, ``--stage_order`` and ``--run_dir``."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Errors are raised, so that they can be worded; options can come from the environment."""
+        kwargs |= {"exit_on_error": False, "default_env": True, "env_prefix": "PQQP"}
+        return super().init_parser(**kwargs)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands that take a recipe."""
+        shared = {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders", "weights_only"}
+        return {name: shared for name in ("fit", "validate", "test", "order")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Our options beside Lightning's."""
+        parser.add_argument("--stages", type=dict[str, Stage], default={}, help="Stages by name, in order.")
+        parser.add_argument("--stage_order", type=list[str] | None, default=None, help="The stages in another order.")
+        parser.add_argument("--run_dir", type=str | None, default=None, help="The run folder.")
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run folder and the order of the stages before anything is built."""
+        config = self.config[self.subcommand]
+        config.run_dir = str(run_folder(config, self.subcommand or "fit"))
+        config.trainer.default_root_dir = config.run_dir
+        config.stages = ordered(config.stages, config.stage_order)
+        config.stage_order = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The trainer, with the stages at the head of its callbacks."""
+        stages: dict[str, Stage] = self._get(self.config_init, "stages")
+        for name, stage in stages.items():
+            stage.name = name
+        config = dict(self.config_init[self.subcommand]["trainer"])
+        given = config.pop("callbacks") or []
+        config["callbacks"] = [*stages.values(), *(given if isinstance(given, list) else [given])]
+        if self.subcommand in ("validate", "test") and config["logger"] is None:
+            config["logger"] = False  # the run's own logs stay as they are
+        trainer = self.trainer_class(**config)
+        trainer.recipe_text = self._resolved_recipe()
+        resolved = yaml.safe_load(trainer.recipe_text)
+        trainer.recipe = {key: resolved[key] for key in ("model", "data") if resolved.get(key) is not None}
+        return trainer
+
+    def after_fit(self) -> None:
+        """The table of the run."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            print_report(Path(self.trainer.default_root_dir))
+
+    def after_order(self) -> None:
+        """The table of the orders."""
+        if self.trainer.is_global_zero:
+            print_order_report(Path(self.trainer.default_root_dir))
+
+    def _resolved_recipe(self) -> str:
+        """The recipe with every default written out, runnable again."""
+        config = self.config[self.subcommand].clone()
+        for key in ("config", "ckpt_path"):
+            config.pop(key, None)
+        return self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Run one command of the command line.
+
+    Raises:
+        RecipeError: with every problem of the recipe.
+    """
+    _quiet_the_libraries()
+    for warning in load_installed():
+        print(warning, file=sys.stderr)
+    command, *rest = arguments
+    if command == "methods":
+        print_methods(known_stages())
+    elif command == "report":
+        _report(rest)
+    else:
+        _recipe_command(command, rest)
+
+
+def _quiet_the_libraries() -> None:
+    """Keep what libraries say about themselves out of the way of progress bars and tables."""
+    for logger in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    for message in (
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        r"The number of training batches",
+        r".*does not have many workers",
+        r"`weights_only` was not set",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def run_folder(config: Namespace, command: str) -> Path:
+    """``--run_dir``, or ``runs/`` and the recipe's name (``order`` has a folder of its own)."""
+    if config.run_dir:
+        return Path(config.run_dir)
+    files = config.get("config") or []
+    stem = Path(str(files[-1])).stem if files else "run"
+    return Path("runs") / (f"{stem}-order" if command == "order" else stem)
+
+
+def ordered(stages: dict[str, Any], order: list[str] | None) -> dict[str, Any]:
+    """The stages in ``order``, which must name each of them once.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    if order is None:
+        return stages
+    problems = [f"stage_order: '{name}' is no stage.{suggest(name, stages)}" for name in order if name not in stages]
+    if missing := [name for name in stages if name not in order]:
+        problems.append(f"stage_order={order} leaves out {', '.join(missing)}. Name every stage once.")
+    if len(set(order)) != len(order):
+        problems.append(f"stage_order={order} names a stage twice. Name every stage once.")
+    if problems:
+        raise RecipeError(problems)
+    return {name: stages[name] for name in order}
+
+
+def _report(arguments: list[str]) -> None:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise RecipeError("usage: pqqp-lightning report RUN, as in pqqp-lightning report runs/quickstart")
+    folder = Path(arguments[0])
+    if (folder / "order.json").is_file():
+        print_order_report(folder)
+    else:
+        print_report(folder)
+
+
+def _recipe_command(command: str, arguments: list[str]) -> None:
+    _import_models_and_data()
+    arguments = _with_saved_recipe(command, [_bundled(argument) for argument in arguments])
+    for name in stage_class_names(arguments):
+        if name not in known_stages():
+            import_from_working_folder(name)
+    recipe = recipe_name(arguments)
+    sys.argv[1:] = [command, *arguments]  # also what the processes of a distributed run are started with
+    try:
+        CommandLine(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=None,
+            trainer_class=CommandTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+        )
+    except ArgumentError as error:
+        raise RecipeError(diagnose(command, arguments, error)) from error
+    except RecipeError as error:
+        raise RecipeError([f"{recipe}: {problem}" if recipe else problem for problem in error.problems]) from error
+
+
+def _import_models_and_data() -> None:
+    """So that bare class names are known."""
+    for module in ("models.causal_lm", "models.image_classifier", "data.text", "data.tokens", "data.images"):
+        import_module(f"pqqp_lightning.{module}")
+
+
+def _with_saved_recipe(command: str, arguments: list[str]) -> list[str]:
+    """``validate`` and ``test`` of a run need its folder alone: the recipe and the checkpoint are in it."""
+    run = option(arguments, "run_dir")
+    if command not in ("validate", "test") or run is None or option(arguments, "config") is not None:
+        return arguments
+    if not (Path(run) / RECIPE).is_file():
+        raise RecipeError(f"{run}: holds no {RECIPE}. Name the folder of a run, or give --config.")
+    extra = [] if option(arguments, "ckpt_path") else ["--ckpt_path", "last"]
+    return ["--config", str(Path(run) / RECIPE), *arguments, *extra]
+
+
+def _bundled(argument: str) -> str:
+    """A recipe that is not in the working folder, but in the package: ``recipes/quickstart.yaml`` works anywhere."""
+    key, equals, value = argument.rpartition("=")
+    if value.startswith("recipes/") and value.endswith(".yaml") and not Path(value).exists():
+        packaged = Path(pqqp_lightning.__file__).parent / value
+        if packaged.is_file():
+            return f"{key}{equals}{packaged}"
+    return argument

@@ -1,0 +1,195 @@
+"""Labelled images, transformed and normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pqqp_lightning.data import pictures, sources
+from pqqp_lightning.data.loaders import check_positive, draw, fixed_loader, require, train_loader
+from pqqp_lightning.data.transforms import Spec, build_pipeline, normalization
+from pqqp_lightning.errors import RecipeError
+
+
+class ImageData(LightningDataModule):
+    """Images and their classes; batches are ``(images [B, C, H, W], labels [B])``.
+
+    Sample YAML::
+
+        data:
+          class_path: ImageData
+          init_args:
+            source: uoft-cs/cifar10
+            train_transforms: [{RandomCrop: {size: 32, padding: 4}}, RandomHorizontalFlip]
+
+    Args:
+        source: a hub id; a local folder in the hub's layout, or of the form split/class/picture; or ``digits``,
+            scikit-learn's 8x8 scans, offline.
+        config_name: of the data set on the hub, or of the folder's subfolder.
+        train_transforms: for finetuning, by their names in torchvision.transforms.v2, in order.
+        evaluation_transforms: for validation, test and calibration.
+        image_size: scale the shorter side to it and crop the centre, before the transforms; null leaves the images as
+            they are (``digits``: 32).
+        channels: 3 for colour, 1 for grey.
+        image_column: of a data set; null finds it.
+        label_column: of a data set; null finds it.
+        mean: per channel, after scaling to 0..1; null takes ImageNet's.
+        std: as ``mean``.
+        batch_size: images per batch in training and evaluation.
+        calibration_samples: images for calibration, drawn from the train split by ``seed``.
+        calibration_batch_size: images per batch in calibration.
+        evaluation_samples: so many images of the evaluation split, drawn by ``seed``; null for all.
+        train_samples: so many images of the train split for finetuning, drawn by ``seed``; null for all.
+        train_split: for finetuning and calibration.
+        evaluation_split: for validation and test.
+        seed: of what is drawn and of the order of training.
+        num_workers: processes that load batches.
+
+    Raises:
+        RecipeError: from ``setup`` and the dataloaders; ``check`` lists what can be seen without reading the data.
+    """
+
+    def __init__(
+        self,
+        source: str = pictures.DIGITS,
+        config_name: str | None = None,
+        train_transforms: list[str | dict[str, Any]] | None = None,
+        evaluation_transforms: list[str | dict[str, Any]] | None = None,
+        image_size: int | None = None,
+        channels: int = 3,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        batch_size: int = 64,
+        calibration_samples: int = 128,
+        calibration_batch_size: int = 32,
+        evaluation_samples: int | None = None,
+        train_samples: int | None = None,
+        train_split: str = "train",
+        evaluation_split: str = "test",
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.source, self.config_name = source, config_name
+        self.train_transforms: Sequence[Spec] = train_transforms or ()
+        self.evaluation_transforms: Sequence[Spec] = evaluation_transforms or ()
+        self.image_size = 32 if image_size is None and source == pictures.DIGITS else image_size
+        self.channels, self.mean, self.std = channels, mean, std
+        self.image_column, self.label_column = image_column, label_column
+        self.batch_size, self.calibration_batch_size = batch_size, calibration_batch_size
+        self.calibration_samples, self.evaluation_samples = calibration_samples, evaluation_samples
+        self.train_samples, self.train_split, self.evaluation_split = train_samples, train_split, evaluation_split
+        self.seed, self.num_workers = seed, num_workers
+        self._pictures: dict[bool, pictures.Pictures] = {}
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes there are; None before ``setup``."""
+        counts = [found.num_classes for found in self._pictures.values() if found.num_classes is not None]
+        return max(counts, default=None)
+
+    def check(self) -> list[str]:
+        """Problems that can be seen without reading the data."""
+        problems = check_positive(
+            image_size=self.image_size,
+            channels=self.channels,
+            batch_size=self.batch_size,
+            calibration_batch_size=self.calibration_batch_size,
+            calibration_samples=self.calibration_samples,
+            evaluation_samples=self.evaluation_samples,
+            train_samples=self.train_samples,
+        )
+        problems += check_positive(0, num_workers=self.num_workers) + sources.check_path(self.source)
+        problems += sources.check_builtin(self.source, pictures.DIGITS)
+        for knob, given in (("mean", self.mean), ("std", self.std)):
+            if given is not None and len(given) not in (1, self.channels):
+                problems.append(f"data: {knob} has {len(given)} numbers for {self.channels} channels.")
+        if self.std is not None and min(self.std, default=1) <= 0:
+            problems.append(f"data: std={self.std} holds a number that is not above 0.")
+        return problems + ([] if problems else self._check_transforms())
+
+    def prepare_data(self) -> None:
+        """Download, once per machine."""
+        self._refuse_problems()
+        if self.source != pictures.DIGITS:
+            sources.download(self.source, self.config_name)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open what the stage needs, unless that was done before."""
+        self._refuse_problems()
+        self._evaluation_view()
+        if stage in (None, "fit"):
+            self._train_view()
+            self._calibration_view()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The training images, in an order of (seed, epoch), augmented by the global random state."""
+        return train_loader(self._train_view(), self.batch_size, self.seed, self.num_workers, pictures.collate)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The evaluation images."""
+        return fixed_loader(self._evaluation_view(), self.batch_size, self.num_workers, pictures.collate)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The evaluation images."""
+        return self.val_dataloader()
+
+    def calibration_dataloader(self) -> DataLoader[Any]:
+        """The calibration images, the same in every run with this seed, without augmentation."""
+        return fixed_loader(self._calibration_view(), self.calibration_batch_size, self.num_workers, pictures.collate)
+
+    def _refuse_problems(self) -> None:
+        problems = self.check()
+        if problems:
+            raise RecipeError(problems)
+
+    def _train_view(self) -> pictures.View:
+        return self._view(False, "train_samples", self.train_samples, "train_transforms")
+
+    def _evaluation_view(self) -> pictures.View:
+        return self._view(True, "evaluation_samples", self.evaluation_samples, "evaluation_transforms")
+
+    def _calibration_view(self) -> pictures.View:
+        return self._view(False, "calibration_samples", self.calibration_samples, "evaluation_transforms")
+
+    def _view(self, evaluation: bool, knob: str, wanted: int | None, transforms: str) -> pictures.View:
+        found = self._read(evaluation)
+        samples = require(len(found), knob, wanted, f"images in the {'evaluation' if evaluation else 'train'} split")
+        return pictures.View(found, draw(len(found), samples, self.seed), self._pipeline(transforms))
+
+    def _read(self, evaluation: bool) -> pictures.Pictures:
+        if evaluation not in self._pictures:
+            self._pictures[evaluation] = self._open(evaluation)
+            both = [found.classes for found in self._pictures.values()]
+            if both[0] != both[-1]:
+                differing = sorted(set(both[0]) ^ set(both[-1]))
+                raise RecipeError(f"data: the splits of {self.source!r} differ in classes: {', '.join(differing[:5])}.")
+        return self._pictures[evaluation]
+
+    def _open(self, evaluation: bool) -> pictures.Pictures:
+        if self.source == pictures.DIGITS:
+            return pictures.read_digits(evaluation, self.channels)
+        split = self.evaluation_split if evaluation else self.train_split
+        if pictures.is_image_tree(self.source):
+            return pictures.read_tree(self.source, split, self.channels)
+        columns = (self.image_column, self.label_column)
+        return pictures.read_pictures_table(self.source, self.config_name, split, *columns, self.channels)
+
+    def _pipeline(self, knob: str) -> nn.Module:
+        mean, std = normalization(self.channels, self.mean, self.std)
+        return build_pipeline(getattr(self, knob), knob, self.image_size, mean, std)
+
+    def _check_transforms(self) -> list[str]:
+        problems = []
+        for knob in ("train_transforms", "evaluation_transforms"):
+            try:
+                self._pipeline(knob)
+            except RecipeError as error:
+                problems += error.problems
+        return problems

@@ -1,0 +1,68 @@
+"""DataLoaders that leave the global random state alone, except where training augments with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pqqp_lightning.data.samplers import EpochSampler
+from pqqp_lightning.errors import RecipeError
+
+
+def train_loader(
+    data: Any, batch_size: int, seed: int, num_workers: int, collate: Callable | None = None
+) -> DataLoader[Any]:
+    """Batches in an order that depends on (seed, epoch) alone."""
+    sampler = EpochSampler(data, seed)
+    return DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate)
+
+
+def fixed_loader(data: Any, batch_size: int, num_workers: int, collate: Callable | None = None) -> DataLoader[Any]:
+    """Batches in the order of the data; iterating draws nothing from the global random state."""
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(data, batch_size, num_workers=num_workers, collate_fn=collate, generator=generator)
+
+
+def draw(count: int, samples: int, seed: int) -> list[int]:
+    """``samples`` distinct indices below ``count``, in ascending order, the same for the same seed."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:samples].tolist())
+
+
+def require(available: int, knob: str, wanted: int | None, what: str) -> int:
+    """How many samples to take: all of them, or as many as the knob says, if there are so many."""
+    if wanted is not None and wanted > available:
+        raise RecipeError(f"data: {knob}={wanted}, but there are {available} {what}. Lower {knob}.")
+    return available if wanted is None else wanted
+
+
+def check_positive(lowest: int = 1, **numbers: int | None) -> list[str]:
+    """A problem for each number below ``lowest``; None is no number."""
+    return [
+        f"data: {name}={value} is too small. Use {lowest} or more."
+        for name, value in numbers.items()
+        if value is not None and value < lowest
+    ]
+
+
+class Windows(Dataset[dict[str, torch.Tensor]]):
+    """Rows of token ids [N, T] as ``{"input_ids": LongTensor [T]}``.
+
+    Args:
+        rows: an integer tensor or array.
+        indices: which rows, in this order; None for all.
+    """
+
+    def __init__(self, rows: Any, indices: Sequence[int] | None = None) -> None:
+        self.rows = rows
+        self.indices = range(len(rows)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = self.rows[self.indices[index]]
+        return {"input_ids": torch.as_tensor(row.astype("int64") if hasattr(row, "astype") else row).long()}

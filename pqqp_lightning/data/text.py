@@ -1,0 +1,181 @@
+"""Text, tokenised and cut into windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pqqp_lightning.data import corpora, sources
+from pqqp_lightning.data.loaders import Windows, check_positive, draw, fixed_loader, require, train_loader
+from pqqp_lightning.data.tokens import check_vocabulary
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.models.loading import load_tokenizer, quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextData(LightningDataModule):
+    """Non-overlapping windows of one long text, without special tokens; batches are ``{"input_ids": [B, T]}``.
+
+    Sample YAML::
+
+        data:
+          class_path: TextData
+          init_args: {source: Salesforce/wikitext, config_name: wikitext-2-raw-v1, calibration_samples: 128}
+
+    Args:
+        source: a hub id; a local folder in the hub's layout; plain text files, the last tenth of which is for
+            evaluation; or ``python-docs``, the documentation that comes with Python, offline.
+        config_name: of the data set on the hub, or of the folder's subfolder.
+        text_column: of the data set; its rows are joined by blank lines.
+        tokenizer: a hub id, folder or .gguf file; null takes the model's own.
+        sequence_length: tokens per window.
+        calibration_samples: windows for calibration, drawn from the train split by ``seed``.
+        evaluation_samples: the first so many windows of the evaluation split; null for all.
+        batch_size: windows per batch in training and evaluation.
+        calibration_batch_size: windows per batch in calibration.
+        train_split: for finetuning and calibration.
+        evaluation_split: for validation and test.
+        seed: of the calibration windows and the order of training.
+        num_workers: processes that load batches.
+
+    Raises:
+        RecipeError: from ``setup`` and the dataloaders; ``check`` lists what can be seen without reading the data.
+    """
+
+    def __init__(
+        self,
+        source: str | list[str] = corpora.PYTHON_DOCS,
+        config_name: str | None = None,
+        text_column: str = "text",
+        tokenizer: str | None = None,
+        sequence_length: int = 512,
+        calibration_samples: int = 32,
+        evaluation_samples: int | None = None,
+        batch_size: int = 1,
+        calibration_batch_size: int = 4,
+        train_split: str = "train",
+        evaluation_split: str = "test",
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.source, self.config_name, self.text_column = source, config_name, text_column
+        self.tokenizer, self.sequence_length = tokenizer, sequence_length
+        self.calibration_samples, self.evaluation_samples = calibration_samples, evaluation_samples
+        self.batch_size, self.calibration_batch_size = batch_size, calibration_batch_size
+        self.train_split, self.evaluation_split = train_split, evaluation_split
+        self.seed, self.num_workers = seed, num_workers
+        self._windows: dict[bool, Tensor] = {}
+
+    def check(self) -> list[str]:
+        """Problems that can be seen without reading the data."""
+        problems = check_positive(2, sequence_length=self.sequence_length)
+        problems += check_positive(0, num_workers=self.num_workers)
+        problems += check_positive(
+            calibration_samples=self.calibration_samples,
+            evaluation_samples=self.evaluation_samples,
+            batch_size=self.batch_size,
+            calibration_batch_size=self.calibration_batch_size,
+        )
+        named = [self.source] if isinstance(self.source, str) else self.source
+        if not named:
+            problems.append("data: source is an empty list. Name at least one text file.")
+        for source in named:
+            problems += sources.check_path(source)
+            if isinstance(self.source, list) and Path(source).expanduser().is_dir():
+                problems.append(f"data: source={source!r} is a folder; a list is for text files. Give it alone.")
+            problems += sources.check_builtin(source, corpora.PYTHON_DOCS)
+        return problems
+
+    def prepare_data(self) -> None:
+        """Download, once per machine."""
+        self._refuse_problems()
+        if isinstance(self.source, str) and self.source != corpora.PYTHON_DOCS:
+            sources.download(self.source, self.config_name)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise what the stage needs, unless that was done before."""
+        self._refuse_problems()
+        self._evaluation_windows()
+        if stage in (None, "fit"):
+            self._calibration_windows()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """All windows of the train split, in an order of (seed, epoch)."""
+        return train_loader(Windows(self._read(False)), self.batch_size, self.seed, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The evaluation windows."""
+        return fixed_loader(self._evaluation_windows(), self.batch_size, self.num_workers)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The evaluation windows."""
+        return self.val_dataloader()
+
+    def calibration_dataloader(self) -> DataLoader[Any]:
+        """The calibration windows, the same in every run with this seed."""
+        return fixed_loader(self._calibration_windows(), self.calibration_batch_size, self.num_workers)
+
+    def _refuse_problems(self) -> None:
+        problems = self.check()
+        if problems:
+            raise RecipeError(problems)
+
+    def _evaluation_windows(self) -> Windows:
+        rows = self._read(True)
+        what = f"evaluation windows of sequence_length={self.sequence_length}"
+        return Windows(rows, range(require(len(rows), "evaluation_samples", self.evaluation_samples, what)))
+
+    def _calibration_windows(self) -> Windows:
+        rows = self._read(False)
+        what = f"training windows of sequence_length={self.sequence_length}"
+        samples = require(len(rows), "calibration_samples", self.calibration_samples, what)
+        return Windows(rows, draw(len(rows), samples, self.seed))
+
+    def _read(self, evaluation: bool) -> Tensor:
+        if evaluation not in self._windows:
+            self._windows[evaluation] = self._cut(self._text(evaluation), "evaluation" if evaluation else "training")
+        check_vocabulary(self._windows[evaluation], getattr(self.trainer, "lightning_module", None), "data.tokenizer")
+        return self._windows[evaluation]
+
+    def _text(self, evaluation: bool) -> str:
+        if self.source == corpora.PYTHON_DOCS:
+            return corpora.read_python_docs(evaluation)
+        if isinstance(self.source, list):
+            return corpora.read_files(self.source, evaluation)
+        if not self.source.endswith(".parquet") and Path(self.source).expanduser().is_file():
+            return corpora.read_files([self.source], evaluation)
+        split = self.evaluation_split if evaluation else self.train_split
+        return corpora.read_rows(self.source, self.config_name, split, self.text_column)
+
+    def _cut(self, text: str, part: str) -> Tensor:
+        model, length = getattr(self.trainer, "lightning_module", None), self.sequence_length
+        longest = getattr(model, "longest_sequence", None)
+        if longest is not None and length > longest:
+            raise RecipeError(
+                f"data: sequence_length={length}, but the model takes at most {longest} tokens. Lower it."
+            )
+        with quiet_transformers():  # which warns that the whole text is longer than the model's context
+            ids = self._find_tokenizer()(text, add_special_tokens=False)["input_ids"]
+        count = len(ids) // length
+        if count == 0:
+            raise RecipeError(
+                f"data: sequence_length={length}, but the {part} text of {self.source!r} has {len(ids)} tokens. "
+                "Lower it."
+            )
+        return torch.tensor(ids[: count * length], dtype=torch.int32).view(count, length)  # [N, T]
+
+    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is not None:
+            return load_tokenizer(self.tokenizer, "data.tokenizer")
+        model = getattr(self.trainer, "lightning_module", None)
+        if model is None or not hasattr(type(model), "tokenizer"):
+            raise RecipeError("data: tokenizer is not set and the model has none. Set data.tokenizer.")
+        return model.tokenizer

@@ -1,0 +1,145 @@
+"""Token ids from NumPy files, for results that agree to the digit with someone else's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from pqqp_lightning.data.loaders import Windows, check_positive, draw, fixed_loader, require, train_loader
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.models.loading import third_party_errors
+
+
+class TokenData(LightningDataModule):
+    """Integer arrays [N, T] of token ids (.npy); batches are ``{"input_ids": [B, T]}``.
+
+    Sample YAML::
+
+        data:
+          class_path: TokenData
+          init_args: {calibration: tokens/calibration.npy, evaluation: tokens/evaluation.npy}
+
+    Args:
+        calibration: file of the calibration windows.
+        evaluation: file of the windows for validation and test.
+        train: file of the windows for finetuning, if there is any.
+        batch_size: windows per batch in training and evaluation.
+        calibration_batch_size: windows per batch in calibration.
+        calibration_samples: so many of the calibration windows, drawn by ``seed``; null for all.
+        evaluation_samples: the first so many of the evaluation windows; null for all.
+        seed: of the calibration windows and the order of training.
+        num_workers: processes that load batches.
+
+    Raises:
+        RecipeError: from ``setup`` and the dataloaders; ``check`` lists what can be seen without reading the data.
+    """
+
+    def __init__(
+        self,
+        calibration: str,
+        evaluation: str,
+        train: str | None = None,
+        batch_size: int = 1,
+        calibration_batch_size: int = 4,
+        calibration_samples: int | None = None,
+        evaluation_samples: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.files = {"calibration": calibration, "evaluation": evaluation, "train": train}
+        self.batch_size, self.calibration_batch_size = batch_size, calibration_batch_size
+        self.calibration_samples, self.evaluation_samples = calibration_samples, evaluation_samples
+        self.seed, self.num_workers = seed, num_workers
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def check(self) -> list[str]:
+        """Problems that can be seen without reading the data."""
+        problems = check_positive(
+            batch_size=self.batch_size,
+            calibration_batch_size=self.calibration_batch_size,
+            calibration_samples=self.calibration_samples,
+            evaluation_samples=self.evaluation_samples,
+        )
+        problems += check_positive(0, num_workers=self.num_workers)
+        for knob, file in self.files.items():
+            if file is not None and not Path(file).expanduser().is_file():
+                looked = Path(file).expanduser().absolute()
+                problems.append(f"data: {knob}={file!r}: there is no such file (looked at {looked}).")
+        return problems
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the files, unless that was done before."""
+        problems = self.check()
+        if problems:
+            raise RecipeError(problems)
+        for knob, file in self.files.items():
+            if file is not None:
+                self._read(knob)
+        self._evaluation_windows()
+        self._calibration_windows()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The training windows, in an order of (seed, epoch)."""
+        return train_loader(Windows(self._read("train")), self.batch_size, self.seed, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The evaluation windows."""
+        return fixed_loader(self._evaluation_windows(), self.batch_size, self.num_workers)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The evaluation windows."""
+        return self.val_dataloader()
+
+    def calibration_dataloader(self) -> DataLoader[Any]:
+        """The calibration windows."""
+        return fixed_loader(self._calibration_windows(), self.calibration_batch_size, self.num_workers)
+
+    def _evaluation_windows(self) -> Windows:
+        rows, what = self._read("evaluation"), f"windows in {self.files['evaluation']}"
+        return Windows(rows, range(require(len(rows), "evaluation_samples", self.evaluation_samples, what)))
+
+    def _calibration_windows(self) -> Windows:
+        rows, what = self._read("calibration"), f"windows in {self.files['calibration']}"
+        samples = require(len(rows), "calibration_samples", self.calibration_samples, what)
+        return Windows(rows, draw(len(rows), samples, self.seed))
+
+    def _read(self, knob: str) -> np.ndarray:
+        if knob not in self._arrays:
+            file = self.files[knob]
+            if file is None:
+                raise RecipeError(f"data: {knob} is not set, but finetuning needs it. Give a .npy file of windows.")
+            self._arrays[knob] = _open(file, knob)
+        model = getattr(self.trainer, "lightning_module", None)
+        check_vocabulary(self._arrays[knob], model, f"data: {knob}={self.files[knob]!r}")
+        return self._arrays[knob]
+
+
+def check_vocabulary(rows: Any, model: Any, where: str) -> None:
+    """Refuse token ids [N, T] that ``model`` has no embedding for; without a model, only negative ones."""
+    vocabulary = getattr(model, "vocabulary_size", None)
+    lowest, highest = int(rows.min()), int(rows.max())
+    if lowest < 0:
+        raise RecipeError(f"{where}: there is a negative token id, {lowest}.")
+    if vocabulary is not None and highest >= vocabulary:
+        raise RecipeError(
+            f"{where}: there is a token id {highest}, but the model knows {vocabulary} tokens. "
+            "Use the tokenizer that the model was trained with."
+        )
+
+
+def _open(file: str, knob: str) -> np.ndarray:
+    with third_party_errors(f"data: {knob}={file!r} is not a .npy file that can be read", "Write it with numpy.save."):
+        array = np.load(Path(file).expanduser(), mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.shape[1] < 2:
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
+        raise RecipeError(
+            f"data: {knob}={file!r}: expected integers [windows, tokens], at least two tokens each, but got {found}."
+        )
+    if len(array) == 0:
+        raise RecipeError(f"data: {knob}={file!r} holds no windows.")
+    return array

@@ -1,0 +1,88 @@
+"""Callbacks of a training segment: masks held, randomness tied to the step, and a file to resume from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from pqqp_lightning.modules.constraints import constrained_layers
+from pqqp_lightning.modules.layers import to_weight
+from pqqp_lightning.seeding import seed_from
+
+
+class HoldMasks(Callback):
+    """Pruned weights stay exactly zero: their gradients are removed, and they are set to zero after every step.
+
+    The second makes it hold under any optimizer, weight decay and momentum included.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self._handles: list[Any] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for _, layer, constraints in constrained_layers(pl_module):
+            mask = constraints.mask(layer.weight.device)
+            if mask is not None and layer.weight.requires_grad:
+                pruned = to_weight(~mask, layer.weight.shape)
+                self._held.append((layer.weight, pruned))
+                self._handles.append(layer.weight.register_hook(lambda g, pruned=pruned: g.masked_fill(pruned, 0)))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        with torch.no_grad():
+            for weight, pruned in self._held:
+                weight.masked_fill_(pruned, 0)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._held, self._handles = [], []
+
+
+class SeedSteps(Callback):
+    """Random numbers depend on (seed, segment, epoch, step) alone, so that a resumed run draws the same ones."""
+
+    def __init__(self, seed: int, segment: int) -> None:
+        self._seed, self._segment = seed, segment
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seed_from(self._seed, self._segment, trainer.current_epoch, -1, trainer.global_rank)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        seed_from(self._seed, self._segment, trainer.current_epoch, batch_idx, trainer.global_rank)
+
+
+class ResumePoint(Checkpoint):
+    """Saves the training state at the end of every epoch, after all other callbacks, whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stopped = False
+
+    @property
+    def state_key(self) -> str:
+        """One for every path, so that a resumed run finds it."""
+        return "pqqp_lightning.ResumePoint"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stopped": self._stopped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stopped = state_dict["stopped"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stopped:  # early stopping had decided before the kill
+            trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stopped = trainer.should_stop
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            temporary.replace(self._path)
+        trainer.strategy.barrier()

@@ -1,0 +1,43 @@
+"""``pqqp-lightning methods``: every installed stage with its knobs and its source."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+import docstring_parser
+from rich.console import Console
+from rich.table import Table
+
+from pqqp_lightning.report import wide_console
+from pqqp_lightning.stage import Stage
+from pqqp_lightning.stages import knobs
+
+
+def print_methods(stages: Mapping[str, type[Stage]], console: Console | None = None) -> None:
+    """Print a table for each stage: its summary and source, then knob, default and meaning."""
+    console = console or wide_console()
+    for name, cls in stages.items():
+        documented = documentation(cls)
+        summary = (docstring_parser.parse(inspect.getdoc(cls) or "").short_description or "").replace("\n", " ")
+        console.print(f"\n[bold]{name}[/bold]  {cls.__module__}", highlight=False)
+        console.print(summary, highlight=False, markup=False)
+        if cls.source:
+            console.print(f"Source: {cls.source}", highlight=False, markup=False)
+        table = Table(show_edge=False, pad_edge=False)
+        for column in ("knob", "default", "meaning"):
+            table.add_column(column)
+        for knob, parameter in knobs(cls).items():
+            default = "" if parameter.default is parameter.empty else repr(parameter.default)
+            table.add_row(knob, default, documented.get(knob, ""))
+        console.print(table)
+
+
+def documentation(cls: type[Stage]) -> dict[str, str]:
+    """The meaning of each knob, from the docstrings of the class and its bases."""
+    found: dict[str, str] = {}
+    for base in cls.__mro__:
+        for text in (vars(base).get("__doc__"), getattr(vars(base).get("__init__"), "__doc__", None)):
+            for parameter in docstring_parser.parse(text or "").params:
+                found.setdefault(parameter.arg_name, (parameter.description or "").replace("\n", " "))
+    return found

@@ -1,0 +1,5 @@
+"""What is measured after every stage."""
+
+from pqqp_lightning.metrics.perplexity import Perplexity
+
+__all__ = ["Perplexity"]

@@ -1,0 +1,24 @@
+"""The LightningModules that recipes name; each is imported when it is first asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pqqp_lightning.models.causal_lm import CausalLM
+    from pqqp_lightning.models.image_classifier import ImageClassifier
+
+__all__ = ["CausalLM", "ImageClassifier"]
+
+_HOMES = {"CausalLM": "causal_lm", "ImageClassifier": "image_classifier"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

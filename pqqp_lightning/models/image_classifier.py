@@ -1,0 +1,140 @@
+"""An image classifier of timm, torchvision or one's own, measured by its accuracy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.models import vision
+from pqqp_lightning.models.optimizers import build_optimizer
+
+
+class ImageClassifier(LightningModule):
+    """DeiT, ResNet and their kin; batches are ``(images [B, C, H, W], labels [B])``.
+
+    Sample YAML::
+
+        model:
+          class_path: ImageClassifier
+          init_args: {model: resnet18, pretrained: false, num_classes: 10}
+
+    Args:
+        model: a name of timm or torchvision (timm first; ``timm/`` or ``torchvision/`` in front decides), or an
+            ``nn.Module`` of one's own by ``class_path``.
+        pretrained: start from the published weights, unless ``weights`` are given; needs the hub or its cache.
+        num_classes: null keeps the network's own number.
+        in_channels: 3 for colour images, 1 for grey ones.
+        image_size: for networks made for one size (ViT, DeiT); the others take any.
+        weights: a run folder or checkpoint folder of this project, a .safetensors file or a Lightning .ckpt.
+        model_args: further arguments of the network's builder.
+        optimizer: builds the optimizer of finetuning from the parameters that require a gradient.
+        lr_scheduler: builds its learning-rate schedule, stepped once per epoch.
+
+    Raises:
+        RecipeError: the network is unknown or cannot be built, or the weights cannot be had or do not fit.
+    """
+
+    primary_metric = "top1"
+    higher_is_better = True
+
+    def __init__(
+        self,
+        model: str | nn.Module = "resnet18",
+        pretrained: bool = True,
+        num_classes: int | None = None,
+        in_channels: int = 3,
+        image_size: int | None = None,
+        weights: str | None = None,
+        model_args: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        _check_numbers(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+        self._network_args: dict[str, Any] | None = None
+        if isinstance(model, str):
+            name, download = vision.find_network(model), pretrained and weights is None
+            options = dict(model_args or {})
+            self.model = vision.build_network(name, download, num_classes, in_channels, image_size, options)
+            self._network_args = {
+                "model": name,
+                "in_channels": in_channels,
+                "image_size": image_size,
+                "model_args": model_args,
+            }
+        else:
+            self.model = model
+        if weights is not None:
+            vision.load_into(self.model, vision.read_weights(weights), weights)
+        self.num_classes = num_classes or vision.count_classes(self.model)
+        self.top1 = MulticlassAccuracy(self.num_classes, average="micro")
+        self.top5 = MulticlassAccuracy(self.num_classes, average="micro", top_k=5) if self.num_classes > 5 else None
+        self._build_optimizer, self._build_lr_scheduler = optimizer, lr_scheduler
+
+    def setup(self, stage: str) -> None:
+        """Refuse data with more classes than the network."""
+        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if classes is not None and classes > self.num_classes:
+            raise RecipeError(
+                f"The data has {classes} classes, but the model tells {self.num_classes} apart. "
+                f"Set model.num_classes to {classes}."
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes]."""
+        return self.model(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Mean cross-entropy."""
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train_loss", loss, batch_size=len(labels), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add the batch to the accuracies and the loss."""
+        images, labels = batch
+        logits = self(images).float()
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
+        self.log("loss", F.cross_entropy(logits, labels), sync_dist=True, **options)
+        self.top1.update(logits, labels)
+        self.log("top1", self.top1, prog_bar=True, **options)
+        if self.top5 is not None:
+            self.top5.update(logits, labels)
+            self.log("top5", self.top5, **options)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def calibration_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The logits [B, classes]; labels are not needed."""
+        return self.model(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        """Called by Lightning at the start of each finetuning segment."""
+        return build_optimizer(self, self._build_optimizer, self._build_lr_scheduler)
+
+    def skeleton(self) -> dict[str, Any] | None:
+        """What rebuilds this structure, weights aside; None for an ``nn.Module`` whose arguments are not known."""
+        if self._network_args is None:
+            return None
+        arguments = {**self._network_args, "pretrained": False, "num_classes": self.num_classes, "weights": None}
+        return {"class_path": "pqqp_lightning.models.ImageClassifier", "init_args": arguments}
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    problems = [
+        f"model: {name}={value} is not a positive number."
+        for name, value in numbers.items()
+        if value is not None and value < 1
+    ]
+    if problems:
+        raise RecipeError(problems)

@@ -1,0 +1,182 @@
+"""Where a language model comes from: a hub id, a local folder, a GGUF file, or a configuration alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pqqp_lightning.errors import RecipeError, shorten, suggest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+BUNDLED = "smollm2-135m"
+OFFLINE_WAYS_OUT = "Give a local folder (./my-model) or a .gguf file, or go online with HF_HUB_OFFLINE unset."
+
+
+def is_path(value: str) -> bool:
+    """Whether ``value`` names something on this machine, and not on the hub."""
+    looks_local = value.startswith(("./", "../", "/", "~", ".\\")) or value in (".", "..")
+    return looks_local or value.endswith(".gguf") or Path(value).exists()
+
+
+@contextmanager
+def third_party_errors(problem: str, way_out: str) -> Iterator[None]:
+    """Whatever a library raises inside becomes ``problem (its first sentence). way_out``."""
+    try:
+        yield
+    except (RecipeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0].split(". ")[0].rstrip(". :") if lines else type(error).__name__
+        raise RecipeError(f"{problem} ({reason}). {way_out}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers: what matters is checked here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def skip_initialization() -> Iterator[None]:
+    """Inside, a model built from a configuration keeps whatever its memory held: for a checkpoint to overwrite."""
+    from transformers import modeling_utils
+
+    home = getattr(modeling_utils, "init", modeling_utils)  # transformers 5, transformers 4
+    with getattr(home, "no_init_weights", nullcontext)():
+        yield
+
+
+def resolve_source(source: str, knob: str = "model") -> str:
+    """A hub id, or the local folder that ``source`` stands for; a GGUF file is converted into a cached folder."""
+    from pqqp_lightning.models import gguf
+
+    if source == BUNDLED:
+        return str(gguf.convert(gguf.find_bundled()))
+    if not is_path(source):
+        return source
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise RecipeError(f"{knob}={source!r}: there is no such file or folder (looked at {path.absolute()}).")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise RecipeError(f"{knob}={source!r} is a file. Give the folder that holds config.json, or a .gguf file.")
+        return str(gguf.convert(path))
+    return str(path)
+
+
+def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder or hub id, every weight of it read from there.
+
+    Raises:
+        RecipeError: it cannot be read, is quantized already, needs remote code, or its weights do not fit its
+            configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    with quiet_transformers(), third_party_errors(*_wording(source, "model")):
+        config = _read_config(source)
+        model, info = loader.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+        check_loading(source, info)
+    return model
+
+
+def check_loading(source: str, info: dict[str, Any]) -> None:
+    """Refuse a model of which any weight was left to chance or thrown away."""
+    problems = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        keys = sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(f"{kind}_keys") or ())
+        if keys:
+            problems.append(
+                f"model={source!r}: {kind} weights in {shorten(keys)}. Its config.json is for another file."
+            )
+    problems += [f"model={source!r}: {message}" for message in info.get("error_msgs") or ()]
+    if problems:
+        raise RecipeError(problems)
+
+
+def build_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture that a plain configuration dict describes, with random weights."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    settings = dict(settings)
+    name = str(settings.pop("model_type", ""))
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        known = suggest(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if name else " For instance: llama, opt, gpt2."
+        raise RecipeError(f"model: {{model_type: {name!r}}} is not a causal language model of transformers.{known}")
+    if settings.pop("quantization_config", None):
+        raise RecipeError("model: quantization_config is set. Remove it: a compressed checkpoint carries its own plan.")
+    with quiet_transformers():
+        way_out = "Change the values named; the rest has the defaults of the architecture."
+        with third_party_errors(f"model: no {name} model has this configuration", way_out):
+            config = CONFIG_MAPPING[name].from_dict(settings)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model.tie_weights()
+    return model
+
+
+def plain_config(config: PretrainedConfig) -> dict[str, Any]:
+    """The configuration as a JSON-able dict from which ``build_model`` makes the same structure."""
+    settings = json.loads(config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "_model_name_or_path", "transformers_version", "quantization_config"):
+        settings.pop(name, None)
+    return {"model_type": config.model_type, **settings}
+
+
+def load_tokenizer(source: str, knob: str = "model") -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id, folder, GGUF file or the bundled model."""
+    from transformers import AutoTokenizer
+
+    folder = resolve_source(source, knob)
+    if is_path(folder) and not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
+        raise RecipeError(f"{knob}={source!r}: the folder holds no tokenizer. Name one in data.tokenizer.")
+    with quiet_transformers(), third_party_errors(*_wording(source, knob, "tokenizer")):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def _wording(source: str, knob: str, what: str = "model") -> tuple[str, str]:
+    if is_path(source):
+        return f"{knob}={source!r}: the {what} cannot be read", "Save or download it again, or name another."
+    known = suggest(source, [BUNDLED]) if "/" not in source else ""
+    return f"{knob}={source!r}: the {what} cannot be had from the hub", f"{OFFLINE_WAYS_OUT}{known}".strip()
+
+
+def _read_config(source: str) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    if is_path(source) and not (Path(source) / "config.json").is_file():
+        raise RecipeError(
+            f"model={source!r}: the folder has no config.json. Give one that save_pretrained wrote, or a .gguf file."
+        )
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "unknown")
+        raise RecipeError(
+            f"model={source!r} is quantized already ({method}). Start from the original weights, and quantize here."
+        )
+    return config

@@ -1,0 +1,29 @@
+"""Optimizers over what can be trained, built when Lightning asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+
+from pqqp_lightning.errors import RecipeError
+
+
+def build_optimizer(
+    module: LightningModule, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None
+) -> Any:
+    """For ``configure_optimizers``: over the parameters that require a gradient, with the schedule if there is one."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise RecipeError(
+            "Finetuning was asked for, but no parameter of the model requires a gradient. Set epochs to 0 on every "
+            "stage, or add a recovery stage that trains something."
+        )
+    built = optimizer(parameters)
+    if lr_scheduler is None:
+        return {"optimizer": built}
+    schedule = lr_scheduler(built)
+    if isinstance(schedule, ReduceLROnPlateau):
+        return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "monitor": schedule.monitor}}
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule}}

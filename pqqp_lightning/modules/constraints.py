@@ -1,0 +1,116 @@
+"""What a compressed weight has promised: a mask and a grid, kept with its layer and verified exactly.
+
+Masks are held as bits (1/32 of a float32 weight), grids as scales and zero points; the codes follow from the weight.
+Constraints travel with the module (``copy.deepcopy``, pickling), outside its state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pqqp_lightning.algorithms.grid import Grid, round_to_grid
+from pqqp_lightning.algorithms.packing import pack_mask, unpack_mask
+from pqqp_lightning.algorithms.selection import Pattern
+from pqqp_lightning.modules.layers import LAYER_TYPES, Layer, columns_of, weight_matrix
+
+_ATTRIBUTE = "_pqqp_constraints"
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """The constraints of one weight matrix [O, I].
+
+    Attributes:
+        shape: (O, I).
+        mask_bits: the packed keep-mask, or None.
+        pattern: (N, M) where the mask keeps at most N of every M columns.
+        grid: the quantization grid, or None.
+    """
+
+    shape: tuple[int, int]
+    mask_bits: Tensor | None = None
+    pattern: Pattern | None = None
+    grid: Grid | None = None
+
+    def mask(self, device: torch.device | None = None) -> Tensor | None:
+        """The keep-mask, bool [O, I], or None."""
+        return None if self.mask_bits is None else unpack_mask(self.mask_bits.to(device), self.shape)
+
+    def with_mask(self, mask: Tensor, pattern: Pattern | None = None) -> Constraints:
+        """Also this mask (within the earlier one); an earlier N:M pattern still holds."""
+        return replace(self, mask_bits=pack_mask(mask).cpu(), pattern=pattern or self.pattern)
+
+    def with_grid(self, grid: Grid) -> Constraints:
+        """This grid in place of an earlier one."""
+        return replace(self, grid=grid.to(torch.device("cpu")))
+
+    def kept(self) -> int:
+        """Entries that the mask keeps."""
+        entries = self.shape[0] * self.shape[1]
+        return entries if self.mask_bits is None else int(unpack_mask(self.mask_bits, self.shape).sum())
+
+    def violations(self, matrix: Tensor) -> list[str]:
+        """How ``matrix`` [O, I] breaks the constraints, exactly; empty if it does not."""
+        found = []
+        if tuple(matrix.shape) != self.shape:
+            return [f"its shape is {tuple(matrix.shape)} instead of {self.shape}"]
+        if not bool(torch.isfinite(matrix).all()):
+            found.append("it holds NaN or infinite values")
+        mask = self.mask(matrix.device)
+        if mask is not None:
+            revived = int((matrix[~mask] != 0).sum())
+            if revived:
+                found.append(f"{revived} pruned entries are not zero any more")
+            if self.pattern is not None and not _fits(mask, self.pattern):
+                found.append(f"its mask is not {self.pattern[0]}:{self.pattern[1]}")
+        if self.grid is not None:
+            off = int((round_to_grid(matrix, self.grid.to(matrix.device)) != matrix).sum())
+            if off:
+                found.append(f"{off} entries are off the {self.grid.bits}-bit grid")
+        return found
+
+
+def constraints_of(layer: Layer) -> Constraints:
+    """The constraints that ``layer``'s weight carries (none at first)."""
+    found = getattr(layer, _ATTRIBUTE, None)
+    return found if found is not None else Constraints((layer.weight.shape[0], columns_of(layer)))
+
+
+def set_constraints(layer: nn.Module, constraints: Constraints | None) -> None:
+    """Attach constraints to a layer, or take them away."""
+    layer.__dict__[_ATTRIBUTE] = constraints
+
+
+def constrained_layers(model: nn.Module) -> Iterator[tuple[str, Layer, Constraints]]:
+    """(name, layer, constraints) of every layer that carries a mask or a grid."""
+    for name, module in model.named_modules():
+        found = module.__dict__.get(_ATTRIBUTE)
+        if found is not None and isinstance(module, LAYER_TYPES):
+            yield name, module, found
+
+
+def collect_constraints(model: nn.Module) -> dict[str, Constraints]:
+    """Every layer's constraints by name, as they are now."""
+    return {name: constraints for name, _, constraints in constrained_layers(model)}
+
+
+def broken_constraints(model: nn.Module, promised: dict[str, Constraints]) -> dict[str, list[str]]:
+    """Which promises of ``promised`` the model's weights break: layer name to what is wrong."""
+    broken = {}
+    modules = dict(model.named_modules())
+    for name, constraints in promised.items():
+        layer = modules.get(name)
+        if not isinstance(layer, LAYER_TYPES):
+            broken[name] = ["the layer is gone"]
+        elif found := constraints.violations(weight_matrix(layer)):
+            broken[name] = found
+    return broken
+
+
+def _fits(mask: Tensor, pattern: Pattern) -> bool:
+    kept, size = pattern
+    return bool((mask.unflatten(1, (-1, size)).sum(-1) <= kept).all())

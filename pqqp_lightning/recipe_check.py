@@ -1,0 +1,90 @@
+"""Everything about a run that must be put right before any work, found at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from pqqp_lightning.data_source import DataSource
+from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.quantization import QuantizationStage
+from pqqp_lightning.stage import Stage
+
+
+def check_recipe(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) -> None:
+    """Check the model, the data, every stage in its place, and the trainer's epochs.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    problems = data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
+    for position, stage in enumerate(stages):
+        problems += [f"{_where(stage)}: {p}" for p in check_stage(stage, data, stages[:position])]
+    if problems:
+        raise RecipeError(problems)
+
+
+def check_stage(stage: Stage, data: DataSource, earlier: Sequence[Stage]) -> list[str]:
+    """Problems of one stage after ``earlier`` ones."""
+    try:
+        problems = stage.check(data.module, data.datamodule, earlier)
+    except RecipeError as error:
+        return error.problems
+    if stage.needs_calibration and not data.has_calibration_data():
+        problems.append("needs calibration data. Give training data, or a datamodule with calibration_dataloader().")
+    if stage.epochs > 0:
+        problems += _check_training(stage, data, earlier)
+    return problems
+
+
+def _check_training(stage: Stage, data: DataSource, earlier: Sequence[Stage]) -> list[str]:
+    problems = []
+    if not data.has_training_data():
+        problems.append(f"epochs={stage.epochs} needs training data. Give a train_dataloader, or set epochs: 0.")
+    if not is_overridden("training_step", data.module):
+        problems.append(f"epochs={stage.epochs} needs a training_step in {type(data.module).__name__}.")
+    quantized = [s for s in (*earlier, stage) if isinstance(s, QuantizationStage)]
+    moved = [
+        f"{name}.weight"
+        for s in quantized
+        for name, layer in s.find_layers(data.module).items()
+        if layer.weight.requires_grad
+    ]
+    if moved:
+        problems.append(
+            f"epochs={stage.epochs} would move {shorten(moved)} off the grid of stage '{quantized[0].name}'. Finetune "
+            "before quantizing, set epochs: 0, or freeze these weights (requires_grad=False) in the model."
+        )
+    return problems
+
+
+def _check_model(module: LightningModule) -> list[str]:
+    bad = [n for n, p in module.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
+    if not bad:
+        return []
+    return [f"model: {shorten(bad)} hold NaN or infinite weights. Use another checkpoint of the model."]
+
+
+def _check_names(stages: Sequence[Stage]) -> list[str]:
+    names = [stage.name for stage in stages]
+    return [
+        f"stages: two stages are named '{n}'. Give each its own name." for n in {n for n in names if names.count(n) > 1}
+    ]
+
+
+def _check_epochs(trainer: Trainer, stages: Sequence[Stage]) -> list[str]:
+    given, total = trainer.fit_loop.max_epochs, sum(max(0, stage.epochs) for stage in stages)
+    if trainer.fast_dev_run or given in (None, total):
+        return []
+    parts = " + ".join(f"{s.name} {s.epochs}" for s in stages if s.epochs) or "no stage has any"
+    return [
+        f"trainer.max_epochs={given} contradicts the stages' epochs, {total} in all ({parts}). "
+        "Leave trainer.max_epochs out; it follows from the stages."
+    ]
+
+
+def _where(stage: Stage) -> str:
+    return f"stages.{stage.name} ({type(stage).__name__})"

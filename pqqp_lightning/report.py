@@ -1,0 +1,131 @@
+"""The table at the end of a run, drawn from its records alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.record import REPORT, Record
+
+
+def stage_table(records: Sequence[Record], title: str | None = None) -> Table:
+    """One row a stage: metrics, zeros, bits per weight, nominal C, counted size and rate, seconds."""
+    metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))
+    table = Table(title=title, title_justify="left")
+    table.add_column("stage")
+    for name in [*metrics, "zeros", "bits/weight", "nominal C", "size", "C", "seconds"]:
+        table.add_column(name, justify="right")
+    for record in records:
+        values = [_number(record["metrics"].get(name)) for name in metrics]
+        table.add_row(
+            _label(record),
+            *values,
+            *_sizes(record),
+            f"{record['elapsed_s']:.1f}",
+        )
+    return table
+
+
+def print_report(folder: Path, console: Console | None = None) -> None:
+    """Print the table, the notes and where things are, from ``report.json``."""
+    report = read_report(folder)
+    console = console or wide_console()
+    console.print(stage_table(report["stages"]))
+    for record in report["stages"]:
+        for note in record["notes"]:
+            console.print(f"{record['name']}: {note}", highlight=False, markup=False, soft_wrap=True)
+    if checkpoint := report.get("checkpoint"):
+        counted = report["stages"][-1]["size_bytes"]
+        console.print(
+            f"{folder / checkpoint['path']}: {human_bytes(checkpoint['file_bytes'])} on disk "
+            f"({human_bytes(counted)} counted). Load it with pqqp_lightning.load('{folder}').",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    if report["status"] != "finished":
+        console.print("The run is not finished: go on with --ckpt_path last.", highlight=False)
+
+
+def print_order_report(folder: Path, console: Console | None = None) -> None:
+    """Print every order with its metrics and sizes, best first, and A(f1->f2) of each pair, from ``order.json``."""
+    report = json.loads((folder / "order.json").read_text(encoding="utf-8"))
+    console = console or wide_console()
+    metrics = list(report["orders"][0]["metrics"])
+    table = Table()
+    table.add_column("order")
+    for name in [*metrics, "zeros", "bits/weight", "nominal C", "size", "C"]:
+        table.add_column(name, justify="right")
+    for order in report["orders"]:
+        last = order["stages"][-1]
+        best = order["order"] == report["best"]
+        table.add_row(
+            " -> ".join(order["order"]) + (" (best)" if best else ""),
+            *[_number(order["metrics"].get(name)) for name in metrics],
+            *_sizes(last),
+            style="bold" if best else None,
+        )
+    console.print(table)
+    for refused in report["refused"]:
+        console.print(f"{' -> '.join(refused['order'])} cannot run: {'; '.join(refused['problems'])}", soft_wrap=True)
+    metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
+    for pair, advantage in report["advantage"].items():
+        if advantage is not None and advantage >= 0:
+            console.print(f"A({pair}) = {advantage:+.4g} in {metric}", highlight=False, markup=False)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The run's ``report.json``.
+
+    Raises:
+        RecipeError: there is none, or it is damaged.
+    """
+    path = folder / REPORT
+    if not path.is_file():
+        raise RecipeError(f"{folder}: holds no {REPORT}. Name the folder of a run, such as runs/quickstart.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path}: is truncated or altered: no JSON ({error}). Run the recipe again.") from error
+
+
+def wide_console() -> Console:
+    """The terminal, or 120 columns where the output goes to a file."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def human_bytes(count: float) -> str:
+    """``"61.2 MB"`` (decimal units)."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _label(record: Record) -> str:
+    method = record["method"]
+    return record["name"] if not method or method.lower() == record["name"] else f"{record['name']} ({method})"
+
+
+def _sizes(record: Record) -> list[str]:
+    return [
+        f"{100 * record['sparsity']:.1f}%",
+        f"{record['bits_per_weight']:.2f}",
+        f"{record['nominal_rate']:.2f}x",
+        human_bytes(record["size_bytes"]),
+        f"{record['compression_rate']:.2f}x",
+    ]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"

@@ -1,0 +1,182 @@
+"""One run in its folder: the dense baseline, each stage in order, and resuming where a kill left off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from pqqp_lightning.checkpoint import Applied, checkpoint_bytes, class_path, restore, save_checkpoint
+from pqqp_lightning.data_source import DataSource
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.record import RECORDS, Record, append_record, layer_table, read_records, write_report
+from pqqp_lightning.runner import Runner
+from pqqp_lightning.seeding import run_seed
+from pqqp_lightning.stage import Stage
+from pqqp_lightning.storage import write_json, write_text
+
+RUN, RECIPE, STAGES, MODEL = "run.json", "recipe.yaml", "stages", "model"
+
+
+class Run:
+    """A list of stages applied in a run folder.
+
+    Args:
+        trainer: ours or Lightning's; its attribute ``recipe``, if any, is kept with the run.
+        data: the model and its data.
+        stages: in the order of compression.
+        folder: the run folder.
+    """
+
+    def __init__(self, trainer: Trainer, data: DataSource, stages: Sequence[Stage], folder: Path) -> None:
+        self._stages, self._folder, self._trainer = stages, folder, trainer
+        self._runner = Runner(trainer, data)
+        self._records: list[Record] = []
+        self._identity = identity(trainer, data, stages)
+
+    def go(self, *, resume: bool) -> list[Record]:
+        """Do what is not done yet, and return the records of all stages, baseline first."""
+        if resume:
+            self._records = finished_records(self._folder, self._identity)
+        elif self._trainer.is_global_zero:
+            open_folder(self._folder, self._identity, getattr(self._trainer, "recipe_text", ""))
+        try:
+            self._measure_dense()
+            for position, stage in enumerate(self._stages):
+                self._stage(position, stage)
+            self._finish()
+        except RecipeError:
+            self._report("failed")
+            raise
+        return self._records
+
+    def _measure_dense(self) -> None:
+        if self._records:
+            self._runner.describe_dense(self._stages)
+            self._runner.dense = self._records[0]
+            self._restore()
+        else:
+            self._add(self._runner.measure_dense(self._stages))
+
+    def _restore(self) -> None:
+        """Bring the model to the last finished stage."""
+        done = len(self._records) - 1
+        if done:
+            folder = self._stage_folder(done - 1)
+            if done == len(self._stages) and not folder.is_dir():
+                folder = self._folder / MODEL
+            manifest = restore(self._runner.module, folder)
+            plans = manifest["plans"]
+            self._runner.applied = [Applied(s, p["plan"]) for s, p in zip(self._stages, plans, strict=False)]
+
+    def _stage(self, position: int, stage: Stage) -> None:
+        if position + 1 < len(self._records):
+            return
+        folder = self._stage_folder(position)
+        if stage.epochs and (compressed := self._half_done(folder)):
+            restore(self._runner.module, folder)
+            self._runner.applied.append(Applied(stage, {}))
+            record = self._runner.finetune(stage, folder, compressed)
+        else:
+            record = self._runner.apply(stage, folder)
+        self._add(record)
+        if self._trainer.is_global_zero and position:
+            shutil.rmtree(self._stage_folder(position - 1), ignore_errors=True)
+
+    def _half_done(self, folder: Path) -> Record | None:
+        """The record of a stage that was compressed but not yet finetuned when the run was killed."""
+        if not (folder / "manifest.json").is_file():
+            return None
+        record = json.loads((folder / "manifest.json").read_text())["record"]
+        return None if "metrics_before_finetuning" in record else record
+
+    def _finish(self) -> None:
+        if not self._trainer.is_global_zero:
+            return
+        last = self._stage_folder(len(self._stages) - 1)
+        model = self._folder / MODEL
+        if self._stages and last.is_dir():
+            shutil.rmtree(model, ignore_errors=True)
+            last.replace(model)
+            shutil.rmtree(self._folder / STAGES, ignore_errors=True)
+        elif not model.is_dir():
+            save_checkpoint(self._runner.module, model, self._runner.applied, {"record": self._records[-1]})
+        self._report("finished")
+
+    def _add(self, record: Record) -> None:
+        self._records.append(record)
+        if self._trainer.is_global_zero:
+            append_record(self._folder, record)
+            self._report("running")
+
+    def _report(self, status: str) -> None:
+        if not self._trainer.is_global_zero:
+            return
+        more: dict[str, Any] = {"seed": run_seed(), "recipe": self._identity}
+        if status == "finished":
+            more["layers"] = layer_table(self._runner.size())
+            more["checkpoint"] = {"path": MODEL, "file_bytes": checkpoint_bytes(self._folder / MODEL)}
+        write_report(self._folder, status=status, records=self._records, **more)
+
+    def _stage_folder(self, position: int) -> Path:
+        return self._folder / STAGES / f"{position + 1}-{self._stages[position].name}"
+
+
+def identity(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) -> dict[str, Any]:
+    """What makes two runs the same: stages with their knobs, seed, model and data."""
+    plain = {
+        "seed": run_seed(),
+        "stages": {s.name: {"class_path": class_path(s), "init_args": s.options()} for s in stages},
+        "model": class_path(data.module),
+        "data": None if data.datamodule is None else class_path(data.datamodule),
+        **getattr(trainer, "recipe", {}),
+    }
+    return json.loads(json.dumps(plain, default=str))
+
+
+def open_folder(folder: Path, identity: dict[str, Any], recipe_text: str = "") -> None:
+    """Start a run in ``folder``; what an earlier run left there is moved aside, never lost."""
+    if (folder / RUN).exists() or (folder / RECORDS).exists():
+        number = next(i for i in range(1, 10**6) if not folder.with_name(f"{folder.name}.{i}").exists())
+        aside = folder.with_name(f"{folder.name}.{number}")
+        folder.rename(aside)
+        print(f"{folder} held an earlier run; it is now {aside}.", flush=True)
+    write_json(folder / RUN, identity)
+    if recipe_text:
+        write_text(folder / RECIPE, recipe_text)
+
+
+def finished_records(folder: Path, identity: dict[str, Any]) -> list[Record]:
+    """The records of an unfinished run in ``folder``, which must be of the same recipe."""
+    check_same_recipe(folder, identity)
+    return read_records(folder)
+
+
+def check_same_recipe(folder: Path, identity: dict[str, Any]) -> None:
+    """Refuse to go on with a run of another recipe.
+
+    Raises:
+        RecipeError: there is no run in ``folder``, or it is of another recipe.
+    """
+    path = folder / RUN
+    if not path.is_file():
+        raise RecipeError(f"{folder}: there is no run to go on with. Leave --ckpt_path out to start one.")
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if differing := _differences(earlier, identity):
+        raise RecipeError(
+            f"{folder}: holds a run of another recipe: {'; '.join(differing)}. Use that recipe, another --run_dir, or "
+            "leave --ckpt_path out to start over."
+        )
+
+
+def _differences(a: Any, b: Any, where: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        if where == "stages" and list(a) != list(b):
+            return [f"stages are {list(a)} there and {list(b)} here"]
+        keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
+        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{where}.{k}".lstrip("."))]
+    return [f"{where} is {a!r} there and {b!r} here"]

@@ -1,0 +1,243 @@
+"""Applies stages to a model one after another: compress, verify, measure, save, finetune.
+
+``fit`` and ``order`` are both built on :class:`Runner`: the first applies one list, the second every permutation.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torchmetrics import Metric
+
+from pqqp_lightning.calibration.walk import Walk
+from pqqp_lightning.checkpoint import Applied, save_checkpoint
+from pqqp_lightning.data_source import DataSource
+from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.memory import peak_memory
+from pqqp_lightning.metrics.size import ModelSize, measure_size
+from pqqp_lightning.modules.blocks import Blocks
+from pqqp_lightning.modules.constraints import Constraints, broken_constraints, collect_constraints, set_constraints
+from pqqp_lightning.record import Record, make_record
+from pqqp_lightning.seeding import run_seed, seed_from
+from pqqp_lightning.segment import train_segment
+from pqqp_lightning.stage import Context, Stage
+
+RESUME_POINT = "training.ckpt"
+
+
+@dataclass
+class Runner:
+    """Applies stages to ``module``.
+
+    Attributes:
+        trainer: Lightning's, for evaluation and training.
+        data: evaluation, calibration and training data.
+        targeted: names of all layers that some stage of the run acts on.
+        original_bits: bits of a dense targeted weight.
+        applied: the stages that the model has gone through.
+        dense: the baseline's record.
+    """
+
+    trainer: Trainer
+    data: DataSource
+    targeted: list[str] = field(default_factory=list)
+    original_bits: int = 32
+    applied: list[Applied] = field(default_factory=list)
+    dense: Record | None = None
+
+    @property
+    def module(self) -> LightningModule:
+        """The model."""
+        return self.data.module
+
+    def evaluate(self) -> dict[str, float]:
+        """The validation metrics of the model as it is; random state is put back."""
+        with isolate_rng():
+            results = self.trainer.validate(
+                self.module, dataloaders=self.data.validation, datamodule=self.data.datamodule, verbose=False
+            )
+        return {name: float(value) for result in results for name, value in result.items()}
+
+    def measure_dense(self, stages: Sequence[Stage]) -> Record:
+        """Evaluate the dense model and keep its record as the baseline."""
+        with peak_memory() as peak:
+            metrics = self.evaluate()
+        self.describe_dense(stages)
+        size = measure_size(self.module, self.targeted)
+        self.dense = make_record(
+            name="dense",
+            method="",
+            options={},
+            metrics=metrics,
+            size=size,
+            dense=None,
+            original_bits=self.original_bits,
+            elapsed_s=0.0,
+            peak_memory_bytes=peak.size_bytes,
+            constraints_verified=True,
+            notes=[],
+        )
+        return self.dense
+
+    def describe_dense(self, stages: Sequence[Stage]) -> None:
+        """Note which layers the stages act on, and the bits of their dense weights."""
+        layers = {name: layer for stage in stages for name, layer in stage.find_layers(self.module).items()}
+        self.targeted = list(layers)
+        if layers:
+            self.original_bits = 8 * next(iter(layers.values())).weight.element_size()
+
+    def apply(self, stage: Stage, folder: Path) -> Record:
+        """Apply ``stage``: compress, verify, measure, save to ``folder``; then finetune, measure and save again.
+
+        Raises:
+            RecipeError: the stage cannot go on, or broke an earlier stage's constraint.
+        """
+        position = len(self.applied)
+        seed_from(run_seed(), position)
+        context = Context(self._walk(stage), title=stage.name, progress=self._shows_progress())
+        promised = collect_constraints(self.module)
+        start = time.perf_counter()
+        with peak_memory() as peak:
+            with self._on_device():
+                plan = stage.compress(self.module, context) if stage.compresses else {}
+            self._agree_over_ranks()
+            self._verify(stage, promised, context.notes)
+        elapsed, peak_bytes = time.perf_counter() - start, peak.size_bytes
+        self.applied.append(Applied(stage, plan))
+        record = self._record(stage, elapsed, peak_bytes, context.notes)
+        self.save(folder, record)
+        if stage.epochs:
+            record = self.finetune(stage, folder, record)
+        return record
+
+    def finetune(self, stage: Stage, folder: Path, compressed: Record) -> Record:
+        """Train for the stage's epochs, from ``folder``'s training state if there is one; measure and save."""
+        promised = collect_constraints(self.module)
+        start = time.perf_counter()
+        with peak_memory() as peak:
+            train_segment(self.trainer, self.data, stage, len(self.applied), folder.parent / RESUME_POINT)
+            self._verify(stage, promised, notes := list(compressed["notes"]))
+        elapsed = compressed["elapsed_s"] + time.perf_counter() - start
+        record = self._record(stage, elapsed, max(compressed["peak_memory_bytes"], peak.size_bytes), notes)
+        record["metrics_before_finetuning"] = compressed["metrics"]
+        self.save(folder, record)
+        return record
+
+    def save(self, folder: Path, record: Record) -> None:
+        """Save the model as it is, with its record, on the first rank."""
+        if self.trainer.is_global_zero:
+            save_checkpoint(self.module, folder, self.applied, {"record": record})
+        self.trainer.strategy.barrier("saved")
+
+    def size(self) -> ModelSize:
+        """The counted size of the model as it is."""
+        return measure_size(self.module, self.targeted)
+
+    def _record(self, stage: Stage, elapsed_s: float, peak_bytes: int, notes: list[str]) -> Record:
+        return make_record(
+            name=stage.name,
+            method=type(stage).__name__,
+            options=stage.options(),
+            metrics=self.evaluate(),
+            size=self.size(),
+            dense=self.dense,
+            original_bits=self.original_bits,
+            elapsed_s=elapsed_s,
+            peak_memory_bytes=peak_bytes,
+            constraints_verified=True,
+            notes=notes,
+        )
+
+    def _walk(self, stage: Stage) -> Any:
+        notes: list[str] = []
+
+        def make(blocks: Blocks) -> Walk:
+            limit = 1 if self.trainer.fast_dev_run else None
+            batches, probe = self.data.calibration_batches(self.trainer.global_rank, self.trainer.world_size, limit)
+            return Walk(
+                self.module,
+                blocks,
+                batches,
+                probe,
+                self._run_batch,
+                self.trainer.precision_plugin.forward_context,
+                stage.name,
+                self._shows_progress(),
+                notes,
+            )
+
+        return make
+
+    def _run_batch(self, batch: Any) -> None:
+        batch = self.module.transfer_batch_to_device(batch, self.module.device, 0)
+        step = getattr(self.module, "calibration_step", None)
+        if step is not None:
+            step(batch, 0)
+            return
+        with _without_logging(self.module):
+            self.module.validation_step(batch, 0)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """The model on the strategy's device while it is compressed."""
+        home = self.module.device
+        self.module.to(self.trainer.strategy.root_device)
+        try:
+            yield
+        finally:
+            self.module.to(home)
+
+    def _verify(self, stage: Stage, promised: dict[str, Constraints], notes: list[str]) -> None:
+        """Hold the model to every promise: those made before the stage, and its own."""
+        broken = broken_constraints(self.module, promised)
+        if broken and stage.allow_undo:
+            modules = dict(self.module.named_modules())
+            kept = {name: c for name, c in collect_constraints(self.module).items() if name not in broken}
+            for name, found in broken.items():
+                notes.append(f"undone in {name}: {'; '.join(found)}")
+                if name in modules and collect_constraints(self.module).get(name) is promised[name]:
+                    set_constraints(modules[name], None)
+            broken = broken_constraints(self.module, kept)
+        broken |= broken_constraints(self.module, collect_constraints(self.module))
+        if broken:
+            name, found = next(iter(broken.items()))
+            raise RecipeError(
+                f"stages.{stage.name} ({type(stage).__name__}): broke what was promised for {shorten(broken)}; "
+                f"{name}: {'; '.join(found)}. Put this stage before the one that it undoes, or set allow_undo: true."
+            )
+
+    def _agree_over_ranks(self) -> None:
+        """Every rank must hold the same weights after a stage."""
+        if self.trainer.world_size == 1:
+            return
+        total = torch.stack([p.detach().double().abs().sum() for p in self.module.parameters()]).sum()
+        sums = self.trainer.strategy.all_gather(total)
+        if not bool((sums == sums.flatten()[0]).all()):
+            raise RuntimeError("the ranks' weights differ after the stage")
+
+    def _shows_progress(self) -> bool:
+        return self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+
+
+@contextmanager
+def _without_logging(module: LightningModule) -> Iterator[None]:
+    """Run a validation step outside of Lightning's loop: nothing is logged, metrics are reset after it."""
+    module.__dict__["log"] = module.__dict__["log_dict"] = lambda *args, **kwargs: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        del module.__dict__["log"], module.__dict__["log_dict"]
+        for metric in module.modules():
+            if isinstance(metric, Metric):
+                metric.reset()

@@ -1,0 +1,108 @@
+"""One segment of training: a plain Lightning fit of a stage's epochs.
+
+A segment has its own epochs, optimizers and schedules; the loggers' step goes on over segments. One Lightning fit a
+segment, not one fit with surgery inside: then Lightning rebuilds optimizers, schedules and wrappers itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+from pqqp_lightning.data_source import DataSource
+from pqqp_lightning.hold import HoldMasks, ResumePoint, SeedSteps
+from pqqp_lightning.seeding import run_seed
+from pqqp_lightning.stage import Stage
+
+
+def train_segment(trainer: Trainer, data: DataSource, stage: Stage, segment: int, resume_point: Path) -> None:
+    """Train ``data.module`` for ``stage.epochs``; from ``resume_point`` if that file exists, else from the start."""
+    _start_anew(trainer, stage)
+    added = [HoldMasks(), SeedSteps(run_seed(), segment)]
+    if not trainer.fast_dev_run:
+        added.append(ResumePoint(resume_point))
+    before = list(trainer.callbacks)
+    trainer.callbacks = [*added[:2], *before, *added[2:]]
+    try:
+        with _segment_learning_rate(data.module, stage.learning_rate):
+            Trainer.fit(
+                trainer,
+                data.module,
+                train_dataloaders=data.train,
+                val_dataloaders=data.validation,
+                datamodule=data.datamodule,
+                ckpt_path=resume_point if resume_point.is_file() else None,
+                weights_only=True,
+            )
+    finally:
+        trainer.callbacks = before
+    if trainer.is_global_zero:
+        resume_point.unlink(missing_ok=True)
+    trainer.strategy.barrier("segment")
+
+
+def _start_anew(trainer: Trainer, stage: Stage) -> None:
+    """Fresh loops and fresh early stopping; the loggers' step goes on."""
+    old = trainer.fit_loop
+    loop = _FitLoop(trainer, min_epochs=old.min_epochs, max_epochs=1 if trainer.fast_dev_run else stage.epochs)
+    loop.epoch_loop = _TrainingEpochLoop(
+        trainer, min_steps=old.epoch_loop.min_steps, max_steps=old.epoch_loop.max_steps
+    )
+    loop.epoch_loop._batches_that_stepped = old.epoch_loop._batches_that_stepped
+    trainer.fit_loop = loop
+    trainer.should_stop = False
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping | ModelCheckpoint):
+            _restore_first_state(callback, Path(trainer.default_root_dir) / "checkpoints" / stage.name)
+
+
+def _restore_first_state(callback: EarlyStopping | ModelCheckpoint, folder: Path) -> None:
+    """Back to how the user made it, so that a segment is not judged by the best score of the one before."""
+    first: dict[str, Any] = callback.__dict__.setdefault("_pqqp_first_state", copy.deepcopy(vars(callback)))
+    vars(callback).update(copy.deepcopy({k: v for k, v in first.items() if k != "_pqqp_first_state"}))
+    if isinstance(callback, ModelCheckpoint):  # one folder a segment, so that files do not collide
+        callback.dirpath = str(folder if callback.dirpath is None else Path(callback.dirpath) / folder.name)
+
+
+@contextmanager
+def _segment_learning_rate(module: LightningModule, learning_rate: float | None) -> Iterator[None]:
+    """Optimizers whose highest learning rate is ``learning_rate``; parameter groups and schedules keep their ratios."""
+    if learning_rate is None:
+        yield
+        return
+    configure = module.configure_optimizers
+
+    def scaled() -> Any:
+        configured = configure()
+        optimizers, schedulers = _parts_of(configured)
+        ratio = learning_rate / max(g.get("initial_lr", g["lr"]) for o in optimizers for g in o.param_groups)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group.update({key: group[key] * ratio for key in ("lr", "initial_lr") if key in group})
+        for scheduler in schedulers:
+            for name in ("base_lrs", "_last_lr"):
+                if hasattr(scheduler, name):
+                    setattr(scheduler, name, [lr * ratio for lr in getattr(scheduler, name)])
+        return configured
+
+    module.__dict__["configure_optimizers"] = scaled
+    try:
+        yield
+    finally:
+        del module.__dict__["configure_optimizers"]
+
+
+def _parts_of(configured: Any) -> tuple[list[Any], list[Any]]:
+    """The optimizers and schedulers in any of the forms that ``configure_optimizers`` may return."""
+    from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
+
+    optimizers, configs, _ = _configure_optimizers(configured)
+    return optimizers, [c.scheduler for c in _configure_schedulers_automatic_opt(configs, None)]

@@ -1,0 +1,159 @@
+"""The contract of a compression stage: a Lightning callback whose place in the list is its place in the order."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+from tqdm.auto import tqdm
+
+from pqqp_lightning.calibration.statistics import Statistic
+from pqqp_lightning.calibration.walk import Compress, Walk
+from pqqp_lightning.errors import shorten, suggest
+from pqqp_lightning.modules.blocks import Blocks, find_blocks, find_layers, tied_weights
+from pqqp_lightning.modules.layers import LAYER_TYPES, Layer
+from pqqp_lightning.modules.naming import matches
+
+Plan = dict[str, Any]
+
+
+@dataclass
+class Context:
+    """What the engine gives a stage to work with.
+
+    Attributes:
+        walk: makes the walk over the calibration data for this stage.
+        title: what progress bars say.
+        progress: whether to show them.
+        notes: findings for the stage's record; the stage appends to it.
+    """
+
+    walk: Callable[[Blocks], Walk]
+    title: str = ""
+    progress: bool = True
+    notes: list[str] = field(default_factory=list)
+
+    def calibrate(self, blocks: Blocks, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
+        """Walk over ``blocks``: collect ``kind`` for ``layers`` and call ``compress`` with each reading."""
+        walk = self.walk(blocks)
+        walk.over(layers, kind, compress)
+        self.notes.extend(walk.notes)
+
+    def each(self, layers: dict[str, Layer]) -> Iterator[tuple[str, Layer]]:
+        """The layers one by one, with a progress bar."""
+        return iter(
+            tqdm(
+                layers.items(), desc=self.title, unit="layer", disable=not self.progress, leave=False, total=len(layers)
+            )
+        )
+
+
+class Stage(Callback):
+    """A compression stage. As it stands it compresses nothing, and finetunes if ``epochs`` says so.
+
+    A method overrides :meth:`compress`, extends :meth:`check`, and names its ``source``. Ordinary callback hooks fire
+    during its finetuning.
+
+    Args:
+        targets: name patterns of the layers to act on; every Linear and Conv2d inside the blocks by default.
+        ignore: name patterns of layers to leave alone.
+        epochs: epochs of finetuning after this stage, before the next one.
+        learning_rate: the highest learning rate of that finetuning; the model's own by default.
+        blocks: module names of the blocks to calibrate one by one; found by structure by default.
+        allow_undo: run even where an earlier stage's constraint is lost; the record says what was lost.
+    """
+
+    source: ClassVar[str] = ""
+    needs_calibration: ClassVar[bool] = False
+    compresses: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        epochs: int = 0,
+        learning_rate: float | None = None,
+        blocks: list[str] | None = None,
+        allow_undo: bool = False,
+    ) -> None:
+        self.targets, self.ignore = targets, ignore
+        self.epochs, self.learning_rate = epochs, learning_rate
+        self.blocks, self.allow_undo = blocks, allow_undo
+        self.name = type(self).__name__.lower()
+
+    @property
+    def state_key(self) -> str:
+        """Unique among stages of one class."""
+        return f"{type(self).__qualname__}:{self.name}"
+
+    def options(self) -> dict[str, Any]:
+        """The knobs as plain data, for records: the constructor's parameters, as far as they are kept."""
+        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        parameters = [
+            name
+            for cls in type(self).__mro__
+            if issubclass(cls, Stage) and "__init__" in vars(cls)
+            for name, parameter in inspect.signature(cls.__init__).parameters.items()
+            if parameter.kind not in kinds and name != "self"
+        ]
+        return {name: vars(self)[name] for name in dict.fromkeys(parameters) if name in vars(self)}
+
+    def find_blocks(self, model: nn.Module) -> Blocks:
+        """The blocks of ``model``: this stage's, the model's own list (``compression_blocks``), or by structure."""
+        return find_blocks(model, self.blocks or getattr(model, "compression_blocks", None))
+
+    def find_layers(self, model: nn.Module) -> dict[str, Layer]:
+        """The layers of ``model`` that this stage acts on."""
+        if not self.compresses:
+            return {}
+        return find_layers(model, self.targets, self.ignore, self.find_blocks(model))
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        """Everything about this stage that must be put right before any work: one message a problem.
+
+        Args:
+            model: the dense model.
+            data: the datamodule, or None.
+            earlier: the stages before this one.
+        """
+        problems = []
+        if self.epochs < 0:
+            problems.append(f"epochs={self.epochs} is negative. Use 0 for no finetuning.")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            problems.append(f"learning_rate={self.learning_rate} is not above 0. Leave it out for the model's own.")
+        elif self.learning_rate is not None and not self.epochs:
+            problems.append(f"learning_rate={self.learning_rate} has no effect with epochs=0. Set epochs, or drop it.")
+        if self.compresses:
+            problems += self._check_targets(model)
+        return problems
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        """Compress ``model`` in place and return the plan that rebuilds its structure without data."""
+        return {}
+
+    def restructure(self, model: LightningModule, plan: Plan) -> None:
+        """Rebuild shapes and modules from a plan, values irrelevant; nothing to do where structure stays."""
+
+    def _check_targets(self, model: LightningModule) -> list[str]:
+        candidates = {n: m for n, m in model.named_modules() if isinstance(m, LAYER_TYPES)}
+        problems = []
+        for knob, patterns in (("targets", self.targets or []), ("ignore", self.ignore or [])):
+            for pattern in patterns:
+                if not any(matches(name, pattern) for name in candidates):
+                    tails = {part for name in candidates for part in (name.rsplit(".", 1)[-1], name)}
+                    hint = suggest(pattern, tails) if tails else ""
+                    hint = hint if "Did you mean" in hint else f" The model has {shorten(candidates)}."
+                    problems.append(f"{knob}: '{pattern}' matches no Linear or Conv2d layer.{hint}")
+        tied = tied_weights(model)
+        layers = self.find_layers(model)
+        if shared := [n for n, layer in layers.items() if id(layer.weight) in tied]:
+            problems.append(f"{shorten(shared)} shares its weight with another module (a tied embedding). Ignore it.")
+        if not layers and not problems:
+            problems.append(
+                f"targets={self.targets} and ignore={self.ignore} leave no layer. The model has {shorten(candidates)}."
+            )
+        return problems

@@ -1,0 +1,73 @@
+"""Finding stages: built-in and third-party ones through entry points, and classes in the user's working folder."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.stage import Stage
+
+GROUP = "pqqp_lightning.callbacks"
+
+
+def load_installed() -> list[str]:
+    """Import every module of the entry-point group; returns a word on each that fails."""
+    failed = []
+    for entry in entry_points(group=GROUP):
+        try:
+            entry.load()
+        except Exception as error:  # a broken third-party package must not take the tool down with it
+            failed.append(f"the stages of '{entry.value}' cannot be imported: {type(error).__name__}: {error}")
+    return failed
+
+
+def known_stages() -> dict[str, type[Stage]]:
+    """Every imported method by class name: concrete subclasses of Stage."""
+    found: dict[str, type[Stage]] = {}
+    pending = list(Stage.__subclasses__())
+    while pending:
+        cls = pending.pop()
+        pending.extend(cls.__subclasses__())
+        if not cls.__name__.startswith("_") and (cls.source or not cls.__module__.startswith("pqqp_lightning.")):
+            found[cls.__name__] = cls
+    return dict(sorted(found.items()))
+
+
+def import_from_working_folder(name: str) -> bool:
+    """Import the Python file in the working folder, or in its ``callbacks/``, that defines class ``name``."""
+    if not name.isidentifier():
+        return False
+    definition = re.compile(rf"^class {name}\b", re.MULTILINE)
+    for file in sorted([*Path().glob("*.py"), *Path("callbacks").glob("*.py")]):
+        if not definition.search(file.read_text(encoding="utf-8", errors="replace")):
+            continue
+        module = ".".join(file.with_suffix("").parts)
+        if module in sys.modules:
+            return True
+        try:
+            import_module(module)
+        except Exception as error:
+            raise RecipeError(f"{file}: cannot be imported: {type(error).__name__}: {error}") from error
+        return True
+    return False
+
+
+def knobs(cls: type[Stage]) -> dict[str, inspect.Parameter]:
+    """A stage's knobs: the parameters of its constructor, those passed on to its bases included."""
+    found: dict[str, inspect.Parameter] = {}
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for base in cls.__mro__:
+        if "__init__" not in vars(base) or not issubclass(base, Stage):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind not in kinds:
+                found.setdefault(parameter.name, parameter)
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return found

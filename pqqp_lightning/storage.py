@@ -1,0 +1,107 @@
+"""Files written whole or not at all: a temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pqqp_lightning.errors import RecipeError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _worded(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` as indented JSON, atomically."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line and flush it to the disk; a torn last line of an earlier kill is dropped first."""
+    with _worded(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.read_bytes() if path.exists() else b""
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.truncate(whole.rfind(b"\n") + 1)
+            file.seek(0, os.SEEK_END)
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of the complete lines of ``path``; none if there is no such file."""
+    if not path.exists():
+        return []
+    whole = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in whole[: whole.rfind("\n") + 1].splitlines() if line.strip()]
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it appears at ``path``, in place of an earlier one, only when it is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _worded(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(path)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                sync(file)
+            sync(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.replace(path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what a killed writer of ``path`` left behind."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _worded(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: cannot be written: {error.strerror or error}. What was finished before is still there; free "
+            "space or choose another --run_dir, and go on with --ckpt_path last."
+        ) from error
