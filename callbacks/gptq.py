@@ -60,7 +60,7 @@ class GPTQ(QuantizationStage):
     def compress(self, model: LightningModule, context: Context) -> Plan:
         def quantize(reading: Reading) -> None:
             hessians, order = reading.statistic.value(), self.activation_order
-            inverses = factorize(hessians, self.damping, reading.layers, context.notes, activation_order=order)
+            inverses = factorize(hessians, self.damping, reading.layers, context, activation_order=order)
             for name, layer in reading.layers.items():
                 matrix, options = weight_matrix(layer), self.grid_options(name)
                 rows = row_groups(matrix, constraints_of(layer).mask(matrix.device), groups=len(inverses))

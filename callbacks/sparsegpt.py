@@ -55,7 +55,7 @@ class SparseGPT(PruningStage):
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         def prune(reading: Reading) -> None:
-            inverses = factorize(reading.statistic.value(), self.damping, reading.layers, context.notes)
+            inverses = factorize(reading.statistic.value(), self.damping, reading.layers, context)
             for name, layer in reading.layers.items():
                 constraints, matrix, amount = constraints_of(layer), weight_matrix(layer), self.amount(name)
                 grid = constraints.grid

@@ -1,5 +1,5 @@
-"""The packed checkpoint: a folder with ``model.safetensors`` and ``manifest.json`` that is as small as the size report
-says, and rebuilds the model bit for bit.
+"""The packed checkpoint: a folder with ``model.safetensors`` and ``manifest.json.gz`` that is as small as the size
+report says, and rebuilds the model bit for bit.
 
 Codes are packed at their bit width with scales and zero points; pruned weights keep a bitmask or N:M positions and
 the kept values only; everything else is stored as it is, tied weights once. The manifest holds how to build the
@@ -8,9 +8,11 @@ module, every stage's plan, how each weight is encoded, and checksums: a truncat
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import inspect
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -23,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pqqp_lightning.bundle import BundleReader, bundle_small
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.modules.constraints import constrained_layers, set_constraints
 from pqqp_lightning.modules.encoding import stored_tensors
@@ -31,7 +34,7 @@ from pqqp_lightning.stage import Plan, Stage
 from pqqp_lightning.storage import new_folder, sha256_of
 
 FORMAT = 1
-WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+WEIGHTS, MANIFEST = "model.safetensors", "manifest.json.gz"
 
 
 @dataclass(frozen=True)
@@ -60,21 +63,23 @@ def save_checkpoint(
     for name, tensor in tensors.items():
         if name in constraints:
             parts, entries[name] = pack_weight(tensor, constraints[name])
-            stored.update({f"{name}:{part}": value.contiguous() for part, value in parts.items()})
+            stored.update({f"{name}:{part}": value for part, value in parts.items()})
         else:
-            stored[name] = tensor.contiguous()
+            stored[name] = tensor
     plans = []
     for position, item in enumerate(applied):
         plain = {k: v for k, v in item.plan.items() if not isinstance(v, Tensor)}
         tensors_of_plan = {k: v for k, v in item.plan.items() if isinstance(v, Tensor)}
-        stored.update({f"plan.{position}:{k}": v.contiguous() for k, v in tensors_of_plan.items()})
+        stored.update({f"plan.{position}:{k}": v for k, v in tensors_of_plan.items()})
         plans.append({"class_path": class_path(item.stage), "plan": plain, "tensors": sorted(tensors_of_plan)})
+    stored, small = bundle_small(stored)
     manifest = {
         "format": FORMAT,
         "model": _skeleton(module),
         "plans": plans,
         "packed": entries,
         "aliases": aliases,
+        "small": small,
         **(extra or {}),
     }
     with new_folder(folder) as temporary:
@@ -85,7 +90,7 @@ def save_checkpoint(
             raise OSError(None, str(error)) from error
         manifest["weights"] = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
         manifest["sha256"] = _digest(manifest)
-        (temporary / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+        (temporary / MANIFEST).write_bytes(gzip.compress(json.dumps(manifest).encode(), mtime=0))
     return checkpoint_bytes(folder)
 
 
@@ -104,9 +109,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"{folder}: holds no checkpoint ({MANIFEST} is missing). Name a run folder or its model/.")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(gzip.decompress(path.read_bytes()))
         digest = manifest.pop("sha256")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, AttributeError) as error:
         raise RecipeError(f"{path}: is truncated or altered: not a manifest. Run the recipe again.") from error
     if digest != _digest(manifest):
         raise RecipeError(f"{path}: is truncated or altered: its checksum differs. Run the recipe again.")
@@ -131,13 +136,14 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
         RecipeError: the checkpoint cannot be read, or is of another model.
     """
     manifest = read_manifest(folder)
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
+    with safe_open(folder / WEIGHTS, framework="pt") as opened:
+        file = BundleReader(opened, manifest["small"])
         for position, entry in enumerate(manifest["plans"]):
-            plan = entry["plan"] | {k: file.get_tensor(f"plan.{position}:{k}") for k in entry["tensors"]}
+            plan = entry["plan"] | {k: file.get(f"plan.{position}:{k}") for k in entry["tensors"]}
             stage = _stage_class(entry["class_path"])
             stage.restructure(stage.__new__(stage), module, plan)
         own = module.state_dict(keep_vars=True)
-        names = _weight_names(file.keys()) | set(manifest["aliases"])
+        names = _weight_names(file.names()) | set(manifest["aliases"])
         if names != set(own):
             raise RecipeError(
                 f"{folder}: is of another model: {shorten(sorted(names ^ set(own)))} in only one of the two. "
@@ -154,7 +160,7 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
                     value, constraints = unpack_weight(manifest["packed"][name], _parts(file, name))
                     set_constraints(modules[name.removesuffix(".weight")], constraints)
                 else:
-                    value = file.get_tensor(name)
+                    value = file.get(name)
                 if value.shape != target.shape:
                     raise RecipeError(
                         f"{folder}: {name} has shape {list(value.shape)} instead of {list(target.shape)}: "
@@ -168,11 +174,12 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     """The state dict of a checkpoint, unpacked."""
     folder = model_folder(folder)
     manifest = read_manifest(folder)
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
+    with safe_open(folder / WEIGHTS, framework="pt") as opened:
+        file = BundleReader(opened, manifest["small"])
         state = {}
-        for name in _weight_names(file.keys()):
+        for name in _weight_names(file.names()):
             packed = manifest["packed"].get(name)
-            state[name] = file.get_tensor(name) if packed is None else unpack_weight(packed, _parts(file, name))[0]
+            state[name] = file.get(name) if packed is None else unpack_weight(packed, _parts(file, name))[0]
     state.update({alias: state[name] for alias, name in manifest["aliases"].items()})
     return state
 
@@ -254,9 +261,9 @@ def _import(path: str) -> Any:
         raise RecipeError(f"the checkpoint needs {path}, which cannot be imported. Install its package.") from error
 
 
-def _parts(file: Any, name: str) -> dict[str, Tensor]:
+def _parts(file: BundleReader, name: str) -> dict[str, Tensor]:
     prefix = f"{name}:"
-    return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+    return {key.removeprefix(prefix): file.get(key) for key in file.names() if key.startswith(prefix)}
 
 
 def _weight_names(keys: Sequence[str]) -> set[str]:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 
-class RecipeError(ValueError):
+class RecipeError(Exception):
     """One or more problems in what the user asked for.
 
     The command line prints each problem on a line of its own and exits with code 2, without a traceback. Code that
@@ -24,11 +24,14 @@ class RecipeError(ValueError):
 def suggest(name: str, known: Iterable[str]) -> str:
     """``" Did you mean 'GPTQ'?"`` for a near miss, else the list of what is known; with a leading space."""
     known = sorted(set(known))
+    return near_miss(name, known) or (f" Known: {', '.join(known)}." if known else "")
+
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'GPTQ'?"`` for a near miss, else nothing."""
     lowered = {k.lower(): k for k in known}
     near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
-    if near:
-        return f" Did you mean '{lowered[near[0]]}'?"
-    return f" Known: {', '.join(known)}." if known else ""
+    return f" Did you mean '{lowered[near[0]]}'?" if near else ""
 
 
 def shorten(names: Iterable[str], most: int = 3) -> str:

@@ -61,7 +61,7 @@ def make_record(
         "compression_rate": (dense["size_bytes"] if dense else size.size_bytes) / size.size_bytes,
         "sparsity": size.sparsity,
         "pruned": size.pruned,
-        "bits_per_weight": size.bits_per_weight,
+        "bits_per_weight": size.bits_per_weight if size.layers else float(original_bits),
         "elapsed_s": round(elapsed_s, 3),
         "peak_memory_bytes": peak_memory_bytes,
         "constraints_verified": constraints_verified,

@@ -10,7 +10,15 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from pqqp_lightning.checkpoint import Applied, checkpoint_bytes, class_path, restore, save_checkpoint
+from pqqp_lightning.checkpoint import (
+    MANIFEST,
+    Applied,
+    checkpoint_bytes,
+    class_path,
+    read_manifest,
+    restore,
+    save_checkpoint,
+)
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.record import RECORDS, Record, append_record, layer_table, read_records, write_report
@@ -89,9 +97,9 @@ class Run:
 
     def _half_done(self, folder: Path) -> Record | None:
         """The record of a stage that was compressed but not yet finetuned when the run was killed."""
-        if not (folder / "manifest.json").is_file():
+        if not (folder / MANIFEST).is_file():
             return None
-        record = json.loads((folder / "manifest.json").read_text())["record"]
+        record = read_manifest(folder)["record"]
         return None if "metrics_before_finetuning" in record else record
 
     def _finish(self) -> None:

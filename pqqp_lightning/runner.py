@@ -113,7 +113,7 @@ class Runner:
             self._verify(stage, promised, context.notes)
         elapsed, peak_bytes = time.perf_counter() - start, peak.size_bytes
         self.applied.append(Applied(stage, plan))
-        record = self._record(stage, elapsed, peak_bytes, context.notes)
+        record = self._record(stage, elapsed, peak_bytes, context.all_notes())
         self.save(folder, record)
         if stage.epochs:
             record = self.finetune(stage, folder, record)

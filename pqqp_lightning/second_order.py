@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from pqqp_lightning.algorithms.hessian import InverseFactor, factorize_inverse
-from pqqp_lightning.errors import shorten
+from pqqp_lightning.stage import Context
 
 
 def check_hessian_knobs(block_size: int, damping: float) -> list[str]:
@@ -24,18 +24,18 @@ def factorize(
     hessians: Iterable[Tensor],
     damping: float,
     layers: Iterable[str],
-    notes: list[str],
+    context: Context,
     *,
     activation_order: bool = False,
 ) -> list[InverseFactor]:
-    """The factorized inverse of each row group's Hessian [I, I]; what was unusual goes into ``notes``.
+    """The factorized inverse of each row group's Hessian [I, I]; what was unusual is noted.
 
     Raises:
         ArithmeticError: a Hessian cannot be factorized.
     """
     inverses = [factorize_inverse(h, damping, activation_order=activation_order) for h in hessians]
-    if dead := sum(int(inverse.dead.sum()) for inverse in inverses):
-        notes.append(f"{shorten(layers)}: {dead} inputs are always zero; their weights became zero")
+    if any(bool(inverse.dead.any()) for inverse in inverses):
+        context.found("some inputs are always zero; their weights became zero", layers)
     if (used := max(inverse.damping for inverse in inverses)) > damping:
-        notes.append(f"{shorten(layers)}: damping raised to {used:g}, the Hessian is ill-conditioned")
+        context.found(f"damping raised to {used:g}, the Hessian is ill-conditioned", layers)
     return inverses

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -30,12 +30,22 @@ class Context:
         title: what progress bars say.
         progress: whether to show them.
         notes: findings for the stage's record; the stage appends to it.
+        findings: findings that may concern many layers: what was found, and where.
     """
 
     walk: Callable[[Blocks], Walk]
     title: str = ""
     progress: bool = True
     notes: list[str] = field(default_factory=list)
+    findings: dict[str, list[str]] = field(default_factory=dict)
+
+    def found(self, what: str, layers: Iterable[str]) -> None:
+        """Note ``what`` was found in ``layers``; the record names how many and the first of them."""
+        self.findings.setdefault(what, []).extend(layers)
+
+    def all_notes(self) -> list[str]:
+        """The notes, one for each kind of finding among them."""
+        return [*self.notes, *(f"{shorten(layers)}: {what}" for what, layers in self.findings.items())]
 
     def calibrate(self, blocks: Blocks, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
         """Walk over ``blocks``: collect ``kind`` for ``layers`` and call ``compress`` with each reading."""

@@ -21,6 +21,10 @@ from pqqp_lightning.run import Run
 from pqqp_lightning.stage import Stage
 
 
+class Training(Stage):
+    """What a recipe without stages does: ``trainer.max_epochs`` of ordinary training."""
+
+
 class Trainer(pl.Trainer):
     """A Lightning Trainer whose callbacks may include stages: ``fit`` applies them in the order of the list.
 
@@ -131,9 +135,7 @@ class Trainer(pl.Trainer):
         epochs = self.fit_loop.max_epochs
         if not epochs:
             return []
-        stage = Stage(epochs=epochs)
-        stage.name = "train"
-        return [stage]
+        return [Training(epochs=epochs)]
 
 
 def name_stages(stages: Sequence[Stage]) -> None:

@@ -76,7 +76,7 @@ class ImageData(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.source, self.config_name = source, config_name
+        self.source, self.config_name = sources.expand(source), config_name
         self.train_transforms: Sequence[Spec] = train_transforms or ()
         self.evaluation_transforms: Sequence[Spec] = evaluation_transforms or ()
         self.image_size = 32 if image_size is None and source == pictures.DIGITS else image_size

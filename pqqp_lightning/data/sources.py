@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,14 @@ from pqqp_lightning.models.loading import is_path, third_party_errors
 if TYPE_CHECKING:
     from datasets import Dataset
 
+DATA_FOLDER = "PQQP_DATA"
+"""Environment variable of the folder that the recipes' local data lies in; ../shared/data by default."""
 HUB_WAYS_OUT = "Give a local folder in the hub's layout (./data/name), or go online with HF_HUB_OFFLINE unset."
+
+
+def expand(source: str) -> str:
+    """``source`` with environment variables filled in (``$PQQP_DATA/wikitext``)."""
+    return os.path.expandvars(source.replace(f"${DATA_FOLDER}", os.environ.get(DATA_FOLDER, "../shared/data")))
 
 
 def check_path(source: str) -> list[str]:

@@ -66,7 +66,8 @@ class TextData(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.source, self.config_name, self.text_column = source, config_name, text_column
+        self.source = sources.expand(source) if isinstance(source, str) else [sources.expand(s) for s in source]
+        self.config_name, self.text_column = config_name, text_column
         self.tokenizer, self.sequence_length = tokenizer, sequence_length
         self.calibration_samples, self.evaluation_samples = calibration_samples, evaluation_samples
         self.batch_size, self.calibration_batch_size = batch_size, calibration_batch_size

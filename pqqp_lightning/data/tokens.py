@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from pqqp_lightning.data.loaders import Windows, check_positive, draw, fixed_loader, require, train_loader
+from pqqp_lightning.data.sources import expand
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models.loading import third_party_errors
 
@@ -51,7 +52,8 @@ class TokenData(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.files = {"calibration": calibration, "evaluation": evaluation, "train": train}
+        files = {"calibration": calibration, "evaluation": evaluation, "train": train}
+        self.files = {knob: None if file is None else expand(file) for knob, file in files.items()}
         self.batch_size, self.calibration_batch_size = batch_size, calibration_batch_size
         self.calibration_samples, self.evaluation_samples = calibration_samples, evaluation_samples
         self.seed, self.num_workers = seed, num_workers

@@ -59,11 +59,11 @@ def read_weights(path: str) -> dict[str, Tensor]:
         raise RecipeError(f"weights={path!r}: there is no such file or folder (looked at {file.absolute()}).")
     if file.is_file() and file.suffix not in SUFFIXES:
         raise RecipeError(f"weights={path!r} is not a checkpoint. Give a folder, or a file: {', '.join(SUFFIXES)}.")
-    with third_party_errors(f"weights={path!r} cannot be read", "Save it again, or name another file."):
-        if file.is_dir():
-            from pqqp_lightning.checkpoint import load_weights
+    if file.is_dir():
+        from pqqp_lightning.checkpoint import load_weights
 
-            return load_weights(file)
+        return load_weights(file)
+    with third_party_errors(f"weights={path!r} cannot be read", "Save it again, or name another file."):
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
