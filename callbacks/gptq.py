@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -14,7 +13,7 @@ from pqqp_lightning.modules.constraints import constraints_of
 from pqqp_lightning.modules.layers import row_groups, weight_matrix
 from pqqp_lightning.quantization import GroupSize, QuantizationStage, merge_rows
 from pqqp_lightning.second_order import check_hessian_knobs, factorize
-from pqqp_lightning.stage import Context, Plan, Stage
+from pqqp_lightning.stage import Context, Plan
 
 
 class GPTQ(QuantizationStage):
@@ -54,8 +53,8 @@ class GPTQ(QuantizationStage):
         super().__init__(bits, group_size, symmetric, **kwargs)
         self.block_size, self.damping, self.activation_order = block_size, damping, activation_order
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
-        return super().check(model, data, earlier) + check_hessian_knobs(self.block_size, self.damping)
+    def check_knobs(self) -> list[str]:
+        return super().check_knobs() + check_hessian_knobs(self.block_size, self.damping)
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         def quantize(reading: Reading) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
@@ -11,7 +10,7 @@ from pqqp_lightning.algorithms.magnitude import prune_magnitude, prune_magnitude
 from pqqp_lightning.modules.constraints import constraints_of
 from pqqp_lightning.modules.layers import Layer, weight_matrix
 from pqqp_lightning.pruning import PruningStage
-from pqqp_lightning.stage import Context, Plan, Stage
+from pqqp_lightning.stage import Context, Plan
 
 
 class Magnitude(PruningStage):
@@ -41,8 +40,8 @@ class Magnitude(PruningStage):
         super().__init__(sparsity, pattern, **kwargs)
         self.scope = scope
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
-        problems = super().check(model, data, earlier)
+    def check_knobs(self) -> list[str]:
+        problems = super().check_knobs()
         if self.scope == "global" and not isinstance(self.sparsity, float | int):
             problems.append("scope: global needs one sparsity for all layers. Set sparsity: 0.5, or scope: layer.")
         return problems

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from pqqp_lightning.modules.constraints import constraints_of
 from pqqp_lightning.modules.layers import row_groups, weight_matrix
 from pqqp_lightning.pruning import PruningStage
 from pqqp_lightning.second_order import check_hessian_knobs, factorize
-from pqqp_lightning.stage import Context, Plan, Stage
+from pqqp_lightning.stage import Context, Plan
 
 
 class SparseGPT(PruningStage):
@@ -50,8 +49,8 @@ class SparseGPT(PruningStage):
         super().__init__(sparsity, pattern, **kwargs)
         self.block_size, self.damping = block_size, damping
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
-        return super().check(model, data, earlier) + check_hessian_knobs(self.block_size, self.damping)
+    def check_knobs(self) -> list[str]:
+        return super().check_knobs() + check_hessian_knobs(self.block_size, self.damping)
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         def prune(reading: Reading) -> None:

@@ -12,20 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import pqqp_lightning
-from pqqp_lightning.diagnosis import diagnose, option, recipe_name, stage_class_names
+from pqqp_lightning.diagnosis import check_sections, diagnose
 from pqqp_lightning.errors import RecipeError, suggest
 from pqqp_lightning.listing import print_methods
 from pqqp_lightning.order import search_orders
 from pqqp_lightning.report import print_order_report, print_report
 from pqqp_lightning.run import RECIPE
+from pqqp_lightning.settings import (
+    COMMAND_LINE,
+    ENVIRONMENT,
+    load_yaml,
+    option,
+    place,
+    read_settings,
+    recipe_name,
+    stage_class_names,
+)
 from pqqp_lightning.stage import Stage
 from pqqp_lightning.stages import import_from_working_folder, known_stages, load_installed
 from pqqp_lightning.trainer import Trainer
+
+
+class NotStarted(RecipeError):
+    """What keeps a run from starting before its stages could look at the model."""
 
 
 class CommandTrainer(Trainer):
@@ -56,7 +71,7 @@ class CommandLine(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Errors are raised, so that they can be worded; options can come from the environment."""
-        kwargs |= {"exit_on_error": False, "default_env": True, "env_prefix": "PQQP"}
+        kwargs |= {"exit_on_error": False, "default_env": True, "env_prefix": ENVIRONMENT}
         return super().init_parser(**kwargs)
 
     @staticmethod
@@ -79,6 +94,15 @@ class CommandLine(LightningCLI):
         config.stages = ordered(config.stages, config.stage_order)
         config.stage_order = None
 
+    def instantiate_classes(self) -> None:
+        """Build the model, the data, the stages and the trainer; what they refuse comes out of the parser's errors."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if problems := _refused(error):
+                raise NotStarted(problems) from error
+            raise
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer, with the stages at the head of its callbacks."""
         stages: dict[str, Stage] = self._get(self.config_init, "stages")
@@ -89,7 +113,10 @@ class CommandLine(LightningCLI):
         config["callbacks"] = [*stages.values(), *(given if isinstance(given, list) else [given])]
         if self.subcommand in ("validate", "test") and config["logger"] is None:
             config["logger"] = False  # the run's own logs stay as they are
-        trainer = self.trainer_class(**config)
+        try:
+            trainer = self.trainer_class(**config)
+        except (MisconfigurationException, ValueError) as error:
+            raise RecipeError(_refused(error) or f"trainer: {error} Change the option, or leave it out.") from error
         trainer.recipe_text = self._resolved_recipe()
         resolved = yaml.safe_load(trainer.recipe_text)
         trainer.recipe = {key: resolved[key] for key in ("model", "data") if resolved.get(key) is not None}
@@ -146,8 +173,8 @@ def _quiet_the_libraries() -> None:
 
 def run_folder(config: Namespace, command: str) -> Path:
     """``--run_dir``, or ``runs/`` and the recipe's name (``order`` has a folder of its own)."""
-    if config.run_dir:
-        return Path(config.run_dir)
+    if given := config.run_dir or config.trainer.default_root_dir:
+        return Path(given)
     files = config.get("config") or []
     stem = Path(str(files[-1])).stem if files else "run"
     return Path("runs") / (f"{stem}-order" if command == "order" else stem)
@@ -157,7 +184,7 @@ def ordered(stages: dict[str, Any], order: list[str] | None) -> dict[str, Any]:
     """The stages in ``order``, which must name each of them once.
 
     Raises:
-        RecipeError: it does not.
+        NotStarted: it does not.
     """
     if order is None:
         return stages
@@ -167,7 +194,7 @@ def ordered(stages: dict[str, Any], order: list[str] | None) -> dict[str, Any]:
     if len(set(order)) != len(order):
         problems.append(f"stage_order={order} names a stage twice. Name every stage once.")
     if problems:
-        raise RecipeError(problems)
+        raise NotStarted(problems)
     return {name: stages[name] for name in order}
 
 
@@ -184,10 +211,11 @@ def _report(arguments: list[str]) -> None:
 def _recipe_command(command: str, arguments: list[str]) -> None:
     _import_models_and_data()
     arguments = _with_saved_recipe(command, [_bundled(argument) for argument in arguments])
-    for name in stage_class_names(arguments):
+    set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
+    settings, _ = read_settings(command, arguments)
+    for name in stage_class_names(settings):
         if name not in known_stages():
             import_from_working_folder(name)
-    recipe = recipe_name(arguments)
     sys.argv[1:] = [command, *arguments]  # also what the processes of a distributed run are started with
     try:
         CommandLine(
@@ -203,8 +231,21 @@ def _recipe_command(command: str, arguments: list[str]) -> None:
         )
     except ArgumentError as error:
         raise RecipeError(diagnose(command, arguments, error)) from error
-    except RecipeError as error:
-        raise RecipeError([f"{recipe}: {problem}" if recipe else problem for problem in error.problems]) from error
+    except (RecipeError, MisconfigurationException) as error:
+        problems = place(_refused(error), settings, recipe_name(arguments) or COMMAND_LINE)
+        more = check_sections(settings) if isinstance(error, NotStarted) else []
+        raise RecipeError(dict.fromkeys([*problems, *more])) from error
+
+
+def _refused(error: BaseException | None) -> list[str]:
+    """What a class that the recipe names, or Lightning, refused with ``error`` or with a cause of it."""
+    while error is not None:
+        if isinstance(error, RecipeError):
+            return error.problems
+        if isinstance(error, MisconfigurationException | ModuleNotFoundError):
+            return [f"trainer: {' '.join(str(error).split())} Change the option, or leave it out."]
+        error = error.__cause__
+    return []
 
 
 def _import_models_and_data() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, Subset
 
@@ -57,6 +57,15 @@ class DataSource:
             problems.append("data: there is no evaluation data. Give a datamodule or val_dataloaders.")
         check = getattr(self.datamodule, "check", None)
         return problems + (list(check()) if callable(check) else [])
+
+    def read(self, trainer: Trainer) -> None:
+        """Have the datamodule read its data now: what is wrong with it is found before anything is written."""
+        if self.datamodule is None or not trainer.is_global_zero:
+            return
+        trainer.strategy.connect(self.module)
+        self.datamodule.trainer = trainer
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
 
     def calibration_batches(self, rank: int, ranks: int, limit: int | None) -> tuple[list[Any], Any]:
         """This rank's calibration batches, and a batch of one sample.

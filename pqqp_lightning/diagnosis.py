@@ -1,157 +1,84 @@
 """What is wrong with a command line or a recipe, all of it, worded for the person who wrote it.
 
-The parser (jsonargparse) stops at the first error. When it does, the recipe's files and the command line are read
-again here, plainly, and every section, class and knob is looked at by itself. This runs on failure only.
+The parser (jsonargparse) stops at the first error. When it does, every section, class and knob that was set is looked
+at by itself here. This runs on failure only.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from pqqp_lightning.errors import suggest
+from pqqp_lightning.errors import RecipeError, near_miss, suggest
+from pqqp_lightning.settings import COMMAND_LINE, FLAGS, Setting, place, read_settings, recipe_name
 from pqqp_lightning.stage import Stage
 from pqqp_lightning.stages import known_stages
 from pqqp_lightning.trainer import Trainer
 
-SECTIONS = {"model", "data", "trainer", "stages", "stage_order", "run_dir", "seed_everything", "ckpt_path", "config"}
-EXTRA = {"fit": {"weights_only"}, "order": {"metric", "higher_is_better"}}
-FLAGS = {"print_config", "help", "print_shtab"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A value that the user gave.
-
-    Attributes:
-        where: the recipe's path, or "command line".
-        key: dotted, as in ``stages.prune.sparsity``.
-        value: plain data.
-    """
-
-    where: str
-    key: str
-    value: Any
+SECTIONS = {"model", "data", "trainer", "stages"}
+OPTIONS: dict[str, Any] = {
+    "stage_order": list[str] | None,
+    "run_dir": str | None,
+    "seed_everything": bool | int,
+    "ckpt_path": str | None,
+}
+OPTIONS_OF: dict[str, dict[str, Any]] = {
+    "fit": {"weights_only": bool | None},
+    "order": {"metric": str | None, "higher_is_better": bool | None},
+    "validate": {"weights_only": bool | None, "verbose": bool},
+    "test": {"weights_only": bool | None, "verbose": bool},
+}
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 
 
 def diagnose(command: str, arguments: Sequence[str], error: ArgumentError) -> list[str]:
     """Every problem of the command line and its recipes; the parser's own words if none is found."""
-    problems: list[str] = []
-    settings = list(_settings(arguments, problems))
-    known = SECTIONS | FLAGS | EXTRA.get(command, {"verbose", "weights_only"})
+    settings, problems = read_settings(command, arguments)
+    options = OPTIONS | OPTIONS_OF[command]
+    known = {*SECTIONS, *options}
     for setting in settings:
         section = setting.key.split(".")[0]
-        if section not in known:
-            dashes = "--" if setting.where == "command line" else ""
-            problems.append(f"{setting.where}: '{dashes}{section}' is no section.{suggest(section, SECTIONS)}")
-    problems += _check_stages(settings)
-    problems += _check_section(settings, "model", LightningModule)
-    problems += _check_section(settings, "data", LightningDataModule)
-    problems += _check_trainer(settings)
-    return list(dict.fromkeys(problems)) or [f"{recipe_name(arguments) or 'command line'}: {_first_lines(error)}"]
+        if section not in known | FLAGS:
+            dashes = "--" if setting.where == COMMAND_LINE else ""
+            problems.append(f"{setting.where}: '{dashes}{section}' is no section.{suggest(section, known)}")
+    if not problems and not any(s.key.split(".")[0] == "model" for s in settings):
+        place_of_it = recipe_name(arguments) or COMMAND_LINE
+        problems.append(f"{place_of_it}: model: is missing. Add model: {{class_path: CausalLM}}, or give --config.")
+    problems += _check_options([s for s in settings if s.key in options], options)
+    problems += check_sections(settings)
+    return list(dict.fromkeys(problems)) or [f"{recipe_name(arguments) or COMMAND_LINE}: {_first_lines(error)}"]
 
 
-def recipe_name(arguments: Sequence[str]) -> str | None:
-    """The last recipe on the command line."""
-    return option(arguments, "config")
+def check_sections(settings: Sequence[Setting]) -> list[str]:
+    """Every problem of the sections that can be seen without building the model."""
+    problems = _check_stages(settings)
+    for section, base in (("model", LightningModule), ("data", LightningDataModule)):
+        own = [s for s in settings if s.key.split(".")[0] == section]
+        ours = {c.__name__: c for c in _subclasses(base) if c.__module__.startswith("pqqp_lightning.")}
+        problems += _check_class(own, section, (base,), ours) if own else []
+    return problems + _check_trainer(settings)
 
 
-def option(arguments: Sequence[str], name: str) -> str | None:
-    """The last value of ``--name`` on the command line."""
-    found = [value for key, value in _pairs(arguments) if key == name or (name == "config" and key == "c")]
-    return found[-1] if found else None
+def _check_options(settings: Iterable[Setting], options: dict[str, Any]) -> list[str]:
+    parser = ArgumentParser(exit_on_error=False)
+    for name, kind in options.items():
+        parser.add_argument(f"--{name}", type=kind)
+    problems = []
+    for setting in settings:
+        if not _accepts(parser, setting):
+            expected = _in_words(options[setting.key])
+            problems.append(f"{setting.where}: {setting.key}={setting.value!r}: expected {expected}.")
+    return problems
 
 
-def stage_class_names(arguments: Sequence[str]) -> list[str]:
-    """The bare class names that the recipes and the command line give to stages."""
-    names = []
-    for setting in _settings(arguments, []):
-        parts = setting.key.split(".")
-        if parts[0] == "stages" and (len(parts) == 2 or parts[2:] == ["class_path"]):
-            name = setting.value.get("class_path") if isinstance(setting.value, dict) else setting.value
-            if isinstance(name, str) and name.isidentifier():
-                names.append(name)
-    return names
-
-
-def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """(option, value) pairs of a command line, options without their dashes."""
-    pending = list(arguments)
-    while pending:
-        word = pending.pop(0)
-        if not word.startswith("-"):
-            yield "", word
-            continue
-        key, equals, value = word.lstrip("-").partition("=")
-        if equals:
-            yield key, value
-        elif pending and not pending[0].startswith("--"):
-            yield key, pending.pop(0)
-        else:
-            yield key, None
-
-
-def _settings(arguments: Sequence[str], problems: list[str]) -> Iterator[Setting]:
-    """What the recipes and the command line set, the stages one by one; files that cannot be read go to problems."""
-    for key, value in _pairs(arguments):
-        if key in ("config", "c") and value is not None:
-            yield from _settings_of_file(Path(value), problems)
-        elif key == "" and value is not None:
-            problems.append(f"command line: '{value}' belongs to no option. Options start with --.")
-        elif key:
-            yield from _split_stages(Setting("command line", key, _parse(value)))
-
-
-def _settings_of_file(path: Path, problems: list[str]) -> Iterator[Setting]:
-    content = _read_yaml(path, problems)
-    if content is None:
-        return
-    if not isinstance(content, dict):
-        problems.append(f"{path}: is not a recipe: expected 'model:', 'data:', 'stages:' ..., got {content!r:.60}.")
-        return
-    for key, value in content.items():
-        if key in ("model", "data", "trainer") and isinstance(value, str) and value.endswith(".yaml"):
-            value = _read_yaml(path.parent / value, problems)
-        yield from _split_stages(Setting(str(path), str(key), value))
-
-
-def _read_yaml(path: Path, problems: list[str]) -> Any:
-    if not path.is_file():
-        near = suggest(path.name, [f.name for f in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
-        problems.append(f"{path}: there is no such file.{near}")
-        return None
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        problems.append(f"{path}: is not YAML{at}: {getattr(error, 'problem', None) or error}.")
-        return None
-
-
-def _split_stages(setting: Setting) -> Iterator[Setting]:
-    if setting.key == "stages" and isinstance(setting.value, dict):
-        for name, value in setting.value.items():
-            yield Setting(setting.where, f"stages.{name}", value)
-    else:
-        yield setting
-
-
-def _parse(value: str | None) -> Any:
-    try:
-        return yaml.safe_load(value) if value is not None else True
-    except yaml.YAMLError:
-        return value
-
-
-def _check_stages(settings: list[Setting]) -> list[str]:
+def _check_stages(settings: Sequence[Setting]) -> list[str]:
     problems = []
     names = list(dict.fromkeys(s.key.split(".")[1] for s in settings if s.key.startswith("stages.")))
     for setting in settings:
@@ -163,46 +90,41 @@ def _check_stages(settings: list[Setting]) -> list[str]:
     for name in names:
         own = [s for s in settings if s.key.split(".")[:2] == ["stages", name]]
         given = [s.key for s in own if len(s.key.split(".")) == 2 or s.key.endswith(".class_path")]
-        if not given:
+        if given:
+            problems += _check_class(own, f"stages.{name}", (Stage,), dict(known_stages()))
+        else:
             others = [n for n in names if n != name]
             problems.append(
                 f"{own[0].where}: stages.{name}: there is no such stage.{suggest(name, others)} "
                 f"To add it, also give --stages.{name} METHOD."
             )
-            continue
-        problems += _check_class(own, f"stages.{name}", Stage, dict(known_stages()))
     return problems
 
 
-def _check_section(settings: list[Setting], section: str, base: type) -> list[str]:
-    own = [s for s in settings if s.key.split(".")[0] == section]
-    if not own:
-        needed = "model: {class_path: CausalLM}" if section == "model" else "data: {class_path: TextData}"
-        return [f"{section}: is missing. Add {needed} to the recipe."] if section == "model" else []
-    known = {c.__name__: c for c in _subclasses(base) if c.__module__.startswith("pqqp_lightning.")}
-    return _check_class(own, section, base, known)
-
-
-def _check_class(settings: list[Setting], key: str, base: type, known: dict[str, type]) -> list[str]:
+def _check_class(
+    settings: Sequence[Setting], key: str, bases: tuple[type, ...], known: dict[str, type], *, complete: bool = True
+) -> list[str]:
     """A section that names a class: does it exist, and is each knob one of its own, of the right type?"""
     problems: list[str] = []
     cls: type | None = None
-    depth = len(key.split("."))
+    depth, first = len(key.split(".")), settings[0].where
     knobs: list[Setting] = []
     for setting in settings:
-        rest = setting.key.split(".")[depth:]
-        name, arguments = _class_and_knobs(rest, setting.value)
+        name, arguments = _class_and_knobs(setting.key.split(".")[depth:], setting.value)
         if name is not None:
-            found = _resolve(name, base, known)
+            found = _resolve(name, bases, known)
             if isinstance(found, str):
                 problems.append(f"{setting.where}: {key}: {found}")
             else:
                 cls = found
         knobs += [Setting(setting.where, k, v) for k, v in arguments.items()]
     if cls is None:
-        missing = not problems
-        return problems + ([f"{settings[0].where}: {key}: class_path is missing. Known: {', '.join(known)}."] * missing)
-    return problems + _check_knobs(cls, f"{key} ({cls.__name__})", knobs)
+        return problems or [f"{first}: {key}: class_path is missing. Known: {', '.join(sorted(known))}."]
+    where = f"{key} ({cls.__name__})"
+    problems += _check_knobs(cls, where, knobs)
+    missing = [name for name in _required(cls) if name not in {knob.key for knob in knobs}] if complete else []
+    problems += [f"{first}: {where}: {name} is required. Add it." for name in missing]
+    return problems or place(_own_problems(cls, where, knobs), settings, first)
 
 
 def _class_and_knobs(rest: list[str], value: Any) -> tuple[str | None, dict[str, Any]]:
@@ -220,7 +142,7 @@ def _class_and_knobs(rest: list[str], value: Any) -> tuple[str | None, dict[str,
     return None, {rest[0]: value} if len(rest) == 1 else {}
 
 
-def _resolve(name: str, base: type, known: dict[str, type]) -> type | str:
+def _resolve(name: str, bases: tuple[type, ...], known: dict[str, type]) -> type | str:
     """The class, or what is wrong with its name."""
     if name in known:
         return known[name]
@@ -229,43 +151,14 @@ def _resolve(name: str, base: type, known: dict[str, type]) -> type | str:
         return f"'{name}' is no known class.{suggest(name, known)}"
     try:
         found = getattr(__import__(module, fromlist=[attribute]), attribute)
-    except (ImportError, AttributeError) as error:
-        return f"'{name}' cannot be imported: {error}.{suggest(attribute, known)}"
-    if not (isinstance(found, type) and issubclass(found, base)):
-        return f"'{name}' is no {base.__name__}."
+    except Exception as error:  # whatever the module of a user raises
+        return f"'{name}' cannot be imported: {type(error).__name__}: {error}.{near_miss(attribute, known)}"
+    if not (isinstance(found, type) and issubclass(found, bases)):
+        return f"'{name}' is no {' or '.join(base.__name__ for base in bases)}."
     return found
 
 
-def _check_knobs(cls: type, where: str, knobs: list[Setting]) -> list[str]:
-    parser = ArgumentParser(exit_on_error=False)
-    names = {str(n) for n in parser.add_class_arguments(cls, None, fail_untyped=False, sub_configs=True)}
-    problems = []
-    for knob in knobs:
-        if knob.key not in names:
-            problems.append(f"{knob.where}: {where}: '{knob.key}' is no knob.{suggest(knob.key, names)}")
-            continue
-        try:
-            parser.parse_object({knob.key: knob.value})
-        except ArgumentError as error:
-            if f'"{knob.key}"' in str(error):
-                problems.append(f"{knob.where}: {where}: {knob.key}={knob.value!r}: {_expected(parser, knob.key)}")
-    given = {knob.key for knob in knobs}
-    required = {n for n in names if n in _required(parser)} - given
-    return problems + [f"{where}: {name} is required. Add it." for name in sorted(required)]
-
-
-def _required(parser: ArgumentParser) -> set[str]:
-    return {str(name) for name in getattr(parser, "required_args", set())}
-
-
-def _expected(parser: ArgumentParser, knob: str) -> str:
-    action = next(a for a in parser._actions if a.dest == knob)
-    kind = getattr(action, "_typehint", None)
-    name = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind)
-    return f"expected {str(name).replace('typing.', '').replace('NoneType', 'null')}."
-
-
-def _check_trainer(settings: list[Setting]) -> list[str]:
+def _check_trainer(settings: Sequence[Setting]) -> list[str]:
     knobs = []
     for setting in settings:
         parts = setting.key.split(".")
@@ -276,6 +169,96 @@ def _check_trainer(settings: list[Setting]) -> list[str]:
         elif len(parts) == 2:
             knobs.append(Setting(setting.where, parts[1], setting.value))
     return _check_knobs(Trainer, "trainer", knobs)
+
+
+def _check_knobs(cls: type, where: str, knobs: Sequence[Setting]) -> list[str]:
+    parser = _parser_of(cls)
+    kinds = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    names = {name for name in kinds if name not in FLAGS and "." not in name}
+    problems = []
+    for knob in knobs:
+        if knob.key not in names:
+            problems.append(f"{knob.where}: {where}: '{knob.key}' is no knob.{suggest(knob.key, names)}")
+        elif not _accepts(parser, knob):
+            inside = _check_classes_inside(knob, where.partition(" ")[0], kinds[knob.key])
+            near = near_miss(str(knob.value), map(str, _choices(kinds[knob.key])))
+            wrong = f"{knob.key}={knob.value!r}: expected {_in_words(kinds[knob.key])}.{near}"
+            problems += inside or [f"{knob.where}: {where}: {wrong}"]
+    return problems
+
+
+def _check_classes_inside(knob: Setting, section: str, kind: Any) -> list[str]:
+    """What is wrong with the classes in a knob that takes some (callbacks, a logger, an optimizer)."""
+    bases = tuple(c for c in _parts(kind) if isinstance(c, type) and c not in WORDS)
+    known = {c.__name__: c for base in bases for c in (base, *_subclasses(base))}
+    key, problems = f"{section}.{knob.key}", []
+    for value in knob.value if isinstance(knob.value, list) else [knob.value]:
+        if known and isinstance(value, dict) and "class_path" in value:
+            complete = get_origin(kind) is not Callable  # who calls it gives the rest
+            problems += _check_class([Setting(knob.where, key, value)], key, bases, known, complete=complete)
+    return problems
+
+
+def _own_problems(cls: type, where: str, knobs: Sequence[Setting]) -> list[str]:
+    """What an instance of a stage or datamodule says about its knobs, if one can be made."""
+    if not issubclass(cls, Stage | LightningDataModule):
+        return []
+    try:
+        values = _parser_of(cls).parse_object({knob.key: copy.deepcopy(knob.value) for knob in knobs})
+        instance = cls(**values.as_dict())
+        if isinstance(instance, Stage):
+            return [f"{where}: {problem}" for problem in instance.check_knobs()]
+        return list(instance.check()) if hasattr(instance, "check") else []
+    except RecipeError as error:
+        return error.problems
+    except Exception:  # this is not the place to report it
+        return []
+
+
+def _parser_of(cls: type) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, None, fail_untyped=False, sub_configs=True)
+    return parser
+
+
+def _accepts(parser: ArgumentParser, setting: Setting) -> bool:
+    try:
+        parser.parse_object({setting.key: copy.deepcopy(setting.value)})  # which changes what it is given
+    except ArgumentError as error:
+        return f'"{setting.key}"' not in str(error)
+    return True
+
+
+def _required(cls: type) -> list[str]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(cls).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]
+
+
+def _in_words(kind: Any) -> str:
+    """A type for people: ``"a number, {name: a number} or null"``."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        parts = list(dict.fromkeys(_in_words(part) for part in inner))
+        return " or ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+    if origin is Literal:
+        return ", ".join(map(repr, inner))
+    if origin is dict:
+        return f"{{name: {_in_words(inner[1])}}}"
+    if origin is list:
+        return f"[{_in_words(inner[0])}, ...]"
+    return WORDS.get(kind) or str(getattr(kind, "__name__", kind))
+
+
+def _parts(kind: Any) -> Iterator[Any]:
+    """The types and values that a type is made of."""
+    yield kind
+    for inner in get_args(kind):
+        yield from _parts(inner)
+
+
+def _choices(kind: Any) -> list[Any]:
+    return [value for part in _parts(kind) if get_origin(part) is Literal for value in get_args(part)]
 
 
 def _subclasses(base: type) -> Iterator[type]:

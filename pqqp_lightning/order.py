@@ -81,10 +81,11 @@ class OrderSearch:
         if resume:
             check_same_recipe(self._folder, started)
             self._nodes = {tuple(n["order"]): n["record"] for n in read_lines(self._folder / NODES)}
-        elif self._trainer.is_global_zero:
+        dense = self._measure_dense()
+        self._metric, self._higher = self._deciding_metric(dense["metrics"], metric, higher)
+        if not resume and self._trainer.is_global_zero:
             open_folder(self._folder, started, self._trainer.recipe_text)
-        self._measure_dense()
-        self._metric, self._higher = self._deciding_metric(metric, higher)
+        self._save_dense(dense)
         self._visit(())
         self._finish()
 
@@ -96,7 +97,7 @@ class OrderSearch:
         """
         count = len(self._stages)
         if not 2 <= count <= MOST_STAGES:
-            raise RecipeError(f"order: {count} stages given; an order needs 2 to {MOST_STAGES}. Change the stages.")
+            raise RecipeError(f"order: needs 2 to {MOST_STAGES} stages, but the recipe has {count}. Change the stages.")
         for names in permutations(self._stages):
             try:
                 check_recipe(self._trainer, self._data, [self._stages[name] for name in names])
@@ -104,15 +105,25 @@ class OrderSearch:
             except RecipeError as error:
                 self._refused[names] = error.problems
         if not self._orders:
-            raise RecipeError(list(dict.fromkeys(p for problems in self._refused.values() for p in problems)))
+            raise RecipeError(dict.fromkeys(p for problems in self._refused.values() for p in problems))
+        self._data.read(self._trainer)
 
-    def _measure_dense(self) -> None:
+    def _measure_dense(self) -> Record:
+        """The baseline's record; nothing is written yet."""
         stages = list(self._stages.values())
         if () in self._nodes:
             self._runner.describe_dense(stages)
             self._runner.dense = self._nodes[()]
-        else:
-            self._add((), self._runner.measure_dense(stages))
+            return self._nodes[()]
+        loggers, self._trainer.loggers = self._trainer.loggers, []
+        try:
+            return self._runner.measure_dense(stages)
+        finally:
+            self._trainer.loggers = loggers
+
+    def _save_dense(self, record: Record) -> None:
+        if () not in self._nodes:
+            self._add((), record)
         if self._trainer.is_global_zero and not self._is_saved(()):
             save_checkpoint(self._data.module, self._node_folder(()))
         self._trainer.strategy.barrier("dense")
@@ -201,8 +212,9 @@ class OrderSearch:
             return float("-inf")
         return value if self._higher else -value
 
-    def _deciding_metric(self, metric: str | None, higher: bool | None) -> tuple[str, bool]:
-        metrics = self._nodes[()]["metrics"]
+    def _deciding_metric(
+        self, metrics: dict[str, float | None], metric: str | None, higher: bool | None
+    ) -> tuple[str, bool]:
         own = getattr(self._data.module, "primary_metric", None)
         chosen = metric or own or next(iter(metrics), "")
         if chosen not in metrics:

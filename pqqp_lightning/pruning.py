@@ -12,7 +12,7 @@ from pqqp_lightning.algorithms.selection import Pattern
 from pqqp_lightning.errors import shorten
 from pqqp_lightning.modules.constraints import constraints_of, set_constraints
 from pqqp_lightning.modules.layers import Layer, columns_of, set_weight_matrix
-from pqqp_lightning.modules.naming import value_for
+from pqqp_lightning.modules.naming import value_for, values_of
 from pqqp_lightning.stage import Stage
 
 PatternKnob = str | int
@@ -27,6 +27,7 @@ def parse_pattern(value: PatternKnob) -> Pattern:
     """
     if isinstance(value, int):
         n, m = divmod(value, 60)
+        value = f"{n}:{m}"
     else:
         left, _, right = value.partition(":")
         n, m = (int(left), int(right)) if left.isdigit() and right.isdigit() else (0, 0)
@@ -62,35 +63,36 @@ class PruningStage(Stage):
             return {"pattern": parse_pattern(pattern)}
         return {"sparsity": None if self.sparsity is None else value_for(name, self.sparsity)}
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
-        problems = super().check(model, data, earlier)
+    def check_knobs(self) -> list[str]:
+        problems = super().check_knobs()
         if (self.sparsity is None) == (self.pattern is None):
             given = "neither" if self.sparsity is None else "both"
-            return [*problems, f"{given} of sparsity and pattern given. Set one: sparsity: 0.5, or pattern: '2:4'."]
-        return problems + self._check_amounts(self.find_layers(model))
+            problems.append(f"{given} of sparsity and pattern given. Set one: sparsity: 0.5, or pattern: '2:4'.")
+        return problems + self._check_amounts()
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        problems, layers = super().check(model, data, earlier), self.find_layers(model)
+        if self._check_amounts():
+            return problems
+        problems += self.check_patterns("sparsity", layers) + self.check_patterns("pattern", layers)
+        return problems + self._check_divisible(layers)
 
     def write_mask(self, layer: Layer, matrix: Tensor, mask: Tensor, pattern: Pattern | None) -> None:
         """Write the pruned ``matrix`` [O, I] and remember its mask."""
         set_weight_matrix(layer, matrix.masked_fill(~mask, 0.0))
         set_constraints(layer, constraints_of(layer).with_mask(mask, pattern))
 
-    def _check_amounts(self, layers: dict[str, Layer]) -> list[str]:
+    def _check_amounts(self) -> list[str]:
         problems = []
-        values: Any = self.sparsity if self.sparsity is not None else self.pattern
-        for value in values.values() if isinstance(values, dict) else [values]:
-            if self.sparsity is not None and not 0 < float(value) < 1:
-                problems.append(f"sparsity={value} is not in (0, 1). 0.5 removes half of the weights.")
-            if self.pattern is not None:
-                try:
-                    parse_pattern(value)
-                except ValueError as error:
-                    problems.append(str(error))
-        if problems:
-            return problems
-        if missing := [name for name in layers if not any(v is not None for v in self.amount(name).values())]:
-            knob = "sparsity" if self.sparsity is not None else "pattern"
-            problems.append(f"{knob}: no pattern matches {shorten(missing)}. Add a '*' entry, or add them to ignore.")
-        return problems + self._check_divisible(layers)
+        for sparsity in values_of(self.sparsity):
+            if not 0 < sparsity < 1:
+                problems.append(f"sparsity={sparsity} is not in (0, 1). 0.5 removes half of the weights.")
+        for pattern in values_of(self.pattern):
+            try:
+                parse_pattern(pattern)
+            except ValueError as error:
+                problems.append(str(error))
+        return problems
 
     def _check_divisible(self, layers: dict[str, Layer]) -> list[str]:
         odd: dict[tuple[int, int, int], list[str]] = {}

@@ -12,7 +12,7 @@ from pqqp_lightning.algorithms.grid import Grid, Quantized
 from pqqp_lightning.errors import shorten
 from pqqp_lightning.modules.constraints import constraints_of, set_constraints
 from pqqp_lightning.modules.layers import Layer, columns_of, set_weight_matrix
-from pqqp_lightning.modules.naming import value_for
+from pqqp_lightning.modules.naming import value_for, values_of
 from pqqp_lightning.stage import Stage
 
 GroupSize = int | Literal["channel", "tensor"]
@@ -51,10 +51,18 @@ class QuantizationStage(Stage):
             "symmetric": self.symmetric,
         }
 
+    def check_knobs(self) -> list[str]:
+        problems = super().check_knobs()
+        problems += [f"bits={b} is not between 2 and 8." for b in values_of(self.bits) if not 2 <= b <= 8]
+        for size in values_of(self.group_size):
+            if isinstance(size, int) and size < 1:
+                problems.append(f"group_size={size} is not above 0. Use 'channel' for one scale an output channel.")
+        return problems
+
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
-        problems = super().check(model, data, earlier)
-        layers = self.find_layers(model)
-        problems += self._check_bits(layers) + self._check_group_size(layers)
+        problems, layers = super().check(model, data, earlier), self.find_layers(model)
+        problems += self.check_patterns("bits", layers) + self.check_patterns("group_size", layers)
+        problems += self._check_divisible(layers)
         if not self.allow_undo:
             problems += self._check_overlap(model, layers, earlier)
         return problems
@@ -64,23 +72,11 @@ class QuantizationStage(Stage):
         set_weight_matrix(layer, quantized.weight)
         set_constraints(layer, constraints_of(layer).with_grid(quantized.grid))
 
-    def _check_bits(self, layers: dict[str, Layer]) -> list[str]:
-        values = self.bits.values() if isinstance(self.bits, dict) else [self.bits]
-        problems = [f"bits={b} is not between 2 and 8." for b in values if not 2 <= b <= 8]
-        if missing := [name for name in layers if value_for(name, self.bits) is None]:
-            problems.append(f"bits: no pattern matches {shorten(missing)}. Add a '*' entry, or add them to ignore.")
-        if missing := [name for name in layers if value_for(name, self.group_size) is None]:
-            problems.append(f"group_size: no pattern matches {shorten(missing)}. Add a '*' entry.")
-        return problems
-
-    def _check_group_size(self, layers: dict[str, Layer]) -> list[str]:
-        sizes = self.group_size.values() if isinstance(self.group_size, dict) else [self.group_size]
-        if bad := [s for s in sizes if isinstance(s, int) and s < 1]:
-            return [f"group_size={s} is not above 0. Use 'channel' for one scale an output channel." for s in bad]
+    def _check_divisible(self, layers: dict[str, Layer]) -> list[str]:
         odd: dict[tuple[int, int], list[str]] = {}
         for name, layer in layers.items():
             size = value_for(name, self.group_size)
-            if isinstance(size, int) and columns_of(layer) % size:
+            if isinstance(size, int) and size > 0 and columns_of(layer) % size:
                 odd.setdefault((size, columns_of(layer)), []).append(name)
         return [
             f"group_size={size} does not divide in_features={columns} of {shorten(names)}. "

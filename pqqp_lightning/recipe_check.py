@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +14,7 @@ from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.quantization import QuantizationStage
 from pqqp_lightning.stage import Stage
+from pqqp_lightning.storage import check_folder
 
 
 def check_recipe(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) -> None:
@@ -20,7 +23,8 @@ def check_recipe(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) ->
     Raises:
         RecipeError: with every problem found.
     """
-    problems = data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
+    folder = [] if trainer.fast_dev_run else check_folder(Path(trainer.default_root_dir))
+    problems = folder + data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
     for position, stage in enumerate(stages):
         problems += [f"{_where(stage)}: {p}" for p in check_stage(stage, data, stages[:position])]
     if problems:
@@ -70,8 +74,11 @@ def _check_model(module: LightningModule) -> list[str]:
 
 def _check_names(stages: Sequence[Stage]) -> list[str]:
     names = [stage.name for stage in stages]
-    return [
-        f"stages: two stages are named '{n}'. Give each its own name." for n in {n for n in names if names.count(n) > 1}
+    twice = sorted({name for name in names if names.count(name) > 1})
+    odd = [name for name in names if name == "dense" or not re.fullmatch(r"[\w-]+", name)]
+    return [f"stages: two stages are named '{name}'. Give each its own name." for name in twice] + [
+        f"stages: '{name}' cannot be a stage's name. Use letters, digits, - and _; 'dense' is the model itself."
+        for name in odd
     ]
 
 

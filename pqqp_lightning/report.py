@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.record import REPORT, Record
+from pqqp_lightning.storage import read_json
 
 
 def stage_table(records: Sequence[Record], title: str | None = None) -> Table:
@@ -56,7 +56,7 @@ def print_report(folder: Path, console: Console | None = None) -> None:
 
 def print_order_report(folder: Path, console: Console | None = None) -> None:
     """Print every order with its metrics and sizes, best first, and A(f1->f2) of each pair, from ``order.json``."""
-    report = json.loads((folder / "order.json").read_text(encoding="utf-8"))
+    report = read_json(folder / "order.json", "orders", "best", "metric", "advantage")
     console = console or wide_console()
     metrics = list(report["orders"][0]["metrics"])
     table = Table()
@@ -90,10 +90,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT
     if not path.is_file():
         raise RecipeError(f"{folder}: holds no {REPORT}. Name the folder of a run, such as runs/quickstart.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"{path}: is truncated or altered: no JSON ({error}). Run the recipe again.") from error
+    return read_json(path, "status", "stages")
 
 
 def wide_console() -> Console:

@@ -25,7 +25,7 @@ from pqqp_lightning.record import RECORDS, Record, append_record, layer_table, r
 from pqqp_lightning.runner import Runner
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stage import Stage
-from pqqp_lightning.storage import write_json, write_text
+from pqqp_lightning.storage import read_json, write_json, write_text
 
 RUN, RECIPE, STAGES, MODEL = "run.json", "recipe.yaml", "stages", "model"
 
@@ -173,7 +173,7 @@ def check_same_recipe(folder: Path, identity: dict[str, Any]) -> None:
     path = folder / RUN
     if not path.is_file():
         raise RecipeError(f"{folder}: there is no run to go on with. Leave --ckpt_path out to start one.")
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = read_json(path, "stages")
     if differing := _differences(earlier, identity):
         raise RecipeError(
             f"{folder}: holds a run of another recipe: {'; '.join(differing)}. Use that recipe, another --run_dir, or "

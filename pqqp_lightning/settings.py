@@ -20,7 +20,11 @@ FLAGS = {"print_config", "help", "h", "print_shtab"}
 ENVIRONMENT = "PQQP"
 _parser_yaml = get_loader("yaml")
 _SUBJECT = re.compile(r"(?P<section>\w+(?:\.[\w-]+)?)(?: \(\w+\))?: ")
-_KNOB = re.compile(r"\b(?P<knob>[\w.]+)=")
+_KNOB = re.compile(r"\b(?P<knob>[\w.]+)(?:=|: )")
+
+
+class DuplicateKey(yaml.MarkedYAMLError):
+    """A key stands twice in one mapping."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def place(problems: Iterable[str], settings: Sequence[Setting], otherwise: str) 
 
 def _where(problem: str, settings: Sequence[Setting]) -> str | None:
     """Of ``"section (Class): ... knob=value ..."``: who set the knob last, or else who set the section first."""
-    found, knob = _SUBJECT.match(problem), _KNOB.search(problem)
+    found = _SUBJECT.match(problem)
+    knob = _KNOB.search(problem, found.end() if found else 0)
     section = found["section"] if found else None
     name = knob["knob"] if knob else ""
     for key in (f"{section}.{name}", f"{name}.{name}", name):
@@ -163,9 +168,9 @@ def _read_yaml(path: Path, problems: list[str]) -> Any:
     try:
         return load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        problems.append(f"{path}: is not YAML{at}: {getattr(error, 'problem', None) or error}.")
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problems.append(f"{path}: {at}{problem if isinstance(error, DuplicateKey) else f'is not YAML: {problem}'}.")
         return None
 
 
@@ -178,8 +183,8 @@ def _refuse_duplicates(node: Any) -> None:
         for key, value in node.value:
             if isinstance(key.value, str) and key.value != "<<":
                 if key.value in seen:
-                    problem = f"'{key.value}' stands there twice, and only the last would count. Give it another name"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                    problem = f"'{key.value}' stands there for the second time, and only one would count. Rename one"
+                    raise DuplicateKey(None, None, problem, key.start_mark)
                 seen.add(key.value)
             _refuse_duplicates(value)
 

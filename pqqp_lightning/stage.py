@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.calibration.walk import Compress, Walk
-from pqqp_lightning.errors import shorten, suggest
+from pqqp_lightning.errors import RecipeError, near_miss, shorten
 from pqqp_lightning.modules.blocks import Blocks, find_blocks, find_layers, tied_weights
 from pqqp_lightning.modules.layers import LAYER_TYPES, Layer
-from pqqp_lightning.modules.naming import matches
+from pqqp_lightning.modules.naming import matches, value_for
 
 Plan = dict[str, Any]
 
@@ -50,7 +50,10 @@ class Context:
     def calibrate(self, blocks: Blocks, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
         """Walk over ``blocks``: collect ``kind`` for ``layers`` and call ``compress`` with each reading."""
         walk = self.walk(blocks)
-        walk.over(layers, kind, compress)
+        try:
+            walk.over(layers, kind, compress)
+        except RecipeError as error:
+            raise RecipeError([f"stages.{self.title}: {problem}" for problem in error.problems]) from error
         self.notes.extend(walk.notes)
 
     def each(self, layers: dict[str, Layer]) -> Iterator[tuple[str, Layer]]:
@@ -130,6 +133,10 @@ class Stage(Callback):
             data: the datamodule, or None.
             earlier: the stages before this one.
         """
+        return self.check_knobs() + (self._check_targets(model) if self.compresses else [])
+
+    def check_knobs(self) -> list[str]:
+        """The problems of the knobs by themselves, which :meth:`check` includes: whatever the model is."""
         problems = []
         if self.epochs < 0:
             problems.append(f"epochs={self.epochs} is negative. Use 0 for no finetuning.")
@@ -137,8 +144,21 @@ class Stage(Callback):
             problems.append(f"learning_rate={self.learning_rate} is not above 0. Leave it out for the model's own.")
         elif self.learning_rate is not None and not self.epochs:
             problems.append(f"learning_rate={self.learning_rate} has no effect with epochs=0. Set epochs, or drop it.")
-        if self.compresses:
-            problems += self._check_targets(model)
+        return problems
+
+    def check_patterns(self, knob: str, layers: Iterable[str]) -> list[str]:
+        """Problems of a knob by name pattern: a layer that it gives no value, a pattern that matches no layer."""
+        value, problems = getattr(self, knob), []
+        if not isinstance(value, dict):
+            return []
+        if missing := [name for name in layers if value_for(name, value) is None]:
+            problems.append(f"{knob}: no pattern matches {shorten(missing)}. Add a '*' entry, or add them to ignore.")
+        for pattern in value:
+            if not any(matches(name, pattern) for name in layers):
+                problems.append(
+                    f"{knob}: '{pattern}' matches none of the layers that the stage acts on (targets={self.targets}, "
+                    f"ignore={self.ignore}). Take it out, or change targets or ignore."
+                )
         return problems
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
@@ -155,8 +175,7 @@ class Stage(Callback):
             for pattern in patterns:
                 if not any(matches(name, pattern) for name in candidates):
                     tails = {part for name in candidates for part in (name.rsplit(".", 1)[-1], name)}
-                    hint = suggest(pattern, tails) if tails else ""
-                    hint = hint if "Did you mean" in hint else f" The model has {shorten(candidates)}."
+                    hint = near_miss(pattern, tails) or f" The model has {shorten(candidates)}."
                     problems.append(f"{knob}: '{pattern}' matches no Linear or Conv2d layer.{hint}")
         tied = tied_weights(model)
         layers = self.find_layers(model)

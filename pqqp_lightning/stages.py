@@ -52,7 +52,9 @@ def import_from_working_folder(name: str) -> bool:
         try:
             import_module(module)
         except Exception as error:
-            raise RecipeError(f"{file}: cannot be imported: {type(error).__name__}: {error}") from error
+            raise RecipeError(
+                f"{file}: cannot be imported: {type(error).__name__}: {error}. Put it right: it defines {name}."
+            ) from error
         return True
     return False
 

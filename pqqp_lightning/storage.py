@@ -51,8 +51,31 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of the complete lines of ``path``; none if there is no such file."""
     if not path.exists():
         return []
-    whole = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in whole[: whole.rfind("\n") + 1].splitlines() if line.strip()]
+    with _undamaged(path):
+        whole = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in whole[: whole.rfind("\n") + 1].splitlines() if line.strip()]
+
+
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """The JSON object in ``path``, which has the keys ``needed``.
+
+    Raises:
+        RecipeError: it is damaged.
+    """
+    with _undamaged(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or (missing := set(needed) - content.keys()):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}" if isinstance(content, dict) else "no object")
+        return content
+
+
+def check_folder(path: Path) -> list[str]:
+    """A problem if nothing can be written below ``path``, which need not exist."""
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK):
+        return []
+    reason = "is not writable" if nearest.is_dir() else "is a file"
+    return [f"run_dir='{path}': cannot be written: {nearest} {reason}. Choose another --run_dir."]
 
 
 @contextmanager
@@ -94,6 +117,14 @@ def sha256_of(path: Path) -> str:
     """The file's SHA-256, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(f"{path}: is truncated or altered ({error}). Run the recipe again.") from error
 
 
 @contextmanager

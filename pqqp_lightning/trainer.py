@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import lightning.pytorch as pl
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -86,6 +87,7 @@ class Trainer(pl.Trainer):
         data = DataSource(model, train_dataloaders, val_dataloaders, datamodule)
         stages = self.stages or self._plain_training()
         check_recipe(self, data, stages)
+        data.read(self)
         if self.fast_dev_run:
             folder = Path(tempfile.mkdtemp(prefix="pqqp-fast-dev-run-"))
             try:
@@ -125,7 +127,13 @@ class Trainer(pl.Trainer):
 
     def _load_run(self, model: LightningModule | None, ckpt_path: Any) -> Any:
         folder = Path(self.default_root_dir) if ckpt_path == "last" else Path(ckpt_path or "")
-        if model is None or not ckpt_path or not (ckpt_path == "last" or folder.is_dir()):
+        if model is None or not ckpt_path:
+            return ckpt_path
+        if ckpt_path != "last" and not folder.is_dir():
+            if not is_zipfile(folder):
+                raise RecipeError(
+                    f"ckpt_path={ckpt_path}: is neither a run folder nor a whole checkpoint of Lightning's."
+                )
             return ckpt_path
         restore(model, model_folder(folder))
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -28,3 +28,10 @@ def value_for(name: str, knob: T | dict[str, T]) -> T | None:
     if not isinstance(knob, dict):
         return knob
     return next((value for pattern, value in knob.items() if matches(name, pattern)), None)
+
+
+def values_of(knob: Any) -> list[Any]:
+    """Every value of a knob: the knob itself, or those of its patterns; none of a knob that is not given."""
+    if knob is None:
+        return []
+    return list(knob.values()) if isinstance(knob, dict) else [knob]

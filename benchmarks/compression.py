@@ -1,0 +1,84 @@
+"""SparseGPT 50% and GPTQ 4-bit on SmolLM2-135M: seconds, peak memory, and the ratio to one plain forward pass.
+
+    PQQP_DATA=... python benchmarks/compression.py [--dtype bfloat16] [--batch 4] [--pairs 3]
+
+The forward pass and the stage are timed in turn, pair by pair, over the same calibration tokens (32 x 512), since
+machines drift; medians are quoted. Memory is the resident peak above what the process holds before the stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+import warnings
+
+import psutil
+import torch
+
+from pqqp_lightning import Trainer
+from pqqp_lightning.callbacks import GPTQ, SparseGPT
+from pqqp_lightning.data import TokenData
+from pqqp_lightning.data_source import DataSource
+from pqqp_lightning.memory import peak_memory
+from pqqp_lightning.models import CausalLM
+from pqqp_lightning.runner import Runner
+from pqqp_lightning.stage import Context, Stage
+
+TOKENS = "$PQQP_DATA/smollm2-135m-tokens"
+
+
+def forward_seconds(module: CausalLM, data: TokenData) -> float:
+    """One plain forward pass over the calibration tokens, head included."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        for batch in data.calibration_dataloader():
+            module(batch["input_ids"])
+    return time.perf_counter() - start
+
+
+def stage_seconds(module: CausalLM, data: TokenData, stage: Stage) -> tuple[float, int]:
+    """The stage on a dense copy of the model: seconds, and resident bytes above the start."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    runner = Runner(trainer, DataSource(module, datamodule=data))
+    before = psutil.Process().memory_info().rss
+    with peak_memory() as peak:
+        start = time.perf_counter()
+        stage.compress(module, Context(runner._walk(stage), progress=False))
+        seconds = time.perf_counter() - start
+    return seconds, peak.size_bytes - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=3)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    dense = CausalLM("smollm2-135m", dtype=options.dtype).eval()
+    weights = sum(p.numel() * p.element_size() for p in dense.parameters())
+    files = (f"{TOKENS}/calibration.npy", f"{TOKENS}/evaluation.npy")
+    data = TokenData(*files, calibration_batch_size=options.batch)
+    data.setup("validate")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype}, batches of {options.batch}")
+    print(f"weights {weights / 1e6:.0f} MB")
+    for make in (lambda: SparseGPT(0.5), lambda: GPTQ(4)):
+        forwards, stages, extra = [], [], []
+        for _ in range(options.pairs):
+            forwards.append(forward_seconds(dense, data))
+            seconds, memory = stage_seconds(copy.deepcopy(dense), data, make())
+            stages.append(seconds)
+            extra.append(memory)
+        ratios = [s / f for s, f in zip(stages, forwards, strict=True)]
+        print(
+            f"{type(make()).__name__:10} {statistics.median(stages):6.1f} s   forward {statistics.median(forwards):5.1f} s"
+            f"   ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"   memory beyond the weights {max(extra) / 1e6:.0f} MB ({100 * max(extra) / weights:.0f}%)",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
