@@ -18,7 +18,7 @@ commands:
   validate  measure a model, or a run's checkpoint    pqqp-lightning validate --run_dir runs/quickstart
   test      the same on the test data                 pqqp-lightning test --run_dir runs/quickstart
   report    draw a run's table again                  pqqp-lightning report runs/quickstart
-  methods   list the stages that are installed        pqqp-lightning methods
+  methods   list the stages that can be used          pqqp-lightning methods
 
 any option of a recipe can be set on the command line:
   --stages.NAME METHOD --stages.NAME.KNOB VALUE       add a stage, or change one of its knobs
@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if arguments[0] not in COMMANDS:
             raise RecipeError(f"'{arguments[0]}' is no command.{suggest(arguments[0], COMMANDS)}")
+        if arguments[1:] in (["-h"], ["--help"]):
+            _print_help(arguments)
+            return
         sys.path.insert(0, os.getcwd())  # a stage or model in the working folder is importable
         from pqqp_lightning.cli import run_command
 
@@ -57,6 +60,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         for problem in error.problems:
             print(problem, file=sys.stderr)
         sys.exit(2)
+
+
+def _print_help(arguments: list[str]) -> None:
+    if arguments[0] in ("report", "methods"):
+        print(HELP, end="")
+        return
+
+    def make() -> None:
+        from pqqp_lightning.cli import run_command
+
+        run_command(arguments)
+
+    from pqqp_lightning.help_cache import print_help
+
+    print_help(arguments, make)
 
 
 if __name__ == "__main__":

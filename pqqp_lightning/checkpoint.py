@@ -30,6 +30,7 @@ from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.modules.constraints import constrained_layers, set_constraints
 from pqqp_lightning.modules.encoding import stored_tensors
 from pqqp_lightning.packed import pack_weight, unpack_weight
+from pqqp_lightning.spill import Spill
 from pqqp_lightning.stage import Plan, Stage
 from pqqp_lightning.storage import new_folder, sha256_of
 
@@ -56,6 +57,24 @@ def save_checkpoint(
         applied: the stages that made it, in order.
         extra: plain data to keep in the manifest (records).
     """
+    with new_folder(folder) as temporary, Spill(temporary) as spill:
+        weights = temporary / WEIGHTS
+        stored, described = _contents(module, applied, spill)
+        try:
+            save_file(stored, weights)
+        except SafetensorError as error:  # the library's word for a full disk
+            raise OSError(None, str(error)) from error
+        manifest = {"format": FORMAT, "model": _skeleton(module), **described, **(extra or {})}
+        manifest["weights"] = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
+        manifest["sha256"] = _digest(manifest)
+        (temporary / MANIFEST).write_bytes(gzip.compress(json.dumps(manifest).encode(), mtime=0))
+    return checkpoint_bytes(folder)
+
+
+def _contents(
+    module: LightningModule, applied: Sequence[Applied], spill: Spill
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors to store, how the manifest describes them)."""
     tensors, aliases = stored_tensors(module)
     constraints = {f"{name}.weight": c for name, _, c in constrained_layers(module)}
     stored: dict[str, Tensor] = {}
@@ -63,7 +82,7 @@ def save_checkpoint(
     for name, tensor in tensors.items():
         if name in constraints:
             parts, entries[name] = pack_weight(tensor, constraints[name])
-            stored.update({f"{name}:{part}": value for part, value in parts.items()})
+            stored.update({f"{name}:{part}": spill.put(value) for part, value in parts.items()})
         else:
             stored[name] = tensor
     plans = []
@@ -73,25 +92,7 @@ def save_checkpoint(
         stored.update({f"plan.{position}:{k}": v for k, v in tensors_of_plan.items()})
         plans.append({"class_path": class_path(item.stage), "plan": plain, "tensors": sorted(tensors_of_plan)})
     stored, small = bundle_small(stored)
-    manifest = {
-        "format": FORMAT,
-        "model": _skeleton(module),
-        "plans": plans,
-        "packed": entries,
-        "aliases": aliases,
-        "small": small,
-        **(extra or {}),
-    }
-    with new_folder(folder) as temporary:
-        weights = temporary / WEIGHTS
-        try:
-            save_file(stored, weights)
-        except SafetensorError as error:  # the library's word for a full disk
-            raise OSError(None, str(error)) from error
-        manifest["weights"] = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
-        manifest["sha256"] = _digest(manifest)
-        (temporary / MANIFEST).write_bytes(gzip.compress(json.dumps(manifest).encode(), mtime=0))
-    return checkpoint_bytes(folder)
+    return stored, {"plans": plans, "packed": entries, "aliases": aliases, "small": small}
 
 
 def checkpoint_bytes(folder: Path) -> int:
@@ -130,7 +131,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
-    """Load a checkpoint into ``module`` (of the same skeleton): structure, weights, constraints. Returns the manifest.
+    """Load a checkpoint into ``module`` (of the same skeleton): structure, weights, constraints. Returns the manifest,
+    with whole plans.
 
     Raises:
         RecipeError: the checkpoint cannot be read, or is of another model.
@@ -139,9 +141,9 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
         file = BundleReader(opened, manifest["small"])
         for position, entry in enumerate(manifest["plans"]):
-            plan = entry["plan"] | {k: file.get(f"plan.{position}:{k}") for k in entry["tensors"]}
+            entry["plan"] |= {k: file.get(f"plan.{position}:{k}") for k in entry["tensors"]}
             stage = _stage_class(entry["class_path"])
-            stage.restructure(stage.__new__(stage), module, plan)
+            stage.restructure(stage.__new__(stage), module, entry["plan"])
         own = module.state_dict(keep_vars=True)
         names = _weight_names(file.names()) | set(manifest["aliases"])
         if names != set(own):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import warnings
@@ -20,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import pqqp_lightning
 from pqqp_lightning.diagnosis import check_sections, diagnose
 from pqqp_lightning.errors import RecipeError, suggest
-from pqqp_lightning.listing import print_methods
+from pqqp_lightning.listing import print_methods, summarize
 from pqqp_lightning.order import search_orders
 from pqqp_lightning.report import print_order_report, print_report
 from pqqp_lightning.run import RECIPE
@@ -35,8 +36,13 @@ from pqqp_lightning.settings import (
     stage_class_names,
 )
 from pqqp_lightning.stage import Stage
-from pqqp_lightning.stages import import_from_working_folder, known_stages, load_installed
+from pqqp_lightning.stages import import_from_working_folder, import_working_folder, known_stages, load_installed
+from pqqp_lightning.storage import not_written
 from pqqp_lightning.trainer import Trainer
+
+NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+DECIDING = ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches", "limit_val_batches")
+"""Options of the trainer that decide the numbers: a run is not resumed with others."""
 
 
 class NotStarted(RecipeError):
@@ -82,9 +88,26 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our options beside Lightning's."""
-        parser.add_argument("--stages", type=dict[str, Stage], default={}, help="Stages by name, in order.")
+        stages_help = f"Stages by name, in order. {summarize(known_stages())}"
+        parser.add_argument("--stages", type=dict[str, Stage], default={}, help=stages_help)
         parser.add_argument("--stage_order", type=list[str] | None, default=None, help="The stages in another order.")
         parser.add_argument("--run_dir", type=str | None, default=None, help="The run folder.")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would take hyperparameters from the checkpoint; here the recipe says what the model is."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """A recipe that is no text is an error like others."""
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise ArgumentError(None, str(error)) from error
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise NotStarted(f"seed_everything={self._get(self.config, 'seed_everything')}: {error}.") from error
 
     def before_instantiate_classes(self) -> None:
         """Settle the run folder and the order of the stages before anything is built."""
@@ -120,6 +143,7 @@ class CommandLine(LightningCLI):
         trainer.recipe_text = self._resolved_recipe()
         resolved = yaml.safe_load(trainer.recipe_text)
         trainer.recipe = {key: resolved[key] for key in ("model", "data") if resolved.get(key) is not None}
+        trainer.recipe["trainer"] = {key: resolved["trainer"][key] for key in DECIDING if key in resolved["trainer"]}
         return trainer
 
     def after_fit(self) -> None:
@@ -151,6 +175,10 @@ def run_command(arguments: Sequence[str]) -> None:
         print(warning, file=sys.stderr)
     command, *rest = arguments
     if command == "methods":
+        if rest:
+            raise RecipeError("usage: pqqp-lightning methods")
+        for warning in import_working_folder():
+            print(warning, file=sys.stderr)
         print_methods(known_stages())
     elif command == "report":
         _report(rest)
@@ -220,7 +248,6 @@ def _recipe_command(command: str, arguments: list[str]) -> None:
     try:
         CommandLine(
             LightningModule,
-            LightningDataModule,
             save_config_callback=None,
             trainer_class=CommandTrainer,
             subclass_mode_model=True,
@@ -231,8 +258,10 @@ def _recipe_command(command: str, arguments: list[str]) -> None:
         )
     except ArgumentError as error:
         raise RecipeError(diagnose(command, arguments, error)) from error
-    except (RecipeError, MisconfigurationException) as error:
-        problems = place(_refused(error), settings, recipe_name(arguments) or COMMAND_LINE)
+    except (RecipeError, MisconfigurationException, OSError) as error:
+        if not (refused := _refused(error)):
+            raise
+        problems = place(refused, settings, recipe_name(arguments) or COMMAND_LINE)
         more = check_sections(settings) if isinstance(error, NotStarted) else []
         raise RecipeError(dict.fromkeys([*problems, *more])) from error
 
@@ -244,6 +273,8 @@ def _refused(error: BaseException | None) -> list[str]:
             return error.problems
         if isinstance(error, MisconfigurationException | ModuleNotFoundError):
             return [f"trainer: {' '.join(str(error).split())} Change the option, or leave it out."]
+        if isinstance(error, OSError) and error.errno in NOT_WRITTEN:
+            return [not_written(error.filename or "a file of the run", error)]
         error = error.__cause__
     return []
 

@@ -54,7 +54,9 @@ class DataSource:
         """Problems of the data itself, and evaluation data that is missing."""
         problems = []
         if not self.has("val_dataloader"):
-            problems.append("data: there is no evaluation data. Give a datamodule or val_dataloaders.")
+            problems.append(
+                "data: there is no evaluation data. Add data: {class_path: TextData}, a datamodule or val_dataloaders."
+            )
         check = getattr(self.datamodule, "check", None)
         return problems + (list(check()) if callable(check) else [])
 
@@ -89,6 +91,8 @@ class DataSource:
         return batches, next(iter(DataLoader(mine, batch_size=1, collate_fn=loader.collate_fn)))
 
     def _calibration_loader(self) -> DataLoader[Any]:
+        if self.train is None:
+            self.owner.setup("fit")  # only evaluation may have been set up
         if hasattr(self.owner, "calibration_dataloader"):
             return self.owner.calibration_dataloader()
         loader = self.train if self.train is not None else self.owner.train_dataloader()

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from pqqp_lightning.errors import RecipeError, near_miss, suggest
-from pqqp_lightning.settings import COMMAND_LINE, FLAGS, Setting, place, read_settings, recipe_name
+from pqqp_lightning.settings import COMMAND_LINE, FLAGS, NO_VALUE, Setting, place, read_settings, recipe_name
 from pqqp_lightning.stage import Stage
 from pqqp_lightning.stages import known_stages
 from pqqp_lightning.trainer import Trainer
@@ -43,17 +43,27 @@ def diagnose(command: str, arguments: Sequence[str], error: ArgumentError) -> li
     settings, problems = read_settings(command, arguments)
     options = OPTIONS | OPTIONS_OF[command]
     known = {*SECTIONS, *options}
-    for setting in settings:
-        section = setting.key.split(".")[0]
-        if section not in known | FLAGS:
-            dashes = "--" if setting.where == COMMAND_LINE else ""
-            problems.append(f"{setting.where}: '{dashes}{section}' is no section.{suggest(section, known)}")
+    problems += [problem for setting in settings for problem in _check_name(setting, known)]
+    settings = [setting for setting in settings if setting.value is not NO_VALUE]
     if not problems and not any(s.key.split(".")[0] == "model" for s in settings):
         place_of_it = recipe_name(arguments) or COMMAND_LINE
         problems.append(f"{place_of_it}: model: is missing. Add model: {{class_path: CausalLM}}, or give --config.")
     problems += _check_options([s for s in settings if s.key in options], options)
     problems += check_sections(settings)
     return list(dict.fromkeys(problems)) or [f"{recipe_name(arguments) or COMMAND_LINE}: {_first_lines(error)}"]
+
+
+def _check_name(setting: Setting, known: set[str]) -> list[str]:
+    section = setting.key.split(".")[0]
+    if section in FLAGS:
+        return []
+    if section not in known and setting.where == COMMAND_LINE:
+        return [f"{COMMAND_LINE}: '--{section}' is no option.{suggest(section, {*known, 'config', 'print_config'})}"]
+    if section not in known:
+        return [f"{setting.where}: '{section}' is no section.{suggest(section, known)}"]
+    if setting.value is NO_VALUE:
+        return [f"{setting.where}: --{setting.key} has no value. Write --{setting.key} VALUE."]
+    return []
 
 
 def check_sections(settings: Sequence[Setting]) -> list[str]:
@@ -159,16 +169,20 @@ def _resolve(name: str, bases: tuple[type, ...], known: dict[str, type]) -> type
 
 
 def _check_trainer(settings: Sequence[Setting]) -> list[str]:
-    knobs = []
+    knobs, problems = [], []
     for setting in settings:
-        parts = setting.key.split(".")
-        if parts[0] != "trainer":
+        section, *names = setting.key.split(".")
+        if section != "trainer" or len(names) > 1:
             continue
-        if len(parts) == 1 and isinstance(setting.value, dict):
+        if names:
+            knobs.append(Setting(setting.where, names[0], setting.value))
+        elif isinstance(setting.value, dict):
             knobs += [Setting(setting.where, str(k), v) for k, v in setting.value.items()]
-        elif len(parts) == 2:
-            knobs.append(Setting(setting.where, parts[1], setting.value))
-    return _check_knobs(Trainer, "trainer", knobs)
+        else:
+            problems.append(
+                f"{setting.where}: trainer: expected options, as in {{precision: 32}}, got {setting.value!r}."
+            )
+    return problems + _check_knobs(Trainer, "trainer", knobs)
 
 
 def _check_knobs(cls: type, where: str, knobs: Sequence[Setting]) -> list[str]:

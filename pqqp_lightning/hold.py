@@ -13,6 +13,7 @@ from torch import Tensor
 from pqqp_lightning.modules.constraints import constrained_layers
 from pqqp_lightning.modules.layers import to_weight
 from pqqp_lightning.seeding import seed_from
+from pqqp_lightning.storage import sync
 
 
 class HoldMasks(Callback):
@@ -52,6 +53,11 @@ class SeedSteps(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         seed_from(self._seed, self._segment, trainer.current_epoch, -1, trainer.global_rank)
+        loop = trainer.fit_loop
+        if getattr(loop, "is_resuming", False) and loop._data_fetcher is not None:
+            iter(
+                loop._data_fetcher
+            )  # Lightning began this epoch's data before its seed and its sampler's epoch were set
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         seed_from(self._seed, self._segment, trainer.current_epoch, batch_idx, trainer.global_rank)
@@ -84,5 +90,7 @@ class ResumePoint(Checkpoint):
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
+            sync(temporary)
             temporary.replace(self._path)
+            sync(self._path.parent)
         trainer.strategy.barrier()

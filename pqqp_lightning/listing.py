@@ -33,6 +33,14 @@ def print_methods(stages: Mapping[str, type[Stage]], console: Console | None = N
         console.print(table)
 
 
+def summarize(stages: Mapping[str, type[Stage]]) -> str:
+    """The methods with their own knobs, and the knobs that they share, in two sentences."""
+    shared = knobs(Stage)
+    own = {name: [knob for knob in knobs(cls) if knob not in shared] for name, cls in stages.items()}
+    methods = "; ".join(f"{name} ({', '.join(names)})" if names else name for name, names in own.items())
+    return f"Methods and their knobs: {methods}. Shared knobs: {', '.join(shared)}. More: pqqp-lightning methods."
+
+
 def documentation(cls: type[Stage]) -> dict[str, str]:
     """The meaning of each knob, from the docstrings of the class and its bases."""
     found: dict[str, str] = {}

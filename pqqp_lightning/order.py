@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from pqqp_lightning.checkpoint import MANIFEST, Applied, restore, save_checkpoint
+from pqqp_lightning.checkpoint import MANIFEST, save_checkpoint
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError, suggest
 from pqqp_lightning.recipe_check import check_recipe
@@ -112,6 +112,7 @@ class OrderSearch:
         """The baseline's record; nothing is written yet."""
         stages = list(self._stages.values())
         if () in self._nodes:
+            self._runner.resume()
             self._runner.describe_dense(stages)
             self._runner.dense = self._nodes[()]
             return self._nodes[()]
@@ -143,9 +144,7 @@ class OrderSearch:
 
     def _load(self, node: Order) -> None:
         """Bring the model to ``node``."""
-        manifest = restore(self._data.module, self._node_folder(node))
-        plans = [entry["plan"] for entry in manifest["plans"]]
-        self._runner.applied = [Applied(self._stages[n], plan) for n, plan in zip(node, plans, strict=True)]
+        self._runner.load(self._node_folder(node), [self._stages[name] for name in node])
 
     def _drop(self, node: Order | None) -> None:
         """Remove a finished node's checkpoint, and those of whole orders that are not the best so far."""
@@ -218,7 +217,7 @@ class OrderSearch:
         own = getattr(self._data.module, "primary_metric", None)
         chosen = metric or own or next(iter(metrics), "")
         if chosen not in metrics:
-            raise RecipeError(f"order: metric '{chosen}' is not measured.{suggest(chosen, metrics)}")
+            raise RecipeError(f"metric='{chosen}' is not measured.{suggest(chosen, metrics)}")
         if higher is None and chosen == own:
             higher = getattr(self._data.module, "higher_is_better", None)
         if higher is None:
@@ -227,7 +226,7 @@ class OrderSearch:
             if higher is None:
                 higher = next((True for w in HIGHER_IS_BETTER if w in word), None)
         if higher is None:
-            raise RecipeError(f"order: is more of '{chosen}' better? Say --higher_is_better true or false.")
+            raise RecipeError(f"metric='{chosen}': is more of it better? Say --higher_is_better true or false.")
         return chosen, higher
 
     def _add(self, node: Order, record: Record) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pqqp_lightning.data_source import DataSource
@@ -25,6 +26,7 @@ def check_recipe(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) ->
     """
     folder = [] if trainer.fast_dev_run else check_folder(Path(trainer.default_root_dir))
     problems = folder + data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
+    problems += _check_strategy(trainer)
     for position, stage in enumerate(stages):
         problems += [f"{_where(stage)}: {p}" for p in check_stage(stage, data, stages[:position])]
     if problems:
@@ -47,7 +49,8 @@ def check_stage(stage: Stage, data: DataSource, earlier: Sequence[Stage]) -> lis
 def _check_training(stage: Stage, data: DataSource, earlier: Sequence[Stage]) -> list[str]:
     problems = []
     if not data.has_training_data():
-        problems.append(f"epochs={stage.epochs} needs training data. Give a train_dataloader, or set epochs: 0.")
+        owner = type(data.owner).__name__
+        problems.append(f"epochs={stage.epochs} needs training data. Give {owner} some, or set epochs: 0.")
     if not is_overridden("training_step", data.module):
         problems.append(f"epochs={stage.epochs} needs a training_step in {type(data.module).__name__}.")
     quantized = [s for s in (*earlier, stage) if isinstance(s, QuantizationStage)]
@@ -90,6 +93,15 @@ def _check_epochs(trainer: Trainer, stages: Sequence[Stage]) -> list[str]:
     return [
         f"trainer.max_epochs={given} contradicts the stages' epochs, {total} in all ({parts}). "
         "Leave trainer.max_epochs out; it follows from the stages."
+    ]
+
+
+def _check_strategy(trainer: Trainer) -> list[str]:
+    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        return []
+    return [
+        "trainer.strategy: its processes would start and end with every evaluation, and not live through the run. "
+        "Use strategy: ddp."
     ]
 
 

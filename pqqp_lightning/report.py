@@ -75,6 +75,9 @@ def print_order_report(folder: Path, console: Console | None = None) -> None:
     console.print(table)
     for refused in report["refused"]:
         console.print(f"{' -> '.join(refused['order'])} cannot run: {'; '.join(refused['problems'])}", soft_wrap=True)
+    if (folder / "model").is_dir():
+        words = f"{folder / 'model'}: the best order's. Load it with pqqp_lightning.load('{folder}')."
+        console.print(words, highlight=False, markup=False, soft_wrap=True)
     metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
     for pair, advantage in report["advantage"].items():
         if advantage is not None and advantage >= 0:

@@ -12,11 +12,9 @@ from lightning.pytorch import Trainer
 
 from pqqp_lightning.checkpoint import (
     MANIFEST,
-    Applied,
     checkpoint_bytes,
     class_path,
     read_manifest,
-    restore,
     save_checkpoint,
 )
 from pqqp_lightning.data_source import DataSource
@@ -24,6 +22,7 @@ from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.record import RECORDS, Record, append_record, layer_table, read_records, write_report
 from pqqp_lightning.runner import Runner
 from pqqp_lightning.seeding import run_seed
+from pqqp_lightning.segment import continue_steps
 from pqqp_lightning.stage import Stage
 from pqqp_lightning.storage import read_json, write_json, write_text
 
@@ -51,7 +50,8 @@ class Run:
         if resume:
             self._records = finished_records(self._folder, self._identity)
         elif self._trainer.is_global_zero:
-            open_folder(self._folder, self._identity, getattr(self._trainer, "recipe_text", ""))
+            recipe = getattr(self._trainer, "recipe_text", "")
+            self._reopen_loggers(open_folder(self._folder, self._identity, recipe))
         try:
             self._measure_dense()
             for position, stage in enumerate(self._stages):
@@ -64,6 +64,7 @@ class Run:
 
     def _measure_dense(self) -> None:
         if self._records:
+            self._runner.resume()
             self._runner.describe_dense(self._stages)
             self._runner.dense = self._records[0]
             self._restore()
@@ -71,23 +72,22 @@ class Run:
             self._add(self._runner.measure_dense(self._stages))
 
     def _restore(self) -> None:
-        """Bring the model to the last finished stage."""
+        """Bring the model to where the run was: the last stage that is finished, or lacks only its finetuning."""
+        continue_steps(self._trainer, max(record.get("logged_steps", 0) for record in self._records))
         done = len(self._records) - 1
+        if done < len(self._stages) and self._half_done(done):
+            done += 1
         if done:
             folder = self._stage_folder(done - 1)
             if done == len(self._stages) and not folder.is_dir():
                 folder = self._folder / MODEL
-            manifest = restore(self._runner.module, folder)
-            plans = manifest["plans"]
-            self._runner.applied = [Applied(s, p["plan"]) for s, p in zip(self._stages, plans, strict=False)]
+            self._runner.load(folder, self._stages)
 
     def _stage(self, position: int, stage: Stage) -> None:
         if position + 1 < len(self._records):
             return
         folder = self._stage_folder(position)
-        if stage.epochs and (compressed := self._half_done(folder)):
-            restore(self._runner.module, folder)
-            self._runner.applied.append(Applied(stage, {}))
+        if position < len(self._runner.applied) and (compressed := self._half_done(position)):
             record = self._runner.finetune(stage, folder, compressed)
         else:
             record = self._runner.apply(stage, folder)
@@ -95,9 +95,10 @@ class Run:
         if self._trainer.is_global_zero and position:
             shutil.rmtree(self._stage_folder(position - 1), ignore_errors=True)
 
-    def _half_done(self, folder: Path) -> Record | None:
+    def _half_done(self, position: int) -> Record | None:
         """The record of a stage that was compressed but not yet finetuned when the run was killed."""
-        if not (folder / MANIFEST).is_file():
+        folder = self._stage_folder(position)
+        if not self._stages[position].epochs or not (folder / MANIFEST).is_file():
             return None
         record = read_manifest(folder)["record"]
         return None if "metrics_before_finetuning" in record else record
@@ -105,9 +106,9 @@ class Run:
     def _finish(self) -> None:
         if not self._trainer.is_global_zero:
             return
-        last = self._stage_folder(len(self._stages) - 1)
+        last = self._stage_folder(len(self._stages) - 1) if self._stages else None
         model = self._folder / MODEL
-        if self._stages and last.is_dir():
+        if last is not None and last.is_dir():
             shutil.rmtree(model, ignore_errors=True)
             last.replace(model)
             shutil.rmtree(self._folder / STAGES, ignore_errors=True)
@@ -120,6 +121,12 @@ class Run:
         if self._trainer.is_global_zero:
             append_record(self._folder, record)
             self._report("running")
+
+    def _reopen_loggers(self, moved: bool) -> None:
+        """Let loggers begin new files whose old ones were ``moved`` aside with the folder of an earlier run."""
+        for logger in self._trainer.loggers:
+            if moved and logger.log_dir and Path(logger.log_dir).is_relative_to(self._folder):
+                vars(logger)["_experiment"] = None
 
     def _report(self, status: str) -> None:
         if not self._trainer.is_global_zero:
@@ -137,6 +144,7 @@ class Run:
 def identity(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) -> dict[str, Any]:
     """What makes two runs the same: stages with their knobs, seed, model and data."""
     plain = {
+        "command": "fit",
         "seed": run_seed(),
         "stages": {s.name: {"class_path": class_path(s), "init_args": s.options()} for s in stages},
         "model": class_path(data.module),
@@ -146,16 +154,22 @@ def identity(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) -> dic
     return json.loads(json.dumps(plain, default=str))
 
 
-def open_folder(folder: Path, identity: dict[str, Any], recipe_text: str = "") -> None:
-    """Start a run in ``folder``; what an earlier run left there is moved aside, never lost."""
-    if (folder / RUN).exists() or (folder / RECORDS).exists():
+def open_folder(folder: Path, identity: dict[str, Any], recipe_text: str = "") -> bool:
+    """Start a run in ``folder``; what an earlier run left there is moved aside, never lost.
+
+    Returns:
+        Whether there was anything to move.
+    """
+    occupied = (folder / RUN).exists() or (folder / RECORDS).exists()
+    if occupied:
         number = next(i for i in range(1, 10**6) if not folder.with_name(f"{folder.name}.{i}").exists())
         aside = folder.with_name(f"{folder.name}.{number}")
         folder.rename(aside)
         print(f"{folder} held an earlier run; it is now {aside}.", flush=True)
-    write_json(folder / RUN, identity)
     if recipe_text:
         write_text(folder / RECIPE, recipe_text)
+    write_json(folder / RUN, identity)  # last: from here on there is a run to go on with
+    return occupied
 
 
 def finished_records(folder: Path, identity: dict[str, Any]) -> list[Record]:
@@ -185,6 +199,6 @@ def _differences(a: Any, b: Any, where: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         if where == "stages" and list(a) != list(b):
             return [f"stages are {list(a)} there and {list(b)} here"]
-        keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
+        keys = [k for k in {**a, **b} if a.get(k) != b.get(k) or k == "stages"]  # equal dicts may differ in order
         return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{where}.{k}".lstrip("."))]
     return [f"{where} is {a!r} there and {b!r} here"]

@@ -15,20 +15,26 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
 from pqqp_lightning.calibration.walk import Walk
-from pqqp_lightning.checkpoint import Applied, save_checkpoint
+from pqqp_lightning.checkpoint import Applied, restore, save_checkpoint
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.memory import peak_memory
 from pqqp_lightning.metrics.size import ModelSize, measure_size
 from pqqp_lightning.modules.blocks import Blocks
-from pqqp_lightning.modules.constraints import Constraints, broken_constraints, collect_constraints, set_constraints
+from pqqp_lightning.modules.constraints import (
+    Constraints,
+    broken_constraints,
+    collect_constraints,
+    constrained_layers,
+    set_constraints,
+)
+from pqqp_lightning.modules.layers import weight_matrix
 from pqqp_lightning.record import Record, make_record
-from pqqp_lightning.seeding import run_seed, seed_from
-from pqqp_lightning.segment import train_segment
+from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
+from pqqp_lightning.segment import logged_steps, train_segment
 from pqqp_lightning.stage import Context, Stage
 
 RESUME_POINT = "training.ckpt"
@@ -59,9 +65,22 @@ class Runner:
         """The model."""
         return self.data.module
 
+    def resume(self) -> None:
+        """Do what evaluating the dense model does besides: start the processes, convert the model, set up the data."""
+        limit, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
+        try:
+            self.evaluate()
+        finally:
+            self.trainer.limit_val_batches = limit
+
+    def load(self, folder: Path, stages: Sequence[Stage]) -> None:
+        """Bring the model to the checkpoint in ``folder``, which the first of ``stages`` made."""
+        manifest = restore(self.module, folder)
+        self.applied = [Applied(s, entry["plan"]) for s, entry in zip(stages, manifest["plans"], strict=False)]
+
     def evaluate(self) -> dict[str, float]:
         """The validation metrics of the model as it is; random state is put back."""
-        with isolate_rng():
+        with keep_random_state():
             results = self.trainer.validate(
                 self.module, dataloaders=self.data.validation, datamodule=self.data.datamodule, verbose=False
             )
@@ -129,6 +148,7 @@ class Runner:
         elapsed = compressed["elapsed_s"] + time.perf_counter() - start
         record = self._record(stage, elapsed, max(compressed["peak_memory_bytes"], peak.size_bytes), notes)
         record["metrics_before_finetuning"] = compressed["metrics"]
+        record["logged_steps"] = logged_steps(self.trainer)
         self.save(folder, record)
         return record
 
@@ -158,8 +178,6 @@ class Runner:
         )
 
     def _walk(self, stage: Stage) -> Any:
-        notes: list[str] = []
-
         def make(blocks: Blocks) -> Walk:
             limit = 1 if self.trainer.fast_dev_run else None
             batches, probe = self.data.calibration_batches(self.trainer.global_rank, self.trainer.world_size, limit)
@@ -172,13 +190,14 @@ class Runner:
                 self.trainer.precision_plugin.forward_context,
                 stage.name,
                 self._shows_progress(),
-                notes,
             )
 
         return make
 
     def _run_batch(self, batch: Any) -> None:
-        batch = self.module.transfer_batch_to_device(batch, self.module.device, 0)
+        batch = self.trainer.precision_plugin.convert_input(batch)  # as Lightning's own evaluation does
+        batch = self.module._on_before_batch_transfer(batch, 0)
+        batch = self.trainer.strategy.batch_to_device(batch)
         step = getattr(self.module, "calibration_step", None)
         if step is not None:
             step(batch, 0)
@@ -200,13 +219,11 @@ class Runner:
         """Hold the model to every promise: those made before the stage, and its own."""
         broken = broken_constraints(self.module, promised)
         if broken and stage.allow_undo:
-            modules = dict(self.module.named_modules())
-            kept = {name: c for name, c in collect_constraints(self.module).items() if name not in broken}
-            for name, found in broken.items():
-                notes.append(f"undone in {name}: {'; '.join(found)}")
-                if name in modules and collect_constraints(self.module).get(name) is promised[name]:
-                    set_constraints(modules[name], None)
-            broken = broken_constraints(self.module, kept)
+            for name, layer, constraints in list(constrained_layers(self.module)):
+                if name in broken:
+                    set_constraints(layer, constraints.without_broken(weight_matrix(layer), promised[name]))
+            notes.extend(f"undone in {name}: {'; '.join(found)}" for name, found in broken.items())
+            broken = {}
         broken |= broken_constraints(self.module, collect_constraints(self.module))
         if broken:
             name, found = next(iter(broken.items()))
@@ -220,7 +237,7 @@ class Runner:
         if self.trainer.world_size == 1:
             return
         total = torch.stack([p.detach().double().abs().sum() for p in self.module.parameters()]).sum()
-        sums = self.trainer.strategy.all_gather(total)
+        sums = self.trainer.strategy.all_gather(total.to(self.trainer.strategy.root_device))
         if not bool((sums == sums.flatten()[0]).all()):
             raise RuntimeError("the ranks' weights differ after the stage")
 
@@ -230,7 +247,11 @@ class Runner:
 
 @contextmanager
 def _without_logging(module: LightningModule) -> Iterator[None]:
-    """Run a validation step outside of Lightning's loop: nothing is logged, metrics are reset after it."""
+    """Run a validation step outside of Lightning's loop: nothing is logged, metrics are afterwards as before."""
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    before = [{**m._copy_state_dict(), "_update_count": m._update_count, "_computed": m._computed} for m in metrics]
+    for metric in metrics:
+        metric.reset()  # a state that Lightning's evaluation left cannot be written to outside of inference mode
     module.__dict__["log"] = module.__dict__["log_dict"] = lambda *args, **kwargs: None
     try:
         with warnings.catch_warnings():
@@ -238,6 +259,6 @@ def _without_logging(module: LightningModule) -> Iterator[None]:
             yield
     finally:
         del module.__dict__["log"], module.__dict__["log_dict"]
-        for metric in module.modules():
-            if isinstance(metric, Metric):
-                metric.reset()
+        for metric, state in zip(metrics, before, strict=True):
+            for name, value in state.items():
+                setattr(metric, name, value)

@@ -19,12 +19,14 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.hold import HoldMasks, ResumePoint, SeedSteps
-from pqqp_lightning.seeding import run_seed
+from pqqp_lightning.seeding import run_seed, seed_from
 from pqqp_lightning.stage import Stage
 
 
 def train_segment(trainer: Trainer, data: DataSource, stage: Stage, segment: int, resume_point: Path) -> None:
     """Train ``data.module`` for ``stage.epochs``; from ``resume_point`` if that file exists, else from the start."""
+    seed_from(run_seed(), segment, -1)
+    max_epochs = trainer.fit_loop.max_epochs
     _start_anew(trainer, stage)
     added = [HoldMasks(), SeedSteps(run_seed(), segment)]
     if not trainer.fast_dev_run:
@@ -44,9 +46,20 @@ def train_segment(trainer: Trainer, data: DataSource, stage: Stage, segment: int
             )
     finally:
         trainer.callbacks = before
+        trainer.fit_loop.max_epochs = max_epochs  # the user's, for a later fit
     if trainer.is_global_zero:
         resume_point.unlink(missing_ok=True)
     trainer.strategy.barrier("segment")
+
+
+def logged_steps(trainer: Trainer) -> int:
+    """The loggers' step, which goes on over segments."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def continue_steps(trainer: Trainer, steps: int) -> None:
+    """Let the loggers' step go on from ``steps``."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = steps
 
 
 def _start_anew(trainer: Trainer, stage: Stage) -> None:
@@ -56,8 +69,8 @@ def _start_anew(trainer: Trainer, stage: Stage) -> None:
     loop.epoch_loop = _TrainingEpochLoop(
         trainer, min_steps=old.epoch_loop.min_steps, max_steps=old.epoch_loop.max_steps
     )
-    loop.epoch_loop._batches_that_stepped = old.epoch_loop._batches_that_stepped
-    trainer.fit_loop = loop
+    steps, trainer.fit_loop = logged_steps(trainer), loop
+    continue_steps(trainer, steps)
     trainer.should_stop = False
     for callback in trainer.callbacks:
         if isinstance(callback, EarlyStopping | ModelCheckpoint):
@@ -82,15 +95,14 @@ def _segment_learning_rate(module: LightningModule, learning_rate: float | None)
 
     def scaled() -> Any:
         configured = configure()
-        optimizers, schedulers = _parts_of(configured)
-        ratio = learning_rate / max(g.get("initial_lr", g["lr"]) for o in optimizers for g in o.param_groups)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group.update({key: group[key] * ratio for key in ("lr", "initial_lr") if key in group})
-        for scheduler in schedulers:
-            for name in ("base_lrs", "_last_lr"):
-                if hasattr(scheduler, name):
-                    setattr(scheduler, name, [lr * ratio for lr in getattr(scheduler, name)])
+        optimizers, schedules = _parts_of(configured)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        rates = [group[key] for group in groups for key in _GROUP_RATES if key in group]
+        ratio = learning_rate / max(rates + [lr for s in schedules for lr in getattr(s, "max_lrs", [])])
+        for group in groups:
+            group.update({key: group[key] * ratio for key in _GROUP_RATES if key in group})
+        for schedule in schedules:
+            _scale(schedule, ratio)
         return configured
 
     module.__dict__["configure_optimizers"] = scaled
@@ -98,6 +110,21 @@ def _segment_learning_rate(module: LightningModule, learning_rate: float | None)
         yield
     finally:
         del module.__dict__["configure_optimizers"]
+
+
+_GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+_SCHEDULE_RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
+
+
+def _scale(schedule: Any, ratio: float) -> None:
+    """Multiply the learning rates that a schedule, or one that it consists of, keeps for itself."""
+    for name in _SCHEDULE_RATES:
+        if hasattr(schedule, name):
+            setattr(schedule, name, [lr * ratio for lr in getattr(schedule, name)])
+    if hasattr(schedule, "eta_min"):
+        schedule.eta_min *= ratio
+    for part in getattr(schedule, "_schedulers", []):
+        _scale(part, ratio)
 
 
 def _parts_of(configured: Any) -> tuple[list[Any], list[Any]]:

@@ -17,6 +17,7 @@ from pqqp_lightning.errors import suggest
 COMMAND_LINE = "command line"
 FRAGMENTS = ("model", "data", "trainer")
 FLAGS = {"print_config", "help", "h", "print_shtab"}
+NO_VALUE = object()
 ENVIRONMENT = "PQQP"
 _parser_yaml = get_loader("yaml")
 _SUBJECT = re.compile(r"(?P<section>\w+(?:\.[\w-]+)?)(?: \(\w+\))?: ")
@@ -34,7 +35,7 @@ class Setting:
     Attributes:
         where: the recipe's path, "command line", or an environment variable.
         key: dotted, as in ``stages.prune.sparsity``.
-        value: plain data.
+        value: plain data; NO_VALUE of an option that stands alone.
     """
 
     where: str
@@ -55,8 +56,8 @@ def read_settings(command: str, arguments: Sequence[str]) -> tuple[list[Setting]
             settings += _settings_of_file(Path(value), problems)
         elif key == "" and value is not None:
             problems.append(f"{COMMAND_LINE}: '{value}' belongs to no option. Options start with --.")
-        elif value is None and key.partition(".")[0] not in FLAGS:
-            problems.append(f"{COMMAND_LINE}: --{key} has no value. Write --{key} VALUE.")
+        elif value is None:
+            settings.append(Setting(COMMAND_LINE, key, NO_VALUE))
         else:
             settings += _split_stages(Setting(COMMAND_LINE, key, _parse(value)))
     return settings, problems
@@ -101,7 +102,8 @@ def place(problems: Iterable[str], settings: Sequence[Setting], otherwise: str) 
 
 
 def _where(problem: str, settings: Sequence[Setting]) -> str | None:
-    """Of ``"section (Class): ... knob=value ..."``: who set the knob last, or else who set the section first."""
+    """Of ``"section (Class): ... knob=value ..."``: who set the knob last, or a knob that is mentioned; else who set
+    the section first."""
     found = _SUBJECT.match(problem)
     knob = _KNOB.search(problem, found.end() if found else 0)
     section = found["section"] if found else None
@@ -109,7 +111,11 @@ def _where(problem: str, settings: Sequence[Setting]) -> str | None:
     for key in (f"{section}.{name}", f"{name}.{name}", name):
         if places := [s.where for s in settings if s.sets(key)]:
             return places[-1]
-    return next((s.where for s in settings if section and s.sets(section)), None)
+    own = [s for s in settings if section and s.sets(section)]
+    words = set(re.findall(r"\w+", problem))
+    if places := [s.where for s in own if any(leaf.rpartition(".")[2] in words for leaf in _leaves(s.key, s.value))]:
+        return places[-1]
+    return own[0].where if own else None
 
 
 def _leaves(key: str, value: Any) -> Iterator[str]:
@@ -157,6 +163,8 @@ def _settings_of_file(path: Path, problems: list[str]) -> Iterator[Setting]:
         if key in FRAGMENTS and isinstance(value, str) and value.endswith(".yaml"):
             where = Path(os.path.normpath(path.parent / value))
             value = _read_yaml(where, problems)
+            if value is None:
+                continue
         yield from _split_stages(Setting(str(where), str(key), value))
 
 
@@ -197,8 +205,8 @@ def _split_stages(setting: Setting) -> Iterator[Setting]:
         yield setting
 
 
-def _parse(value: str | None) -> Any:
+def _parse(value: str) -> Any:
     try:
-        return load_yaml(value) if value is not None else True
+        return load_yaml(value)
     except yaml.YAMLError:
         return value

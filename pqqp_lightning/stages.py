@@ -43,8 +43,8 @@ def import_from_working_folder(name: str) -> bool:
     if not name.isidentifier():
         return False
     definition = re.compile(rf"^class {name}\b", re.MULTILINE)
-    for file in sorted([*Path().glob("*.py"), *Path("callbacks").glob("*.py")]):
-        if not definition.search(file.read_text(encoding="utf-8", errors="replace")):
+    for file, text in _working_folder():
+        if not definition.search(text):
             continue
         module = ".".join(file.with_suffix("").parts)
         if module in sys.modules:
@@ -57,6 +57,27 @@ def import_from_working_folder(name: str) -> bool:
             ) from error
         return True
     return False
+
+
+def import_working_folder() -> list[str]:
+    """Import every file in the working folder, or in its ``callbacks/``, that defines a stage; a word on each that
+    fails."""
+    failed = []
+    bases = {"Stage", "PruningStage", "QuantizationStage", *known_stages()}
+    for _, text in _working_folder():
+        for name, base in re.findall(r"^class (\w+)\((?:\w+\.)*(\w+)", text, re.MULTILINE):
+            if base in bases and name not in known_stages():
+                try:
+                    import_from_working_folder(name)
+                except RecipeError as error:
+                    failed += error.problems
+    return failed
+
+
+def _working_folder() -> list[tuple[Path, str]]:
+    """The Python files in the working folder and in its ``callbacks/``, with their text."""
+    files = sorted([*Path().glob("*.py"), *Path("callbacks").glob("*.py")])
+    return [(file, file.read_text(encoding="utf-8", errors="replace")) for file in files]
 
 
 def knobs(cls: type[Stage]) -> dict[str, inspect.Parameter]:

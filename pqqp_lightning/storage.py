@@ -14,6 +14,12 @@ from typing import Any
 from pqqp_lightning.errors import RecipeError
 
 
+def cache_folder() -> Path:
+    """``$PQQP_CACHE``, or ``~/.cache/pqqp-lightning``."""
+    named = os.environ.get("PQQP_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "pqqp-lightning"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -81,7 +87,7 @@ def check_folder(path: Path) -> list[str]:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; it appears at ``path``, in place of an earlier one, only when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, aside = (path.with_name(f".{path.name}.{os.getpid()}{kind}.tmp") for kind in ("", ".old"))
     with _worded(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
@@ -91,11 +97,20 @@ def new_folder(path: Path) -> Iterator[Path]:
             for file in temporary.iterdir():
                 sync(file)
             sync(temporary)
-            shutil.rmtree(path, ignore_errors=True)
+            if path.exists():  # aside in one step: a folder that is half removed would look like a damaged one
+                path.replace(aside)
             temporary.replace(path)
             sync(path.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            clear_leftovers(path)
+
+
+def not_written(path: object, error: OSError) -> str:
+    """What to say and do when a file cannot be written."""
+    return (
+        f"{path}: cannot be written: {error.strerror or error}. What was finished before is still there: make room "
+        "and go on with --ckpt_path last, or choose another --run_dir."
+    )
 
 
 def clear_leftovers(path: Path) -> None:
@@ -132,7 +147,4 @@ def _worded(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RecipeError(
-            f"{path}: cannot be written: {error.strerror or error}. What was finished before is still there; free "
-            "space or choose another --run_dir, and go on with --ckpt_path last."
-        ) from error
+        raise RecipeError(not_written(path, error)) from error

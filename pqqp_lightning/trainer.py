@@ -130,7 +130,7 @@ class Trainer(pl.Trainer):
         if model is None or not ckpt_path:
             return ckpt_path
         if ckpt_path != "last" and not folder.is_dir():
-            if not is_zipfile(folder):
+            if str(ckpt_path).partition(":")[0] not in ("best", "hpc", "registry") and not is_zipfile(folder):
                 raise RecipeError(
                     f"ckpt_path={ckpt_path}: is neither a run folder nor a whole checkpoint of Lightning's."
                 )

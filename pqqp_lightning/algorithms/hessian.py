@@ -24,9 +24,9 @@ def add_gram(total: Tensor, inputs: Tensor) -> None:
         total[:stop, start:stop].addmm_(x[:, :stop].T, x[:, start:stop])
 
 
-def symmetric(total: Tensor) -> Tensor:
-    """The full symmetric matrix from the upper triangle that :func:`add_gram` fills."""
-    return total.triu() + total.triu(1).mT
+def complete(total: Tensor) -> None:
+    """Make ``total`` the full symmetric matrix from the upper triangle that :func:`add_gram` fills, in place."""
+    total.triu_().add_(total.triu(1).mT)
 
 
 @dataclass(frozen=True)
@@ -77,5 +77,6 @@ def factorize_inverse(hessian: Tensor, damping: float, *, activation_order: bool
         used = min(1.0, max(used, 1e-6) * 10)
     del h
     upper = reversed_factor.flip(0, 1)  # R with H = R R^T, upper triangular
+    del reversed_factor
     identity = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
     return InverseFactor(torch.linalg.solve_triangular(upper, identity, upper=True), dead, used, order)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ class Call:
     kwargs: dict[str, Any]
 
     @property
-    def hidden(self) -> Tensor:
-        """The hidden state that the block reads."""
-        return next(v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
+    def hidden(self) -> Tensor | None:
+        """The hidden state that the block reads, if it gets a tensor at all."""
+        return next((v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)), None)
 
     def with_hidden(self, hidden: Tensor) -> Call:
         """The same call with another hidden state."""
@@ -55,36 +55,77 @@ def first_output(output: object) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
+@dataclass
+class _Passage:
+    """One forward pass as the blocks saw it.
+
+    Attributes:
+        order: names of the blocks as they were called.
+        rest: what each block got besides its hidden state.
+        linked: each block got the previous one's output, as it was, and left it so.
+        latest: the latest block's output, and how often it had been written to.
+    """
+
+    order: list[str] = field(default_factory=list)
+    rest: dict[str, list[Any]] = field(default_factory=dict)
+    linked: bool = True
+    latest: tuple[Tensor | None, int] = (None, 0)
+
+    def enter(self, name: str, call: Call) -> None:
+        """Note a call of block ``name``."""
+        hidden = call.hidden
+        if self.order:
+            self.linked &= hidden is self.latest[0] and _version(hidden) == self.latest[1]
+        self.order.append(name)
+        self.rest[name] = call.rest()
+        self.latest = hidden, _version(hidden)
+
+    def leave(self, output: object) -> None:
+        """Note what it returned."""
+        hidden, version = self.latest
+        result = first_output(output)
+        self.linked &= result is not None and _version(hidden) == version
+        self.latest = result, _version(result)
+
+
 def is_chain(blocks: Blocks, run: Run, batch: Any) -> tuple[bool, bool]:
-    """Whether ``blocks`` form a chain on ``batch``, and whether they all get the same other arguments."""
-    calls: dict[str, list[Call]] = {name: [] for name in blocks}
-    outputs: dict[str, Tensor | None] = {}
-    order: list[str] = []
+    """Whether ``blocks`` form a chain on ``batch``, and whether they all get the same other arguments.
 
-    def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls[name].append(Call(args, kwargs))
-        order.append(name)
+    Other arguments may differ from block to block, but must not depend on what earlier blocks compute: that is seen
+    by disturbing the first block's output.
+    """
+    seen = _watch(blocks, run, batch)
+    arguments = list(seen.rest.values())
+    if seen.order != list(blocks) or not seen.linked or not all(map(_is_plain, arguments)):
+        return False, False
+    if all(_same(arguments[0], other) for other in arguments[1:]):
+        return True, True
+    disturbed = _watch(blocks, run, batch, disturb=True)
+    return all(_same(disturbed.rest[name], rest, by_value=True) for name, rest in seen.rest.items()), False
 
-    def leave(name: str, output: object) -> None:
-        outputs[name] = first_output(output)
+
+def _watch(blocks: Blocks, run: Run, batch: Any, *, disturb: bool = False) -> _Passage:
+    """Run ``batch`` through the model; with ``disturb``, the first block gives out something else than it computes."""
+    passage, first = _Passage(), next(iter(blocks.values()))
+
+    def leave(block: nn.Module, args: Any, output: Any) -> Any:
+        if disturb and block is first:
+            other = 1.5 * first_output(output) + 1  # type: ignore[operator]
+            output = other if isinstance(output, Tensor) else type(output)((other, *output[1:]))
+        passage.leave(output)
+        return output
 
     handles = []
     for name, block in blocks.items():
-        enter_hook = lambda _, args, kwargs, name=name: enter(name, args, kwargs)  # noqa: E731
-        handles.append(block.register_forward_pre_hook(enter_hook, with_kwargs=True))
-        handles.append(block.register_forward_hook(lambda _m, _a, output, name=name: leave(name, output)))
+        enter = lambda _, args, kwargs, name=name: passage.enter(name, Call(args, kwargs))  # noqa: E731
+        handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(block.register_forward_hook(leave))
     try:
         run(batch)
     finally:
         for handle in handles:
             handle.remove()
-    names = list(blocks)
-    if order != names:
-        return False, False
-    first = [calls[name][0] for name in names]
-    chained = all(outputs[a] is call.hidden for a, call in zip(names, first[1:], strict=False))
-    same = all(_same(first[0].rest(), call.rest()) for call in first[1:])
-    return chained, same
+    return passage
 
 
 def capture_calls(blocks: Blocks, run: Run, batches: Iterable[Any], *, every_block: bool) -> list[list[Call]]:
@@ -114,13 +155,30 @@ def capture_calls(blocks: Blocks, run: Run, batches: Iterable[Any], *, every_blo
     return captured
 
 
-def _same(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(x is y or _equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _equal(x: Any, y: Any) -> bool:
-    if isinstance(x, tuple | list) and isinstance(y, tuple | list):
-        return _same(list(x), list(y))
-    if isinstance(x, Tensor) or isinstance(y, Tensor):
+def _same(a: Any, b: Any, *, by_value: bool = False) -> bool:
+    """Whether two arguments are one and the same; with ``by_value``, tensors may be equal copies."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
         return False
-    return type(x) is type(y) and bool(x == y)
+    if isinstance(a, Tensor):
+        return by_value and a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(_same(a[key], b[key], by_value=by_value) for key in a)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(_same(x, y, by_value=by_value) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether ``value`` cannot remember a call, as a cache does: then a block can be called again with it."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device)
+
+
+def _version(tensor: Tensor | None) -> int:
+    """How often a tensor was written to in place."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from pqqp_lightning.algorithms.hessian import add_gram, symmetric
+from pqqp_lightning.algorithms.hessian import add_gram, complete
 
 
 class Statistic(ABC):
@@ -58,7 +58,9 @@ class Hessian(Statistic):
             add_gram(total, group)
 
     def value(self) -> Tensor:
-        return torch.stack([symmetric(total) for total in self.total])
+        for total in self.total:
+            complete(total)
+        return self.total
 
 
 class SquaredNorm(Statistic):

@@ -17,6 +17,7 @@ from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.modules.blocks import Blocks
 from pqqp_lightning.modules.layers import Layer
+from pqqp_lightning.seeding import keep_random_state
 
 Compress = Callable[[Reading], None]
 
@@ -68,7 +69,7 @@ class Walk:
         self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, *, every_block: bool
     ) -> None:
         calls = capture_calls(self.blocks, self.run, self.batches, every_block=every_block)
-        hidden = [batch[0].hidden for batch in calls]
+        hidden = [state for batch in calls if (state := batch[0].hidden) is not None]
         calls = [[call.without_hidden() for call in batch] for batch in calls]
         names = list(self.blocks)
         of_block = {name: {n: la for n, la in layers.items() if self._block_of(n) == name} for name in names}
@@ -121,13 +122,21 @@ class Walk:
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; modes and random state are put back, whatever happens."""
+    """Evaluation mode, no gradients and no caches inside; everything is put back, random state too, whatever happens.
+
+    A Hugging Face model's cache of keys and values would grow with each replay of a block.
+    """
     modes = {module: module.training for module in model.modules()}
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    caching = {id(config): config for config in configs if getattr(config, "use_cache", False)}
     model.eval()
+    for config in caching.values():
+        setattr(config, "use_cache", False)  # noqa: B010
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with keep_random_state(), torch.no_grad():
             yield
     finally:
         for module, training in modes.items():
             module.training = training
+        for config in caching.values():
+            setattr(config, "use_cache", True)  # noqa: B010

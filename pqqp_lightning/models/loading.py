@@ -33,8 +33,9 @@ def third_party_errors(problem: str, way_out: str) -> Iterator[None]:
     except (RecipeError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0].split(". ")[0].rstrip(". :") if lines else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        reason = first.split(". ")[0].rstrip(". :")
         raise RecipeError(f"{problem} ({reason}). {way_out}") from error
 
 

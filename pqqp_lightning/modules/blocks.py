@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from torch import nn
 
-from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.errors import RecipeError, near_miss
 from pqqp_lightning.modules.layers import LAYER_TYPES, Layer
 from pqqp_lightning.modules.naming import matches_any
 
@@ -47,7 +47,7 @@ def _named_blocks(model: nn.Module, names: list[str]) -> Blocks:
     for wanted in names:
         found = {name: m for name, m in modules.items() if name == wanted or name.endswith(f".{wanted}")}
         if not found:
-            raise RecipeError(f"blocks: '{wanted}' is no module of the model; it has {shorten(modules, 5)}")
+            raise RecipeError(f"blocks: '{wanted}' is no module of the model.{near_miss(wanted, modules)}")
         blocks.update(found)
     return blocks
 

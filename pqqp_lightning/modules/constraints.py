@@ -53,6 +53,20 @@ class Constraints:
         entries = self.shape[0] * self.shape[1]
         return entries if self.mask_bits is None else int(unpack_mask(self.mask_bits, self.shape).sum())
 
+    def without_broken(self, matrix: Tensor, earlier: Constraints) -> Constraints:
+        """Without those parts of ``earlier`` that are still promised here but that ``matrix`` [O, I] breaks."""
+        if tuple(matrix.shape) != self.shape:
+            return Constraints((matrix.shape[0], matrix.shape[1]))
+        left = self
+        if left.mask_bits is earlier.mask_bits and replace(left, grid=None).violations(matrix):
+            left = replace(left, mask_bits=None, pattern=None)
+        mask = left.mask()
+        if left.pattern is not None and left.pattern == earlier.pattern and mask is not None:
+            left = left if _fits(mask, left.pattern) else replace(left, pattern=None)
+        if left.grid is earlier.grid and replace(left, mask_bits=None).violations(matrix):
+            left = replace(left, grid=None)
+        return left
+
     def violations(self, matrix: Tensor) -> list[str]:
         """How ``matrix`` [O, I] breaks the constraints, exactly; empty if it does not."""
         found = []

@@ -1,0 +1,212 @@
+"""Two gloo processes on the CPU, started by the real command line, share the calibration and end with one model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import LLAMA, write_tokens
+
+import pqqp_lightning
+from pqqp_lightning.__main__ import main
+from pqqp_lightning.checkpoint import load_weights
+
+WATCHER = '''
+"""A user's own file beside the recipe: a callback that dumps what each rank holds, and a stage that does harm."""
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from pqqp_lightning import Stage
+
+
+class Dump(Callback):
+    """Appends a digest of this rank's weights, and its world, to a file of its own after each evaluation."""
+
+    def on_validation_end(self, trainer, pl_module):
+        weights = b"".join(p.detach().numpy().tobytes() for p in pl_module.parameters())
+        line = {"digest": hashlib.sha256(weights).hexdigest(), "world": trainer.world_size, "rank": trainer.global_rank}
+        with Path(f"digests-{Path(trainer.default_root_dir).name}-{trainer.global_rank}.jsonl").open("a") as file:
+            print(json.dumps(line), file=file)
+
+
+class Differ(Stage):
+    """Ranks write different weights."""
+
+    source = "none"
+    compresses = True
+
+    def compress(self, model, context):
+        with torch.no_grad():
+            next(model.parameters()).add_(int(os.environ.get("LOCAL_RANK", "0")))
+        return {}
+
+
+class Die(Stage):
+    """Kills the first process, once."""
+
+    source = "none"
+    compresses = True
+
+    def compress(self, model, context):
+        if os.environ.get("LOCAL_RANK", "0") == "0" and not Path("died").exists():
+            Path("died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+'''
+PRUNE = {"class_path": "SparseGPT", "init_args": {"sparsity": 0.5}}
+QUANTIZE = {"class_path": "GPTQ", "init_args": {"bits": 4, "group_size": 16}}
+FINETUNE = {"class_path": "Finetune", "init_args": {"epochs": 2, "learning_rate": 0.01}}
+
+
+def write_recipe(folder: Path, name: str, stages: dict) -> None:
+    recipe = {
+        "seed_everything": 3,
+        "model": {"class_path": "CausalLM", "init_args": {"model": LLAMA}},
+        "data": {"class_path": "TokenData", "init_args": write_tokens(folder, calibration=9, train=9)},
+        "trainer": {
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+            "callbacks": [{"class_path": "watcher.Dump"}],
+        },
+        "stages": stages,
+    }
+    (folder / name).write_text(yaml.safe_dump(recipe, sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    (folder / "watcher.py").write_text(WATCHER)
+    write_recipe(folder, "compress.yaml", {"prune": PRUNE, "quantize": QUANTIZE})
+    write_recipe(folder, "train.yaml", {"prune": PRUNE, "finetune": FINETUNE, "quantize": QUANTIZE})
+    return folder
+
+
+def run(folder: Path, *arguments: str, script: bool = False) -> subprocess.CompletedProcess:
+    """The command line: ``python -m pqqp_lightning``, or with ``script`` the installed console script."""
+    launcher = [str(Path(sys.executable).with_name("pqqp-lightning"))]
+    if not script:
+        launcher = [sys.executable, "-m", "pqqp_lightning"]
+    environment = os.environ | {"PYTHONPATH": str(Path(pqqp_lightning.__file__).parents[1])}
+    command = [*launcher, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=150)
+
+
+def on_two(recipe: str, name: str) -> list[str]:
+    return ["fit", "--config", recipe, "--run_dir", name, "--trainer.strategy", "ddp", "--trainer.devices", "2"]
+
+
+@pytest.fixture
+def here(folder, monkeypatch) -> Path:
+    """For what needs one process only: the command line in this one."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    monkeypatch.delitem(sys.modules, "watcher", raising=False)
+    return folder
+
+
+def finish(folder: Path, *arguments: str, script: bool = False) -> None:
+    result = run(folder, *arguments, script=script)
+    assert result.returncode == 0, result.stderr
+
+
+def digests(folder: Path, name: str) -> list[list[dict]]:
+    files = [folder / f"digests-{name}-{rank}.jsonl" for rank in (0, 1)]
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files if file.exists()]
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_compress_as_one_does(folder, here):
+    main(["fit", "--config", "compress.yaml", "--run_dir", "one", "--trainer.devices", "1"])
+    finish(folder, *on_two("compress.yaml", "two"), script=True)
+    assert [[line["world"] for line in rank] for rank in digests(folder, "two")] == [[2] * 3] * 2
+    one, two = load_weights(folder / "one"), load_weights(folder / "two")
+    assert list(one) == list(two)
+    for name in one:
+        if ".layers." in name and name.endswith("proj.weight"):
+            assert float(((one[name] == 0) == (two[name] == 0)).float().mean()) > 0.99, name
+            assert float((one[name] - two[name]).norm() / one[name].norm()) < 0.05, name
+        else:
+            assert torch.equal(one[name], two[name])
+    a, b = records(folder / "one"), records(folder / "two")
+    assert [r["name"] for r in b] == ["dense", "prune", "quantize"]
+    for ours, theirs in zip(a, b, strict=True):
+        assert ours["metrics"]["perplexity"] == pytest.approx(theirs["metrics"]["perplexity"], rel=1e-3)
+        assert ours["size_bytes"] == theirs["size_bytes"]
+
+
+def test_half_of_the_calibration_set_gives_other_weights(folder, here):
+    """What the test above compares is no accident."""
+    arguments = ["fit", "--config", "compress.yaml", "--run_dir", "half", "--trainer.devices", "1"]
+    main([*arguments, "--data.calibration_samples", "4"])
+    one, half = load_weights(folder / "one"), load_weights(folder / "half")
+    name = "model.model.layers.0.mlp.down_proj.weight"
+    assert float((one[name] - half[name]).norm() / one[name].norm()) > 0.05
+
+
+def test_processes_end_with_equal_weights_also_after_finetuning(folder):
+    finish(folder, *on_two("train.yaml", "trained"))
+    first, second = ([line["digest"] for line in rank] for rank in digests(folder, "trained"))
+    assert first == second
+    # dense, pruned, the same before finetuning, after each epoch, the same when it is measured, quantized
+    assert [first.index(digest) for digest in first] == [0, 1, 1, 3, 4, 4, 6]
+    found = records(folder / "trained")
+    assert [r["name"] for r in found] == ["dense", "prune", "finetune", "quantize"]
+    assert found[2]["metrics"] != found[2]["metrics_before_finetuning"]
+    assert found[2]["logged_steps"] == 10  # 9 samples over 2 processes: 5 steps an epoch
+    assert found[3]["sparsity"] >= 0.5
+    assert json.loads((folder / "trained" / "report.json").read_text())["status"] == "finished"
+    assert sorted(p.name for p in (folder / "trained").iterdir()) == [
+        "logs",
+        "model",
+        "recipe.yaml",
+        "records.jsonl",
+        "report.json",
+        "run.json",
+    ]
+    assert not (folder / "trained.1").exists()
+    assert load_file(folder / "trained" / "model" / "model.safetensors")
+
+
+def test_processes_that_end_a_stage_with_different_weights_are_stopped(folder):
+    write_recipe(folder, "differ.yaml", {"differ": {"class_path": "watcher.Differ"}})
+    result = run(folder, *on_two("differ.yaml", "differ"))
+    assert result.returncode != 0
+    assert "the ranks' weights differ after the stage" in result.stderr
+    assert [r["name"] for r in records(folder / "differ")] == ["dense"]
+
+
+def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder):
+    write_recipe(folder, "die.yaml", {"prune": PRUNE, "die": {"class_path": "watcher.Die"}, "quantize": QUANTIZE})
+    killed = run(folder, *on_two("die.yaml", "killed"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [r["name"] for r in records(folder / "killed")] == ["dense", "prune"]
+    finish(folder, *on_two("die.yaml", "killed"), "--ckpt_path", "last")
+    ours, theirs = load_weights(folder / "killed"), load_weights(folder / "two")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [[line["world"] for line in rank] for rank in digests(folder, "killed")] == [[2] * 4] * 2
+
+
+def test_a_strategy_whose_processes_do_not_last_is_refused(folder, here, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*on_two("compress.yaml", "spawned"), "--trainer.strategy", "ddp_spawn"])
+    assert "trainer.strategy: its processes would start and end with every evaluation" in capsys.readouterr().err
+    assert not (folder / "spawned").exists()

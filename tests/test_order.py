@@ -1,0 +1,274 @@
+"""``order``: every order of the stages from the same dense model, each as a plain ``fit`` in that order would be."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations, permutations
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import RECIPE, prepare, run, write_recipe
+from tiny import RegressionData, Regressor, trainer
+
+import pqqp_lightning
+from pqqp_lightning.callbacks import RTN, Magnitude
+from pqqp_lightning.checkpoint import WEIGHTS
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.order import search_orders
+from pqqp_lightning.runner import Runner
+
+TWO = RECIPE[RECIPE.index("stages:") :]
+THREE = """\
+stages:
+  prune: {class_path: SparseGPT, init_args: {sparsity: 0.5}}
+  quantize: {class_path: GPTQ, init_args: {bits: 3}}
+  more: {class_path: Magnitude, init_args: {sparsity: 0.7, targets: [mlp]}}
+"""
+WITH_FINETUNING = """\
+stages:
+  prune: {class_path: Magnitude, init_args: {sparsity: 0.5}}
+  tune: {class_path: Finetune, init_args: {epochs: 1, learning_rate: 0.01}}
+  quantize: {class_path: RTN, init_args: {bits: 4}}
+"""
+SAME = ("name", "method", "options", "metrics", "size_bytes", "sparsity", "bits_per_weight", "nominal_rate", "notes")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    return prepare(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def applied(monkeypatch):
+    """The weights file of every node, in the order in which the stages were applied."""
+    nodes: dict[str, bytes] = {}
+    apply = Runner.apply
+
+    def watch(self, stage, folder):
+        record = apply(self, stage, folder)
+        assert folder.name not in nodes
+        nodes[folder.name] = (folder / WEIGHTS).read_bytes()
+        return record
+
+    monkeypatch.setattr(Runner, "apply", watch)
+    return nodes
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a search over three stages that was not interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        search(prepare(folder, monkeypatch), THREE)
+    return folder / "search"
+
+
+def search(folder: Path, stages: str = TWO, *arguments: str) -> dict:
+    write_recipe(folder, {TWO: stages, "evaluation: ": "train: train.npy, evaluation: "})
+    assert run("order", "--config", "recipe.yaml", "--run_dir", "search", *arguments) == 0
+    return json.loads((folder / "search/order.json").read_text())
+
+
+def plain_fit(folder: Path, order: list[str]) -> tuple[list[dict], bytes]:
+    """The stages' records and the weights of a plain fit in this order."""
+    assert run("fit", "--config", "recipe.yaml", "--run_dir", "plain", "--stage_order", f"[{','.join(order)}]") == 0
+    stages = json.loads((folder / "plain/report.json").read_text())["stages"]
+    return stages, (folder / "plain/model" / WEIGHTS).read_bytes()
+
+
+def same(stages: list[dict]) -> list[list]:
+    return [[stage[name] for name in SAME] for stage in stages]
+
+
+@pytest.mark.parametrize(
+    ("stages", "count"), [(TWO, 2), (THREE, 6), (WITH_FINETUNING, 3)], ids=["two", "three", "tune"]
+)
+def test_every_order_is_what_a_plain_fit_gives(stages, count, folder, applied):
+    report = search(folder, stages)
+    nodes = dict(applied)
+    assert len(report["orders"]) == len({tuple(entry["order"]) for entry in report["orders"]}) == count
+    for entry in report["orders"]:
+        applied.clear()
+        records, weights = plain_fit(folder, entry["order"])
+        assert same(entry["stages"]) == same(records)
+        assert entry["metrics"] == records[-1]["metrics"]
+        assert nodes["+".join(entry["order"])] == weights  # bit for bit
+        assert all(stage["constraints_verified"] for stage in entry["stages"])
+
+
+def test_the_orders_differ(folder):
+    report = search(folder, THREE)
+    assert len({entry["metrics"]["perplexity"] for entry in report["orders"]}) == 6
+
+
+@pytest.mark.parametrize(("stages", "count"), [(TWO, 4), (THREE, 15)], ids=["two", "three"])
+def test_shared_prefixes_are_computed_once(stages, count, folder, applied, monkeypatch):
+    dense = []
+    measure = Runner.measure_dense
+    monkeypatch.setattr(Runner, "measure_dense", lambda self, stages: dense.append(1) or measure(self, stages))
+    search(folder, stages)
+    names = [line.split(":")[0].strip() for line in stages.splitlines()[1:]]
+    prefixes = {"+".join(p) for n in range(1, len(names) + 1) for p in permutations(names, n)}
+    assert set(applied) == prefixes
+    assert (len(applied), len(dense)) == (count, 1)
+
+
+def test_the_best_orders_model_is_kept(folder):
+    report = search(folder, THREE)
+    scores = {tuple(entry["order"]): entry["metrics"]["perplexity"] for entry in report["orders"]}
+    assert tuple(report["best"]) == min(scores, key=scores.get) == tuple(report["orders"][0]["order"])
+    assert list(scores.values()) == sorted(scores.values())
+    _, weights = plain_fit(folder, report["best"])
+    assert (folder / "search/model" / WEIGHTS).read_bytes() == weights
+    found, expected = (pqqp_lightning.load(folder / name).state_dict() for name in ("search", "plain"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not (folder / "search/nodes").exists()
+
+
+def test_advantage_is_antisymmetric_and_the_difference_of_the_scores(folder):
+    report = search(folder)
+    score = {tuple(entry["order"]): -entry["metrics"]["perplexity"] for entry in report["orders"]}
+    there, back = score["prune", "quantize"], score["quantize", "prune"]
+    assert report["advantage"] == {"prune->quantize": there - back, "quantize->prune": back - there}
+    assert report["advantage"]["prune->quantize"] != 0
+
+
+def test_advantages_of_three_stages_are_those_of_each_pair_alone(folder):
+    report = search(folder, THREE)
+    assert set(report["advantage"]) == {f"{a}->{b}" for a, b in permutations(["prune", "quantize", "more"], 2)}
+    for first, second in combinations(["prune", "quantize", "more"], 2):
+        advantage = report["advantage"][f"{first}->{second}"]
+        assert advantage == -report["advantage"][f"{second}->{first}"]
+        alone = [line for line in THREE.splitlines() if line.split(":")[0].strip() in ("stages", first, second)]
+        write_recipe(folder, {TWO: "\n".join(alone)})
+        score = [
+            -plain_fit(folder, order)[0][-1]["metrics"]["perplexity"] for order in ([first, second], [second, first])
+        ]
+        assert advantage == score[0] - score[1]
+
+
+@pytest.mark.parametrize("higher", ["true", "false"])
+def test_higher_or_lower_is_better(higher, folder):
+    report = search(folder, TWO, "--metric", "perplexity", "--higher_is_better", higher)
+    values = [entry["metrics"]["perplexity"] for entry in report["orders"]]
+    assert report["best"] == report["orders"][0]["order"]
+    assert values[0] == (max(values) if higher == "true" else min(values))
+    sign = 1 if higher == "true" else -1
+    assert report["advantage"]["->".join(report["best"])] == sign * (values[0] - values[1]) > 0
+    assert (report["metric"], report["higher_is_better"]) == ("perplexity", higher == "true")
+
+
+def test_refused_orders_are_listed_with_their_reasons(folder, capsys):
+    report = search(folder, WITH_FINETUNING)
+    assert {tuple(entry["order"]) for entry in report["orders"]} == {
+        ("prune", "tune", "quantize"),
+        ("tune", "prune", "quantize"),
+        ("tune", "quantize", "prune"),
+    }
+    assert {tuple(entry["order"]) for entry in report["refused"]} == {
+        ("prune", "quantize", "tune"),
+        ("quantize", "prune", "tune"),
+        ("quantize", "tune", "prune"),
+    }
+    for refused in report["refused"]:
+        (problem,) = refused["problems"]
+        assert problem.startswith("stages.tune (Finetune): epochs=1 would move 14 layers (")
+        assert "off the grid of stage 'quantize'. Finetune before quantizing" in problem
+    printed = capsys.readouterr().out
+    for refused in report["refused"]:
+        assert f"{' -> '.join(refused['order'])} cannot run: {refused['problems'][0]}\n" in printed
+    assert list(report["advantage"]) == ["prune->tune", "tune->prune"]  # of the pairs that orders can begin with
+
+
+def test_no_order_can_run(folder, capsys):
+    write_recipe(folder, {"Magnitude, init_args: {sparsity: 0.5}": "RTN, init_args: {bits: 3}"})
+    assert run("order", "--config", "recipe.yaml") == 2
+    problems = capsys.readouterr().err.splitlines()
+    assert [problem.split(" (RTN): ")[0] for problem in problems] == [
+        "recipe.yaml: stages.quantize",
+        "recipe.yaml: stages.prune",
+    ]
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4, 9, 15])
+def test_a_search_that_broke_off_goes_on_where_it_was(stop, finished, folder, applied, monkeypatch):
+    whole = json.loads((finished / "order.json").read_text())
+    watched = Runner.apply
+
+    def broken(self, stage, node):
+        if len(applied) == stop - 1:
+            raise KeyboardInterrupt
+        return watched(self, stage, node)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "apply", broken)
+        with pytest.raises(KeyboardInterrupt):
+            search(folder, THREE)
+    assert len(applied) == stop - 1
+    assert not (folder / "search/order.json").exists()
+    resumed = search(folder, THREE, "--ckpt_path", "last")
+    assert len(applied) == 15  # none was applied again
+    assert [same(e["stages"]) for e in resumed["orders"]] == [same(e["stages"]) for e in whole["orders"]]
+    assert (resumed["best"], resumed["advantage"]) == (whole["best"], whole["advantage"])
+    assert (folder / "search/model" / WEIGHTS).read_bytes() == (finished / "model" / WEIGHTS).read_bytes()
+
+
+def test_a_finished_search_goes_on_without_doing_anything(folder, applied):
+    before = search(folder)
+    applied.clear()
+    assert search(folder, TWO, "--ckpt_path", "last") == before
+    assert not applied
+
+
+def test_the_order_in_the_file_does_not_matter(folder):
+    forth = search(folder)
+    back = search(folder, TWO, "--stage_order", "[quantize,prune]")
+    assert [same(entry["stages"]) for entry in forth["orders"]] == [same(entry["stages"]) for entry in back["orders"]]
+    assert forth["best"] == back["best"]
+
+
+# From Python, with a module and data of one's own.
+
+
+def regression_search(folder: Path, *stages, **options) -> dict:
+    search_orders(trainer(folder, *stages), Regressor(), RegressionData(), **options)
+    return json.loads((folder / "order.json").read_text())
+
+
+def test_a_module_of_ones_own(folder):
+    report = regression_search(folder / "run", Magnitude(0.5), RTN(3))
+    assert (report["metric"], report["higher_is_better"]) == ("mse", False)
+    assert {tuple(entry["order"]) for entry in report["orders"]} == {("magnitude", "rtn"), ("rtn", "magnitude")}
+
+
+def test_a_metric_whose_direction_is_unknown(folder, monkeypatch):
+    def validation_step(self, batch, batch_idx):
+        self.log("oddness", self(batch[0]).sum())
+
+    monkeypatch.setattr(Regressor, "validation_step", validation_step)
+    words = "metric='oddness': is more of it better"
+    with pytest.raises(RecipeError, match=words):
+        regression_search(folder / "run", Magnitude(0.5), RTN(3))
+    assert not (folder / "run/run.json").exists()
+    assert regression_search(folder / "run", Magnitude(0.5), RTN(3), higher=True)["higher_is_better"] is True
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_two_to_four_stages(count, folder):
+    with pytest.raises(RecipeError, match=f"order: needs 2 to 4 stages, but the recipe has {count}"):
+        regression_search(folder / "run", *[Magnitude(0.1 * (i + 1)) for i in range(count)])
+
+
+def test_four_stages(folder, applied):
+    stages = [Magnitude(0.1 * (i + 3)) for i in range(3)]
+    report = regression_search(folder / "run", *stages, RTN(4))
+    assert len(report["orders"]) == 24
+    assert len(applied) == 4 + 12 + 24 + 24
+
+
+def test_the_earlier_search_is_moved_aside(folder):
+    first = search(folder)
+    search(folder, TWO, "--seed_everything", "3")
+    assert json.loads((folder / "search.1/order.json").read_text()) == first

