@@ -73,7 +73,7 @@ def main() -> None:
             extra.append(memory)
         ratios = [s / f for s, f in zip(stages, forwards, strict=True)]
         print(
-            f"{type(make()).__name__:10} {statistics.median(stages):6.1f} s   forward {statistics.median(forwards):5.1f} s"
+            f"{type(make()).__name__:10} {statistics.median(stages):6.1f} s  forward {statistics.median(forwards):5.1f} s"
             f"   ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             f"   memory beyond the weights {max(extra) / 1e6:.0f} MB ({100 * max(extra) / weights:.0f}%)",
             flush=True,
