@@ -72,12 +72,10 @@ def main() -> None:
             stages.append(seconds)
             extra.append(memory)
         ratios = [s / f for s, f in zip(stages, forwards, strict=True)]
-        print(
-            f"{type(make()).__name__:10} {statistics.median(stages):6.1f} s  forward {statistics.median(forwards):5.1f} s"
-            f"   ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            f"   memory beyond the weights {max(extra) / 1e6:.0f} MB ({100 * max(extra) / weights:.0f}%)",
-            flush=True,
-        )
+        seconds, forward, ratio = map(statistics.median, (stages, forwards, ratios))
+        print(f"{type(make()).__name__:10}{seconds:6.1f} s, forward {forward:5.1f} s, ratio {ratio:.2f}", end="")
+        print(f" ({min(ratios):.2f} to {max(ratios):.2f}), memory beyond the weights {max(extra) / 1e6:.0f} MB", end="")
+        print(f" ({100 * max(extra) / weights:.0f}%)", flush=True)
 
 
 if __name__ == "__main__":
