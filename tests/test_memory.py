@@ -13,7 +13,7 @@ import pqqp_lightning
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.models import CausalLM
 
-BIG = LLAMA | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 8}
+BIG = LLAMA | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 20, "num_attention_heads": 8}
 ROOM = 1.6
 """Memory that the process may take after its imports, in weights of the model."""
 
@@ -63,7 +63,7 @@ def folder(tmp_path_factory) -> Path:
 
 def run_limited(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     gapless = {
-        "MALLOC_MMAP_THRESHOLD_": "1048576"
+        "MALLOC_MMAP_THRESHOLD_": "65536"
     }  # what is freed is given back, so that the limit is about what is used
     environment = os.environ | gapless | {"PYTHONPATH": str(Path(pqqp_lightning.__file__).parents[1])}
     command = [sys.executable, "-c", LIMITED, str(folder), str(ROOM), *arguments]
