@@ -29,7 +29,7 @@ class Training(Stage):
 class Trainer(pl.Trainer):
     """A Lightning Trainer whose callbacks may include stages: ``fit`` applies them in the order of the list.
 
-    ``default_root_dir`` is the run folder. Everything else is Lightning's; four defaults differ: a CSV logger in the
+    ``default_root_dir`` is the run folder (``runs/run`` by default). Everything else is Lightning's; four defaults differ: a CSV logger in the
     run folder, no model summary, no sanity validation, and no checkpoint callback unless you add one (stages save
     themselves).
 
@@ -42,8 +42,9 @@ class Trainer(pl.Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         callbacks = kwargs.get("callbacks") or []
         callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
+        kwargs["default_root_dir"] = kwargs.get("default_root_dir") or "runs/run"
         if kwargs.get("logger") is None and not kwargs.get("fast_dev_run"):
-            kwargs["logger"] = CSVLogger(kwargs.get("default_root_dir") or ".", name="logs")
+            kwargs["logger"] = CSVLogger(kwargs["default_root_dir"], name="logs")
         if kwargs.get("enable_model_summary") is None:
             kwargs["enable_model_summary"] = False
         if kwargs.get("num_sanity_val_steps") is None:

@@ -562,3 +562,20 @@ def test_a_stage_that_changes_the_structure_resumes_from_its_plan(tmp_path, dies
     plans = [read_manifest(tmp_path / name / "model")["plans"] for name in ("undisturbed", "died")]
     assert plans[0] == plans[1]
     assert plans[0][0]["tensors"] == ["kept"]
+
+
+def test_the_working_folder_is_never_a_run_folder(tmp_path, monkeypatch):
+    """What a run folder held is moved aside: that must not happen to the folder a user works in."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", str(tmp_path), str(tmp_path.parent)):
+        with pytest.raises(RecipeError, match="is the folder you work in"):
+            trainer(folder, Magnitude(0.5)).fit(Regressor(), val_dataloaders=regression_loader())
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_run_folder_a_run_goes_to_one_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quiet = pqqp_lightning.Trainer(callbacks=[Magnitude(0.5)], accelerator="cpu", enable_progress_bar=False)
+    quiet.fit(Regressor(), val_dataloaders=regression_loader())
+    assert (tmp_path / "runs" / "run" / "report.json").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
