@@ -29,9 +29,9 @@ class Training(Stage):
 class Trainer(pl.Trainer):
     """A Lightning Trainer whose callbacks may include stages: ``fit`` applies them in the order of the list.
 
-    ``default_root_dir`` is the run folder (``runs/run`` by default). Everything else is Lightning's; four defaults differ: a CSV logger in the
-    run folder, no model summary, no sanity validation, and no checkpoint callback unless you add one (stages save
-    themselves).
+    ``default_root_dir`` is the run folder (``runs/run`` by default). Everything else is Lightning's; four defaults
+    differ: a CSV logger in the run folder, no model summary, no sanity validation, and no checkpoint callback
+    unless you add one (stages save themselves).
 
     Example::
 
