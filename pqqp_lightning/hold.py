@@ -55,9 +55,8 @@ class SeedSteps(Callback):
         seed_from(self._seed, self._segment, trainer.current_epoch, -1, trainer.global_rank)
         loop = trainer.fit_loop
         if getattr(loop, "is_resuming", False) and loop._data_fetcher is not None:
-            iter(
-                loop._data_fetcher
-            )  # Lightning began this epoch's data before its seed and its sampler's epoch were set
+            # Lightning began this epoch's data before its seed and its sampler's epoch were set
+            iter(loop._data_fetcher)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         seed_from(self._seed, self._segment, trainer.current_epoch, batch_idx, trainer.global_rank)

@@ -160,10 +160,6 @@ def open_folder(folder: Path, identity: dict[str, Any], recipe_text: str = "") -
     Returns:
         Whether there was anything to move.
     """
-    if Path.cwd().resolve().is_relative_to(folder.resolve()):
-        raise RecipeError(
-            f"run_dir={folder}: is the folder you work in. Give the run one of its own: --run_dir runs/NAME."
-        )
     occupied = (folder / RUN).exists() or (folder / RECORDS).exists()
     if occupied:
         number = next(i for i in range(1, 10**6) if not folder.with_name(f"{folder.name}.{i}").exists())

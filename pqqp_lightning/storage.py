@@ -76,7 +76,12 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
 
 
 def check_folder(path: Path) -> list[str]:
-    """A problem if nothing can be written below ``path``, which need not exist."""
+    """A problem if ``path``, which need not exist, cannot be a run folder: not writable, or the folder one works in.
+
+    A run folder is moved aside as a whole when another run takes its place.
+    """
+    if Path.cwd().resolve().is_relative_to(path.resolve()):
+        return [f"run_dir={path}: is the folder you work in. Give the run one of its own: --run_dir runs/NAME."]
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if nearest.is_dir() and os.access(nearest, os.W_OK):
         return []
