@@ -10,7 +10,7 @@ from pqqp_lightning.algorithms.gptq import quantize_gptq
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Hessian
 from pqqp_lightning.modules.constraints import constraints_of
-from pqqp_lightning.modules.layers import row_groups, weight_matrix
+from pqqp_lightning.modules.layers import Layer, row_groups, weight_matrix
 from pqqp_lightning.quantization import GroupSize, QuantizationStage, merge_rows
 from pqqp_lightning.second_order import check_hessian_knobs, factorize
 from pqqp_lightning.stage import Context, Plan
@@ -57,6 +57,12 @@ class GPTQ(QuantizationStage):
         return super().check_knobs() + check_hessian_knobs(self.block_size, self.damping)
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
+        self.quantize_layers(model, self.find_layers(model), context)
+        return {}
+
+    def quantize_layers(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> None:
+        """Quantize ``layers`` in place, block by block, calibrated on ``model`` as it is."""
+
         def quantize(reading: Reading) -> None:
             hessians, order = reading.statistic.value(), self.activation_order
             inverses = factorize(hessians, self.damping, reading.layers, context, activation_order=order)
@@ -69,5 +75,4 @@ class GPTQ(QuantizationStage):
                 ]
                 self.write_grid(layer, merge_rows(parts))
 
-        context.calibrate(self.find_blocks(model), self.find_layers(model), Hessian, quantize)
-        return {}
+        context.calibrate(self.find_blocks(model), layers, Hessian, quantize)

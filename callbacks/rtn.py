@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.algorithms.rtn import quantize_rtn
-from pqqp_lightning.modules.layers import weight_matrix
+from pqqp_lightning.modules.layers import Layer, weight_matrix
 from pqqp_lightning.quantization import QuantizationStage
 from pqqp_lightning.stage import Context, Plan
 
@@ -29,6 +29,10 @@ class RTN(QuantizationStage):
     source = "round to nearest, the baseline of Frantar et al. 2023, arXiv 2210.17323"
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
-        for name, layer in context.each(self.find_layers(model)):
-            self.write_grid(layer, quantize_rtn(weight_matrix(layer), **self.grid_options(name)))
+        self.quantize_layers(model, self.find_layers(model), context)
         return {}
+
+    def quantize_layers(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> None:
+        """Quantize ``layers`` in place; the rest of ``model`` does not matter."""
+        for name, layer in context.each(layers):
+            self.write_grid(layer, quantize_rtn(weight_matrix(layer), **self.grid_options(name)))
