@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pqqp_lightning.algorithms.grid import Grid, Quantized, fit_grid, round_to_grid
+from pqqp_lightning.algorithms.grid import ColumnGrid, Grid, Quantized, fit_grid, round_to_grid
 from pqqp_lightning.algorithms.hessian import InverseFactor, factorize_inverse
 from pqqp_lightning.algorithms.sweep import sweep_columns
 
@@ -96,33 +96,17 @@ class _Rounder:
     ) -> None:
         self._kept = kept  # [I, O]
         self._bits, self._columns, self._symmetric, self._static = bits, columns, symmetric, static
-        self._levels, self._middle = 2**bits - 1, 2.0 ** (bits - 1)
-        group_of = torch.arange(columns) // (group_size or columns)
-        self._group_of = (group_of if order is None else group_of[order.cpu()]).tolist()
         self._fitted: list[Grid] = []
-        self._scales: list[Tensor] = []
-        self._zeros: list[Tensor | float] = []
+        self._by_column = ColumnGrid(columns, group_size, order)
+        self.round = self._by_column.round
         if static is not None:
-            self._take(static)
+            self._by_column.add(static)
 
     def fit(self, start: int, stop: int, columns: Tensor) -> None:
         """Fit the grid of the group that ``columns`` [size, O] are."""
         kept = columns if self._kept is None else columns * self._kept[start:stop]
-        grid = fit_grid(kept.T, self._bits, symmetric=self._symmetric)
-        self._fitted.append(grid)
-        self._take(grid)
-
-    def _take(self, grid: Grid) -> None:
-        scale = grid.scale.float().T.contiguous()  # [G, O]
-        self._scales.extend(scale.unbind(0))
-        zero = [self._middle] * len(scale) if grid.zero is None else list(grid.zero.float().T.contiguous().unbind(0))
-        self._zeros.extend(zero)
-
-    def round(self, i: int, column: Tensor) -> Tensor:
-        """The nearest points of the grid for column i, [O]."""
-        group = self._group_of[i]
-        scale, zero = self._scales[group], self._zeros[group]
-        return (column / scale).round_().add_(zero).clamp_(0, self._levels).sub_(zero).mul_(scale)
+        self._fitted.append(fit_grid(kept.T, self._bits, symmetric=self._symmetric))
+        self._by_column.add(self._fitted[-1])
 
     def grid(self) -> Grid:
         """The grid of the whole matrix."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pqqp_lightning.algorithms.grid import Grid, round_to_grid
+from pqqp_lightning.algorithms.grid import ColumnGrid, Grid, round_to_grid
 from pqqp_lightning.algorithms.hessian import InverseFactor, factorize_inverse
 from pqqp_lightning.algorithms.selection import Pattern, keep_by_pattern, lowest, removed_first
 from pqqp_lightning.algorithms.sweep import sweep_columns
@@ -62,7 +62,9 @@ def prune_sparsegpt(
     chosen = _Chooser(kept, scale_of, sparsity, pattern)
     block = block_size if pattern is None else max(pattern[1], block_size // pattern[1] * pattern[1])
     columns_of_mask = chosen.columns
-    to_grid = None if grid is None else _ColumnGrid(grid)
+    to_grid = None if grid is None else ColumnGrid(grid.columns, grid.group_size)
+    if to_grid is not None and grid is not None:
+        to_grid.add(grid)
 
     def decide(i: int, column: Tensor) -> Tensor:
         value = column if to_grid is None else to_grid.round(i, column)
@@ -107,19 +109,3 @@ class _Chooser:
         removed = lowest(removed_first(scores, earlier).reshape(1, -1), max(0, min(due, scores.numel())))
         self.columns[start:stop] = earlier & ~removed.view_as(scores)
         self._removed += int((~self.columns[start:stop]).sum())
-
-
-class _ColumnGrid:
-    """A grid, column by column: rounds [O] at a time."""
-
-    def __init__(self, grid: Grid) -> None:
-        rows = (grid.columns, -1)
-        self._scale = grid.expanded_scale().T.expand(rows).contiguous()  # [I, O or 1]
-        zero = grid.expanded_zero()
-        self._zero = zero.T.expand(rows).contiguous() if isinstance(zero, Tensor) else None
-        self._middle, self._levels = 2.0 ** (grid.bits - 1), grid.levels
-
-    def round(self, i: int, column: Tensor) -> Tensor:
-        scale = self._scale[i]
-        zero = self._middle if self._zero is None else self._zero[i]
-        return (column / scale).round_().add_(zero).clamp_(0, self._levels).sub_(zero).mul_(scale)

@@ -1,0 +1,58 @@
+"""Codebooks of 4-bit grids: sorted levels in [-1, 1], 0 among them.
+
+- ``nf4``: NormalFloat (Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E): quantiles of a normal
+  distribution, half of them each side of an exact zero, which lies at code 7.
+- ``fp4``: a sign, two bits of exponent and one of mantissa: 0, 1/16, 2, 3, 4, 6, 8, 12, each over 12, as bitsandbytes
+  has it. Its two zeros are one level here, so that it has 15.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Codebook = Literal["nf4", "fp4"]
+
+_NF4_BELOW = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+)
+_NF4_ABOVE = (
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+_FP4_ABOVE = (0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+
+
+def levels_of(codebook: Codebook, like: Tensor) -> Tensor:
+    """The levels, float32, ascending, on the device of ``like``."""
+    return _tables(codebook, like.device)[0]
+
+
+def bounds_of(codebook: Codebook, like: Tensor) -> Tensor:
+    """The midpoints between neighbouring levels; a value on one belongs to the level below it."""
+    return _tables(codebook, like.device)[1]
+
+
+@cache
+def _tables(codebook: Codebook, device: torch.device) -> tuple[Tensor, Tensor]:
+    if codebook == "nf4":
+        levels = torch.tensor([*_NF4_BELOW, 0.0, *_NF4_ABOVE])
+    else:
+        above = torch.tensor(_FP4_ABOVE) / 12.0
+        levels = torch.cat([-above.flip(0), torch.zeros(1), above])
+    return levels.to(device), ((levels[:-1] + levels[1:]) / 2).to(device)
