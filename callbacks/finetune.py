@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pqqp_lightning.distillation import Distillation
 from pqqp_lightning.stage import Stage
 
 
@@ -18,11 +19,14 @@ class Finetune(Stage):
 
     source = "ordinary training; masks are held"
 
-    def __init__(self, epochs: int = 1, learning_rate: float | None = None) -> None:
+    def __init__(
+        self, epochs: int = 1, learning_rate: float | None = None, distill: Distillation | None = None
+    ) -> None:
         """Make the stage.
 
         Args:
             epochs: epochs of training.
             learning_rate: the highest learning rate; the model's own by default.
+            distill: learn from the dense model: {weight: 0.5, temperature: 2.0}.
         """
-        super().__init__(epochs=epochs, learning_rate=learning_rate)
+        super().__init__(epochs=epochs, learning_rate=learning_rate, distill=distill)

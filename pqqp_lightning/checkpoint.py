@@ -28,7 +28,7 @@ from torch import Tensor
 from pqqp_lightning.bundle import BundleReader, bundle_small
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.modules.constraints import constrained_layers, set_constraints
-from pqqp_lightning.modules.encoding import stored_tensors
+from pqqp_lightning.modules.encoding import stored_constraints, stored_tensors, weight_owner
 from pqqp_lightning.packed import pack_weight, unpack_weight
 from pqqp_lightning.spill import Spill
 from pqqp_lightning.stage import Plan, Stage
@@ -47,7 +47,11 @@ class Applied:
 
 
 def save_checkpoint(
-    module: LightningModule, folder: Path, applied: Sequence[Applied] = (), extra: dict[str, Any] | None = None
+    module: LightningModule,
+    folder: Path,
+    applied: Sequence[Applied] = (),
+    extra: dict[str, Any] | None = None,
+    skeleton: dict[str, Any] | None = None,
 ) -> int:
     """Write the packed checkpoint of ``module`` into ``folder``, whole or not at all, and return its bytes.
 
@@ -56,6 +60,7 @@ def save_checkpoint(
         folder: replaced if it exists.
         applied: the stages that made it, in order.
         extra: plain data to keep in the manifest (records).
+        skeleton: how to build the dense module, from :func:`skeleton_of`; as the module is now by default.
     """
     with new_folder(folder) as temporary, Spill(temporary) as spill:
         weights = temporary / WEIGHTS
@@ -64,7 +69,7 @@ def save_checkpoint(
             save_file(stored, weights)
         except SafetensorError as error:  # the library's word for a full disk
             raise OSError(None, str(error)) from error
-        manifest = {"format": FORMAT, "model": _skeleton(module), **described, **(extra or {})}
+        manifest = {"format": FORMAT, "model": skeleton or skeleton_of(module), **described, **(extra or {})}
         manifest["weights"] = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
         manifest["sha256"] = _digest(manifest)
         (temporary / MANIFEST).write_bytes(gzip.compress(json.dumps(manifest).encode(), mtime=0))
@@ -76,12 +81,13 @@ def _contents(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors to store, how the manifest describes them)."""
     tensors, aliases = stored_tensors(module)
-    constraints = {f"{name}.weight": c for name, _, c in constrained_layers(module)}
+    constraints = {name: c for name, _, c in constrained_layers(module)}
     stored: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        if name in constraints:
-            parts, entries[name] = pack_weight(tensor, constraints[name])
+        owner, hidden = weight_owner(name)
+        if owner != name and owner in constraints:
+            parts, entries[name] = pack_weight(tensor, stored_constraints(constraints[owner], hidden))
             stored.update({f"{name}:{part}": spill.put(value) for part, value in parts.items()})
         else:
             stored[name] = tensor
@@ -160,7 +166,7 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
                     continue
                 if name in manifest["packed"]:
                     value, constraints = unpack_weight(manifest["packed"][name], _parts(file, name))
-                    set_constraints(modules[name.removesuffix(".weight")], constraints)
+                    set_constraints(modules[weight_owner(name)[0]], constraints)
                 else:
                     value = file.get(name)
                 if value.shape != target.shape:
@@ -228,7 +234,8 @@ def class_path(instance: object) -> str:
     return f"{type(instance).__module__}.{type(instance).__qualname__}"
 
 
-def _skeleton(module: LightningModule) -> dict[str, Any] | None:
+def skeleton_of(module: LightningModule) -> dict[str, Any] | None:
+    """How to build a module of this structure, weights aside; None if that cannot be said."""
     described = getattr(module, "skeleton", None)
     if callable(described):
         return described()

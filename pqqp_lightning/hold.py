@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from pqqp_lightning.modules.constraints import constrained_layers
 from pqqp_lightning.modules.layers import to_weight
@@ -16,33 +17,59 @@ from pqqp_lightning.seeding import seed_from
 from pqqp_lightning.storage import sync
 
 
-class HoldMasks(Callback):
-    """Pruned weights stay exactly zero: their gradients are removed, and they are set to zero after every step.
+class HoldZeros:
+    """Chosen entries of weights stay exactly zero: their gradients are removed, and they are set to zero on demand.
 
-    The second makes it hold under any optimizer, weight decay and momentum included.
+    The second, after every step, makes it hold under any optimizer, weight decay and momentum included.
     """
 
     def __init__(self) -> None:
-        self._held: list[tuple[Tensor, Tensor]] = []
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
         self._handles: list[Any] = []
+
+    def hold(self, weight: Tensor, pruned: Tensor) -> None:
+        """From now on hold the entries of ``weight`` where ``pruned`` (of its shape) is True, and no others."""
+        key = id(weight)
+        if key not in self._held and weight.requires_grad:
+            self._handles.append(weight.register_hook(lambda gradient: gradient.masked_fill(self._held[key][1], 0)))
+        self._held[key] = (weight, pruned)
+
+    def zero(self) -> None:
+        """Set what is held to zero."""
+        with torch.no_grad():
+            for weight, pruned in self._held.values():
+                weight.masked_fill_(pruned, 0)
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._held, self._handles = {}, []
+
+
+class HoldMasks(Callback):
+    """Pruned weights stay exactly zero while a model trains; where a weight is computed, what it is computed from."""
+
+    def __init__(self) -> None:
+        self._hold = HoldZeros()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for _, layer, constraints in constrained_layers(pl_module):
-            mask = constraints.mask(layer.weight.device)
-            if mask is not None and layer.weight.requires_grad:
-                pruned = to_weight(~mask, layer.weight.shape)
-                self._held.append((layer.weight, pruned))
-                self._handles.append(layer.weight.register_hook(lambda g, pruned=pruned: g.masked_fill(pruned, 0)))
+            weight = trained_weight(layer)
+            mask = constraints.mask(weight.device)
+            if mask is not None and weight.requires_grad:
+                self._hold.hold(weight, to_weight(~mask, weight.shape))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        with torch.no_grad():
-            for weight, pruned in self._held:
-                weight.masked_fill_(pruned, 0)
+        self._hold.zero()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._held, self._handles = [], []
+        self._hold.release()
+
+
+def trained_weight(layer: Any) -> Tensor:
+    """The parameter that training moves: the weight, or what lies under one that is computed (``parametrize``)."""
+    return layer.parametrizations.weight.original if is_parametrized(layer, "weight") else layer.weight
 
 
 class SeedSteps(Callback):

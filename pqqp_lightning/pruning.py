@@ -46,6 +46,7 @@ class PruningStage(Stage):
     """
 
     compresses = True
+    promises = ("mask",)
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError, shorten
-from pqqp_lightning.quantization import QuantizationStage
+from pqqp_lightning.modules.structure import weightless_copy
 from pqqp_lightning.stage import Stage
 from pqqp_lightning.storage import check_folder
 
@@ -27,45 +27,75 @@ def check_recipe(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) ->
     folder = [] if trainer.fast_dev_run else check_folder(Path(trainer.default_root_dir))
     problems = folder + data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
     problems += _check_strategy(trainer)
-    for position, stage in enumerate(stages):
-        problems += [f"{_where(stage)}: {p}" for p in check_stage(stage, data, stages[:position])]
+    problems += _check_teacher(stages)
+    for stage, found in zip(stages, check_stages(stages, data), strict=True):
+        problems += [f"{_where(stage)}: {p}" for p in found]
     if problems:
         raise RecipeError(problems)
 
 
-def check_stage(stage: Stage, data: DataSource, earlier: Sequence[Stage]) -> list[str]:
-    """Problems of one stage after ``earlier`` ones."""
+def check_stages(stages: Sequence[Stage], data: DataSource) -> list[list[str]]:
+    """The problems of each stage in its place.
+
+    Where stages change the structure, those after them are checked against a copy that has it, weights aside.
+    """
+    model, found = data.module, []
+    if any(type(stage).expected_plan is not Stage.expected_plan for stage in stages):
+        model = weightless_copy(model)
+    for position, stage in enumerate(stages):
+        problems = _check_stage(stage, data, stages[:position], model)
+        found.append(problems)
+        if not problems and model is not data.module:
+            stage.restructure(model, stage.expected_plan(model))
+    return found
+
+
+def _check_stage(stage: Stage, data: DataSource, earlier: Sequence[Stage], model: LightningModule) -> list[str]:
     try:
-        problems = stage.check(data.module, data.datamodule, earlier)
+        problems = stage.check(model, data.datamodule, earlier)
     except RecipeError as error:
         return error.problems
     if stage.needs_calibration and not data.has_calibration_data():
         problems.append("needs calibration data. Give training data, or a datamodule with calibration_dataloader().")
     if stage.epochs > 0:
-        problems += _check_training(stage, data, earlier)
+        problems += _check_training(stage, data, earlier, model)
     return problems
 
 
-def _check_training(stage: Stage, data: DataSource, earlier: Sequence[Stage]) -> list[str]:
+def _check_training(stage: Stage, data: DataSource, earlier: Sequence[Stage], model: LightningModule) -> list[str]:
     problems = []
     if not data.has_training_data():
         owner = type(data.owner).__name__
         problems.append(f"epochs={stage.epochs} needs training data. Give {owner} some, or set epochs: 0.")
     if not is_overridden("training_step", data.module):
         problems.append(f"epochs={stage.epochs} needs a training_step in {type(data.module).__name__}.")
-    quantized = [s for s in (*earlier, stage) if isinstance(s, QuantizationStage)]
-    moved = [
-        f"{name}.weight"
-        for s in quantized
-        for name, layer in s.find_layers(data.module).items()
-        if layer.weight.requires_grad
-    ]
-    if moved:
+    quantized = [s for s in (*earlier, stage) if "grid" in s.promises]
+    on_grid = dict.fromkeys(name for s in quantized for name in s.find_layers(model))
+    moving = set(stage.moves(model))
+    if moved := [f"{name}.weight" for name in on_grid if name in moving]:
         problems.append(
             f"epochs={stage.epochs} would move {shorten(moved)} off the grid of stage '{quantized[0].name}'. Finetune "
             "before quantizing, set epochs: 0, or freeze these weights (requires_grad=False) in the model."
         )
+    if stage.distill and stage.distill.hidden_weight and _blocks_of(stage, model) != _blocks_of(stage, data.module):
+        problems.append(
+            "distill.hidden_weight compares block with block, but an earlier stage removes some. Leave it out, or put "
+            "this stage before the removal."
+        )
     return problems
+
+
+def _blocks_of(stage: Stage, model: LightningModule) -> list[str]:
+    return list(stage.find_blocks(model))
+
+
+def _check_teacher(stages: Sequence[Stage]) -> list[str]:
+    """One teacher serves the run, so that its precision must be one."""
+    asked = {stage.name: stage.distill.teacher_dtype for stage in stages if stage.distill is not None}
+    if len(set(asked.values())) < 2:
+        return []
+    given = ", ".join(f"{name}: {dtype}" for name, dtype in asked.items())
+    return [f"stages: one teacher serves all, but distill.teacher_dtype differs ({given}). Give it the same value."]
 
 
 def _check_model(module: LightningModule) -> list[str]:

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,22 @@ from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import Metric
 
 from pqqp_lightning.calibration.walk import Walk
-from pqqp_lightning.checkpoint import Applied, restore, save_checkpoint
+from pqqp_lightning.checkpoint import Applied, restore, save_checkpoint, skeleton_of
 from pqqp_lightning.data_source import DataSource
+from pqqp_lightning.distillation import make_teacher
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.memory import peak_memory
 from pqqp_lightning.metrics.size import ModelSize, measure_size
 from pqqp_lightning.modules.blocks import Blocks
 from pqqp_lightning.modules.constraints import (
-    Constraints,
-    broken_constraints,
-    collect_constraints,
-    constrained_layers,
+    Promise,
+    broken_promises,
+    collect_promises,
+    constraints_of,
     set_constraints,
 )
 from pqqp_lightning.modules.layers import weight_matrix
+from pqqp_lightning.modules.structure import Skeleton
 from pqqp_lightning.record import Record, make_record
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.segment import logged_steps, train_segment
@@ -49,16 +51,24 @@ class Runner:
         data: evaluation, calibration and training data.
         targeted: names of all layers that some stage of the run acts on.
         original_bits: bits of a dense targeted weight.
+        dense_entries: weights that these layers have in the dense model.
         applied: the stages that the model has gone through.
         dense: the baseline's record.
+        teacher: a frozen copy of the dense model, if a stage learns from one.
     """
 
     trainer: Trainer
     data: DataSource
     targeted: list[str] = field(default_factory=list)
     original_bits: int = 32
+    dense_entries: int = 0
     applied: list[Applied] = field(default_factory=list)
     dense: Record | None = None
+    teacher: LightningModule | None = None
+
+    def __post_init__(self) -> None:
+        self._build = skeleton_of(self.module)
+        self._structure = Skeleton(self.module)
 
     @property
     def module(self) -> LightningModule:
@@ -75,6 +85,8 @@ class Runner:
 
     def load(self, folder: Path, stages: Sequence[Stage]) -> None:
         """Bring the model to the checkpoint in ``folder``, which the first of ``stages`` made."""
+        if any(item.plan for item in self.applied):  # its structure is not the dense model's any more
+            self._structure.restore(self.module)
         manifest = restore(self.module, folder)
         self.applied = [Applied(s, entry["plan"]) for s, entry in zip(stages, manifest["plans"], strict=False)]
 
@@ -91,7 +103,7 @@ class Runner:
         with peak_memory() as peak:
             metrics = self.evaluate()
         self.describe_dense(stages)
-        size = measure_size(self.module, self.targeted)
+        size = self.size()
         self.dense = make_record(
             name="dense",
             method="",
@@ -108,11 +120,14 @@ class Runner:
         return self.dense
 
     def describe_dense(self, stages: Sequence[Stage]) -> None:
-        """Note which layers the stages act on, and the bits of their dense weights."""
+        """Note which layers the stages act on and what they are while dense; keep the teacher that stages ask for."""
         layers = {name: layer for stage in stages for name, layer in stage.find_layers(self.module).items()}
         self.targeted = list(layers)
+        self.dense_entries = sum(layer.weight.numel() for layer in layers.values())
         if layers:
             self.original_bits = 8 * next(iter(layers.values())).weight.element_size()
+        if asking := [s.distill for s in stages if s.distill is not None and s.epochs]:
+            self.teacher = make_teacher(self.module, asking[0].teacher_dtype)
 
     def apply(self, stage: Stage, folder: Path) -> Record:
         """Apply ``stage``: compress, verify, measure, save to ``folder``; then finetune, measure and save again.
@@ -122,8 +137,8 @@ class Runner:
         """
         position = len(self.applied)
         seed_from(run_seed(), position)
-        context = Context(self._walk(stage), title=stage.name, progress=self._shows_progress())
-        promised = collect_constraints(self.module)
+        context = self._context(stage)
+        promised = collect_promises(self.module)
         start = time.perf_counter()
         with peak_memory() as peak:
             with self._on_device():
@@ -140,11 +155,17 @@ class Runner:
 
     def finetune(self, stage: Stage, folder: Path, compressed: Record) -> Record:
         """Train for the stage's epochs, from ``folder``'s training state if there is one; measure and save."""
-        promised = collect_constraints(self.module)
+        promised, context = collect_promises(self.module), self._context(stage)
         start = time.perf_counter()
         with peak_memory() as peak:
-            train_segment(self.trainer, self.data, stage, len(self.applied), folder.parent / RESUME_POINT)
-            self._verify(stage, promised, notes := list(compressed["notes"]))
+            resume_point = folder.parent / RESUME_POINT
+            train_segment(self.trainer, self.data, stage, len(self.applied), resume_point, self.teacher)
+            with self._on_device():
+                plan = stage.finish(self.module, context, self.applied[-1].plan)
+            self._agree_over_ranks()
+            self._verify(stage, promised, context.notes)
+        self.applied[-1] = replace(self.applied[-1], plan=plan)
+        notes = [*compressed["notes"], *context.all_notes()]
         elapsed = compressed["elapsed_s"] + time.perf_counter() - start
         record = self._record(stage, elapsed, max(compressed["peak_memory_bytes"], peak.size_bytes), notes)
         record["metrics_before_finetuning"] = compressed["metrics"]
@@ -155,12 +176,15 @@ class Runner:
     def save(self, folder: Path, record: Record) -> None:
         """Save the model as it is, with its record, on the first rank."""
         if self.trainer.is_global_zero:
-            save_checkpoint(self.module, folder, self.applied, {"record": record})
+            save_checkpoint(self.module, folder, self.applied, {"record": record}, self._build)
         self.trainer.strategy.barrier("saved")
 
     def size(self) -> ModelSize:
         """The counted size of the model as it is."""
-        return measure_size(self.module, self.targeted)
+        return measure_size(self.module, self.targeted, self.dense_entries)
+
+    def _context(self, stage: Stage) -> Context:
+        return Context(self._walk(stage), title=stage.name, progress=self._shows_progress())
 
     def _record(self, stage: Stage, elapsed_s: float, peak_bytes: int, notes: list[str]) -> Record:
         return make_record(
@@ -190,14 +214,24 @@ class Runner:
                 self.trainer.precision_plugin.forward_context,
                 stage.name,
                 self._shows_progress(),
+                loss=self._loss_of,
             )
 
         return make
 
-    def _run_batch(self, batch: Any) -> None:
-        batch = self.trainer.precision_plugin.convert_input(batch)  # as Lightning's own evaluation does
+    def _transferred(self, batch: Any) -> Any:
+        """The batch as Lightning's own loops hand it to a step."""
+        batch = self.trainer.precision_plugin.convert_input(batch)
         batch = self.module._on_before_batch_transfer(batch, 0)
-        batch = self.trainer.strategy.batch_to_device(batch)
+        return self.trainer.strategy.batch_to_device(batch)
+
+    def _loss_of(self, batch: Any) -> torch.Tensor:
+        with _without_logging(self.module):
+            result: Any = self.module.training_step(self._transferred(batch), 0)
+        return result["loss"] if isinstance(result, dict) else result
+
+    def _run_batch(self, batch: Any) -> None:
+        batch = self._transferred(batch)
         step = getattr(self.module, "calibration_step", None)
         if step is not None:
             step(batch, 0)
@@ -215,21 +249,23 @@ class Runner:
         finally:
             self.module.to(home)
 
-    def _verify(self, stage: Stage, promised: dict[str, Constraints], notes: list[str]) -> None:
+    def _verify(self, stage: Stage, promised: list[Promise], notes: list[str]) -> None:
         """Hold the model to every promise: those made before the stage, and its own."""
-        broken = broken_constraints(self.module, promised)
+        broken = broken_promises(self.module, promised)
         if broken and stage.allow_undo:
-            for name, layer, constraints in list(constrained_layers(self.module)):
-                if name in broken:
-                    set_constraints(layer, constraints.without_broken(weight_matrix(layer), promised[name]))
-            notes.extend(f"undone in {name}: {'; '.join(found)}" for name, found in broken.items())
-            broken = {}
-        broken |= broken_constraints(self.module, collect_constraints(self.module))
+            for promise, found in broken:
+                left = constraints_of(promise.layer).without_broken(weight_matrix(promise.layer), promise.constraints)
+                set_constraints(promise.layer, left)
+                notes.append(f"undone in {promise.name}: {'; '.join(found)}")
+            broken = []
+        broken += broken_promises(self.module, collect_promises(self.module))
         if broken:
-            name, found = next(iter(broken.items()))
+            first, found = broken[0]
+            names = dict.fromkeys(promise.name for promise, _ in broken)
             raise RecipeError(
-                f"stages.{stage.name} ({type(stage).__name__}): broke what was promised for {shorten(broken)}; "
-                f"{name}: {'; '.join(found)}. Put this stage before the one that it undoes, or set allow_undo: true."
+                f"stages.{stage.name} ({type(stage).__name__}): broke what was promised for {shorten(names)}; "
+                f"{first.name}: {'; '.join(found)}. Put this stage before the one that it undoes, or set "
+                "allow_undo: true."
             )
 
     def _agree_over_ranks(self) -> None:

@@ -12,27 +12,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from pqqp_lightning.data_source import DataSource
+from pqqp_lightning.distillation import Distill
 from pqqp_lightning.hold import HoldMasks, ResumePoint, SeedSteps
 from pqqp_lightning.seeding import run_seed, seed_from
 from pqqp_lightning.stage import Stage
 
 
-def train_segment(trainer: Trainer, data: DataSource, stage: Stage, segment: int, resume_point: Path) -> None:
-    """Train ``data.module`` for ``stage.epochs``; from ``resume_point`` if that file exists, else from the start."""
+def train_segment(
+    trainer: Trainer,
+    data: DataSource,
+    stage: Stage,
+    segment: int,
+    resume_point: Path,
+    teacher: LightningModule | None = None,
+) -> None:
+    """Train ``data.module`` for ``stage.epochs``; from ``resume_point`` if that file exists, else from the start.
+
+    Of the stages, only ``stage`` sees the hooks of this segment.
+    """
     seed_from(run_seed(), segment, -1)
     max_epochs = trainer.fit_loop.max_epochs
     _start_anew(trainer, stage)
-    added = [HoldMasks(), SeedSteps(run_seed(), segment)]
-    if not trainer.fast_dev_run:
-        added.append(ResumePoint(resume_point))
+    first: list[Callback] = [HoldMasks(), SeedSteps(run_seed(), segment)]
+    if stage.distill is not None and teacher is not None:
+        first.append(Distill(teacher, stage.distill))
+    last = [] if trainer.fast_dev_run else [ResumePoint(resume_point)]
     before = list(trainer.callbacks)
-    trainer.callbacks = [*added[:2], *before, *added[2:]]
+    given = [c for c in before if c is stage or not isinstance(c, Stage)]
+    trainer.callbacks = [*first, *given, *last]
     try:
         with _segment_learning_rate(data.module, stage.learning_rate):
             Trainer.fit(

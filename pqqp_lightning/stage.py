@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.calibration.walk import Compress, Walk
+from pqqp_lightning.distillation import Distillation
 from pqqp_lightning.errors import RecipeError, near_miss, shorten
 from pqqp_lightning.modules.blocks import Blocks, find_blocks, find_layers, tied_weights
 from pqqp_lightning.modules.layers import LAYER_TYPES, Layer
@@ -78,9 +79,11 @@ class Stage(Callback):
         learning_rate: the highest learning rate of that finetuning; the model's own by default.
         blocks: module names of the blocks to calibrate one by one; found by structure by default.
         allow_undo: run even where an earlier stage's constraint is lost; the record says what was lost.
+        distill: let the finetuning learn from the dense model: {weight: 0.5, temperature: 2.0}.
     """
 
     source: ClassVar[str] = ""
+    promises: ClassVar[tuple[str, ...]] = ()
     needs_calibration: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
 
@@ -92,10 +95,11 @@ class Stage(Callback):
         learning_rate: float | None = None,
         blocks: list[str] | None = None,
         allow_undo: bool = False,
+        distill: Distillation | None = None,
     ) -> None:
         self.targets, self.ignore = targets, ignore
         self.epochs, self.learning_rate = epochs, learning_rate
-        self.blocks, self.allow_undo = blocks, allow_undo
+        self.blocks, self.allow_undo, self.distill = blocks, allow_undo, distill
         self.name = type(self).__name__.lower()
 
     @property
@@ -113,7 +117,8 @@ class Stage(Callback):
             for name, parameter in inspect.signature(cls.__init__).parameters.items()
             if parameter.kind not in kinds and name != "self"
         ]
-        return {name: vars(self)[name] for name in dict.fromkeys(parameters) if name in vars(self)}
+        kept = {name: vars(self)[name] for name in dict.fromkeys(parameters) if name in vars(self)}
+        return {n: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for n, v in kept.items()}
 
     def find_blocks(self, model: nn.Module) -> Blocks:
         """The blocks of ``model``: this stage's, the model's own list (``compression_blocks``), or by structure."""
@@ -129,7 +134,7 @@ class Stage(Callback):
         """Everything about this stage that must be put right before any work: one message a problem.
 
         Args:
-            model: the dense model.
+            model: the model in the structure that it will have when the stage's turn comes; its weights are not.
             data: the datamodule, or None.
             earlier: the stages before this one.
         """
@@ -144,6 +149,32 @@ class Stage(Callback):
             problems.append(f"learning_rate={self.learning_rate} is not above 0. Leave it out for the model's own.")
         elif self.learning_rate is not None and not self.epochs:
             problems.append(f"learning_rate={self.learning_rate} has no effect with epochs=0. Set epochs, or drop it.")
+        if self.distill is not None:
+            problems += self.distill.check()
+            if not self.epochs:
+                problems.append("distill has no effect with epochs=0. Set epochs, or drop it.")
+        return problems
+
+    def refuse_after(
+        self, model: nn.Module, earlier: Sequence[Stage], promises: Sequence[str], reason: str, way_out: str
+    ) -> list[str]:
+        """One problem for each earlier stage that left one of ``promises`` on a layer that this stage acts on.
+
+        Args:
+            model: as in :meth:`check`.
+            earlier: the stages before this one.
+            promises: of "mask" and "grid".
+            reason: what would happen to them ("would turn its zeros into other numbers").
+            way_out: what to do instead, a sentence.
+        """
+        if self.allow_undo:
+            return []
+        own, problems = set(self.find_layers(model)), []
+        for stage in earlier:
+            if set(stage.promises) & set(promises) and (both := own & set(stage.find_layers(model))):
+                what = " and ".join(p for p in stage.promises if p in promises)
+                carried = f"{shorten(sorted(both))} carry the {what} of stage '{stage.name}'"
+                problems.append(f"{reason}: {carried}. {way_out}")
         return problems
 
     def check_patterns(self, knob: str, layers: Iterable[str]) -> list[str]:
@@ -165,8 +196,27 @@ class Stage(Callback):
         """Compress ``model`` in place and return the plan that rebuilds its structure without data."""
         return {}
 
+    def expected_plan(self, model: LightningModule) -> Plan:
+        """A plan of the shape that :meth:`compress` will return, from the structure of ``model`` alone.
+
+        The stages after this one are checked against a copy of the model that is restructured by it.
+        """
+        return {}
+
     def restructure(self, model: LightningModule, plan: Plan) -> None:
-        """Rebuild shapes and modules from a plan, values irrelevant; nothing to do where structure stays."""
+        """Rebuild shapes, modules and ``requires_grad`` from a plan, values irrelevant; knobs are not there to be read.
+
+        Nothing to do where structure stays. New modules take the device and dtype of what they replace.
+        """
+
+    def finish(self, model: LightningModule, context: Context, plan: Plan) -> Plan:
+        """End the stage after its finetuning, in place, and return the plan that holds from then on."""
+        return plan
+
+    def moves(self, model: LightningModule) -> list[str]:
+        """Names of the layers whose weights this stage's finetuning changes."""
+        layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LAYER_TYPES))
+        return [name for name, layer in layers if layer.weight.requires_grad]
 
     def _check_targets(self, model: LightningModule) -> list[str]:
         candidates = {n: m for n, m in model.named_modules() if isinstance(m, LAYER_TYPES)}

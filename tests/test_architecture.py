@@ -20,6 +20,7 @@ LAYERS = {
     "calibration": 4,
     "metrics": 4,
     "data_source": 4,
+    "distillation": 4,
     "stage": 5,
     "pruning": 6,
     "quantization": 6,
@@ -47,7 +48,7 @@ LAYERS = {
     "__main__": 13,
     "__init__": 13,
 }
-PURE = ("torch", "math", "dataclasses", "collections", "typing", "__future__", "pqqp_lightning")
+PURE = ("torch", "math", "functools", "dataclasses", "collections", "typing", "__future__", "pqqp_lightning")
 LOWER_MODELS = {("models", "metrics"), ("models", "checkpoint")}  # a torchmetrics Metric; a run's weights, on demand
 
 

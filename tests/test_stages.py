@@ -16,7 +16,7 @@ from pqqp_lightning.models import CausalLM, ImageClassifier
 from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
 from pqqp_lightning.pruning import PruningStage
 from pqqp_lightning.quantization import QuantizationStage
-from pqqp_lightning.recipe_check import check_stage
+from pqqp_lightning.recipe_check import check_stages
 from pqqp_lightning.stages import knobs, known_stages, load_installed
 
 load_installed()
@@ -57,7 +57,7 @@ def run(tmp_path, kind, *stages, folder="run"):
 
 def problems_of(tmp_path, kind, stages):
     data = DataSource(make_model(kind), datamodule=make_data(kind, tmp_path))
-    return [p for i, stage in enumerate(stages) for p in check_stage(stage, data, stages[:i])]
+    return [problem for problems in check_stages(stages, data) for problem in problems]
 
 
 @pytest.mark.parametrize("kind", MODELS)

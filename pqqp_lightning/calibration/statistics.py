@@ -10,6 +10,13 @@ from torch import Tensor
 from pqqp_lightning.algorithms.hessian import add_gram, complete
 
 
+def sum_over_ranks(total: Tensor) -> Tensor:
+    """Sum ``total`` over the ranks of a distributed run, in place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return total
+
+
 class Statistic(ABC):
     """A sum over the input rows of a layer, per group of the layer.
 
@@ -42,9 +49,8 @@ class Statistic(ABC):
 
     def reduce(self) -> None:
         """Sum over the ranks of a distributed run."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.total)
-            torch.distributed.all_reduce(self.rows)
+        sum_over_ranks(self.total)
+        sum_over_ranks(self.rows)
 
 
 class Hessian(Statistic):

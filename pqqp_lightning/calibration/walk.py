@@ -32,6 +32,7 @@ class Walk:
         batches: the calibration batches.
         probe: a batch (one sample) that shows how the blocks follow one another.
         run: runs the model on one batch.
+        loss: the training loss of one batch, a scalar; modes and gradients are the caller's.
         forward_context: entered around every forward pass (precision).
         title: what the progress bar says.
         progress: whether to show it.
@@ -47,6 +48,7 @@ class Walk:
     title: str = ""
     progress: bool = True
     notes: list[str] = field(default_factory=list)
+    loss: Callable[[Any], Tensor] | None = None
 
     def over(self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
         """Collect ``kind`` for each of ``layers`` and hand it to ``compress``, block after block.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pqqp_lightning.modules.constraints import constraints_of
-from pqqp_lightning.modules.encoding import encode_weight, stored_tensors
+from pqqp_lightning.modules.encoding import encode_weight, stored_constraints, stored_tensors, weight_owner
 from pqqp_lightning.modules.layers import LAYER_TYPES
 
 
@@ -47,30 +47,29 @@ class ModelSize:
 
     Attributes:
         size_bytes: the whole model.
-        layers: the targeted layers.
+        layers: the targeted layers, or what has come in their place.
+        entries: targeted weights of the dense model: what fractions are taken of.
     """
 
     size_bytes: int
     layers: list[LayerSize]
-
-    @property
-    def entries(self) -> int:
-        """Targeted weights in all."""
-        return sum(layer.entries for layer in self.layers)
+    entries: int
 
     @property
     def sparsity(self) -> float:
-        """Zeros among the targeted weights."""
-        return sum(layer.zeros for layer in self.layers) / max(1, self.entries)
+        """Fraction of the targeted weights that are zero or gone."""
+        left = sum(layer.entries - layer.zeros for layer in self.layers)
+        return max(0.0, 1 - left / max(1, self.entries))
 
     @property
     def pruned(self) -> float:
-        """Fraction of the targeted weights that masks remove; further zeros come from rounding."""
-        return sum(layer.pruned for layer in self.layers) / max(1, self.entries)
+        """Fraction of the targeted weights that masks or smaller shapes remove; further zeros come from rounding."""
+        kept = sum(layer.entries - layer.pruned for layer in self.layers)
+        return max(0.0, 1 - kept / max(1, self.entries))
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits (codes, scales, zero points and masks) for each targeted weight."""
+        """Stored bits (codes, scales, zero points, masks, adapters) for each targeted weight of the dense model."""
         return 8 * sum(layer.size_bytes for layer in self.layers) / max(1, self.entries)
 
     def nominal_rate(self, original_bits: int) -> float:
@@ -79,26 +78,38 @@ class ModelSize:
         return original_bits * self.entries / stored if stored else 1.0
 
 
-def measure_size(model: nn.Module, targeted: Iterable[str]) -> ModelSize:
-    """Count ``model``; ``targeted`` names the layers that zeros and bits per weight are taken over."""
+def measure_size(model: nn.Module, targeted: Iterable[str], dense_entries: int | None = None) -> ModelSize:
+    """Count ``model``.
+
+    Args:
+        model: as it is.
+        targeted: names of the layers that zeros and bits per weight are taken over; what lies below such a name (the
+            base layer and the adapter of ``q_proj``) counts as it.
+        dense_entries: their weights in the dense model; by default those that are found.
+    """
     tensors, _ = stored_tensors(model)
     modules = dict(model.named_modules())
     wanted = set(targeted)
     total, layers = 0, []
     for name, tensor in tensors.items():
-        owner = name.removesuffix(".weight")
+        owner, hidden = weight_owner(name)
         layer = modules.get(owner)
         if not isinstance(layer, LAYER_TYPES) or owner == name:
             total += tensor.numel() * tensor.element_size()
             continue
-        constraints = constraints_of(layer)
+        constraints = stored_constraints(constraints_of(layer), hidden)
         bits = 8 * tensor.element_size()
         encoding = encode_weight(constraints, bits)
         total += encoding.size_bytes
-        if owner in wanted:
+        if _is_within(owner, wanted):
             entries = tensor.numel()
             value_bits = bits if constraints.grid is None else constraints.grid.bits
             zeros = entries - int(tensor.count_nonzero())
             pruned = entries - constraints.kept()
             layers.append(LayerSize(owner, constraints.shape, value_bits, zeros, pruned, encoding.size_bytes))
-    return ModelSize(total, layers)
+    return ModelSize(total, layers, sum(layer.entries for layer in layers) if dense_entries is None else dense_entries)
+
+
+def _is_within(name: str, wanted: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in wanted for end in range(len(parts), 0, -1))

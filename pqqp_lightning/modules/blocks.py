@@ -7,7 +7,7 @@ from collections import defaultdict
 from torch import nn
 
 from pqqp_lightning.errors import RecipeError, near_miss
-from pqqp_lightning.modules.layers import LAYER_TYPES, Layer
+from pqqp_lightning.modules.layers import LAYER_TYPES, Layer, is_adapter
 from pqqp_lightning.modules.naming import matches_any
 
 Blocks = dict[str, nn.Module]
@@ -55,7 +55,7 @@ def _named_blocks(model: nn.Module, names: list[str]) -> Blocks:
 def find_layers(
     model: nn.Module, targets: list[str] | None, ignore: list[str] | None, blocks: Blocks
 ) -> dict[str, Layer]:
-    """The Linear and Conv2d layers that a stage acts on, by name.
+    """The Linear and Conv2d layers that a stage acts on, by name; adapters are none of them.
 
     Args:
         model: any module.
@@ -66,7 +66,7 @@ def find_layers(
     tied = tied_weights(model)
     found = {}
     for name, module in model.named_modules():
-        if not isinstance(module, LAYER_TYPES) or matches_any(name, ignore or []):
+        if not isinstance(module, LAYER_TYPES) or is_adapter(module) or matches_any(name, ignore or []):
             continue
         inside = any(name == block or name.startswith(f"{block}.") or not block for block in blocks)
         chosen = inside and id(module.weight) not in tied if targets is None else matches_any(name, targets)

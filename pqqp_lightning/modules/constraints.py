@@ -48,6 +48,24 @@ class Constraints:
         """This grid in place of an earlier one."""
         return replace(self, grid=grid.to(torch.device("cpu")))
 
+    def select(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Constraints:
+        """The constraints of the matrix that keeps these rows and columns alone; an N:M pattern goes with its columns.
+
+        Args:
+            rows: indices of the rows kept, or None for all.
+            columns: indices of the matrix's columns kept, or None for all.
+
+        Raises:
+            ValueError: the grid has groups of columns, which cannot be cut.
+        """
+        mask = self.mask()
+        mask = mask if mask is None or rows is None else mask[rows.cpu()]
+        mask = mask if mask is None or columns is None else mask[:, columns.cpu()]
+        shape = self.shape[0] if rows is None else len(rows), self.shape[1] if columns is None else len(columns)
+        pattern = self.pattern if columns is None else None
+        grid = None if self.grid is None else _select_grid(self.grid, rows, columns)
+        return Constraints(shape, None if mask is None else pack_mask(mask), pattern, grid)
+
     def kept(self) -> int:
         """Entries that the mask keeps."""
         entries = self.shape[0] * self.shape[1]
@@ -123,6 +141,53 @@ def broken_constraints(model: nn.Module, promised: dict[str, Constraints]) -> di
         elif found := constraints.violations(weight_matrix(layer)):
             broken[name] = found
     return broken
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What one layer, by whatever name, promised before a stage."""
+
+    name: str
+    layer: Layer
+    constraints: Constraints
+
+
+def collect_promises(model: nn.Module) -> list[Promise]:
+    """The constraints of every layer as they are now, tied to the layers themselves: a stage may rename them."""
+    return [Promise(*found) for found in constrained_layers(model)]
+
+
+def broken_promises(model: nn.Module, promises: list[Promise]) -> list[tuple[Promise, list[str]]]:
+    """Which promises the model breaks, and how. A layer that is gone as a whole has nothing left to keep.
+
+    A layer of another shape must carry constraints of that shape, as :meth:`Constraints.select` makes them.
+    """
+    present = {id(module) for module in model.modules()}
+    broken = []
+    for promise in promises:
+        if id(promise.layer) not in present:
+            continue
+        matrix, promised = weight_matrix(promise.layer), promise.constraints
+        if tuple(matrix.shape) == promised.shape:
+            found = promised.violations(matrix)
+        else:
+            now = constraints_of(promise.layer)
+            lost = {"mask": (promised.mask_bits, now.mask_bits), "grid": (promised.grid, now.grid)}
+            found = [
+                f"its {what} is gone" for what, (then, after) in lost.items() if then is not None and after is None
+            ]
+        if found:
+            broken.append((promise, found))
+    return broken
+
+
+def _select_grid(grid: Grid, rows: Tensor | None, columns: Tensor | None) -> Grid:
+    if columns is not None and grid.scale.shape[1] > 1:
+        raise ValueError(f"its grid has groups of {grid.group_size} columns, which cannot be cut")
+    if rows is not None and grid.scale.shape[0] > 1:
+        rows = rows.cpu()
+        grid = replace(grid, scale=grid.scale[rows], zero=None if grid.zero is None else grid.zero[rows])
+    return grid if columns is None else replace(grid, columns=len(columns))
 
 
 def _fits(mask: Tensor, pattern: Pattern) -> bool:

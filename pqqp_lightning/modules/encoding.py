@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from pqqp_lightning.algorithms.packing import packed_bytes, position_bits
 from pqqp_lightning.modules.constraints import Constraints
 
 MaskKind = Literal["bits", "positions"]
+_HIDDEN = ".parametrizations.weight.original"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,18 @@ def _mask_encoding(constraints: Constraints, entries: int, kept: int) -> tuple[M
         if kept * m == entries * n and positions <= as_bits:
             return "positions", positions
     return "bits", as_bits
+
+
+def weight_owner(name: str) -> tuple[str, bool]:
+    """The layer that a stored tensor would be the weight of, and whether it is the hidden original of a weight that
+    is computed (``torch.nn.utils.parametrize``): its mask holds for that too, its grid does not yet."""
+    hidden = name.removesuffix(_HIDDEN)
+    return (hidden, True) if hidden != name else (name.removesuffix(".weight"), False)
+
+
+def stored_constraints(constraints: Constraints, hidden: bool) -> Constraints:
+    """What a stored weight obeys, see :func:`weight_owner`."""
+    return replace(constraints, grid=None) if hidden else constraints
 
 
 def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -14,6 +14,19 @@ from torch import Tensor, nn
 
 Layer = nn.Linear | nn.Conv2d
 LAYER_TYPES = (nn.Linear, nn.Conv2d)
+_ADAPTER = "_pqqp_adapter"
+
+
+def mark_adapter(module: nn.Module) -> None:
+    """Make ``module`` and all below it an adapter: kept apart from the weights that it adapts, saved and counted, but
+    left alone by later stages."""
+    for part in module.modules():
+        part.__dict__[_ADAPTER] = True
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether ``module`` belongs to an adapter."""
+    return module.__dict__.get(_ADAPTER, False)
 
 
 def weight_matrix(layer: Layer) -> Tensor:
