@@ -1,0 +1,172 @@
+"""Gradual magnitude pruning (Zhu & Gupta, 2017)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from pqqp_lightning.algorithms.gradual import cubic_sparsity, grow_mask
+from pqqp_lightning.algorithms.magnitude import prune_magnitude
+from pqqp_lightning.algorithms.packing import pack_mask, unpack_mask
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.hold import HoldZeros
+from pqqp_lightning.modules.constraints import constraints_of
+from pqqp_lightning.modules.layers import Layer, to_weight, weight_matrix
+from pqqp_lightning.modules.naming import values_of
+from pqqp_lightning.pruning import PruningStage, parse_pattern
+from pqqp_lightning.stage import Context, Plan
+
+UPDATES = 100
+"""How often the mask grows in a run where ``every`` is not given."""
+
+
+class GradualPruning(PruningStage):
+    """Removes the smallest weights little by little while the model trains; the sparsity grows along a cubic.
+
+    s(t) = s_f + (s_i - s_f) (1 - t / T)^3 over the first ``ramp`` of the stage's steps; the rest are recovery. What is
+    removed stays zero, in training and validation alike. An earlier mask is where it starts, if it removes more than
+    ``initial_sparsity``. An N:M pattern is reached entry by entry along the same cubic.
+
+    Example::
+
+        stages:
+          prune: {class_path: GradualPruning, init_args: {sparsity: 0.8, epochs: 4, learning_rate: 0.0005}}
+
+    Args:
+        sparsity: fraction of the weights to remove in the end, in (0, 1); or name pattern to fraction.
+        pattern: "N:M" instead: N kept of every M consecutive inputs.
+        initial_sparsity: fraction removed before training begins, below the final one.
+        every: optimizer steps between updates of the mask; about 100 updates in all by default.
+        ramp: fraction of the steps in which the mask grows, in (0, 1].
+        epochs: epochs of training in which it happens, at least 1.
+        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+    """
+
+    source = "Zhu & Gupta 2017, To Prune, or Not to Prune, arXiv 1710.01878"
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float] | None = None,
+        pattern: str | int | dict[str, str | int] | None = None,
+        initial_sparsity: float = 0.0,
+        every: int | None = None,
+        ramp: float = 0.75,
+        epochs: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(sparsity, pattern, epochs=epochs, **kwargs)
+        self.initial_sparsity, self.every, self.ramp = initial_sparsity, every, ramp
+        self._masks: dict[str, Tensor] = {}  # packed keep-masks as they have grown so far
+        self._layers: dict[str, Layer] = {}
+        self._ends: dict[str, tuple[float, float]] = {}
+        self._hold = HoldZeros()
+        self._steps = self._interval = 1
+
+    def check_knobs(self) -> list[str]:
+        problems = super().check_knobs()
+        if self.epochs == 0:
+            problems.append("epochs=0 leaves no training to prune in. Set epochs: 1 or more, or use Magnitude.")
+        if not 0 < self.ramp <= 1:
+            problems.append(f"ramp={self.ramp} is not in (0, 1]. 0.75 leaves a quarter of the steps for recovery.")
+        if self.every is not None and self.every < 1:
+            problems.append(f"every={self.every} is not above 0. Leave it out for about {UPDATES} updates.")
+        return problems or self._check_initial()
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        """Remove ``initial_sparsity``; the rest goes in training."""
+        if self.initial_sparsity:
+            for name, layer in context.each(self.find_layers(model)):
+                matrix, earlier = weight_matrix(layer), constraints_of(layer).mask(layer.weight.device)
+                mask = grow_mask(matrix, sparsity=self.initial_sparsity, pattern=self._pattern(name), mask=earlier)
+                self.write_mask(layer, matrix, mask, None)
+        return {}
+
+    def finish(self, model: LightningModule, context: Context, plan: Plan) -> Plan:
+        """Fix the final mask: the exact count, whatever steps there were."""
+        for name, layer in context.each(self.find_layers(model)):
+            matrix, amount = weight_matrix(layer), self.amount(name)
+            mask = prune_magnitude(matrix, mask=self._mask(name, layer), **amount)
+            self.write_mask(layer, matrix, mask, amount.get("pattern"))
+        self._masks = {}
+        return plan
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._masks = {}  # a resumed run loads them after this
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"masks": dict(self._masks)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._masks = dict(state_dict["masks"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._layers = self.find_layers(pl_module)
+        for name, layer in self._layers.items():
+            self._ends[name] = self._ends_of(name, layer)
+            self._hold_mask(name, layer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        total = trainer.estimated_stepping_batches
+        if not math.isfinite(total):
+            raise RecipeError(
+                f"stages.{self.name} ({type(self).__name__}): the training data has no length, so that the steps over "
+                "which the mask grows are unknown. Set trainer.limit_train_batches to a number."
+            )
+        self._steps = max(1, round(self.ramp * total))
+        self._interval = self.every or max(1, self._steps // UPDATES)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._hold.zero()
+        step = trainer.global_step
+        if step == self._steps or (step < self._steps and step % self._interval == 0):
+            for name, layer in self._layers.items():
+                self._grow(name, layer, step)
+            self._hold.zero()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._hold.release()
+        self._layers = {}
+
+    def _grow(self, name: str, layer: Layer, step: int) -> None:
+        """The mask of one layer after ``step`` optimizer steps."""
+        initial, final = self._ends[name]
+        sparsity = cubic_sparsity(step, self._steps, initial=initial, final=final)
+        mask, pattern = self._mask(name, layer), self._pattern(name)
+        self._masks[name] = pack_mask(
+            grow_mask(weight_matrix(layer), sparsity=sparsity, pattern=pattern, mask=mask)
+        ).cpu()
+        self._hold_mask(name, layer)
+
+    def _ends_of(self, name: str, layer: Layer) -> tuple[float, float]:
+        """(s_i, s_f) of one layer: what is removed as training begins, and will be in the end."""
+        earlier, matrix = constraints_of(layer), weight_matrix(layer)
+        last = prune_magnitude(matrix, mask=earlier.mask(matrix.device), **self.amount(name))
+        return 1 - earlier.kept() / matrix.numel(), 1 - int(last.sum()) / matrix.numel()
+
+    def _hold_mask(self, name: str, layer: Layer) -> None:
+        mask = self._mask(name, layer)
+        if mask is not None:
+            self._hold.hold(layer.weight, to_weight(~mask, layer.weight.shape))
+
+    def _mask(self, name: str, layer: Layer) -> Tensor | None:
+        """The keep-mask [O, I] so far: grown in this training, or of earlier stages."""
+        constraints, device = constraints_of(layer), layer.weight.device
+        if name not in self._masks:
+            return constraints.mask(device)
+        return unpack_mask(self._masks[name].to(device), constraints.shape)
+
+    def _pattern(self, name: str) -> tuple[int, int] | None:
+        return self.amount(name).get("pattern")
+
+    def _check_initial(self) -> list[str]:
+        patterns = [parse_pattern(value) for value in values_of(self.pattern)]
+        finals = [*values_of(self.sparsity), *(1 - n / m for n, m in patterns)]
+        if 0 <= self.initial_sparsity < min(finals):
+            return []
+        return [
+            f"initial_sparsity={self.initial_sparsity} is not between 0 and the final sparsity {min(finals):g}. "
+            "0 starts from the dense model."
+        ]

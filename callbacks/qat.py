@@ -1,0 +1,99 @@
+"""Quantization-aware finetuning: straight-through gradients, scales learned or fixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from pqqp_lightning.algorithms.grid import Grid, Quantized, fit_grid, round_to_grid
+from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.modules.fake_quantize import attach, detach, quantizer_of
+from pqqp_lightning.modules.layers import weight_matrix
+from pqqp_lightning.quantization import GroupSize, QuantizationStage
+from pqqp_lightning.stage import Context, Plan
+
+
+class QAT(QuantizationStage):
+    """Finetunes a model whose weights are rounded to their grid in every forward pass, and then leaves them there.
+
+    The weights underneath get the gradients of the rounded ones (straight-through), and so do the scales (LSQ) unless
+    they are to stay as first fitted, as RTN fits them. Pruned weights stay zero. The optimizer that the model makes
+    must take in all parameters, the scales among them.
+
+    Example::
+
+        stages:
+          quantize: {class_path: QAT, init_args: {bits: 4, epochs: 2, learning_rate: 0.0001}}
+
+    Args:
+        bits: 2 to 8; or name pattern to bits.
+        group_size: input columns that share a scale; "channel" for one scale an output channel, "tensor" for one in
+            all; or name pattern to size.
+        symmetric: without zero points; False for asymmetric grids, whose zero points are not trained.
+        learn_scales: let training move the scales; False keeps those of the start.
+        epochs: epochs of training, at least 1.
+        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+    """
+
+    source = "Jacob et al. 2018, arXiv 1712.05877; Esser et al. 2020, Learned Step Size Quantization, arXiv 1902.08153"
+
+    def __init__(
+        self,
+        bits: int | dict[str, int] = 4,
+        group_size: GroupSize | dict[str, GroupSize] = "channel",
+        symmetric: bool = True,
+        learn_scales: bool = True,
+        epochs: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(bits, group_size, symmetric, epochs=epochs, **kwargs)
+        self.learn_scales = learn_scales
+
+    def check_knobs(self) -> list[str]:
+        problems = super().check_knobs()
+        if self.epochs == 0:
+            problems.append("epochs=0 leaves no training. Set epochs: 1 or more, or use RTN or GPTQ.")
+        return problems
+
+    def moves(self, model: LightningModule) -> list[str]:
+        """Its own layers end on their grid; all others move as in any finetuning."""
+        own = self.find_layers(model)
+        return [name for name in super().moves(model) if name not in own]
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        layers = self.find_layers(model)
+        grids = {n: fit_grid(weight_matrix(layer), **self.grid_options(n)) for n, layer in context.each(layers)}
+        plan: Plan = {"learn_scales": self.learn_scales, "layers": {n: _described(grid) for n, grid in grids.items()}}
+        self.restructure(model, plan)
+        for name, layer in layers.items():
+            quantizer_of(layer).start_from(grids[name])
+        return plan
+
+    def restructure(self, model: LightningModule, plan: Plan) -> None:
+        modules: dict[str, Any] = dict(model.named_modules())
+        for name, (bits, scales, symmetric) in plan.get("layers", {}).items():
+            attach(modules[name], bits, scales, symmetric=symmetric, learn_scale=plan["learn_scales"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an optimizer that leaves the scales out: it would train less than was asked for, silently."""
+        taken = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        scales = {name: quantizer_of(layer).scale for name, layer in self.find_layers(pl_module).items()}
+        left = [name for name, scale in scales.items() if scale.requires_grad and id(scale) not in taken]
+        if left:
+            raise RecipeError(
+                f"stages.{self.name} (QAT): configure_optimizers of {type(pl_module).__name__} leaves out the scales "
+                f"of {shorten(left)}. Give the optimizer all of self.parameters(), or set learn_scales: false."
+            )
+
+    def finish(self, model: LightningModule, context: Context, plan: Plan) -> Plan:
+        """Round the weights underneath to the grid as trained; the model is an ordinary one again."""
+        for _, layer in context.each(self.find_layers(model)):
+            grid = detach(layer)
+            self.write_grid(layer, Quantized(round_to_grid(weight_matrix(layer), grid), grid))
+        return {}
+
+
+def _described(grid: Grid) -> list[Any]:
+    """Bits, shape of the scales, and whether there are no zero points."""
+    return [grid.bits, list(grid.scale.shape), grid.zero is None]
