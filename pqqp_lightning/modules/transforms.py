@@ -122,6 +122,31 @@ class QuantizeHeads:
         return _StraightThrough.apply(output, rounded.flatten(-2))
 
 
+class ProjectedEmbedding(nn.Embedding):
+    """An embedding that shares the weight of ``old`` and gives out its rows without their part along one direction.
+
+    A LayerNorm's mean, taken out of the residual stream where the embedding itself must keep it for a tied head.
+
+    Attributes:
+        direction: of length 1, [H]; saved with the weights.
+    """
+
+    direction: Tensor
+
+    def __init__(self, old: nn.Embedding) -> None:
+        super().__init__(old.num_embeddings, old.embedding_dim, old.padding_idx, _weight=old.weight.detach())
+        self.weight = old.weight
+        self.register_buffer("direction", old.weight.detach().new_zeros(old.embedding_dim))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows of ``input`` [V], projected: [V, H]."""
+        rows = super().forward(input)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        direction = self.direction.to(wide)
+        along = rows.to(wide) @ direction  # [V]
+        return (rows - along[..., None] * direction).to(rows.dtype)
+
+
 def transforms_of(layer: nn.Module) -> list[Transform | QuantizeHeads]:
     """The transforms in front of ``layer`` and behind it."""
     hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]

@@ -1,0 +1,80 @@
+"""QuaRot (Ashkboos et al., arXiv 2404.00456)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from pqqp_lightning.errors import shorten
+from pqqp_lightning.modules.decoder import describe_decoder
+from pqqp_lightning.modules.layers import is_adapter
+from pqqp_lightning.modules.rotation import plan_structure, rotate_decoder, rotate_structure
+from pqqp_lightning.modules.transforms import Transform, transformed_layers
+from pqqp_lightning.stage import Context, Plan, Stage
+
+
+class QuaRot(Stage):
+    """Rotates a language model's hidden states so that weights and activations have no outliers; changes no function.
+
+    For the LLaMA and OPT families. Norms' gains are folded into the layers behind them, the residual stream is rotated
+    by a randomised Hadamard matrix (orthogonal where none exists) and values by a Hadamard matrix for each head. What
+    rounds weights or activations comes after it. A tied embedding stays tied: the last norm's gain becomes one
+    additional layer of hidden size x hidden size behind that norm. Dropout in a later finetuning acts on the rotated
+    stream.
+
+    Example::
+
+        stages:
+          rotate:   {class_path: QuaRot}
+          quantize: {class_path: GPTQ, init_args: {bits: 4}}
+
+    Args:
+        online: also rotate the inputs of each MLP's last layer while the model runs (fast Hadamard transform); for
+            activations that are quantized afterwards.
+        seed: of the random signs.
+        kwargs: see :class:`~pqqp_lightning.stage.Stage`; the whole model is rotated, so targets and ignore must be
+            left out.
+    """
+
+    source = "Ashkboos et al. 2024, QuaRot, arXiv 2404.00456"
+    compresses = True
+
+    def __init__(self, online: bool = False, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.online, self.seed = online, seed
+
+    def check_knobs(self) -> list[str]:
+        problems = super().check_knobs()
+        for knob in ("targets", "ignore"):
+            if getattr(self, knob):
+                problems.append(
+                    f"{knob}={getattr(self, knob)}: every layer on the residual stream is rotated, none can be left "
+                    f"out. Drop {knob}."
+                )
+        return problems
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        problems = super().check(model, data, earlier)
+        if again := [stage.name for stage in earlier if isinstance(stage, QuaRot)]:
+            return [*problems, f"the model is rotated already by stage '{again[0]}'. Drop one of the two."]
+        way_out = "Put this stage first, or set allow_undo: true."
+        problems += self.refuse_after(model, earlier, ("mask", "grid"), "a rotation mixes weights", way_out)
+        if rounded := list(transformed_layers(model, Transform)):
+            problems.append(f"the inputs of {shorten(rounded)} are rounded already. Put this stage first.")
+        if adapters := [name for name, module in model.named_modules() if is_adapter(module)]:
+            problems.append(f"{shorten(adapters)} are adapters kept apart. Merge them first, or put this stage first.")
+        describe_decoder(model)
+        return problems
+
+    def expected_plan(self, model: LightningModule) -> Plan:
+        return plan_structure(model, describe_decoder(model), online=self.online, seed=self.seed)
+
+    def restructure(self, model: LightningModule, plan: Plan) -> None:
+        rotate_structure(model, plan)
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        plan = self.expected_plan(model)
+        rotate_decoder(model, describe_decoder(model), plan)
+        return plan

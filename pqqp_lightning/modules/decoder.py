@@ -1,0 +1,234 @@
+"""Which layers of a language model write to its residual stream and which read from it: what a rotation must know.
+
+Two families, found by structure: LLaMA's (RMSNorm; LLaMA, SmolLM2, Mistral, Qwen2, Qwen3) and OPT's with the norms in
+front of each sublayer (LayerNorm, biases, learned positions). Everything is named as in ``named_modules``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pqqp_lightning.errors import RecipeError, shorten
+
+NOT_A_DECODER = (
+    "needs a language model of the LLaMA or OPT family, and {kind} holds none ({why}). Use a CausalLM of one of them, "
+    "or drop the stage."
+)
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A norm on the residual stream, the layers that read its output, and the layer that writes back.
+
+    Attributes:
+        norm: the norm.
+        reads: Linear layers on the norm's output.
+        writes: the Linear layer whose output is added to the stream.
+    """
+
+    norm: str
+    reads: tuple[str, ...]
+    writes: str
+
+
+@dataclass(frozen=True)
+class Attention(Sublayer):
+    """An attention sublayer; ``writes`` takes the heads' outputs.
+
+    Attributes:
+        values: the layer that makes the values.
+        head_dim: width of a head.
+    """
+
+    values: str
+    head_dim: int
+
+
+@dataclass
+class Decoder:
+    """A causal language model as its residual stream sees it.
+
+    Attributes:
+        embedding: of the tokens; writes to the stream.
+        positions: the learned positional embedding, or None.
+        norm: the last norm.
+        head: gives the logits.
+        tied: head and embedding are one weight.
+        centred: the norms subtract the mean (LayerNorm).
+        hidden_size: width of the stream.
+        sublayers: in order.
+    """
+
+    embedding: str
+    positions: str | None
+    norm: str
+    head: str
+    tied: bool
+    centred: bool
+    hidden_size: int
+    sublayers: list[Sublayer] = field(default_factory=list)
+
+    @property
+    def norms(self) -> list[str]:
+        """Every norm on the stream, in order."""
+        return [*(sublayer.norm for sublayer in self.sublayers), self.norm]
+
+    @property
+    def linears(self) -> list[str]:
+        """Every Linear layer that reads or writes the stream, the head aside."""
+        return [name for sublayer in self.sublayers for name in (*sublayer.reads, sublayer.writes)]
+
+
+def describe_decoder(model: nn.Module) -> Decoder:
+    """The residual stream of the language model in ``model``.
+
+    Raises:
+        RecipeError: there is none of the two families, or one that is built otherwise, with every difference.
+    """
+    for name, module in model.named_modules():
+        inner = getattr(module, "model", None)
+        if isinstance(getattr(module, "lm_head", None), nn.Module) and isinstance(inner, nn.Module):
+            prefix = f"{name}." if name else ""
+            if isinstance(getattr(inner, "layers", None), nn.ModuleList):
+                return _Description(model, prefix).llama()
+            if isinstance(getattr(getattr(inner, "decoder", None), "layers", None), nn.ModuleList):
+                return _Description(model, prefix).opt()
+    why = "no lm_head over model.layers or model.decoder.layers"
+    raise RecipeError(NOT_A_DECODER.format(kind=type(model).__name__, why=why))
+
+
+def norm_parts(norm: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None, float]:
+    """(gain, bias, epsilon) of a norm."""
+    epsilon = next(float(getattr(norm, n)) for n in ("variance_epsilon", "eps") if getattr(norm, n, None) is not None)
+    return getattr(norm, "weight", None), getattr(norm, "bias", None), epsilon
+
+
+class _Description:
+    """Describes the causal language model at ``prefix`` and notes what is not as expected."""
+
+    def __init__(self, model: nn.Module, prefix: str) -> None:
+        self._modules = dict(model.named_modules())
+        self._prefix = prefix
+        self._problems: dict[str, list[str]] = {}
+
+    def llama(self) -> Decoder:
+        """As LLaMA is built."""
+        base = f"{self._prefix}model"
+        decoder = self._decoder(f"{base}.embed_tokens", None, f"{base}.norm")
+        for block in self._blocks(f"{base}.layers"):
+            self._only(block, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+            if self._alive(f"{block}.self_attn"):
+                norm, output = f"{block}.input_layernorm", f"{block}.self_attn.o_proj"
+                decoder.sublayers.append(self._attention(block, norm, output))
+            if self._alive(f"{block}.mlp"):
+                reads = (f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj")
+                norm, output = f"{block}.post_attention_layernorm", f"{block}.mlp.down_proj"
+                decoder.sublayers.append(Sublayer(norm, reads, output))
+        return self._checked(decoder)
+
+    def opt(self) -> Decoder:
+        """As OPT is built."""
+        base = f"{self._prefix}model.decoder"
+        self._refuse_other_opt(base)
+        decoder = self._decoder(f"{base}.embed_tokens", f"{base}.embed_positions", f"{base}.final_layer_norm")
+        for block in self._blocks(f"{base}.layers"):
+            if self._alive(f"{block}.self_attn"):
+                norm, output = f"{block}.self_attn_layer_norm", f"{block}.self_attn.out_proj"
+                decoder.sublayers.append(self._attention(block, norm, output))
+            if self._alive(f"{block}.fc1"):
+                decoder.sublayers.append(Sublayer(f"{block}.final_layer_norm", (f"{block}.fc1",), f"{block}.fc2"))
+        return self._checked(decoder)
+
+    def _decoder(self, embedding: str, positions: str | None, norm: str) -> Decoder:
+        head = f"{self._prefix}lm_head"
+        table, last = self._modules.get(embedding), self._modules.get(norm)
+        if not isinstance(table, nn.Embedding):
+            raise RecipeError(f"{embedding} is a {type(table).__name__}, not an Embedding. Drop the stage.")
+        tied = getattr(self._modules[head], "weight", None) is table.weight
+        centred = isinstance(last, nn.LayerNorm)
+        return Decoder(embedding, positions, norm, head, tied, centred, table.embedding_dim)
+
+    def _attention(self, block: str, norm: str, output: str) -> Attention:
+        attention = f"{block}.self_attn"
+        reads = tuple(f"{attention}.{part}_proj" for part in "qkv")
+        head_dim = getattr(self._modules[attention], "head_dim", None)
+        if not isinstance(head_dim, int):
+            self._note("has no head_dim", attention)
+        return Attention(norm, reads, output, reads[2], head_dim if isinstance(head_dim, int) else 1)
+
+    def _blocks(self, layers: str) -> Iterator[str]:
+        return (f"{layers}.{name}" for name, _ in self._modules[layers].named_children())
+
+    def _alive(self, name: str) -> bool:
+        """Whether the sublayer is there: another stage may have put something without weights in its place."""
+        module = self._modules.get(name)
+        return module is not None and next(module.parameters(), None) is not None
+
+    def _only(self, block: str, expected: set[str]) -> None:
+        if more := {name for name, _ in self._modules[block].named_children()} - expected:
+            self._note(f"holds {', '.join(sorted(more))} besides", block)
+
+    def _refuse_other_opt(self, base: str) -> None:
+        decoder = self._modules[base]
+        if getattr(decoder, "project_in", None) is not None:
+            self._note("narrows its embedding with project_in", base)
+        if any(not getattr(m, "do_layer_norm_before", True) for m in self._modules.values()):
+            self._note("has its norms behind the sublayers (do_layer_norm_before=False), as opt-350m", base)
+        elif getattr(decoder, "final_layer_norm", None) is None:
+            self._note("has no final_layer_norm", base)
+        self._raise()
+
+    def _checked(self, decoder: Decoder) -> Decoder:
+        for name in [*decoder.linears, decoder.head]:
+            module = self._modules.get(name)
+            if not isinstance(module, nn.Linear):
+                self._note(_is_no(module, "Linear layer"), name)
+            elif not module.weight.is_floating_point():
+                self._note(f"holds {module.weight.dtype} weights", name)
+        for name in decoder.norms:
+            self._check_norm(name, decoder.centred)
+        self._raise()
+        return decoder
+
+    def _check_norm(self, name: str, centred: bool) -> None:
+        norm = self._modules.get(name)
+        if norm is None or not (isinstance(norm, nn.LayerNorm) if centred else _is_rms_norm(norm)):
+            self._note(_is_no(norm, "LayerNorm" if centred else "RMSNorm with a gain"), name)
+
+    def _note(self, what: str, name: str) -> None:
+        self._problems.setdefault(what, []).append(name)
+
+    def _raise(self) -> None:
+        if self._problems:
+            raise RecipeError(
+                f"{shorten(names)} {what}: its residual stream cannot be rotated. Put the stage before the one that "
+                "changed it; where the model is built so, use another model, or drop the stage."
+                for what, names in self._problems.items()
+            )
+
+
+def _is_no(module: nn.Module | None, expected: str) -> str:
+    return "is missing" if module is None else f"is of class {type(module).__name__} and no {expected}"
+
+
+def _is_rms_norm(norm: nn.Module) -> bool:
+    """Whether ``norm`` is x / rms(x) * gain, seen from what it does: some norms multiply by 1 + gain."""
+    if not isinstance(norm.__dict__["_parameters"].get("weight"), nn.Parameter) or hasattr(norm, "bias"):
+        return False
+    probe: Any = copy.deepcopy(norm).to_empty(device="cpu").float()
+    generator = torch.Generator().manual_seed(0)
+    gain = torch.rand(probe.weight.shape, generator=generator) + 0.5
+    x = torch.randn(gain.shape, generator=generator)
+    with torch.no_grad():
+        probe.weight.copy_(gain)
+        try:
+            epsilon = norm_parts(norm)[2]
+            return torch.allclose(probe(x), x * (x.square().mean() + epsilon).rsqrt() * gain, rtol=1e-4, atol=1e-5)
+        except (StopIteration, RuntimeError, TypeError, ValueError):
+            return False
