@@ -1,0 +1,126 @@
+"""Dynamic quantization of activations, and of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from pqqp_lightning.errors import shorten
+from pqqp_lightning.modules.transforms import QuantizeHeads, QuantizeInput, transformed_layers
+from pqqp_lightning.stage import Context, Plan, Stage
+
+CACHED = ("k_proj", "v_proj")
+
+
+class ActivationQuantization(Stage):
+    """Rounds the inputs of layers while the model runs, with a scale for each token (each image for convolutions).
+
+    No weight changes and no byte is saved on disk: what is measured from here on is the quality of a model that
+    computes with inputs of few bits. Stages after it calibrate on the rounded inputs. Put QuaRot, with online: true,
+    before it.
+
+    Example::
+
+        stages:
+          rotate:      {class_path: QuaRot, init_args: {online: true}}
+          activations: {class_path: ActivationQuantization, init_args: {bits: 8, kv_bits: 8}}
+          quantize:    {class_path: GPTQ, init_args: {bits: 4}}
+
+    Args:
+        bits: 2 to 8.
+        kv_bits: 2 to 8, for keys and values (the outputs of k_proj and v_proj, before rotary positions), with a scale
+            for each token and head; left as they are by default.
+        symmetric: without zero points; False for asymmetric grids.
+        clip: fraction of each token's largest value that the grid reaches, in (0, 1]; QuaRot uses 0.9 at 4 bits.
+        outliers: input columns that hold a value beyond this threshold in a batch are not rounded (LLM.int8() takes
+            6.0); none by default.
+        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+    """
+
+    source = "per-token dynamic quantization; outliers as in Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339"
+    compresses = True
+
+    def __init__(
+        self,
+        bits: int = 8,
+        kv_bits: int | None = None,
+        symmetric: bool = True,
+        clip: float = 1.0,
+        outliers: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.bits, self.kv_bits, self.symmetric = bits, kv_bits, symmetric
+        self.clip, self.outliers = clip, outliers
+
+    def check_knobs(self) -> list[str]:
+        problems = super().check_knobs()
+        for knob in ("bits", "kv_bits"):
+            value = getattr(self, knob)
+            if value is not None and not 2 <= value <= 8:
+                problems.append(f"{knob}={value} is not between 2 and 8.")
+        if not 0 < self.clip <= 1:
+            problems.append(f"clip={self.clip} is not in (0, 1]. 1.0 cuts nothing off.")
+        if self.outliers is not None and not self.outliers > 0:
+            problems.append(f"outliers={self.outliers} is not above 0. LLM.int8() takes 6.0; leave it out for none.")
+        return problems
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        problems = super().check(model, data, earlier)
+        rounded = set(transformed_layers(model, QuantizeInput))
+        if twice := [n for n in self.find_layers(model) if rounded & {n, n.removesuffix(".base_layer")}]:
+            problems.append(
+                f"the inputs of {shorten(twice)} are rounded already. Give the stages disjoint targets, or drop one."
+            )
+        return problems + ([] if self.kv_bits is None else self._check_heads(model))
+
+    def expected_plan(self, model: LightningModule) -> Plan:
+        return {
+            "layers": list(self.find_layers(model)),
+            "bits": self.bits,
+            "heads": {} if self.kv_bits is None else self._cached(model),
+            "kv_bits": self.kv_bits,
+            "symmetric": self.symmetric,
+            "clip": self.clip,
+            "outliers": self.outliers,
+        }
+
+    def restructure(self, model: LightningModule, plan: Plan) -> None:
+        options = {name: plan[name] for name in ("symmetric", "clip")}
+        inputs = QuantizeInput(plan["bits"], outliers=plan["outliers"], **options)  # one, so that q, k and v share it
+        for name in plan["layers"]:
+            inputs.attach(model.get_submodule(name))
+        for name, head_dim in plan["heads"].items():
+            QuantizeHeads(plan["kv_bits"], head_dim, **options).attach(model.get_submodule(name))
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        plan = self.expected_plan(model)
+        self.restructure(model, plan)
+        return plan
+
+    def _check_heads(self, model: nn.Module) -> list[str]:
+        cached = self._cached(model)
+        if not cached:
+            return [
+                f"kv_bits={self.kv_bits}: no layer that the stage acts on is a {' or '.join(CACHED)} of an attention "
+                "with a head_dim. Leave kv_bits out."
+            ]
+        twice = sorted(set(cached) & set(transformed_layers(model, QuantizeHeads)))
+        if not twice:
+            return []
+        return [f"kv_bits={self.kv_bits}: the outputs of {shorten(twice)} are rounded already. Drop one of the two."]
+
+    def _cached(self, model: nn.Module) -> dict[str, int]:
+        """The modules that make keys and values, with the width of a head."""
+        layers, found = list(self.find_layers(model)), {}
+        for name, _ in model.named_modules():
+            parent, _, last = name.rpartition(".")
+            if last not in CACHED or not any(n == name or n.startswith(f"{name}.") for n in layers):
+                continue
+            head_dim = getattr(model.get_submodule(parent), "head_dim", None)
+            if isinstance(head_dim, int):
+                found[name] = head_dim
+        return found
