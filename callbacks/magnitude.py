@@ -9,12 +9,12 @@ from lightning.pytorch import LightningModule
 from pqqp_lightning.algorithms.magnitude import prune_magnitude, prune_magnitude_global
 from pqqp_lightning.modules.constraints import constraints_of
 from pqqp_lightning.modules.layers import Layer, weight_matrix
-from pqqp_lightning.pruning import PruningStage
+from pqqp_lightning.one_shot import OneShotPruning
 from pqqp_lightning.stage import Context, Plan
 
 
-class Magnitude(PruningStage):
-    """Removes the smallest weights; needs no data.
+class Magnitude(OneShotPruning):
+    """Removes the smallest weights; needs no data, unless for allocation: sensitivity.
 
     Example::
 
@@ -25,6 +25,7 @@ class Magnitude(PruningStage):
         sparsity: fraction of the weights to remove, in (0, 1); or name pattern to fraction.
         pattern: "N:M" instead: N kept of every M consecutive inputs.
         scope: "layer" compares weights within a layer, "global" within all targeted layers.
+        allocation: "uniform", or "sensitivity" for each layer's own sparsity, by its estimated effect on the loss.
         kwargs: see :class:`~pqqp_lightning.stage.Stage`.
     """
 
@@ -44,13 +45,21 @@ class Magnitude(PruningStage):
         problems = super().check_knobs()
         if self.scope == "global" and not isinstance(self.sparsity, float | int):
             problems.append("scope: global needs one sparsity for all layers. Set sparsity: 0.5, or scope: layer.")
+        if self.scope == "global" and self.allocation == "sensitivity":
+            problems.append("scope: global decides each layer's sparsity by itself. Set one of scope and allocation.")
         return problems
+
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        """Sensitivities are measured on calibration data."""
+        return self.allocation == "sensitivity"
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         layers = self.find_layers(model)
         if self.scope == "global":
             self._prune_globally(layers)
             return {}
+        self.spread(model, layers, context)
         for name, layer in context.each(layers):
             matrix, amount = weight_matrix(layer), self.amount(name)
             mask = prune_magnitude(matrix, mask=constraints_of(layer).mask(matrix.device), **amount)

@@ -6,18 +6,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
+from pqqp_lightning.algorithms.hessian import factorize_inverse
 from pqqp_lightning.algorithms.sparsegpt import prune_sparsegpt
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Hessian
 from pqqp_lightning.modules.constraints import constraints_of
-from pqqp_lightning.modules.layers import row_groups, weight_matrix
-from pqqp_lightning.pruning import PruningStage
+from pqqp_lightning.modules.layers import Layer, groups_of, row_groups, weight_matrix
+from pqqp_lightning.one_shot import OneShotPruning
 from pqqp_lightning.second_order import check_hessian_knobs, factorize
 from pqqp_lightning.stage import Context, Plan
 
 
-class SparseGPT(PruningStage):
+class SparseGPT(OneShotPruning):
     """Removes weights and updates the kept ones so that each layer's outputs on the calibration data change least.
 
     On layers that are quantized already, the kept weights stay on their grid.
@@ -30,6 +32,7 @@ class SparseGPT(PruningStage):
     Args:
         sparsity: fraction of the weights to remove, in (0, 1); or name pattern to fraction.
         pattern: "N:M" instead: N kept of every M consecutive inputs.
+        allocation: "uniform", or "sensitivity" for each layer's own sparsity, by its estimated effect on the loss.
         block_size: columns for which the mask is chosen at a time.
         damping: fraction of the Hessian's mean diagonal that is added to it; more is steadier and less exact.
         kwargs: see :class:`~pqqp_lightning.stage.Stage`.
@@ -52,6 +55,14 @@ class SparseGPT(PruningStage):
     def check_knobs(self) -> list[str]:
         return super().check_knobs() + check_hessian_knobs(self.block_size, self.damping)
 
+    def trial_scores(self, matrix: Tensor, hessians: Tensor) -> Tensor:
+        factors = [factorize_inverse(hessian, self.damping).factor for hessian in hessians]
+        scale = torch.stack([factor.diagonal() for factor in factors])  # [groups, I]
+        return (matrix / scale.repeat_interleave(len(matrix) // len(scale), dim=0)).square()
+
+    def parts(self, layer: Layer) -> int:
+        return groups_of(layer)
+
     def compress(self, model: LightningModule, context: Context) -> Plan:
         def prune(reading: Reading) -> None:
             inverses = factorize(reading.statistic.value(), self.damping, reading.layers, context)
@@ -67,5 +78,7 @@ class SparseGPT(PruningStage):
                 pruned, mask = (torch.cat([getattr(p, part) for p in parts]) for part in ("weight", "mask"))
                 self.write_mask(layer, pruned, mask, amount.get("pattern"))
 
-        context.calibrate(self.find_blocks(model), self.find_layers(model), Hessian, prune)
+        layers = self.find_layers(model)
+        self.spread(model, layers, context)
+        context.calibrate(self.find_blocks(model), layers, Hessian, prune)
         return {}

@@ -1,0 +1,203 @@
+"""Mixed precision: bits layer by layer under one budget, quantized in a schedule (Kim et al., arXiv 2603.18426)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from pqqp_lightning.algorithms.grid import SMALLEST_HALF, Quantized
+from pqqp_lightning.algorithms.rtn import quantize_rtn
+from pqqp_lightning.allocation import allocate
+from pqqp_lightning.callbacks.gptq import GPTQ
+from pqqp_lightning.callbacks.rtn import RTN
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.metrics.size import measure_size
+from pqqp_lightning.modules.constraints import Constraints, constraints_of
+from pqqp_lightning.modules.encoding import encode_weight
+from pqqp_lightning.modules.layers import Layer, weight_matrix
+from pqqp_lightning.quantization import GroupSize, QuantizationStage
+from pqqp_lightning.second_order import check_hessian_knobs
+from pqqp_lightning.sensitivity import Sensitivity, measure_costs
+from pqqp_lightning.stage import Context, Plan, Stage
+
+
+class MixedPrecision(QuantizationStage):
+    """Gives each layer its bits, by measured sensitivity under one budget, and quantizes bit width by bit width.
+
+    The cost of each layer at each bit width is measured with round to nearest on the calibration data; the cheapest
+    assignment within the budget is found exactly (integer programming, HiGHS). Then the layers of one bit width after
+    the other are quantized, each time calibrated on the model as quantized so far: from the most bits to the fewest
+    (progressive, the milder change first), or the other way round (regressive). The same by hand: several GPTQ stages
+    with disjoint ``targets``.
+
+    Example::
+
+        stages:
+          quantize: {class_path: MixedPrecision, init_args: {bits: [2, 3, 4, 8], average_bits: 3.5, group_size: 64}}
+
+    Args:
+        bits: the bit widths to choose from, 2 to 8.
+        average_bits: at most so many bits a weight on average over the weights that are kept, without scales; 4 by
+            default, if no ``size_bytes`` is given.
+        size_bytes: at most so many bytes for the whole model instead, with scales, masks and all that stays as it is.
+        schedule: "progressive" quantizes from the most bits to the fewest, "regressive" from the fewest to the most.
+        method: "gptq", or "rtn" (then the schedule makes no difference).
+        group_size: input columns that share a scale; "channel" for one scale an output channel, "tensor" for one in
+            all; or name pattern to size.
+        symmetric: without zero points; False for asymmetric grids.
+        block_size: GPTQ's columns whose errors are passed on at a time; a matter of speed only.
+        damping: fraction of the Hessian's mean diagonal that GPTQ adds to it.
+        activation_order: GPTQ quantizes the columns with the largest inputs first.
+        sensitivity: "loss" weighs a layer's output error by the loss's squared gradients (one backward pass over the
+            calibration data), "output" takes the output error relative to the output.
+        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+    """
+
+    source = "Kim et al. 2026, Prune-then-Quantize or Quantize-then-Prune?, arXiv 2603.18426"
+    needs_calibration = True
+
+    def __init__(
+        self,
+        bits: Sequence[int] = (2, 3, 4, 8),
+        average_bits: float | None = None,
+        size_bytes: int | None = None,
+        schedule: Literal["progressive", "regressive"] = "progressive",
+        method: Literal["gptq", "rtn"] = "gptq",
+        group_size: GroupSize | dict[str, GroupSize] = "channel",
+        symmetric: bool = True,
+        block_size: int = 128,
+        damping: float = 0.01,
+        activation_order: bool = False,
+        sensitivity: Sensitivity = "loss",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(group_size=group_size, symmetric=symmetric, **kwargs)
+        self.bits = list(bits)  # type: ignore[assignment]
+        self.average_bits = 4.0 if average_bits is None and size_bytes is None else average_bits
+        self.size_bytes, self.schedule, self.method, self.sensitivity = size_bytes, schedule, method, sensitivity
+        self.block_size, self.damping, self.activation_order = block_size, damping, activation_order
+
+    def check_knobs(self) -> list[str]:
+        problems = Stage.check_knobs(self) + check_hessian_knobs(self.block_size, self.damping)
+        if not self._widths:
+            return [*problems, "bits is an empty set. Give the bit widths to choose from, as in bits: [2, 3, 4, 8]."]
+        for bits in self._widths:  # and of the group size
+            problems += [p for p in self._stage(bits).check_knobs() if p not in problems]
+        if self.average_bits is not None and self.size_bytes is not None:
+            problems.append(
+                f"average_bits={self.average_bits} and size_bytes={self.size_bytes} are both given. Set one budget."
+            )
+        least, most = self._widths[0], self._widths[-1]
+        if self.average_bits is not None and not least <= self.average_bits <= most:
+            problems.append(
+                f"average_bits={self.average_bits} is outside of bits={self._widths}: it can be {least} to {most}. "
+                "Change it, or add a bit width."
+            )
+        if self.size_bytes is not None and self.size_bytes < 1:
+            problems.append(f"size_bytes={self.size_bytes} is not above 0. It is the whole model's size.")
+        return problems
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        problems = super().check(model, data, earlier)
+        if self.sensitivity == "loss" and not is_overridden("training_step", model):
+            problems.append(
+                f"sensitivity: loss needs a training_step in {type(model).__name__}. Add one, or set sensitivity: "
+                "output."
+            )
+        return problems
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        layers = self.find_layers(model)
+        costs, sizes = self._measure(model, layers, context)
+        chosen = self._choose(model, layers, costs, sizes, context)
+        used = sorted(set(chosen.values()), reverse=self.schedule == "progressive")
+        for bits in used:
+            group = {name: layer for name, layer in layers.items() if chosen[name] == bits}
+            self._stage(bits).quantize_layers(model, group, context)
+        context.notes[:] = [*dict.fromkeys(context.notes), _summary(layers, chosen, used)]
+        self._check_size(model, context)
+        return {}
+
+    @property
+    def _widths(self) -> list[int]:
+        """The bit widths to choose from, each once, the fewest first."""
+        widths: Any = self.bits
+        return sorted(set(widths))
+
+    def _stage(self, bits: int) -> GPTQ | RTN:
+        """The stage that quantizes the layers of one bit width."""
+        common: dict[str, Any] = {"bits": bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        common |= {"clip": self.clip, "blocks": self.blocks}
+        if self.method == "rtn":
+            return RTN(**common)
+        common |= {"block_size": self.block_size, "damping": self.damping, "activation_order": self.activation_order}
+        return GPTQ(**common)
+
+    def _measure(
+        self, model: LightningModule, layers: dict[str, Layer], context: Context
+    ) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+        """Of each layer, its cost and its bytes at each bit width."""
+        sizes: dict[str, list[int]] = {name: [] for name in layers}
+
+        def trials(name: str, layer: Layer, hessians: Tensor) -> Iterator[Tensor]:
+            for bits in self._widths:
+                quantized = quantize_rtn(weight_matrix(layer), **self._stage(bits).grid_options(name))
+                sizes[name].append(_stored_bytes(constraints_of(layer), quantized))
+                yield quantized.weight
+
+        costs = measure_costs(context, self.find_blocks(model), layers, trials, self.sensitivity)
+        return costs, sizes
+
+    def _choose(
+        self,
+        model: LightningModule,
+        layers: dict[str, Layer],
+        costs: dict[str, list[float]],
+        sizes: dict[str, list[int]],
+        context: Context,
+    ) -> dict[str, int]:
+        """Each layer's bits."""
+        if self.size_bytes is not None:
+            whole = measure_size(model, layers)
+            rest = whole.size_bytes - sum(layer.size_bytes for layer in whole.layers)
+            amounts, budget = sizes, self.size_bytes - rest
+        else:
+            assert self.average_bits is not None
+            kept = {name: constraints_of(layer).kept() for name, layer in layers.items()}
+            amounts = {name: [bits * kept[name] for bits in self._widths] for name in layers}
+            rest, budget = 0, int(self.average_bits * sum(kept.values()) + 1e-6)
+        least = sum(map(min, amounts.values()))
+        if least > budget:
+            raise RecipeError(
+                f"stages.{context.title} ({type(self).__name__}): size_bytes={self.size_bytes} cannot be kept: with "
+                f"{self._widths[0]} bits everywhere the model takes {least + rest} bytes, {rest} of them in what the "
+                "stage leaves as it is. Raise it, use larger groups, or act on more layers."
+            )
+        picked = allocate([costs[n] for n in layers], [amounts[n] for n in layers], budget)
+        return {name: self._widths[k] for name, k in zip(layers, picked, strict=True)}
+
+    def _check_size(self, model: LightningModule, context: Context) -> None:
+        """Say so if the counted size is above the budget: grids that needed finer scales than foreseen."""
+        if self.size_bytes is not None and (counted := measure_size(model, []).size_bytes) > self.size_bytes:
+            context.notes.append(f"counted {counted} bytes, above size_bytes={self.size_bytes}: scales in float32")
+
+
+def _stored_bytes(constraints: Constraints, quantized: Quantized) -> int:
+    """Bytes of a layer's weight on a grid like this one; scales near the end of float16's range count in float32."""
+    scale = quantized.grid.scale
+    size = encode_weight(constraints.with_grid(quantized.grid), 32).size_bytes
+    near = scale.dtype == torch.float16 and bool(scale.min() < 4 * SMALLEST_HALF)
+    return size + (2 * scale.numel() if near else 0)
+
+
+def _summary(layers: dict[str, Layer], chosen: dict[str, int], used: list[int]) -> str:
+    """How many layers got which bits, in the order in which they were quantized, and the average over kept weights."""
+    counts = ", ".join(f"{bits} bits: {sum(b == bits for b in chosen.values())} layers" for bits in used)
+    kept = {name: constraints_of(layer).kept() for name, layer in layers.items()}
+    average = sum(chosen[name] * kept[name] for name in layers) / max(1, sum(kept.values()))
+    return f"{counts}; {average:.4f} bits a weight on average, in this order"

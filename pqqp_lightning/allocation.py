@@ -1,0 +1,71 @@
+"""One option for each layer under one budget: a multiple-choice knapsack, solved exactly.
+
+Solver: ``scipy.optimize.milp`` (HiGHS, branch and cut), a 0/1 variable for each layer and option. It is exact, where
+taking the best gain per unit greedily is not (the tests show a case), needs no assumption that costs fall evenly from
+option to option, as Lagrangian bisection does, and 210 layers with 4 options take some ten milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+Costs = Sequence[Sequence[float]]
+Amounts = Sequence[Sequence[int]]
+
+
+def allocate(costs: Costs, amounts: Amounts, budget: int) -> list[int]:
+    """The index of one option for each layer: the least summed cost with summed amounts at most ``budget``.
+
+    Args:
+        costs: for each layer the cost of each option, >= 0.
+        amounts: for each layer what each option takes of the budget (bits, bytes, weights kept), integers >= 0.
+        budget: the most that all may take together, in the same unit.
+
+    Raises:
+        ValueError: no choice fits, or a cost is NaN, infinite or negative.
+    """
+    if bad := [i for i, options in enumerate(costs) if not all(math.isfinite(c) and c >= 0 for c in options)]:
+        raise ValueError(f"the costs of layer {bad[0]} are not all finite and >= 0: {list(costs[bad[0]])}")
+    least = sum(map(min, amounts))
+    if least > budget:
+        raise ValueError(f"the smallest options take {least} together, more than the budget of {budget}")
+    chosen = [min(range(len(row)), key=lambda k: (row[k], costs[i][k])) for i, row in enumerate(amounts)]
+    for _ in range(3):  # the solver's tolerances are absolute: solve again at the scale of what was found
+        scale = sum(costs[i][k] for i, k in enumerate(chosen))
+        found = _solve(costs, amounts, budget, scale or 1.0)
+        if sum(costs[i][k] for i, k in enumerate(found)) >= scale:
+            break
+        chosen = found
+    return chosen
+
+
+def _solve(costs: Costs, amounts: Amounts, budget: int, scale: float) -> list[int]:
+    """The optimum among options that cost at most ``scale``, which some feasible choice costs in all."""
+    pairs = [(i, k) for i, row in enumerate(costs) for k, cost in enumerate(row) if cost <= scale]
+    unit = math.gcd(*(amounts[i][k] for i, k in pairs)) or 1  # small integers: tolerances then cannot hide a unit
+    sizes = np.array([amounts[i][k] // unit for i, k in pairs], dtype=float)
+    prices = np.array([costs[i][k] for i, k in pairs]) * (len(costs) / scale)
+    columns = np.arange(len(pairs))
+    one_each = csr_matrix((np.ones(len(pairs)), ([i for i, _ in pairs], columns)), shape=(len(costs), len(pairs)))
+    limit = budget // unit
+    while True:
+        fits = LinearConstraint(sizes[None], ub=limit)
+        result = milp(
+            prices,
+            constraints=[LinearConstraint(one_each, 1, 1), fits],
+            integrality=np.ones(len(pairs)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            raise ArithmeticError(f"the solver found no allocation: {result.message}")
+        chosen = {i: k for (i, k), x in zip(pairs, result.x, strict=True) if x > 0.5}
+        over = sum(amounts[i][k] for i, k in chosen.items()) - budget
+        if over <= 0:
+            return [chosen[i] for i in range(len(costs))]
+        limit -= -(-over // unit)  # within the solver's tolerance, but not within the budget
