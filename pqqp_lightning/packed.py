@@ -54,6 +54,8 @@ def pack_weight(weight: Tensor, constraints: Constraints) -> tuple[dict[str, Ten
         "pattern": None if constraints.pattern is None else list(constraints.pattern),
         "bits": None if grid is None else grid.bits,
     }
+    if grid is not None and grid.codebook is not None:
+        entry["codebook"] = grid.codebook
     return parts, entry
 
 
@@ -69,7 +71,7 @@ def unpack_weight(entry: dict[str, Any], parts: dict[str, Tensor]) -> tuple[Tens
     else:
         scale = parts["scale"]
         zero = unpack_bits(parts["zero"], entry["bits"], scale.numel()).view(scale.shape) if "zero" in parts else None
-        grid = Grid(entry["bits"], scale, zero, columns)
+        grid = Grid(entry["bits"], scale, zero, columns, entry.get("codebook"))
         values = unpack_bits(parts["values"], entry["bits"], count)
     matrix = values.view(rows, columns) if mask is None else _scatter(values, mask)
     if grid is not None:

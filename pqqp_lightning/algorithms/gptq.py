@@ -9,10 +9,11 @@ that the stored format stays plain.
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from pqqp_lightning.algorithms.grid import ColumnGrid, Grid, Quantized, fit_grid, round_to_grid
+from pqqp_lightning.algorithms.grid import ColumnGrid, Grid, Quantized, beside, fit_grid, round_to_grid
 from pqqp_lightning.algorithms.hessian import InverseFactor, factorize_inverse
 from pqqp_lightning.algorithms.sweep import sweep_columns
 
@@ -27,6 +28,7 @@ def quantize_gptq(
     group_size: int | None = None,
     symmetric: bool = True,
     per_tensor: bool = False,
+    clip: bool = False,
     damping: float = 0.01,
     block_size: int = 128,
     activation_order: bool = False,
@@ -42,6 +44,7 @@ def quantize_gptq(
         group_size: columns that share a scale; None for one scale an output row.
         symmetric: without zero points.
         per_tensor: one scale for the whole matrix.
+        clip: search each scale, see :func:`~pqqp_lightning.algorithms.grid.fit_grid`.
         damping: fraction of the mean diagonal added to the diagonal.
         block_size: columns a block.
         activation_order: sweep the columns by descending diagonal of the Hessian.
@@ -58,9 +61,10 @@ def quantize_gptq(
     groups = None if per_tensor else group_size
     follow = groups is not None and order is None  # a group's grid is fitted when the sweep reaches it
     fitted = live if order is None else live[:, order.argsort()]
-    static = None if follow else fit_grid(fitted, bits, group_size=groups, symmetric=symmetric, per_tensor=per_tensor)
+    options: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "clip": clip}
+    static = None if follow else fit_grid(fitted, group_size=groups, per_tensor=per_tensor, **options)
     columns_of_mask = None if mask is None else mask[:, turn].T.contiguous()
-    rounder = _Rounder(bits, weight.shape[1], groups, symmetric, static, order, columns_of_mask)
+    rounder = _Rounder(options, ColumnGrid(weight.shape[1], groups, order), static, columns_of_mask)
 
     def decide(i: int, column: Tensor) -> Tensor:
         value = rounder.round(i, column)
@@ -84,36 +88,20 @@ def quantize_gptq(
 class _Rounder:
     """Rounds column by column to a grid that is given, or fitted group by group as the sweep reaches it."""
 
-    def __init__(
-        self,
-        bits: int,
-        columns: int,
-        group_size: int | None,
-        symmetric: bool,
-        static: Grid | None,
-        order: Tensor | None,
-        kept: Tensor | None,
-    ) -> None:
+    def __init__(self, options: dict[str, Any], columns: ColumnGrid, static: Grid | None, kept: Tensor | None) -> None:
+        self._options, self._columns, self._static = options, columns, static
         self._kept = kept  # [I, O]
-        self._bits, self._columns, self._symmetric, self._static = bits, columns, symmetric, static
         self._fitted: list[Grid] = []
-        self._by_column = ColumnGrid(columns, group_size, order)
-        self.round = self._by_column.round
+        self.round = columns.round
         if static is not None:
-            self._by_column.add(static)
+            columns.add(static)
 
     def fit(self, start: int, stop: int, columns: Tensor) -> None:
         """Fit the grid of the group that ``columns`` [size, O] are."""
         kept = columns if self._kept is None else columns * self._kept[start:stop]
-        self._fitted.append(fit_grid(kept.T, self._bits, symmetric=self._symmetric))
-        self._by_column.add(self._fitted[-1])
+        self._fitted.append(fit_grid(kept.T, **self._options))
+        self._columns.add(self._fitted[-1])
 
     def grid(self) -> Grid:
         """The grid of the whole matrix."""
-        if self._static is not None:
-            return self._static
-        dtypes = {g.scale.dtype for g in self._fitted}
-        dtype = torch.float16 if dtypes == {torch.float16} else torch.float32
-        scale = torch.cat([g.scale.to(dtype) for g in self._fitted], dim=1)
-        zeros = [g.zero for g in self._fitted if g.zero is not None]
-        return Grid(self._bits, scale, torch.cat(zeros, dim=1) if zeros else None, self._columns)
+        return self._static or beside(self._fitted)
