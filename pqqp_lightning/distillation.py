@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.modules.blocks import find_blocks
+from pqqp_lightning.modules.blocks import model_blocks
 from pqqp_lightning.modules.structure import copy_model
 
 TeacherDtype = Literal["same", "bfloat16", "float16"]
@@ -149,7 +149,7 @@ def _recording(model: LightningModule, settings: Distillation) -> Iterator[_Seen
 
     handles = [model.register_forward_hook(called, with_kwargs=True)]
     if settings.hidden_weight:
-        for block in find_blocks(model, getattr(model, "compression_blocks", None)).values():
+        for block in model_blocks(model).values():
             handles.append(block.register_forward_hook(lambda _, args, out: seen.hidden.append(_logits(out))))
     try:
         yield seen

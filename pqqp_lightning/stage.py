@@ -15,7 +15,7 @@ from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.calibration.walk import Compress, Walk
 from pqqp_lightning.distillation import Distillation
 from pqqp_lightning.errors import RecipeError, near_miss, shorten
-from pqqp_lightning.modules.blocks import Blocks, find_blocks, find_layers, tied_weights
+from pqqp_lightning.modules.blocks import Blocks, find_blocks, find_layers, model_blocks, tied_weights
 from pqqp_lightning.modules.layers import LAYER_TYPES, Layer
 from pqqp_lightning.modules.naming import matches, value_for
 
@@ -122,7 +122,7 @@ class Stage(Callback):
 
     def find_blocks(self, model: nn.Module) -> Blocks:
         """The blocks of ``model``: this stage's, the model's own list (``compression_blocks``), or by structure."""
-        return find_blocks(model, self.blocks or getattr(model, "compression_blocks", None))
+        return find_blocks(model, self.blocks) if self.blocks else model_blocks(model)
 
     def find_layers(self, model: nn.Module) -> dict[str, Layer]:
         """The layers of ``model`` that this stage acts on."""

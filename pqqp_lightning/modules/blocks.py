@@ -12,6 +12,8 @@ from pqqp_lightning.modules.naming import matches_any
 
 Blocks = dict[str, nn.Module]
 
+_KEPT = "_pqqp_block"
+
 
 def find_blocks(model: nn.Module, names: list[str] | None = None) -> Blocks:
     """The blocks of ``model`` by name, in order of definition.
@@ -35,10 +37,24 @@ def find_blocks(model: nn.Module, names: list[str] | None = None) -> Blocks:
         if not isinstance(container, nn.ModuleList | nn.Sequential) or not children:
             continue
         kinds = {type(child) for child in children}
-        if len(kinds) == 1 and _has_layers(children[0]) and not isinstance(children[0], LAYER_TYPES):
+        if len(kinds) == 1 and any(map(_has_layers, children)) and not isinstance(children[0], LAYER_TYPES):
             candidates[kinds.pop()].update((f"{name}.{i}" if name else i, c) for i, c in container.named_children())
     repeated = [blocks for blocks in candidates.values() if len(blocks) > 1]
     return max(repeated, key=_parameters) if repeated else {"": model}
+
+
+def model_blocks(model: nn.Module) -> Blocks:
+    """The blocks of ``model`` where nobody names others: those left by :func:`keep_blocks`, the model's own list
+    (``compression_blocks``), or by structure."""
+    kept = {name: module for name, module in model.named_modules() if module.__dict__.get(_KEPT)}
+    return kept or find_blocks(model, getattr(model, "compression_blocks", None))
+
+
+def keep_blocks(blocks: Blocks) -> None:
+    """Have :func:`model_blocks` find these from now on: a stage that removes blocks may leave too few, or under other
+    names, for the structure to tell."""
+    for block in blocks.values():
+        block.__dict__[_KEPT] = True
 
 
 def _named_blocks(model: nn.Module, names: list[str]) -> Blocks:
