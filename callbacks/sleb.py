@@ -1,0 +1,280 @@
+"""SLEB (Song et al., arXiv 2402.09025)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from pqqp_lightning.algorithms.sleb import Removal, count_evaluations, remove_greedily
+from pqqp_lightning.calibration.prefix import Output, Part, RemovalLosses, observe_outputs, pass_through
+from pqqp_lightning.calibration.walk import Walk, calibrating
+from pqqp_lightning.errors import RecipeError, near_miss
+from pqqp_lightning.modules.blocks import keep_blocks, model_blocks
+from pqqp_lightning.modules.naming import matches, matches_any
+from pqqp_lightning.modules.removal import (
+    Sublayer,
+    outside_of_a_list,
+    remove_blocks,
+    remove_sublayer,
+    sublayers_of,
+    substitutes,
+)
+from pqqp_lightning.stage import Context, Plan, Stage
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What may be removed: a block, or one of its sublayers."""
+
+    name: str
+    block: str
+    sublayer: Sublayer | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names that ``targets`` and ``ignore`` may call it by."""
+        return [self.name] + [f"{self.block}.{child}" for child in (self.sublayer.rest if self.sublayer else ())]
+
+
+class SLEB(Stage):
+    """Removes whole blocks, or attention and MLP sublayers, one after another: each time the one without which the
+    loss on the calibration data is lowest.
+
+    The loss is the module's own training loss, averaged over the calibration batches. Candidates share the activations
+    of the blocks before them: with L blocks left, a round evaluates L(L-1)/2 + L-1 blocks a batch, near half of the
+    L(L-1) of whole forward passes, and one hidden state is held at a time. With N = 2L sublayers left it is about
+    N**2/2 + N sublayers of N(N-1). Where the blocks do not simply follow one another, it is whole forward passes; the
+    record says so, and gives the counts.
+
+    After blocks are removed a Hugging Face model is a stock model of fewer layers. A removed sublayer leaves its block
+    without its weights and norm; generation with a cache of keys and values is then not promised. Masks and grids of
+    the layers that remain are as they were, so that the stage may stand anywhere in the list. Of a ResNet only blocks
+    whose input and output have the same shape can go, and it has no sublayers of the kind.
+
+    Example::
+
+        stages:
+          shorten: {class_path: SLEB, init_args: {amount: 0.1, ignore: [layers.0]}}
+
+    Args:
+        amount: how many to remove, or which fraction of all blocks (sublayers), in (0, 1), rounded to a whole number.
+        granularity: "block", or "sublayer" for the attention and the MLP of a block each by itself.
+        targets: name patterns of the blocks (sublayers) that may be removed ("layers.1[0-9]", "self_attn"); every one
+            by default.
+        ignore: name patterns of blocks (sublayers) that must stay.
+        blocks: module names of the blocks; found by structure by default. Elements of a ModuleList or Sequential.
+        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+    """
+
+    source = "Song et al. 2024, SLEB: Streamlining LLMs through Redundancy Verification, arXiv 2402.09025"
+    compresses = True
+    needs_calibration = True
+
+    def __init__(self, amount: int | float, granularity: Literal["block", "sublayer"] = "block", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.amount, self.granularity = amount, granularity
+
+    def check_knobs(self) -> list[str]:
+        problems = super().check_knobs()
+        if self.granularity not in ("block", "sublayer"):
+            problems.append(f"granularity={self.granularity!r} is not known. Use block or sublayer.")
+        whole = isinstance(self.amount, int)
+        if not (self.amount >= 1 if whole else 0 < self.amount < 1):
+            wrong = "removes nothing" if self.amount == 0 else "is neither a whole number above 0 nor a fraction"
+            problems.append(f"amount={self.amount} {wrong}. Use 3 for three of them, or 0.1 for a tenth.")
+        return problems
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        problems = super().check(model, data, earlier)
+        if not is_overridden("training_step", model):
+            problems.append(f"needs a training_step in {type(model).__name__}: its loss decides what goes. Define one.")
+        elif not model.automatic_optimization:
+            problems.append(
+                f"{type(model).__name__} optimizes by hand in its training_step, which cannot be run for its loss "
+                "alone. Set automatic_optimization, or leave the stage out."
+            )
+        if not problems:
+            problems += self._check_blocks(model) or self._check_patterns(model) or self._check_amount(model)
+        return problems
+
+    def expected_plan(self, model: LightningModule) -> Plan:
+        units = self._units(model)
+        return self._plan(model, units[-self._count(model) :], {})
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        walk = context.walk(self.find_blocks(model))
+        try:
+            with calibrating(walk.model), walk.forward_context():
+                units, outputs = self._observe(model, walk, context)
+                losses = _make_losses(walk, model, units, outputs, context)
+                removals = remove_greedily(self._count(model), len(units), losses)
+        except ArithmeticError as error:
+            raise RecipeError(f"stages.{context.title}: {error}. Check the model and the calibration data.") from error
+        self._note(model, context, units, removals, shared=losses.shared)
+        plan = self._plan(model, [units[removal.unit] for removal in removals], outputs)
+        self.restructure(model, plan)
+        return plan
+
+    def restructure(self, model: LightningModule, plan: Plan) -> None:
+        default = list(model_blocks(model)) == plan["blocks"]
+        left = {name: model.get_submodule(name) for name in plan["blocks"]}
+        if plan["granularity"] == "block":
+            left = remove_blocks(model, plan["blocks"], plan["removed"])
+        for block, branch, rest, outputs in plan.get("sublayers", []):
+            remove_sublayer(model, block, Sublayer(branch, tuple(rest)), outputs)
+        if default:
+            keep_blocks(left)
+
+    def _plan(self, model: nn.Module, removed: Sequence[_Unit], outputs: dict[str, Output]) -> Plan:
+        plan: Plan = {"granularity": self.granularity, "blocks": list(self.find_blocks(model))}
+        plan["removed"] = [unit.name for unit in removed]
+        if self.granularity == "sublayer":
+            plan["sublayers"] = [
+                [u.block, u.sublayer.branch, list(u.sublayer.rest), outputs[u.name].outputs if outputs else 0]
+                for u in removed
+                if u.sublayer is not None
+            ]
+        return plan
+
+    def _all_units(self, model: nn.Module) -> list[_Unit]:
+        """Every block, or every sublayer that is left."""
+        blocks = self.find_blocks(model)
+        if self.granularity == "block":
+            return [_Unit(name, name) for name in blocks]
+        return [
+            _Unit(f"{name}.{sublayer.branch}", name, sublayer)
+            for name, block in blocks.items()
+            for sublayer in sublayers_of(block) or ()
+        ]
+
+    def _units(self, model: nn.Module) -> list[_Unit]:
+        """Those that may go, as far as structure tells: a residual block that changes shapes has a ``downsample``."""
+        return [
+            unit
+            for unit in self._all_units(model)
+            if (self.targets is None or any(matches_any(name, self.targets) for name in unit.names))
+            and not any(matches_any(name, self.ignore or []) for name in unit.names)
+            and getattr(model.get_submodule(unit.block), "downsample", None) is None
+        ]
+
+    def _count(self, model: nn.Module) -> int:
+        if isinstance(self.amount, int):
+            return self.amount
+        return math.floor(self.amount * len(self._all_units(model)) + 0.5)
+
+    def _check_blocks(self, model: LightningModule) -> list[str]:
+        blocks = self.find_blocks(model)
+        if list(blocks) == [""]:
+            return ["the model has no row of blocks. Name them in blocks, as elements of a ModuleList or Sequential."]
+        if self.granularity == "block":
+            return [
+                f"block {name} is no element of a ModuleList or Sequential and cannot be taken out. Change blocks."
+                for name in outside_of_a_list(model, blocks)
+            ]
+        other = {type(block).__name__: None for block in blocks.values() if sublayers_of(block) is None}
+        if not other:
+            return []
+        return [
+            f"granularity=sublayer: blocks of class {', '.join(other)} are not built of one attention and one MLP "
+            "sublayer, each with its own norm. Use granularity: block."
+        ]
+
+    def _check_patterns(self, model: LightningModule) -> list[str]:
+        names = [name for unit in self._all_units(model) for name in unit.names]
+        problems = []
+        for knob, patterns in (("targets", self.targets or []), ("ignore", self.ignore or [])):
+            for pattern in patterns:
+                if not any(matches(name, pattern) for name in names):
+                    hint = near_miss(pattern, {name.rsplit(".", 1)[-1] for name in names} | set(names))
+                    problems.append(f"{knob}: '{pattern}' names no {self.granularity} ({_some(names)}).{hint}")
+        return problems
+
+    def _check_amount(self, model: LightningModule) -> list[str]:
+        every, units, count = self._all_units(model), self._units(model), self._count(model)
+        what, kind = f"amount={self.amount}", self.granularity
+        most = min(len(units), len(every) - 1)
+        if count < 1:
+            return [f"{what} of {len(every)} {kind}s rounds to none. Use a whole number, or a larger fraction."]
+        if count <= most:
+            return []
+        if count >= len(every):
+            return [f"{what} would remove {count} of {len(every)} {kind}s: none is left. Use at most {most}."]
+        return [
+            f"{what} would remove {count} {kind}s, but only {len(units)} of {len(every)} may go: the rest is named by "
+            f"ignore, not by targets, or changes the shape. Use at most {most}."
+        ]
+
+    def _observe(self, model: LightningModule, walk: Walk, context: Context) -> tuple[list[_Unit], dict[str, Output]]:
+        """The units that may go, and what each block and branch returns, seen on the probe.
+
+        Raises:
+            RecipeError: too few of them keep the shape of their input.
+        """
+        units = self._units(model)
+        watched = dict(walk.blocks) | {unit.name: model.get_submodule(unit.name) for unit in units}
+        outputs = observe_outputs(watched, walk)
+        fits = [unit for unit in units if unit.name in outputs and _fits(unit, outputs[unit.block])]
+        if odd := [unit.name for unit in units if unit not in fits]:
+            what = "not called, or does not return one hidden state of its input's shape: it stays"
+            context.found(what, odd)
+        if len(fits) < self._count(model):
+            raise RecipeError(
+                f"stages.{context.title}: only {len(fits)} {self.granularity}s return one hidden state of the shape of "
+                f"their input, but {self._count(model)} are to go. Use a smaller amount."
+            )
+        return fits, outputs
+
+    def _note(
+        self, model: nn.Module, context: Context, units: list[_Unit], removals: list[Removal], *, shared: bool
+    ) -> None:
+        """What went in which order at which loss, and how much each round took."""
+        steps = ", ".join(f"{units[r.unit].name} ({r.loss:.4f})" for r in removals)
+        context.notes.append(f"removed, in this order (calibration loss after it): {steps}")
+        for refused in {unit: None for r in removals for unit in r.refused}:
+            context.found("without it the calibration loss is NaN or infinite: it stays", [units[refused].name])
+        blocks = list(self.find_blocks(model))
+        left = [sum(unit.block == block for unit in self._all_units(model)) for block in blocks]
+        places = {i: blocks.index(unit.block) for i, unit in enumerate(units)}
+        ours, naive = [], []
+        for removal in removals:
+            ours.append(count_evaluations(left, list(places.values()), shared=shared))
+            naive.append(count_evaluations(left, list(places.values()), shared=False))
+            left[places.pop(removal.unit)] -= 1
+        if not shared:
+            context.notes.append("the blocks do not feed one another directly: whole forward passes for each candidate")
+        context.notes.append(
+            f"{self.granularity} evaluations a batch in each round: {', '.join(map(str, ours))}; whole forward passes "
+            f"would take {', '.join(map(str, naive))}"
+        )
+
+
+def _make_losses(
+    walk: Walk, model: nn.Module, units: Sequence[_Unit], outputs: dict[str, Output], context: Context
+) -> RemovalLosses:
+    places = {name: place for place, name in enumerate(walk.blocks)}
+    sizes = [outputs[name].outputs if name in outputs else 0 for name in walk.blocks]
+    parts = []
+    for unit in units:
+        block = model.get_submodule(unit.block)
+        if unit.sublayer is None:
+            forwards = {block: pass_through(sizes[places[unit.block]])}
+        else:
+            found = substitutes(block, unit.sublayer, outputs[unit.name].outputs)
+            forwards = {getattr(block, child): module.forward for child, module in found.items()}
+        parts.append(Part(places[unit.block], forwards))
+    return RemovalLosses(walk, parts, sizes, context.title, context.progress)
+
+
+def _fits(unit: _Unit, block: Output) -> bool:
+    """Whether the unit's block can do without it: a branch is added to the hidden state and has its shape anyway."""
+    return block.bare and (block.keeps_shape or unit.sublayer is not None)
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
