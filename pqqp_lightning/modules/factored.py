@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+from pqqp_lightning.modules.transforms import move_transforms
 
 
 class Factored(nn.Module):
@@ -40,7 +40,7 @@ class Factored(nn.Module):
 def factor_layers(model: nn.Module, names: Sequence[str], rank: int) -> list[Factored]:
     """Replace the Linear layers ``names`` of ``model`` by factors of ``rank`` with one shared basis, values unset.
 
-    Device, dtype, ``requires_grad``, the bias and the hooks are those of the layers replaced.
+    Device, dtype, ``requires_grad``, the bias and the transforms are those of the layers replaced.
     """
     layers = [model.get_submodule(name) for name in names]
     first = layers[0]
@@ -52,8 +52,7 @@ def factor_layers(model: nn.Module, names: Sequence[str], rank: int) -> list[Fac
         coefficients = _like(layer, rank, layer.out_features)
         coefficients.bias = layer.bias
         module = Factored(basis, coefficients).train(layer.training)
-        for hooks in _HOOKS:
-            getattr(module, hooks).update(getattr(layer, hooks))
+        move_transforms(layer, module)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
         replaced.append(module)
