@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from pqqp_lightning.errors import shorten
+from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.modules.decoder import describe_decoder
 from pqqp_lightning.modules.layers import is_adapter
 from pqqp_lightning.modules.rotation import plan_structure, rotate_decoder, rotate_structure
@@ -64,9 +64,11 @@ class QuaRot(Stage):
         if rounded := list(transformed_layers(model, Transform)):
             problems.append(f"the inputs of {shorten(rounded)} are rounded already. Put this stage first.")
         if adapters := [name for name, module in model.named_modules() if is_adapter(module)]:
-            problems.append(f"{shorten(adapters)} are adapters kept apart. Merge them first, or put this stage first.")
-        describe_decoder(model)
-        return problems
+            return [
+                *problems,
+                f"{shorten(adapters)} are adapters kept apart. Merge them first, or put this stage first.",
+            ]
+        return problems + _problems_of(model)
 
     def expected_plan(self, model: LightningModule) -> Plan:
         return plan_structure(model, describe_decoder(model), online=self.online, seed=self.seed)
@@ -78,3 +80,12 @@ class QuaRot(Stage):
         plan = self.expected_plan(model)
         rotate_decoder(model, describe_decoder(model), plan)
         return plan
+
+
+def _problems_of(model: LightningModule) -> list[str]:
+    """Why the model cannot be rotated."""
+    try:
+        describe_decoder(model)
+    except RecipeError as error:
+        return error.problems
+    return []
