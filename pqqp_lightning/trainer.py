@@ -51,10 +51,10 @@ class Trainer(pl.Trainer):
             kwargs["num_sanity_val_steps"] = 0
         if kwargs.get("enable_checkpointing") is None:
             kwargs["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+        name_stages([c for c in callbacks if isinstance(c, Stage)])  # Lightning wants their states' keys distinct
         super().__init__(*args, **kwargs)
         self.recipe: dict[str, Any] = {}
         self.recipe_text = ""
-        name_stages(self.stages)
 
     @property
     def stages(self) -> list[Stage]:

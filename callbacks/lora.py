@@ -1,0 +1,234 @@
+"""LoRA (Hu et al., arXiv 2106.09685) as a recovery stage, through PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from pqqp_lightning.algorithms.lora import Merged, merge_low_rank
+from pqqp_lightning.errors import shorten
+from pqqp_lightning.modules.adapters import (
+    Adapters,
+    base_of,
+    inject,
+    parameters_of,
+    remove,
+    unused_name,
+    update_of,
+    wrapped_name,
+    wrappers,
+)
+from pqqp_lightning.modules.constraints import Constraints, constraints_of
+from pqqp_lightning.modules.layers import Layer, columns_of, set_weight_matrix, weight_matrix
+from pqqp_lightning.stage import Context, Plan, Stage
+
+Initialization = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+LINEAR_ONLY = ("orthogonal", "pissa", "olora")
+CHANGES_THE_WEIGHT = ("pissa", "olora")
+
+
+class LoRA(Stage):
+    """Trains low-rank adapters B A next to frozen weights, then merges them without breaking a mask or a grid.
+
+    Merged weights are masked and rounded to their grid again, which takes away part of what the adapters learnt: the
+    record says how much, and what the metrics were before. Kept apart (``merge: false``), the adapters lose nothing
+    and are counted in the size; later stages act on the weights below them. Running statistics of batch normalisation
+    follow the training as in any other.
+
+    Example::
+
+        stages:
+          prune:   {class_path: SparseGPT, init_args: {sparsity: 0.5}}
+          recover: {class_path: LoRA, init_args: {rank: 8, epochs: 1, learning_rate: 0.0002}}
+
+    Args:
+        rank: columns of B and rows of A; more learns more and costs more.
+        alpha: the update is alpha / rank * B A.
+        dropout: on the adapters' input, in training; in [0, 1).
+        initialization: how A and B start. "default" and "gaussian" draw A and start B at zero; "orthogonal" draws both
+            so that B A is zero; "pissa" (arXiv 2404.02948) and "olora" (arXiv 2406.01775) take them out of the weight.
+        merge: add the adapters to the weights afterwards; false keeps them apart.
+        epochs: epochs of training, 1 or more.
+        learning_rate: its highest learning rate, made for Adam; null takes the model's own.
+        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+    """
+
+    source = "Hu et al. 2021, LoRA, arXiv 2106.09685"
+    compresses = True
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        initialization: Initialization = "default",
+        merge: bool = True,
+        epochs: int = 1,
+        learning_rate: float | None = 2e-4,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(epochs=epochs, learning_rate=learning_rate, **kwargs)
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.initialization, self.merge = initialization, merge
+        self._validated: dict[str, float] = {}
+
+    def check_knobs(self) -> list[str]:
+        problems = super().check_knobs() if self.epochs else ["epochs=0 trains no adapter. Use 1 or more."]
+        problems += [f"{k}={v} is not above 0." for k, v in (("rank", self.rank), ("alpha", self.alpha)) if not v > 0]
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout={self.dropout} is not in [0, 1). 0 leaves it out.")
+        if self.initialization == "orthogonal" and self.rank % 2:
+            problems.append(f"rank={self.rank} is odd, which initialization: orthogonal cannot do. Use an even rank.")
+        return problems
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        problems, layers = super().check(model, data, earlier), self.find_layers(model)
+        if odd := _unadaptable(model, layers):
+            problems.append(
+                f"{shorten(odd)} cannot carry an adapter: grouped, dilated or specially padded convolutions, layers "
+                "that compute something of their own, and what torch's MultiheadAttention reads by itself. Add them "
+                "to ignore."
+            )
+        return problems + self._check_initialization(model, layers, earlier)
+
+    def find_layers(self, model: nn.Module) -> dict[str, Layer]:
+        """The layers that get adapters; not those that stand at several places, whose place is not theirs alone."""
+        shared = _shared(model)
+        return {name: layer for name, layer in super().find_layers(model).items() if id(layer) not in shared}
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        plan = self.expected_plan(model)
+        required = {id(p) for p in model.parameters() if p.requires_grad}
+        inject(model, Adapters(**plan["adapters"]), True if self.initialization == "default" else self.initialization)
+        plan["trained_before"] = [name for name, p in model.named_parameters() if id(p) in required]
+        _freeze_others(model, Adapters(**plan["adapters"]))
+        self._validated = {}
+        return plan
+
+    def expected_plan(self, model: LightningModule) -> Plan:
+        layers = [wrapped_name(name, model) for name in self.find_layers(model)]
+        name = unused_name(model, f"{self.name}_adapter")  # with a suffix, so that it is no attribute of a ModuleDict
+        return {"adapters": vars(Adapters(name, self.rank, float(self.alpha), self.dropout, layers))}
+
+    def restructure(self, model: LightningModule, plan: Plan) -> None:
+        if not plan:  # merged
+            return
+        adapters = Adapters(**plan["adapters"])
+        inject(model, adapters)
+        if "trained_before" in plan:
+            _freeze_others(model, adapters)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the metrics of the model with its adapters."""
+        if not trainer.sanity_checking:
+            self._validated = _validation_metrics(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validated": self._validated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validated = state_dict["validated"]
+
+    def finish(self, model: LightningModule, context: Context, plan: Plan) -> Plan:
+        adapters = Adapters(**plan["adapters"])
+        for name in plan["trained_before"]:
+            model.get_parameter(name).requires_grad_(True)
+        if not self.merge:
+            return {"adapters": plan["adapters"]}
+        merged: dict[str, list[Merged]] = {}
+        for layer in wrappers(model, adapters).values():
+            found = _merge(base_of(layer), update_of(layer, adapters.name))
+            merged.setdefault(_promised(constraints_of(base_of(layer))), []).append(found)
+        remove(model, adapters)
+        context.notes += [_what_merging_lost(promised, found) for promised, found in merged.items()]
+        if self._validated:
+            shown = ", ".join(f"{name} {value:.6g}" for name, value in self._validated.items())
+            context.notes.append(f"before merging, after the last epoch: {shown}")
+        return {}
+
+    def moves(self, model: LightningModule) -> list[str]:
+        """None: the weights are frozen, and merging keeps their grid."""
+        return []
+
+    def _check_initialization(
+        self, model: LightningModule, layers: dict[str, Layer], earlier: Sequence[Stage]
+    ) -> list[str]:
+        chosen, problems = self.initialization, []
+        if chosen in LINEAR_ONLY and (convolutions := [n for n, x in layers.items() if isinstance(x, nn.Conv2d)]):
+            problems.append(
+                f"initialization={chosen} is for Linear layers, not for {shorten(convolutions)}. Use default or "
+                "gaussian, or add them to ignore."
+            )
+        if chosen not in CHANGES_THE_WEIGHT:
+            return problems
+        if small := [n for n, x in layers.items() if self.rank > min(x.weight.shape[0], columns_of(x))]:
+            problems.append(
+                f"initialization={chosen} takes rank={self.rank} directions out of the weight; {shorten(small)} have "
+                "fewer. Lower rank, use default, or add them to ignore."
+            )
+        reason = f"initialization={chosen} would change the weights"
+        return problems + self.refuse_after(model, earlier, ("mask", "grid"), reason, "Use default or gaussian.")
+
+
+def _freeze_others(model: nn.Module, adapters: Adapters) -> None:
+    own = {id(p) for p in parameters_of(model, adapters)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in own)
+
+
+def _merge(layer: Layer, update: Any) -> Merged:
+    weight, constraints = weight_matrix(layer), constraints_of(layer)
+    grid = None if constraints.grid is None else constraints.grid.to(weight.device)
+    merged = merge_low_rank(weight, update, mask=constraints.mask(weight.device), grid=grid)
+    set_weight_matrix(layer, merged.weight)
+    return merged
+
+
+def _promised(constraints: Constraints) -> str:
+    grid = "" if constraints.grid is None else f"{constraints.grid.bits}-bit grid"
+    mask = "" if constraints.mask_bits is None else "mask"
+    return " and ".join(filter(None, [mask, grid]))
+
+
+def _what_merging_lost(promised: str, merged: list[Merged]) -> str:
+    norm, update, lost = (sum(getattr(m, part) ** 2 for m in merged) ** 0.5 for part in ("norm", "update", "lost"))
+    where = f"{len(merged)} layers"
+    if not promised:
+        return f"merged into {where}: nothing is lost but what rounding to their dtype takes"
+    return (
+        f"merged into the {promised} of {where}: the adapters had moved the weights by {update / max(norm, 1e-30):.2%} "
+        f"of their norm, and the {promised} moved the result by {lost / max(norm, 1e-30):.2%}"
+    )
+
+
+def _validation_metrics(trainer: Trainer) -> dict[str, float]:
+    """What the validation that is ending has logged for its epoch."""
+    logged = trainer.fit_loop.epoch_loop.val_loop._results.metrics(on_step=False)["callback"]
+    return {name: float(value) for name, value in logged.items()}
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """ids of modules that stand at more than one place."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for parent in model.modules():
+        for child in parent._modules.values():
+            if child is not None:
+                (shared if id(child) in seen else seen).add(id(child))
+    return shared
+
+
+def _unadaptable(model: nn.Module, layers: dict[str, Layer]) -> list[str]:
+    inside = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    return [name for name, layer in layers.items() if id(layer) in inside or not _is_plain(layer)]
+
+
+def _is_plain(layer: Layer) -> bool:
+    """Whether the layer multiplies with its matrix and does nothing else, in a way that PEFT's adapters follow."""
+    if isinstance(layer, nn.Linear):
+        return type(layer).forward is nn.Linear.forward
+    plain = type(layer).forward is nn.Conv2d.forward and layer.padding_mode == "zeros"
+    return plain and layer.groups == 1 and layer.dilation == (1, 1)
