@@ -136,9 +136,12 @@ class CodebookStage(GridStage):
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
         problems, layers = super().check(model, data, earlier), self.find_layers(model)
-        sizes = {name: (self.block_size(name, layer), columns_of(layer)) for name, layer in layers.items()}
-        for size, columns in sorted({(s, c) for s, c in sizes.values() if s < SMALLEST_BLOCK < c}):
-            names = [name for name, found in sizes.items() if found == (size, columns)]
+        odd: dict[tuple[int, int], list[str]] = {}
+        for name, layer in layers.items():
+            size, columns = self.block_size(name, layer), columns_of(layer)
+            if size < SMALLEST_BLOCK < columns and not isinstance(value_for(name, self.group_size), int):
+                odd.setdefault((size, columns), []).append(name)
+        for (size, columns), names in odd.items():
             problems.append(
                 f"group_size='auto' would be {size} for in_features={columns} of {shorten(names)}: it has no divisor "
                 f"between {SMALLEST_BLOCK} and {LARGEST_BLOCK}. Set group_size to {columns} for them, or add them to "
