@@ -110,7 +110,7 @@ class GradualPruning(PruningStage):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = trainer.estimated_stepping_batches
-        if not math.isfinite(total):
+        if total < 0 or not math.isfinite(total):
             raise RecipeError(
                 f"stages.{self.name} ({type(self).__name__}): the training data has no length, so that the steps over "
                 "which the mask grows are unknown. Set trainer.limit_train_batches to a number."
