@@ -10,7 +10,7 @@ import torch
 from pqqp_lightning import load
 from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
 from pqqp_lightning.algorithms.lora import low_rank_update, merge_low_rank
-from pqqp_lightning.callbacks import GPTQ, RTN, Finetune, LoRA, Magnitude, SparseGPT
+from pqqp_lightning.callbacks import GPTQ, NF4, RTN, Finetune, LoRA, Magnitude, QLoRA, SparseGPT
 from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
@@ -425,3 +425,70 @@ def test_layers_that_no_adapter_fits_are_refused_with_the_way_out(tmp_path):
 def test_finetuning_after_a_merge_into_a_grid_is_refused(tmp_path):
     found = problems_of(tmp_path, "llama", GPTQ(4), LoRA(), Finetune(1))
     assert "off the grid of stage 'gptq'" in found[0]
+
+
+# QLoRA
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "deit"])
+def test_qlora_quantizes_to_nf4_and_keeps_adapters_apart(tmp_path, kind, seen):
+    module, _ = run(tmp_path, kind, QLoRA(**FAST, epochs=2))
+    plain, _ = run(tmp_path, kind, NF4(), folder="nf4")
+    constraints, expected = collect_constraints(module), collect_constraints(plain)
+    assert {name.removesuffix(".base_layer") for name in constraints} == set(expected)
+    assert {c.grid.codebook for c in constraints.values()} == {"nf4"}
+    for name in expected:  # the base is NF4's, before and after the training
+        assert torch.equal(module.get_submodule(f"{name}.base_layer").weight, plain.get_submodule(name).weight)
+    assert not broken_constraints(module, constraints)
+    record, nf4 = records(tmp_path)[-1], records(tmp_path, "nf4")[-1]
+    adapters = sum(module.get_parameter(name).numel() for name in adapter_names(module))
+    assert record["size_bytes"] == nf4["size_bytes"] + 4 * adapters
+    assert torch.equal(logits(load(tmp_path / "run"), kind), logits(module, kind))
+
+
+def test_qlora_recovers_what_quantization_lost(tmp_path):
+    module = make_model("regressor")
+    run(tmp_path, "regressor", Finetune(10), RTN(2), QLoRA(**FAST, epochs=5), module=module)
+    trained, rounded, recovered = (record["metrics"]["mse"] for record in records(tmp_path)[1:])
+    assert trained < recovered < rounded
+
+
+def test_qlora_keeps_an_earlier_grid_and_mask(tmp_path):
+    stages = Magnitude(pattern="2:4"), RTN(3, targets=["q_proj"]), QLoRA(**FAST)
+    module, _ = run(tmp_path, "llama", *stages)
+    for name, constraints in collect_constraints(module).items():
+        assert constraints.grid.bits == (3 if "q_proj" in name else 4)
+        assert (constraints.grid.codebook is None) == ("q_proj" in name)
+        assert constraints.kept() * 2 == constraints.shape[0] * constraints.shape[1]
+    assert not broken_constraints(module, collect_constraints(module))
+
+
+@pytest.mark.parametrize("order", ["prune first", "recover first"])
+@pytest.mark.parametrize("merge", [True, False])
+def test_qlora_and_sparsegpt_go_in_either_order(tmp_path, order, merge):
+    stages = [SparseGPT(0.5), QLoRA(**FAST, merge=merge)]
+    module, _ = run(tmp_path, "llama", *(stages if order == "prune first" else stages[::-1]))
+    constraints = collect_constraints(module)
+    assert not broken_constraints(module, constraints)
+    assert all(c.grid is not None for c in constraints.values())
+    assert all(c.kept() * 2 == c.shape[0] * c.shape[1] for c in constraints.values())
+    assert bool(adapter_names(module)) != merge
+    assert torch.equal(logits(load(tmp_path / "run"), "llama"), logits(module, "llama"))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([QLoRA(group_size=24)], "group_size=24 does not divide in_features=32"),
+        ([QLoRA(group_size=0)], "group_size=0 is not above 0"),
+        ([QLoRA(initialization="pissa")], "initialization=pissa would move the weights off their grid"),
+        ([GPTQ(4), QLoRA(group_size=32)], "group_size=32 has no effect: every layer is quantized already"),
+        ([QLoRA(), GPTQ(4)], "would leave the grid of stage 'qlora'"),
+        ([QLoRA(), Finetune(1)], "off the grid of stage 'qlora'"),
+        ([QLoRA(epochs=0)], "epochs=0 trains no adapter"),
+    ],
+)
+def test_what_qlora_cannot_do_is_refused(tmp_path, stages, message):
+    found = problems_of(tmp_path, "llama", *stages)
+    assert found
+    assert any(message in problem for problem in found)

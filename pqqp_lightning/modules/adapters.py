@@ -58,7 +58,7 @@ def wrapped_name(name: str, model: nn.Module) -> str:
 
 def unused_name(model: nn.Module, wanted: str) -> str:
     """``wanted``, or with a number behind it where the model has an adapter of that name."""
-    taken = {name for module in model.modules() if is_wrapper(module) for name in module.lora_A}
+    taken = {name for module in _wrappers(model) for name in module.lora_A}
     names = [wanted, *(f"{wanted}_{number}" for number in range(2, len(taken) + 2))]
     return next(name for name in names if name not in taken)
 
@@ -129,6 +129,10 @@ def remove(model: nn.Module, adapters: Adapters) -> None:
                 parameter.requires_grad_(id(parameter) in trained)
 
 
+def _wrappers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if is_wrapper(module)]
+
+
 def _parts(layer: LoraLayer, name: str) -> tuple[nn.Module, nn.Module]:
     return layer.lora_A[name], layer.lora_B[name]
 
@@ -150,15 +154,14 @@ def _settle(layer: LoraLayer, name: str, empty: bool) -> None:
 
 def _active(model: nn.Module) -> dict[int, list[str]]:
     """Which adapters each wrapper uses; by id, since its name does not change."""
-    return {id(m): list(m.active_adapters) for m in model.modules() if is_wrapper(m)}
+    return {id(module): list(module.active_adapters) for module in _wrappers(model)}
 
 
 def _activate(model: nn.Module, earlier: dict[int, list[str]], name: str) -> None:
     """The new adapter besides the earlier ones, which PEFT has switched off."""
-    for module in model.modules():
-        if is_wrapper(module):
-            new = [name] if name in module.lora_A else []
-            module.set_adapter(list(dict.fromkeys([*earlier.get(id(module), []), *new])))
+    for module in _wrappers(model):
+        new = [name] if name in module.lora_A else []
+        module.set_adapter(list(dict.fromkeys([*earlier.get(id(module), []), *new])))
 
 
 @contextmanager

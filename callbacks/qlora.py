@@ -1,0 +1,94 @@
+"""QLoRA (Dettmers et al., arXiv 2305.14314): LoRA over a quantized base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule
+
+from pqqp_lightning.callbacks.lora import LoRA
+from pqqp_lightning.callbacks.nf4 import NF4
+from pqqp_lightning.modules.constraints import constraints_of
+from pqqp_lightning.modules.layers import Layer
+from pqqp_lightning.modules.naming import values_of
+from pqqp_lightning.quantization import BlockSize
+from pqqp_lightning.stage import Context, Plan, Stage
+
+
+class QLoRA(LoRA):
+    """Trains low-rank adapters next to 4-bit weights and keeps them apart.
+
+    Layers that an earlier stage quantized keep their grid; the others are rounded to NF4 first. Pruned weights stay
+    zero. Scales are not quantized in turn, as the paper's double quantization does. The base is computed with in the
+    model's own dtype, so that training takes the memory of LoRA; what is small is the checkpoint.
+
+    Example::
+
+        stages:
+          prune:   {class_path: SparseGPT, init_args: {sparsity: 0.5}}
+          recover: {class_path: QLoRA, init_args: {rank: 8, epochs: 1, learning_rate: 0.0002}}
+
+    Args:
+        rank: columns of B and rows of A; more learns more and costs more.
+        alpha: the update is alpha / rank * B A.
+        dropout: on the adapters' input, in training; in [0, 1).
+        initialization: how A and B start. "default" and "gaussian" draw A and start B at zero; "orthogonal" draws both
+            so that B A is zero.
+        merge: true adds the adapters to the weights and rounds them to their grid again, which loses much of them.
+        epochs: epochs of training, 1 or more.
+        learning_rate: its highest learning rate, made for Adam; null takes the model's own.
+        group_size: input columns that share a scale of NF4; "auto" for 64, or, where that does not divide a layer's
+            inputs, for their largest divisor below 64; or name pattern to size.
+        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+    """
+
+    source = "Dettmers et al. 2023, QLoRA, arXiv 2305.14314"
+    promises = ("grid",)
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        initialization: Literal["default", "gaussian", "orthogonal"] = "default",
+        merge: bool = False,
+        epochs: int = 1,
+        learning_rate: float | None = 2e-4,
+        group_size: BlockSize | dict[str, BlockSize] = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(rank, alpha, dropout, initialization, merge, epochs, learning_rate, **kwargs)
+        self.group_size = group_size
+
+    def check_knobs(self) -> list[str]:
+        problems = super().check_knobs()
+        if self.initialization in ("pissa", "olora"):  # from Python, past the signature
+            problems.append(
+                f"initialization={self.initialization} would move the weights off their grid. Use default, gaussian or "
+                "orthogonal."
+            )
+        return problems + [p for p in NF4(self.group_size).check_knobs() if p.startswith("group_size")]
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        problems = super().check(model, data, earlier)
+        if problems:
+            return problems
+        gridded = {name for stage in earlier if "grid" in stage.promises for name in stage.find_layers(model)}
+        layers = {name: layer for name, layer in self.find_layers(model).items() if name not in gridded}
+        if layers:
+            return self._quantizer(layers).check(model, data, earlier)
+        if values_of(self.group_size) == ["auto"]:
+            return []
+        return [f"group_size={self.group_size} has no effect: every layer is quantized already. Drop it."]
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        layers = {n: x for n, x in self.find_layers(model).items() if constraints_of(x).grid is None}
+        self._quantizer(layers).compress(model, context)
+        return super().compress(model, context)
+
+    def _quantizer(self, layers: dict[str, Layer]) -> NF4:
+        """NF4 on these layers alone."""
+        quantizer = NF4(self.group_size)
+        vars(quantizer)["find_layers"] = lambda model: layers
+        return quantizer
