@@ -158,8 +158,8 @@ class BasisSharing(Stage):
             )
         if adapted := [name for name in layers if _has_adapter(model, name)]:
             problems.append(
-                f"{shorten(adapted)} carry adapters that were kept apart, which fit no factors. Let the earlier stage "
-                "merge them, or put BasisSharing first."
+                f"{shorten(adapted)} carry adapters that were kept apart, which fit no factors. Merge them (merge: "
+                "true), or put BasisSharing first."
             )
         return problems
 
