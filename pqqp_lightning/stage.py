@@ -16,7 +16,7 @@ from pqqp_lightning.calibration.walk import Compress, Walk
 from pqqp_lightning.distillation import Distillation
 from pqqp_lightning.errors import RecipeError, near_miss, shorten
 from pqqp_lightning.modules.blocks import Blocks, find_blocks, find_layers, model_blocks, tied_weights
-from pqqp_lightning.modules.layers import LAYER_TYPES, Layer
+from pqqp_lightning.modules.layers import LAYER_TYPES, Layer, is_packed
 from pqqp_lightning.modules.naming import matches, value_for
 
 Plan = dict[str, Any]
@@ -231,6 +231,12 @@ class Stage(Callback):
         layers = self.find_layers(model)
         if shared := [n for n, layer in layers.items() if id(layer.weight) in tied]:
             problems.append(f"{shorten(shared)} shares its weight with another module (a tied embedding). Ignore it.")
+        if packed := [n for n, layer in layers.items() if is_packed(layer)]:
+            kinds = " and ".join(sorted({type(layers[n]).__name__ for n in packed}))
+            problems.append(
+                f"{shorten(packed)} hold packed codes instead of weights ({kinds}). Load the model unquantized and "
+                "quantize it with a stage (NF4, FP4, INT8), or add them to ignore."
+            )
         if not layers and not problems:
             problems.append(
                 f"targets={self.targets} and ignore={self.ignore} leave no layer. The model has {shorten(candidates)}."

@@ -43,6 +43,12 @@ def to_weight(matrix: Tensor, shape: torch.Size | list[int]) -> Tensor:
     return matrix.view(out, height, width, channels).permute(0, 3, 1, 2)
 
 
+def is_packed(layer: Layer) -> bool:
+    """Whether the weight is not its matrix but codes that only the layer's own kernels read, as in bitsandbytes'."""
+    weight = layer.weight
+    return not weight.is_floating_point() or (isinstance(layer, nn.Linear) and weight.shape[0] != layer.out_features)
+
+
 def set_weight_matrix(layer: Layer, matrix: Tensor) -> None:
     """Write ``matrix`` [O, I] into the layer's weight, in place."""
     with torch.no_grad():
