@@ -175,6 +175,14 @@ def test_online_rotation_lets_activations_be_rounded_with_less_error():
     assert error(online=True) < 0.5 * error(online=False)
 
 
+def test_a_rotated_model_can_be_trained_after_it_was_measured(tmp_path):
+    module, data = make_model("llama-tied", torch.float32), TokenData(**tiny.write_tokens(tmp_path))
+    tiny.trainer(tmp_path / "run", QuaRot(online=True, epochs=1)).fit(module, datamodule=data)
+    with torch.inference_mode():
+        expected = module.eval()(tiny.token_rows(4))
+    assert torch.equal(logits(load(tmp_path / "run")), expected)
+
+
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-no-hadamard", "opt", "opt-tied"])
 def test_a_checkpoint_gives_the_same_weights_and_logits(tmp_path, kind):
     module = make_model(kind, torch.float32)

@@ -70,7 +70,8 @@ class RotateInput(Transform):
     def transform(self, layer: nn.Module, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         if self._placed.factor.device != x.device or self._placed.factor.dtype != wide:
-            self._placed = self.rotation.to(x.device, wide)
+            with torch.inference_mode(False):  # what is made inside could not be used in training
+                self._placed = self.rotation.to(x.device, wide)
         return self._placed.apply(x.to(wide)).to(x.dtype)
 
 
