@@ -98,23 +98,37 @@ def test_eight_bits_of_a_row_of_zeros_are_zeros():
     assert (quantize_int8(torch.zeros(2, 8)).weight == 0).all()
 
 
-def test_int8_and_rounded_activations_are_llm_int8():
-    """Against Linear8bitLt, which computes in float16 and in integers. A token's scale is that of its other columns;
-    where an outlier column's value is no outlier itself, bitsandbytes still counts it, the paper and we do not."""
+def make_int8_layer():
+    """A layer, inputs to it with an outlier column, and the layer after INT8; what float16 holds exactly."""
     generator = torch.Generator().manual_seed(4)
     weight = (0.05 * torch.randn(48, 64, generator=generator)).half().float()
     inputs = torch.randn(32, 64, generator=generator)
-    inputs[:, 5] = 20 + 3 * inputs[:, 5].abs()  # an outlier column
+    inputs[:, 5] = 20 + 3 * inputs[:, 5].abs()
+    layer = nn.Linear(64, 48, bias=False).requires_grad_(False)
+    layer.weight.copy_(quantize_int8(weight).weight)
+    return weight, inputs.half().float(), layer
+
+
+def test_int8_is_the_layer_of_bitsandbytes_on_a_cpu():
+    """There Linear8bitLt does not round its inputs; it computes in float16."""
+    weight, inputs, ours = make_int8_layer()
     theirs = bitsandbytes.nn.Linear8bitLt(64, 48, bias=False, has_fp16_weights=False, threshold=6.0)
     theirs.weight = bitsandbytes.nn.Int8Params(weight.clone(), has_fp16_weights=False, requires_grad=False)
-    expected = theirs.to("cpu")(inputs.half()).float()
-    ours = nn.Linear(64, 48, bias=False)
-    ours.weight.data = quantize_int8(weight).weight
-    without = ours(inputs)
+    torch.testing.assert_close(ours(inputs), theirs.to("cpu")(inputs.half()).float(), rtol=2e-3, atol=2e-3)
+
+
+def test_int8_and_rounded_activations_are_llm_int8():
+    """Against the integer product of bitsandbytes, whose constant for 1 / 127^2 is off by 2e-5."""
+    weight, inputs, ours = make_int8_layer()
+    codes, largest, _ = reference.int8_vectorwise_quant(weight.clone())
+    rounded, scales, outliers = reference.int8_vectorwise_quant(inputs.clone(), threshold=6.0)
+    assert outliers.tolist() == [5]
+    multiply = torch.ops.bitsandbytes.int8_mixed_scaled_mm
+    expected, _ = multiply(inputs, rounded, codes, scales, largest, outliers)
+    unrounded = ours(inputs)
     QuantizeInput(8, outliers=6.0).attach(ours)
-    exact = inputs @ weight.T
-    assert (ours(inputs) - expected).abs().max() < 0.2 * (ours(inputs) - exact).abs().max()
-    assert not torch.equal(ours(inputs), without)
+    torch.testing.assert_close(ours(inputs), expected, rtol=3e-5, atol=5e-5)
+    assert (unrounded - expected).abs().max() > 1e-3
 
 
 # ---------------------------------------------------------------------------------- repacking by CPU kernels
