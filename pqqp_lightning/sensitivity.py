@@ -45,7 +45,12 @@ def measure_costs(
     Raises:
         RecipeError: the loss has no gradient, or not a finite one, for some layer.
     """
-    importance = mean_squared_gradients(context.walk(blocks), layers) if sensitivity == "loss" else {}
+    importance: dict[str, Tensor] = {}
+    if sensitivity == "loss":
+        try:
+            importance = mean_squared_gradients(context.walk(blocks), layers)
+        except RecipeError as error:
+            raise RecipeError([f"stages.{context.title}: {problem}" for problem in error.problems]) from error
     costs: dict[str, list[float]] = {}
 
     def measure(reading: Reading) -> None:
@@ -121,7 +126,7 @@ def _watching(model: nn.Module, layers: dict[str, Layer], add: Callable[[str, Te
 
 def _check_gradients(sums: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
     if missed := [name for name, count in rows.items() if not int(count)]:
-        raise RecipeError(f"the loss has no gradient for {shorten(missed)}. Add them to ignore, or use output errors.")
+        raise RecipeError(f"the loss has no gradient for {shorten(missed)}. Add them to ignore.")
     if odd := [name for name, total in sums.items() if not bool(torch.isfinite(total).all())]:
         raise RecipeError(f"the loss has NaN or infinite gradients for {shorten(odd)}. Check the model and the data.")
 
