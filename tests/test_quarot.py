@@ -270,9 +270,9 @@ def test_no_layer_can_be_left_out():
     [
         (
             {"do_layer_norm_before": False},
-            r"has its norms behind the sublayers .* use another model, or drop the stage",
+            r"norms behind the sublayers .* use another model, or drop the stage",
         ),
-        ({"word_embed_proj_dim": 16}, r"narrows its embedding with project_in: its residual stream cannot be rotated"),
+        ({"word_embed_proj_dim": 16}, r"a narrower embedding \(project_in\); the residual stream cannot be rotated"),
     ],
 )
 def test_other_opts_are_refused(settings, message):
@@ -282,7 +282,7 @@ def test_other_opts_are_refused(settings, message):
 
 def test_norms_that_do_something_else_are_refused():
     gemma = tiny.LLAMA | {"model_type": "gemma", "head_dim": 8}  # multiplies by 1 + gain
-    with pytest.raises(RecipeError, match=r"is of class GemmaRMSNorm and no RMSNorm with a gain"):
+    with pytest.raises(RecipeError, match=r"of class GemmaRMSNorm, no RMSNorm with a gain"):
         describe_decoder(CausalLM(gemma))
 
 

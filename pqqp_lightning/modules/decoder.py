@@ -159,7 +159,7 @@ class _Description:
         reads = tuple(f"{attention}.{part}_proj" for part in "qkv")
         head_dim = getattr(self._modules[attention], "head_dim", None)
         if not isinstance(head_dim, int):
-            self._note("has no head_dim", attention)
+            self._note("no head_dim", attention)
         return Attention(norm, reads, output, reads[2], head_dim if isinstance(head_dim, int) else 1)
 
     def _blocks(self, layers: str) -> Iterator[str]:
@@ -172,16 +172,16 @@ class _Description:
 
     def _only(self, block: str, expected: set[str]) -> None:
         if more := {name for name, _ in self._modules[block].named_children()} - expected:
-            self._note(f"holds {', '.join(sorted(more))} besides", block)
+            self._note(f"further modules in the block ({', '.join(sorted(more))})", block)
 
     def _refuse_other_opt(self, base: str) -> None:
         decoder = self._modules[base]
         if getattr(decoder, "project_in", None) is not None:
-            self._note("narrows its embedding with project_in", base)
+            self._note("a narrower embedding (project_in)", base)
         if any(not getattr(m, "do_layer_norm_before", True) for m in self._modules.values()):
-            self._note("has its norms behind the sublayers (do_layer_norm_before=False), as opt-350m", base)
+            self._note("norms behind the sublayers (do_layer_norm_before=False), as in opt-350m", base)
         elif getattr(decoder, "final_layer_norm", None) is None:
-            self._note("has no final_layer_norm", base)
+            self._note("no final_layer_norm", base)
         self._raise()
 
     def _checked(self, decoder: Decoder) -> Decoder:
@@ -190,7 +190,7 @@ class _Description:
             if not isinstance(module, nn.Linear):
                 self._note(_is_no(module, "Linear layer"), name)
             elif not module.weight.is_floating_point():
-                self._note(f"holds {module.weight.dtype} weights", name)
+                self._note(f"weights of {module.weight.dtype}", name)
         for name in decoder.norms:
             self._check_norm(name, decoder.centred)
         self._raise()
@@ -207,14 +207,14 @@ class _Description:
     def _raise(self) -> None:
         if self._problems:
             raise RecipeError(
-                f"{shorten(names)} {what}: its residual stream cannot be rotated. Put the stage before the one that "
-                "changed it; where the model is built so, use another model, or drop the stage."
+                f"{shorten(names)}: {what}; the residual stream cannot be rotated. Put the stage before the one that "
+                "changed this; where the model is built so, use another model, or drop the stage."
                 for what, names in self._problems.items()
             )
 
 
 def _is_no(module: nn.Module | None, expected: str) -> str:
-    return "is missing" if module is None else f"is of class {type(module).__name__} and no {expected}"
+    return "missing" if module is None else f"of class {type(module).__name__}, no {expected}"
 
 
 def _is_rms_norm(norm: nn.Module) -> bool:
