@@ -68,4 +68,6 @@ def detach(layer: Layer) -> Grid:
     """Take the fake quantization away, leaving the weight underneath as it is, and return its grid."""
     grid = quantizer_of(layer).grid(columns_of(layer))
     remove_parametrizations(layer, "weight", leave_parametrized=False)
+    for name in [name for name in layer._parameters if name != "weight"]:  # optimizers go by the parameters' order
+        layer._parameters[name] = layer._parameters.pop(name)
     return grid
