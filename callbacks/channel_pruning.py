@@ -1,0 +1,308 @@
+"""Channel and head pruning (Li et al. 2017; Fang et al. 2023; Molchanov et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from pqqp_lightning.algorithms.channels import choose_units, group_norm, kept_count, sum_by_channel, sum_by_unit
+from pqqp_lightning.calibration.channel_scores import mean_squared_inputs, taylor_by_channel
+from pqqp_lightning.errors import RecipeError, shorten, suggest
+from pqqp_lightning.modules.blocks import tied_weights
+from pqqp_lightning.modules.coupling import CoupledGroup, Coupling, built_groups, has_attention
+from pqqp_lightning.modules.dependency import example_input, run_example, traced_groups
+from pqqp_lightning.modules.layers import LAYER_TYPES, Layer, columns_of, is_adapter
+from pqqp_lightning.modules.naming import matches_any, value_for
+from pqqp_lightning.modules.narrowing import narrow, plan_narrowing, rebuild_narrowed, uneven
+from pqqp_lightning.modules.structure import weightless_copy
+from pqqp_lightning.modules.transforms import RotateInput, transformed_layers
+from pqqp_lightning.pruning import PruningStage
+from pqqp_lightning.stage import Context, Plan, Stage
+
+IMPORTANCES = ("norm", "activation", "taylor")
+
+
+class ChannelPruning(Stage):
+    """Removes whole channels and attention heads: the tensors become smaller, and the network faster on any hardware.
+
+    What must go together goes together. In a ResNet that is every channel, those of the residual stream in all layers
+    that it joins (torch-pruning's dependency graph tells). In a transformer (LLaMA and OPT families, timm's ViT and
+    DeiT) it is the width of each MLP, by ``ratio``, and whole attention heads, by ``head_ratio``; heads that share a
+    key and value head go with it. The residual width of a transformer stays. So do a network's inputs and outputs.
+
+    Each group of coupled channels loses ``round(ratio * width)`` of them, those of least importance, which is summed
+    over the group. A mask of an earlier stage, and a grid with one scale an output channel or in all, is kept on what
+    remains. Where all layers agree, a Hugging Face configuration says the new sizes.
+
+    Example::
+
+        stages:
+          narrow: {class_path: ChannelPruning, init_args: {ratio: 0.5, epochs: 2}}
+
+    Args:
+        ratio: fraction of each group's channels to remove, in [0, 1); 0 for heads alone.
+        importance: "norm" is the l2 norm of a channel's weights, without data; "activation" its mean square on the
+            calibration data, for a head that of its output; "taylor" the first-order change of the training loss on
+            them, which costs a backward pass.
+        head_ratio: fraction of each attention's heads to remove, in (0, 1), counted in key and value heads; none by
+            default.
+        round_to: keep a multiple of so many channels (never fewer than asked for); 8 suits most hardware. Heads are
+            not rounded.
+        targets: name patterns of the layers whose outputs may be pruned; all by default. A group goes only if all
+            layers that make it are chosen: the stem and the ends of its blocks for a ResNet's residual stream; q, k
+            and v for heads; gate and up for a LLaMA's MLP.
+        ignore: name patterns of layers whose outputs stay.
+        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+    """
+
+    source = "Li et al. 2017, arXiv 1608.08710; Fang et al. 2023, DepGraph, arXiv 2301.12900"
+    compresses = True
+
+    def __init__(
+        self,
+        ratio: float = 0.5,
+        importance: Literal["norm", "activation", "taylor"] = "norm",
+        head_ratio: float | None = None,
+        round_to: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.ratio, self.importance, self.head_ratio, self.round_to = ratio, importance, head_ratio, round_to
+
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        """For every importance but the norm."""
+        return self.importance != "norm"
+
+    def find_layers(self, model: nn.Module) -> dict[str, Layer]:
+        """The layers that become smaller: those that make the channels, and those that read them."""
+        try:
+            groups = self._chosen(model, _find_groups(model))
+        except RecipeError:  # check says why
+            return {}
+        names = {member.name for group in groups for member in group.members}
+        return {n: m for n, m in model.named_modules() if n in names and isinstance(m, LAYER_TYPES)}
+
+    def check_knobs(self) -> list[str]:
+        problems = super().check_knobs()
+        if not 0 <= self.ratio < 1:
+            problems.append(f"ratio={self.ratio} is not in [0, 1). 0.5 removes half of each group's channels.")
+        if self.head_ratio is not None and not 0 < self.head_ratio < 1:
+            problems.append(f"head_ratio={self.head_ratio} is not in (0, 1). Leave it out to keep every head.")
+        if self.ratio == 0 and self.head_ratio is None:
+            problems.append("ratio=0 without head_ratio removes nothing. Set one of them.")
+        if self.round_to < 1:
+            problems.append(f"round_to={self.round_to} is not above 0. Use 1 for exact counts, or 8.")
+        if self.importance not in IMPORTANCES:
+            near = suggest(self.importance, IMPORTANCES)
+            problems.append(f"importance={self.importance!r} is not one of {', '.join(IMPORTANCES)}.{near}")
+        return problems
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        problems = self.check_knobs()
+        if self.importance == "taylor" and not is_overridden("training_step", model):
+            problems.append(
+                f"importance: taylor needs a training_step in {type(model).__name__}, for its loss. Add one, or use "
+                "norm."
+            )
+        if adapters := [name for name, module in model.named_modules() if is_adapter(module)]:
+            return [
+                *problems,
+                f"{shorten(adapters)} are adapters kept apart. Merge them first, or put this stage first.",
+            ]
+        try:
+            coupling = _find_groups(model)
+        except RecipeError as error:
+            return problems + error.problems
+        if problems:
+            return problems
+        problems = self._check_targets(model) or self._check_amounts(model, coupling)
+        return problems or self._check_earlier(model, coupling, earlier) + self._check_runs(model)
+
+    def expected_plan(self, model: LightningModule) -> Plan:
+        coupling = _find_groups(model)
+        groups = self._chosen(model, coupling)
+        kept = {group.name: torch.arange(self._kept_count(group)) for group in groups}
+        return plan_narrowing(model, groups, coupling.groups, kept)
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        coupling = _find_groups(model)
+        groups = self._chosen(model, coupling)
+        kept = {}
+        for group, scores in zip(groups, self._scores(model, groups, context), strict=True):
+            try:
+                kept[group.name] = choose_units(scores.cpu(), *self._amount(group))
+            except ArithmeticError as error:
+                raise RecipeError(
+                    f"stages.{context.title}: {group.name}: {error}. Check the model's weights."
+                ) from error
+        plan = plan_narrowing(model, groups, coupling.groups, kept)
+        self._note(context, coupling, groups, {name: len(units) for name, units in kept.items()})
+        for what, layers in narrow(model, groups, kept, plan["numbers"]).items():
+            context.found(f"undone: {what}", layers)
+        return plan
+
+    def restructure(self, model: LightningModule, plan: Plan) -> None:
+        rebuild_narrowed(model, plan)
+
+    def _amount(self, group: CoupledGroup) -> tuple[float, int]:
+        """(fraction to remove, multiple to keep)."""
+        return (self.head_ratio or 0.0, 1) if group.kind == "heads" else (self.ratio, self.round_to)
+
+    def _kept_count(self, group: CoupledGroup) -> int:
+        return kept_count(group.width, *self._amount(group))
+
+    def _chosen(self, model: nn.Module, coupling: Coupling) -> list[CoupledGroup]:
+        """The groups that lose something."""
+        tied = tied_weights(model)
+        makers = {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, LAYER_TYPES)
+            and id(module.weight) not in tied
+            and (self.targets is None or matches_any(name, self.targets))
+            and not matches_any(name, self.ignore or [])
+        }
+        layers = {name for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)}
+        return [
+            group
+            for group in coupling.groups
+            if self._kept_count(group) < group.width and layers.intersection(group.outputs()) <= makers
+        ]
+
+    def _scores(self, model: LightningModule, groups: list[CoupledGroup], context: Context) -> list[Tensor]:
+        """The importance of each unit of each group."""
+        if self.importance == "norm":
+            return [group_norm(_squares(model, group)) for group in groups]
+        walk = context.walk(self.find_blocks(model))
+        try:
+            if self.importance == "activation":
+                squares = mean_squared_inputs(walk, dict.fromkeys(name for g in groups for name in g.inputs()))
+                return [_mean_by_unit(group, squares) for group in groups]
+            parts = {(m.name, int(m.side == "in")): None for g in groups for m in g.members if _weight(model, m.name)}
+            terms = taylor_by_channel(walk, parts)
+        except RecipeError as error:
+            raise RecipeError([f"stages.{context.title}: {problem}" for problem in error.problems]) from error
+        return [_sum_over(group, terms) for group in groups]
+
+    def _check_targets(self, model: LightningModule) -> list[str]:
+        problems = [p for p in super()._check_targets(model) if "leave no layer" not in p]
+        if problems or self.find_layers(model):
+            return problems
+        return [
+            f"targets={self.targets} and ignore={self.ignore} leave no layer whose channels could go with ratio="
+            f"{self.ratio} and head_ratio={self.head_ratio}. All layers that make a group of coupled channels must be "
+            "chosen (q, k and v with head_ratio; gate and up; a residual stream's), and at least one channel go."
+        ]
+
+    def _check_amounts(self, model: LightningModule, coupling: Coupling) -> list[str]:
+        if self.head_ratio is None or any(group.kind == "heads" for group in self._chosen(model, coupling)):
+            return []
+        heads = [group for group in coupling.groups if group.kind == "heads"]
+        if not heads:
+            return [f"head_ratio={self.head_ratio}: no attention of a known build is in the model. Leave it out."]
+        few = sorted({group.width for group in heads})
+        return [
+            f"head_ratio={self.head_ratio} removes none of the {' or '.join(map(str, few))} (key and value) heads of "
+            f"{shorten(group.name for group in heads)}. Raise it, change targets or ignore, or leave it out."
+        ]
+
+    def _check_earlier(self, model: LightningModule, coupling: Coupling, earlier: Sequence[Stage]) -> list[str]:
+        """Constraints that cannot be cut, and rotations that a narrower input would not fit."""
+        groups = self._chosen(model, coupling)
+        modules = dict(model.named_modules())
+        cut = {n: m for g in groups for n in g.inputs() if isinstance(m := modules[n], LAYER_TYPES)}
+        problems = []
+        if rotated := [name for name in transformed_layers(model, RotateInput) if name in cut]:
+            problems.append(f"the inputs of {shorten(rotated)} are rotated while the model runs. Put this stage first.")
+        for stage in () if self.allow_undo else earlier:
+            acted = stage.find_layers(model) if {"mask", "grid"} & set(stage.promises) else {}
+            both = {name: layer for name, layer in cut.items() if name in acted}
+            if patterned := [name for name in both if _has_pattern(stage, name)]:
+                problems.append(
+                    f"would cut the N:M pattern of stage '{stage.name}' in the inputs of {shorten(patterned)}. Put "
+                    "ChannelPruning first, or set allow_undo: true."
+                )
+            if grouped := [name for name, layer in both.items() if _has_column_groups(stage, name, layer)]:
+                problems.append(
+                    f"would cut the quantization groups of stage '{stage.name}' in the inputs of {shorten(grouped)}. "
+                    "Put ChannelPruning first, set that stage's group_size: channel, or set allow_undo: true."
+                )
+        return problems
+
+    def _check_runs(self, model: LightningModule) -> list[str]:
+        """Whether the narrower network runs; groups that were built are known to."""
+        if has_attention(model):
+            return []
+        copy = weightless_copy(model).eval()
+        rebuild_narrowed(copy, self.expected_plan(copy))
+        try:
+            with torch.no_grad():
+                run_example(copy, example_input(copy))
+        except Exception as error:
+            return [
+                f"the network does not run with fewer channels ({str(error).splitlines()[0]}). Leave the layers in "
+                "question out with ignore."
+            ]
+        return []
+
+    def _note(self, context: Context, coupling: Coupling, groups: list[CoupledGroup], units: dict[str, int]) -> None:
+        for kind in ("channels", "heads"):
+            some = [group for group in groups if group.kind == kind]
+            if some:
+                kept, whole = sum(units[g.name] for g in some), sum(g.width for g in some)
+                context.notes.append(f"kept {kept} of {whole} {kind} in {len(some)} coupled groups")
+        for reason, layers in coupling.left.items():
+            context.found(reason, layers)
+        if settings := uneven(coupling.groups, units):
+            names = ", ".join(sorted({setting.removeprefix("config.") for setting in settings}))
+            context.notes.append(f"layers differ in {names}: the configuration keeps its old value")
+
+
+def _find_groups(model: nn.Module) -> Coupling:
+    """The coupled groups of ``model``: by its build for a transformer, else by tracing it."""
+    return built_groups(model) if has_attention(model) else traced_groups(model)
+
+
+def _weight(model: nn.Module, name: str) -> bool:
+    return isinstance(getattr(model.get_submodule(name), "weight", None), Tensor)
+
+
+def _squares(model: nn.Module, group: CoupledGroup) -> list[Tensor]:
+    """The squared weights of each unit, [U] for each member that has some."""
+    found = []
+    for member in group.members:
+        if _weight(model, member.name):
+            weight = model.get_parameter(f"{member.name}.weight").detach().float()
+            found.append(sum_by_unit(sum_by_channel(weight.square(), int(member.side == "in")), member.index))
+    return found
+
+
+def _mean_by_unit(group: CoupledGroup, squares: dict[str, Tensor]) -> Tensor:
+    """The mean squared activation of each unit, summed over the layers that read it: [U]."""
+    inputs = [member for member in group.members if member.side == "in"]
+    each = [sum_by_unit(squares[member.name], member.index) / member.index.shape[1] for member in inputs]
+    return torch.stack(each).sum(dim=0)
+
+
+def _sum_over(group: CoupledGroup, terms: dict[tuple[str, int], Tensor]) -> Tensor:
+    """The first-order terms of each unit, summed over the group: [U]."""
+    keys = [((member.name, int(member.side == "in")), member.index) for member in group.members]
+    return torch.stack([sum_by_unit(terms[key], index) for key, index in keys if key in terms]).sum(dim=0)
+
+
+def _has_pattern(stage: Stage, name: str) -> bool:
+    return isinstance(stage, PruningStage) and stage.amount(name).get("pattern") is not None
+
+
+def _has_column_groups(stage: Stage, name: str, layer: Layer) -> bool:
+    """Whether ``stage`` puts several scales along the columns of ``layer``."""
+    if "grid" not in stage.promises:
+        return False
+    size = value_for(name, vars(stage).get("group_size", "channel"))
+    return size == "auto" or (isinstance(size, int) and size < columns_of(layer))

@@ -1,0 +1,105 @@
+"""Importance of channels on calibration data: mean squared activations, and first-order Taylor terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pqqp_lightning.algorithms.channels import sum_by_channel, taylor_terms
+from pqqp_lightning.calibration.statistics import sum_over_ranks
+from pqqp_lightning.calibration.walk import Walk, calibrating
+from pqqp_lightning.errors import RecipeError, shorten
+
+Parts = dict[str, int]
+"""Module name to the dimension of its weight that is asked for: 0 rows, 1 columns."""
+
+
+def mean_squared_inputs(walk: Walk, layers: Iterable[str]) -> dict[str, Tensor]:
+    """The mean squared input of each channel of each of ``layers``, over the calibration data: name to [I].
+
+    The whole model runs once on every batch, in evaluation mode; one number a channel is kept.
+
+    Raises:
+        RecipeError: the calibration data never reaches one of them.
+    """
+    modules = {name: walk.model.get_submodule(name) for name in layers}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+
+    def add(name: str, inputs: Tensor) -> None:
+        dim = inputs.dim() - 3 if isinstance(modules[name], nn.Conv2d) else inputs.dim() - 1
+        total = sum_by_channel(inputs.detach().float().square(), dim)
+        rows = torch.tensor(inputs.numel() // inputs.shape[dim], device=total.device)
+        sums[name] = sums[name] + total if name in sums else total
+        counts[name] = counts[name] + rows if name in counts else rows
+
+    with calibrating(walk.model), walk.forward_context(), _watching(modules, add):
+        for batch in tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False):
+            walk.run(batch)
+    if missed := [name for name in modules if name not in sums]:
+        raise RecipeError(f"calibration never reached {shorten(missed)}. Add them to ignore, or use importance: norm.")
+    return {name: sum_over_ranks(sums[name]) / sum_over_ranks(counts[name]) for name in modules}
+
+
+def taylor_by_channel(walk: Walk, parts: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Tensor]:
+    """|weight * gradient| of the module's training loss, summed over each row or column of weights: (name, dim) to [C].
+
+    It is averaged over the calibration batches, each with a gradient of its own. Evaluation mode; gradients that the
+    model holds stay as they are.
+
+    Raises:
+        RecipeError: the loss does not depend on one of the weights, or a gradient is NaN or infinite.
+    """
+    assert walk.loss is not None, "the walk has no loss"
+    wanted = list(parts)
+    weights = {name: walk.model.get_parameter(f"{name}.weight") for name, _ in wanted}
+    sums = {(name, dim): weights[name].new_zeros(weights[name].shape[dim], dtype=torch.float32) for name, dim in wanted}
+    with calibrating(walk.model), walk.forward_context(), torch.enable_grad(), _alone_trainable(walk.model, weights):
+        for batch in tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False):
+            walk.loss(batch).backward()
+            if missed := [name for name, weight in weights.items() if weight.grad is None]:
+                raise RecipeError(f"the loss has no gradient for {shorten(missed)}. Add them to ignore.")
+            for name, dim in wanted:
+                gradient = weights[name].grad
+                assert gradient is not None
+                sums[name, dim] += sum_by_channel(taylor_terms(weights[name].detach(), gradient), dim)
+            for weight in weights.values():
+                weight.grad = None
+    if odd := [name for (name, _), total in sums.items() if not bool(torch.isfinite(total).all())]:
+        raise RecipeError(f"the loss has NaN or infinite gradients for {shorten(dict.fromkeys(odd))}. Check the data.")
+    batches = sum_over_ranks(torch.tensor(len(walk.batches), device=next(iter(weights.values())).device))
+    return {part: sum_over_ranks(total) / batches for part, total in sums.items()}
+
+
+@contextmanager
+def _watching(modules: dict[str, nn.Module], add: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``add`` with the input of each of ``modules``."""
+    see = lambda name, _, args: add(name, args[0])  # noqa: E731
+    handles = [module.register_forward_pre_hook(partial(see, name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _alone_trainable(model: nn.Module, weights: dict[str, Any]) -> Iterator[None]:
+    """Gradients for ``weights`` alone; everything is afterwards as it was, gradients too."""
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    chosen = {id(weight) for weight in weights.values()}
+    for parameter in before:
+        parameter.requires_grad_(id(parameter) in chosen)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, (requires_grad, gradient) in before.items():
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
