@@ -21,6 +21,8 @@ Amounts = Sequence[Sequence[int]]
 def allocate(costs: Costs, amounts: Amounts, budget: int) -> list[int]:
     """The index of one option for each layer: the least summed cost with summed amounts at most ``budget``.
 
+    Of equally cheap choices one that spends more of the budget.
+
     Args:
         costs: for each layer the cost of each option, >= 0.
         amounts: for each layer what each option takes of the budget (bits, bytes, weights kept), integers >= 0.
@@ -41,6 +43,22 @@ def allocate(costs: Costs, amounts: Amounts, budget: int) -> list[int]:
         if sum(costs[i][k] for i, k in enumerate(found)) >= scale:
             break
         chosen = found
+    return _spend(chosen, costs, amounts, budget)
+
+
+def _spend(chosen: Sequence[int], costs: Costs, amounts: Amounts, budget: int) -> list[int]:
+    """What is left of the budget goes round, one option at a time, to layers whose cost does not rise by it.
+
+    So layers that cost nothing whatever they get share the rest evenly.
+    """
+    chosen, left = list(chosen), budget - sum(amounts[i][k] for i, k in enumerate(chosen))
+    before = None
+    while before != chosen:
+        before = list(chosen)
+        for i, k in enumerate(before):
+            more = [j for j, a in enumerate(amounts[i]) if a > amounts[i][k] and costs[i][j] <= costs[i][k]]
+            if more and (step := amounts[i][j := min(more, key=amounts[i].__getitem__)] - amounts[i][k]) <= left:
+                chosen[i], left = j, left - step
     return chosen
 
 

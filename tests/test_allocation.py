@@ -101,6 +101,12 @@ def test_what_does_not_fit_and_what_is_no_cost_is_said():
     assert allocate([[0.0, 0.0]], [[1, 2]], 1) == [0]
 
 
+def test_layers_that_cost_nothing_share_what_is_left():
+    amounts = [[2, 3, 4, 8]] * 5
+    assert allocate([[0.0] * 4] * 5, amounts, 17) == [2, 2, 1, 1, 1]
+    assert allocate([[0.0] * 4] * 4 + [[9.0, 5.0, 1.0, 0.0]], amounts, 20) == [1, 1, 1, 1, 3]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_rest_of_a_budget_is_spent_where_it_gains_most(seed):
     rng = random.Random(seed)
@@ -377,7 +383,7 @@ def test_allocated_sparsity_goes_with_a_grid_before_and_after(tmp_path):
         (SparseGPT({"*": 0.5}, allocation="sensitivity"), r"allocation: sensitivity needs one sparsity for all layers"),
         (
             Magnitude(0.5, scope="global", allocation="sensitivity"),
-            r"scope: global decides each layer's sparsity by it",
+            r"scope: global decides each layer's sparsity",
         ),
     ],
 )

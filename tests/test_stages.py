@@ -73,7 +73,8 @@ def test_a_stage_keeps_its_promises_and_its_checkpoint_loads(tmp_path, name, kin
         assert size.pruned == pytest.approx(0.5, abs=0.02)  # Wanda rounds per row
         assert size.sparsity >= size.pruned
     if isinstance(stage, QuantizationStage):
-        assert {layer.bits for layer in size.layers} == {4}
+        average = sum(layer.bits * layer.entries for layer in size.layers) / size.entries
+        assert 3.8 < average <= 4  # bits that differ by layer leave a remainder
     loaded = load(tmp_path / "run")
     assert all(
         torch.equal(a, b) for a, b in zip(module.state_dict().values(), loaded.state_dict().values(), strict=True)
