@@ -116,14 +116,13 @@ class BasisSharing(Stage):
             for name in reading.layers:
                 group, grams[name] = group_of[name], gram
                 if all(member in grams for member in group["layers"]):  # its last layer's reading has come
-                    total = sum((grams.pop(member) for member in group["layers"]), torch.zeros_like(gram))
-                    self._factorise(model, group, total, context)
+                    self._factorise(model, group, [grams.pop(member) for member in group["layers"]], context)
 
         context.calibrate(self.find_blocks(model), layers, Hessian, factorise)
         return plan
 
-    def _factorise(self, model: LightningModule, group: dict[str, Any], gram: Tensor, context: Context) -> None:
-        names = group["layers"]
+    def _factorise(self, model: LightningModule, group: dict[str, Any], grams: list[Tensor], context: Context) -> None:
+        names, gram = group["layers"], torch.stack(grams).sum(0)
         weights = [model.get_parameter(f"{name}.weight").detach() for name in names]
         shared = share_basis(weights, gram, group["rank"], damping=self.damping)
         modules = factor_layers(model, names, group["rank"])
