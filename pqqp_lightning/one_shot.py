@@ -111,27 +111,30 @@ class OneShotPruning(PruningStage):
     ) -> dict[str, float]:
         """The sparsity of each layer: the cheapest options, and then as many removed in all as was asked for."""
         assert isinstance(self.sparsity, float | int)
-        entries = {name: layer.weight.numel() for name, layer in layers.items()}
-        due = round(self.sparsity * sum(entries.values()))
-        kept = [[entries[name] - count for count in removed[name]] for name in layers]
-        budget = max(sum(entries.values()) - due, sum(map(min, kept)))
-        picked = dict(zip(layers, allocate([costs[name] for name in layers], kept, budget), strict=True))
-        chosen = [removed[name][k] for name, k in picked.items()]
-        lower = [
-            max([c for c in removed[name] if c < removed[name][k]], default=removed[name][k])
-            for name, k in picked.items()
-        ]
+        entries = [layer.weight.numel() for layer in layers.values()]
+        parts = [self.parts(layer) for layer in layers.values()]
+        prices, counts = [costs[name] for name in layers], [removed[name] for name in layers]
+        kept = [[whole - count for count in row] for whole, row in zip(entries, counts, strict=True)]
+        due = round(self.sparsity * sum(entries))
+        picked = allocate(prices, kept, max(sum(entries) - due, sum(map(min, kept))))
+        chosen = [row[k] for row, k in zip(counts, picked, strict=True)]
+        below = [_option_below(row, k) for row, k in zip(counts, picked, strict=True)]
+        lower = [row[k] for row, k in zip(counts, below, strict=True)]
         gains = [
-            (costs[name][k] - costs[name][removed[name].index(low)]) / max(1, removed[name][k] - low)
-            for (name, k), low in zip(picked.items(), lower, strict=True)
+            (price[k] - price[b]) / max(1, row[k] - row[b])
+            for price, row, k, b in zip(prices, counts, picked, below, strict=True)
         ]
-        parts = {name: self.parts(layer) for name, layer in layers.items()}
-        counts = spend_rest(chosen, lower, gains, list(parts.values()), max(0, sum(chosen) - due))
-        fractions = {}
-        for (name, k), before, after in zip(picked.items(), chosen, counts, strict=True):
-            unit = entries[name] // parts[name]  # entries that are pruned together, by rounding up or down
-            fractions[name] = (round(options[k] * unit) - (before - after) // parts[name]) / unit
-        return fractions
+        rest = max(0, sum(chosen) - due)
+        left = [c - after for c, after in zip(chosen, spend_rest(chosen, lower, gains, parts, rest), strict=True)]
+        units = [whole // part for whole, part in zip(entries, parts, strict=True)]  # entries that go by one count
+        rows = zip(layers, picked, left, parts, units, strict=True)
+        return {name: (round(options[k] * unit) - less // part) / unit for name, k, less, part, unit in rows}
+
+
+def _option_below(removed: list[int], chosen: int) -> int:
+    """The option that removes the next fewer entries, or the one chosen where there is none."""
+    fewer = [k for k, count in enumerate(removed) if count < removed[chosen]]
+    return max(fewer, key=removed.__getitem__, default=chosen)
 
 
 def _options(sparsity: float) -> list[float]:
