@@ -31,8 +31,9 @@ class QuaRot(Stage):
           quantize: {class_path: GPTQ, init_args: {bits: 4}}
 
     Args:
-        online: also rotate the inputs of each MLP's last layer while the model runs (fast Hadamard transform); for
-            activations that are quantized afterwards.
+        online: also rotate, while the model runs, the inputs of each MLP's last layer and the heads in front of each
+            attention's last layer (fast Hadamard transforms); for activations that are quantized afterwards. Queries
+            and keys are not rotated.
         seed: of the random signs.
         kwargs: see :class:`~pqqp_lightning.stage.Stage`; the whole model is rotated, so targets and ignore must be
             left out.

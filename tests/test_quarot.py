@@ -10,7 +10,7 @@ from torch import nn
 
 from pqqp_lightning import load
 from pqqp_lightning.algorithms.hadamard import make_rotation
-from pqqp_lightning.algorithms.quarot import mean_direction, rewrite_linear, rotate_gain, rotate_heads
+from pqqp_lightning.algorithms.quarot import mean_direction, rewrite_linear, rotate_across, rotate_gain, rotate_heads
 from pqqp_lightning.callbacks import GPTQ, RTN, ActivationQuantization, LoRA, Magnitude, QuaRot
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.errors import RecipeError
@@ -78,8 +78,8 @@ def test_the_function_stays(kind, online):
     after = blocks_weights(module)
     assert all(not torch.allclose(after[name], weight, rtol=0.1) for name, weight in weights.items())
     hooked = list(transformed_layers(module, RotateInput))
-    assert len(hooked) == (2 if online else 0)
-    assert all(name.endswith(("down_proj", "fc2")) for name in hooked)
+    assert len(hooked) == (4 if online else 0)
+    assert all(name.endswith(("down_proj", "fc2", "o_proj", "out_proj")) for name in hooked)
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
@@ -130,6 +130,9 @@ def test_rewriting_agrees_with_loops():
     assert np.allclose(new.numpy() @ (x @ q) + offset.numpy(), expected)
     matrix, moved = rotate_gain(rotation, torch.from_numpy(gain), torch.from_numpy(shift))
     assert np.allclose(matrix.numpy() @ (x @ q) + moved.numpy(), (x * gain + shift) @ q)
+    mixed = rotate_across(make_rotation(4, torch.Generator().manual_seed(0)), 2)(torch.from_numpy(x))
+    four = make_rotation(4, torch.Generator().manual_seed(0)).matrix().numpy()
+    assert np.allclose(mixed.numpy().reshape(4, 2), four.T @ x.reshape(4, 2))
     assert np.allclose((x @ q) @ mean_direction(rotation).numpy(), x.sum() / 8**0.5)
 
 

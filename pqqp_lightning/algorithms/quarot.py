@@ -65,6 +65,13 @@ def rotate_heads(rotation: Rotation) -> Map:
     return lambda x: rotation.apply(x.unflatten(-1, (-1, rotation.order))).flatten(-2)
 
 
+def rotate_across(rotation: Rotation, width: int) -> Map:
+    """The map that mixes the n parts of [V, n * width] with one another; with width 1, the rotation itself."""
+    if width == 1:
+        return rotation.apply
+    return lambda x: rotation.apply(x.unflatten(-1, (-1, width)).transpose(-1, -2)).transpose(-1, -2).flatten(-2)
+
+
 def centre(x: Tensor) -> Tensor:
     """``x`` [V, H] without its mean."""
     return x - x.mean(dim=-1, keepdim=True)

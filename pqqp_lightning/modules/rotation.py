@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from pqqp_lightning.algorithms.hadamard import Rotation, make_rotation, small_factor
-from pqqp_lightning.algorithms.quarot import centre, mean_direction, rewrite_linear, rotate_gain, rotate_heads
-from pqqp_lightning.modules.decoder import Attention, Decoder, norm_parts
+from pqqp_lightning.algorithms.quarot import (
+    Map,
+    centre,
+    mean_direction,
+    rewrite_linear,
+    rotate_across,
+    rotate_gain,
+    rotate_heads,
+)
+from pqqp_lightning.modules.decoder import Attention, Decoder, Sublayer, norm_parts
 from pqqp_lightning.modules.transforms import ProjectedEmbedding, RotateInput
 
 ROWS_AT_ONCE = 4096
@@ -26,14 +34,14 @@ def plan_structure(model: nn.Module, decoder: Decoder, *, online: bool, seed: in
     Args:
         model: holds the decoder; its weights are not read.
         decoder: from :func:`~pqqp_lightning.modules.decoder.describe_decoder`.
-        online: rotate the inputs of the MLPs' last layers as well.
+        online: rotate the inputs of each sublayer's last layer as well: all of an MLP's, the heads of an attention.
         seed: of the rotations.
     """
     folded = [(s.norm, s.reads) for s in decoder.sublayers] + (
         [] if decoder.tied else [(decoder.norm, (decoder.head,))]
     )
     shifted = [name for norm, reads in folded for name in reads if _norm(model, norm)[1] is not None]
-    wide = [s.writes for s in decoder.sublayers if online and not isinstance(s, Attention)]
+    rotated = decoder.sublayers if online else []
     plan: dict[str, Any] = {
         "seed": seed,
         "hidden_size": decoder.hidden_size,
@@ -41,11 +49,11 @@ def plan_structure(model: nn.Module, decoder: Decoder, *, online: bool, seed: in
         "biases": [name for name in shifted if _linear(model, name).bias is None],
         "gain": [decoder.norm, _norm(model, decoder.norm)[1] is not None] if decoder.tied else None,
         "projected": decoder.embedding if decoder.tied and decoder.centred else None,
-        "online": {name: _linear(model, name).in_features for name in wide},
+        "online": {s.writes: _parts(_linear(model, s.writes), s) for s in rotated},
     }
-    for width in sorted(set(plan["online"].values())):
-        if small_factor(width) is None:  # its random matrix is stored: another machine may compute other digits
-            plan[f"factor.{width}"] = make_rotation(width, _generator(seed), random_signs=False).factor
+    for order in sorted({order for order, _ in plan["online"].values()}):
+        if small_factor(order) is None:  # its random matrix is stored: another machine may compute other digits
+            plan[f"factor.{order}"] = make_rotation(order, _generator(seed), random_signs=False).factor
     return plan
 
 
@@ -63,17 +71,18 @@ def rotate_structure(model: nn.Module, plan: dict[str, Any]) -> None:
         embedding = model.get_submodule(plan["projected"])
         assert isinstance(embedding, nn.Embedding)
         _replace(model, plan["projected"], ProjectedEmbedding(embedding))
-    hooks = {width: RotateInput(online_rotation(plan, width)) for width in set(plan["online"].values())}
-    for name, width in plan["online"].items():
-        hooks[width].attach(model.get_submodule(name))
+    hooks: dict[tuple[int, int], RotateInput] = {}
+    for name, (order, width) in plan["online"].items():
+        hook = hooks.get((order, width)) or RotateInput(online_rotation(plan, order), width)
+        hooks.setdefault((order, width), hook).attach(model.get_submodule(name))
 
 
-def online_rotation(plan: dict[str, Any], width: int) -> Rotation:
-    """The rotation of ``width`` inputs at run time: a plain Hadamard matrix where there is one."""
-    factor = plan.get(f"factor.{width}")
+def online_rotation(plan: dict[str, Any], order: int) -> Rotation:
+    """The rotation of ``order`` at run time: a plain Hadamard matrix where there is one."""
+    factor = plan.get(f"factor.{order}")
     if factor is not None:
-        return Rotation(factor.cpu(), width)
-    return make_rotation(width, _generator(plan["seed"]), random_signs=False)
+        return Rotation(factor.cpu(), order)
+    return make_rotation(order, _generator(plan["seed"]), random_signs=False)
 
 
 @torch.no_grad()
@@ -105,16 +114,24 @@ def _changes(model: nn.Module, decoder: Decoder, plan: dict[str, Any], stream: R
     writes = [centre, stream.apply] if decoder.centred else [stream.apply]
     for sublayer in decoder.sublayers:
         gain, shift, _ = _norm(model, sublayer.norm)
-        between = []
+        between: list[Map] = []
+        values = None
         if isinstance(sublayer, Attention):
             heads = make_rotation(sublayer.head_dim, _generator(plan["seed"]), random_signs=False).to(device)
-            between = [rotate_heads(heads)]
-        elif sublayer.writes in plan["online"]:
-            between = [online_rotation(plan, plan["online"][sublayer.writes]).to(device).apply]
+            values, between = sublayer.values, [rotate_heads(heads)]
         for name in sublayer.reads:
-            outputs = between if isinstance(sublayer, Attention) and name == sublayer.values else []
+            outputs = between if name == values else []
             yield name, {"gain": gain, "shift": shift, "inputs": [stream.apply], "outputs": outputs}
+        if sublayer.writes in plan["online"]:
+            order, width = plan["online"][sublayer.writes]
+            between = [*between, rotate_across(online_rotation(plan, order).to(device), width)]
         yield sublayer.writes, {"inputs": between, "outputs": writes}
+
+
+def _parts(layer: nn.Linear, sublayer: Sublayer) -> list[int]:
+    """[n, width]: how many parts of the layer's input are mixed at run time, and how wide each is."""
+    width = sublayer.head_dim if isinstance(sublayer, Attention) else 1
+    return [layer.in_features // width, width]
 
 
 def _rewrite(layer: nn.Linear, options: dict[str, Any]) -> None:

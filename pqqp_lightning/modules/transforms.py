@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pqqp_lightning.algorithms.activation import quantize_activation
 from pqqp_lightning.algorithms.hadamard import Rotation
+from pqqp_lightning.algorithms.quarot import rotate_across
 
 
 class Transform(ABC):
@@ -60,11 +61,16 @@ class Transform(ABC):
 
 
 class RotateInput(Transform):
-    """x -> x Q in front of a layer whose weight is W Q; computed in float32 at least (QuaRot's online rotation)."""
+    """x -> x Q in front of a layer whose weight is W Q; computed in float32 at least (QuaRot's online rotation).
 
-    def __init__(self, rotation: Rotation) -> None:
+    Args:
+        rotation: of order n.
+        width: of each of the n parts of the input that are mixed: 1 for all inputs, a head's for whole heads.
+    """
+
+    def __init__(self, rotation: Rotation, width: int = 1) -> None:
         super().__init__()
-        self.rotation = rotation
+        self.rotation, self.width = rotation, width
         self._placed = rotation
 
     def transform(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -72,7 +78,7 @@ class RotateInput(Transform):
         if self._placed.factor.device != x.device or self._placed.factor.dtype != wide:
             with torch.inference_mode(False):  # what is made inside could not be used in training
                 self._placed = self.rotation.to(x.device, wide)
-        return self._placed.apply(x.to(wide)).to(x.dtype)
+        return rotate_across(self._placed, self.width)(x.to(wide)).to(x.dtype)
 
 
 class QuantizeInput(Transform):
