@@ -238,6 +238,28 @@ def test_costs_equal_slow_loops_over_tokens_and_outputs(tmp_path, kind):
                 assert cost == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_grouped_convolutions_cost_is_that_of_its_outputs():
+    network = nn.Sequential(nn.Conv2d(8, 12, 3, groups=4, padding=1), nn.ReLU())
+    batches = [torch.randn(n, 8, 5, 5, generator=torch.Generator().manual_seed(n)) for n in (3, 2)]
+    layers = {"0": network[0]}
+    changed = torch.randn(12, 18, generator=torch.Generator().manual_seed(9))
+    weigh = torch.linspace(0, 2, 12)[None, :, None, None]
+    blocks = {"": network}
+    walk = lambda blocks: Walk(  # noqa: E731
+        network, blocks, batches, batches[0], network, progress=False, loss=lambda x: (network[0](x) * weigh).mean()
+    )
+    loss, output = (
+        measure_costs(Context(walk, progress=False), blocks, layers, lambda *_: [changed], s)["0"][0]
+        for s in ("loss", "output")
+    )
+    outputs = torch.cat([network[0](x) for x in batches]).detach()
+    network[0].weight.data = changed.view(12, 3, 3, 2).permute(0, 3, 1, 2)
+    squared = (torch.cat([network[0](x) for x in batches]).detach() - outputs).square()
+    bias = network[0].bias.detach()[None, :, None, None]
+    assert output == pytest.approx(float(squared.sum() / (outputs - bias).square().sum()), rel=1e-4)
+    assert loss == pytest.approx(float((squared * (weigh / (12 * 25)).square()).sum()), rel=1e-4)
+
+
 def test_measuring_leaves_the_model_as_it_was(tmp_path):
     module, layers, blocks, walk = make("llama", tmp_path)
     module.train()
