@@ -23,6 +23,7 @@ from pqqp_lightning.modules.transforms import (
     move_transforms,
     transformed_layers,
     transforms_of,
+    without_transforms,
 )
 
 MODELS = ["llama", "opt", "resnet", "deit"]
@@ -235,6 +236,20 @@ def test_transforms_move_with_their_layer_and_survive_pickling():
     again = pickle.loads(pickle.dumps(new))
     x = torch.randn(2, 8)
     assert torch.equal(again(x), new(x))
+
+
+def test_transforms_can_be_left_out_for_a_while():
+    layer, x = nn.Linear(8, 4), torch.randn(2, 8)
+    plain = layer(x)
+    QuantizeInput(2).attach(layer)
+    QuantizeHeads(2, head_dim=2).attach(layer)
+    rounded, calls = layer(x), []
+    with without_transforms(layer):
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+        assert torch.equal(layer(x), plain)
+    assert torch.equal(layer(x), rounded)
+    assert len(calls) == 2
+    assert len(transforms_of(layer)) == 2
 
 
 def test_targets_choose_layers():

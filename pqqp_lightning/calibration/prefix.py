@@ -21,6 +21,7 @@ from pqqp_lightning.calibration.collect import StopForward
 from pqqp_lightning.calibration.statistics import sum_over_ranks
 from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.modules.removal import pack_output
+from pqqp_lightning.modules.transforms import without_transforms
 from pqqp_lightning.seeding import run_seed, seed_from
 
 Forwards = dict[nn.Module, Callable[..., Any]]
@@ -199,11 +200,12 @@ class RemovalLosses:
 
 @contextmanager
 def other_forwards(forwards: Forwards) -> Iterator[None]:
-    """Give modules another ``forward`` for a while; their hooks and everything else stay."""
+    """Give modules another ``forward`` for a while; all stays but the transforms that belong to their own one."""
     with ExitStack() as stack:
         for module, forward in forwards.items():
             own = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}
             module.__dict__["forward"] = forward
+            stack.enter_context(without_transforms(module))
             stack.callback(_put_back, module, own)
         yield
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +175,24 @@ def move_transforms(old: nn.Module, new: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if hook is transform]:
                 del hooks[key]
         transform.attach(new)
+
+
+@contextmanager
+def without_transforms(layer: nn.Module) -> Iterator[None]:
+    """``layer`` as if it had none, while something else than its own forward runs in its place."""
+    kept: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+        kept.append((hooks, dict(hooks)))
+        for key in [key for key, hook in hooks.items() if isinstance(hook, Transform | QuantizeHeads)]:
+            del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            now = dict(hooks)
+            hooks.clear()
+            hooks.update({k: h for k, h in before.items() if k in now or isinstance(h, Transform | QuantizeHeads)})
+            hooks.update(now)
 
 
 class _StraightThrough(torch.autograd.Function):
