@@ -75,7 +75,8 @@ def _check_training(stage: Stage, data: DataSource, earlier: Sequence[Stage], mo
     if moved := [f"{name}.weight" for name in on_grid if name in moving]:
         problems.append(
             f"epochs={stage.epochs} would move {shorten(moved)} off the grid of stage '{quantized[0].name}'. Finetune "
-            "before quantizing, set epochs: 0, or freeze these weights (requires_grad=False) in the model."
+            "before quantizing, recover with LoRA, set epochs: 0, or freeze these weights (requires_grad=False) in the "
+            "model."
         )
     if stage.distill and stage.distill.hidden_weight and _blocks_of(stage, model) != _blocks_of(stage, data.module):
         problems.append(

@@ -13,7 +13,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
-from pqqp_lightning import Trainer
+from pqqp_lightning import Stage, Trainer
+from pqqp_lightning.data import ImageData, TokenData
+from pqqp_lightning.models import CausalLM, ImageClassifier
+from pqqp_lightning.stages import knobs
 
 LLAMA = {
     "model_type": "llama",
@@ -149,3 +152,34 @@ def trainer(folder: Path, *stages: Any, **options: Any) -> Trainer:
     callbacks = [*stages, *options.pop("callbacks", [])]
     quiet = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "log_every_n_steps": 1}
     return Trainer(callbacks=callbacks, default_root_dir=str(folder), **(quiet | options))
+
+
+MODELS = ("llama", "opt", "deit", "resnet")
+
+
+def make_model(kind: str) -> LightningModule:
+    """One of ``MODELS``, seeded."""
+    torch.manual_seed(0)
+    if kind in ("llama", "opt"):
+        return CausalLM(LLAMA if kind == "llama" else OPT)
+    if kind == "resnet":
+        network: dict[str, Any] = {"model": "resnet18", "model_args": {"stem_width": 8, "channels": [8, 8, 16, 16]}}
+    else:
+        network = {"model": "deit_tiny_patch16_224", "image_size": 32}
+        network["model_args"] = {"patch_size": 8, "depth": 2, "embed_dim": 48}
+    return ImageClassifier(**network, pretrained=False, num_classes=10)
+
+
+def make_data(kind: str, folder: Path) -> LightningDataModule:
+    """Data for :func:`make_model`; token files go to ``folder``."""
+    if kind in ("llama", "opt"):
+        return TokenData(**write_tokens(folder))
+    return ImageData(train_samples=64, calibration_samples=32, evaluation_samples=32, batch_size=32)
+
+
+def make_stage(cls: type[Stage], name: str | None = None) -> Stage:
+    """A stage with its defaults; where it must be told how much: half of the weights, one of the blocks."""
+    amounts = {"sparsity": 0.5, "amount": 1}
+    stage = cls(**{knob: amounts[knob] for knob in knobs(cls) if knob in amounts})
+    stage.name = name or stage.name
+    return stage
