@@ -105,7 +105,7 @@ class ChannelPruning(Stage):
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
         problems = self.check_knobs()
-        if self.importance == "taylor" and not is_overridden("training_step", model):
+        if self.importance == "taylor" and not is_overridden("training_step", model, LightningModule):
             problems.append(
                 f"importance: taylor needs a training_step in {type(model).__name__}, for its loss. Add one, or use "
                 "norm."

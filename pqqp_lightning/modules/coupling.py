@@ -248,13 +248,16 @@ def _is_pointwise(layer: Layer) -> bool:
 def _config_patch(
     model: nn.Module, name: str, attribute: str, now: int | None, per_unit: int, constant: int = 0
 ) -> Patch | None:
-    """The patch of the nearest configuration above ``name`` that holds ``attribute`` (with the value ``now``)."""
+    """The patch of the nearest configuration above ``name`` that holds ``attribute`` (with the value ``now``).
+
+    It names the outermost module with that configuration, so that it is one patch for all layers that share it.
+    """
     parts = name.split(".") if name else []
-    for end in range(len(parts), -1, -1):
-        owner = ".".join(parts[:end])
-        config = getattr(model.get_submodule(owner), "config", None)
-        held = getattr(config, attribute, None)
-        if config is not None and hasattr(config, attribute) and (now is None or held == now):
+    owners = [".".join(parts[:end]) for end in range(len(parts) + 1)]
+    configs = {owner: getattr(model.get_submodule(owner), "config", None) for owner in owners}
+    for config in reversed(configs.values()):
+        if config is not None and hasattr(config, attribute) and now in (None, getattr(config, attribute)):
+            owner = next(o for o, other in configs.items() if other is config)
             return Patch(owner, f"config.{attribute}", per_unit, constant)
     return None
 

@@ -109,7 +109,8 @@ class _Groups:
         members: list[Member] = []
         for item in items:
             node, module = item.dep.target, item.dep.target.module
-            if not node.outputs:
+            side = self._side(module, item.dep.handler)
+            if not node.outputs and side == "out":
                 return None, ""  # the network's output
             if type(module).__module__.startswith("torch_pruning") or not _has_tensors(module):
                 continue
@@ -118,7 +119,7 @@ class _Groups:
             index = _index(width, item)
             if index is None:
                 return None, "its channels map to those behind it in a way that is not understood: they stay"
-            members.append(Member(self._names[module], self._side(module, item.dep.handler), index))
+            members.append(Member(self._names[module], side, index))
         return CoupledGroup(name, "channels", width, tuple(members)), ""
 
     def _refuse(self, module: Any) -> str:
@@ -134,7 +135,7 @@ class _Groups:
             return "its channels meet a layer that is used twice: they stay"
         return ""
 
-    def _side(self, module: nn.Module, handler: Any) -> Side:
+    def _side(self, module: Any, handler: Any) -> Side:
         if not isinstance(module, LAYER_TYPES) or (isinstance(module, nn.Conv2d) and is_depthwise(module)):
             return "out"
         return "out" if handler == self._graph.get_pruner_of_module(module).prune_out_channels else "in"
