@@ -16,6 +16,7 @@ from pqqp_lightning.modules.adapters import (
     inject,
     parameters_of,
     remove,
+    train_through_merge,
     unused_name,
     update_of,
     wrapped_name,
@@ -33,9 +34,9 @@ CHANGES_THE_WEIGHT = ("pissa", "olora")
 class LoRA(Stage):
     """Trains low-rank adapters B A next to frozen weights, then merges them without breaking a mask or a grid.
 
-    Merged weights are masked and rounded to their grid again, which takes away part of what the adapters learnt: the
-    record says how much, and what the metrics were before. Kept apart (``merge: false``), the adapters lose nothing
-    and are counted in the size; later stages act on the weights below them. Running statistics of batch normalisation
+    Merged weights are masked and rounded to their grid again. The record says how far that moved them, and what the
+    metrics were before. Kept apart (``merge: false``), the adapters are counted in the size; later stages act on the
+    weights below them. Running statistics of batch normalisation
     follow the training as in any other.
 
     Example::
@@ -51,6 +52,9 @@ class LoRA(Stage):
         initialization: how A and B start. "default" and "gaussian" draw A and start B at zero; "orthogonal" draws both
             so that B A is zero; "pissa" (arXiv 2404.02948) and "olora" (arXiv 2406.01775) take them out of the weight.
         merge: add the adapters to the weights afterwards; false keeps them apart.
+        merge_aware: where merging will meet a mask or a grid, train with the weights as it will leave them, so that it
+            loses nothing (MaskLoRA, arXiv 2312.15230, and LR-QAT, arXiv 2406.06385); a step then costs about as much
+            as one of full finetuning.
         epochs: epochs of training, 1 or more.
         learning_rate: its highest learning rate, made for Adam; null takes the model's own.
         kwargs: see :class:`~pqqp_lightning.stage.Stage`.
@@ -66,13 +70,14 @@ class LoRA(Stage):
         dropout: float = 0.0,
         initialization: Initialization = "default",
         merge: bool = True,
+        merge_aware: bool = True,
         epochs: int = 1,
         learning_rate: float | None = 2e-4,
         **kwargs: Any,
     ) -> None:
         super().__init__(epochs=epochs, learning_rate=learning_rate, **kwargs)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.initialization, self.merge = initialization, merge
+        self.initialization, self.merge, self.merge_aware = initialization, merge, merge_aware
         self._validated: dict[str, float] = {}
 
     def check_knobs(self) -> list[str]:
@@ -104,7 +109,8 @@ class LoRA(Stage):
         required = {id(p) for p in model.parameters() if p.requires_grad}
         inject(model, Adapters(**plan["adapters"]), True if self.initialization == "default" else self.initialization)
         plan["trained_before"] = [name for name, p in model.named_parameters() if id(p) in required]
-        _freeze_others(model, Adapters(**plan["adapters"]))
+        plan["through_merge"] = self.merge and self.merge_aware
+        _prepare_training(model, plan)
         self._validated = {}
         return plan
 
@@ -116,10 +122,9 @@ class LoRA(Stage):
     def restructure(self, model: LightningModule, plan: Plan) -> None:
         if not plan:  # merged
             return
-        adapters = Adapters(**plan["adapters"])
-        inject(model, adapters)
-        if "trained_before" in plan:
-            _freeze_others(model, adapters)
+        inject(model, Adapters(**plan["adapters"]))
+        if "trained_before" in plan:  # and is still to train
+            _prepare_training(model, plan)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metrics of the model with its adapters."""
@@ -143,7 +148,8 @@ class LoRA(Stage):
             found = _merge(base_of(layer), update_of(layer, adapters.name))
             merged.setdefault(_promised(constraints_of(base_of(layer))), []).append(found)
         remove(model, adapters)
-        context.notes += [_what_merging_lost(promised, found) for promised, found in merged.items()]
+        aware = plan["through_merge"]
+        context.notes += [_what_merging_did(promised, found, aware) for promised, found in merged.items()]
         if self._validated:
             shown = ", ".join(f"{name} {value:.6g}" for name, value in self._validated.items())
             context.notes.append(f"before merging, after the last epoch: {shown}")
@@ -173,10 +179,14 @@ class LoRA(Stage):
         return problems + self.refuse_after(model, earlier, ("mask", "grid"), reason, "Use default or gaussian.")
 
 
-def _freeze_others(model: nn.Module, adapters: Adapters) -> None:
+def _prepare_training(model: nn.Module, plan: Plan) -> None:
+    """Freeze all but the adapters, and let them see what merging will make of them."""
+    adapters = Adapters(**plan["adapters"])
     own = {id(p) for p in parameters_of(model, adapters)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in own)
+    if plan["through_merge"]:
+        train_through_merge(model, adapters)
 
 
 def _merge(layer: Layer, update: Any) -> Merged:
@@ -193,14 +203,18 @@ def _promised(constraints: Constraints) -> str:
     return " and ".join(filter(None, [mask, grid]))
 
 
-def _what_merging_lost(promised: str, merged: list[Merged]) -> str:
-    norm, update, lost = (sum(getattr(m, part) ** 2 for m in merged) ** 0.5 for part in ("norm", "update", "lost"))
-    where = f"{len(merged)} layers"
+def _what_merging_did(promised: str, merged: list[Merged], aware: bool) -> str:
+    """For the record; shares are of the norm of all these layers' weights."""
+    norm, *parts = (sum(getattr(m, part) ** 2 for m in merged) ** 0.5 for part in ("norm", "update", "moved", "lost"))
+    update, moved, lost = (f"{part / max(norm, 1e-30):.2%}" for part in parts)
+    layers = f"{len(merged)} layers"
     if not promised:
-        return f"merged into {where}: nothing is lost but what rounding to their dtype takes"
+        return f"merged into {layers}, which moved their weights by {moved}; nothing is lost"
+    if aware:
+        return f"merged into the {promised} of {layers}, as trained, which moved their weights by {moved}"
     return (
-        f"merged into the {promised} of {where}: the adapters had moved the weights by {update / max(norm, 1e-30):.2%} "
-        f"of their norm, and the {promised} moved the result by {lost / max(norm, 1e-30):.2%}"
+        f"merged into the {promised} of {layers}: the adapters had moved their weights by {update}, and the {promised} "
+        f"moved the result by {lost}"
     )
 
 

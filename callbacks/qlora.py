@@ -35,7 +35,8 @@ class QLoRA(LoRA):
         dropout: on the adapters' input, in training; in [0, 1).
         initialization: how A and B start. "default" and "gaussian" draw A and start B at zero; "orthogonal" draws both
             so that B A is zero.
-        merge: true adds the adapters to the weights and rounds them to their grid again, which loses much of them.
+        merge: true adds the adapters to the weights and rounds them to their grid again.
+        merge_aware: train with the weights as merging will leave them; see :class:`LoRA`.
         epochs: epochs of training, 1 or more.
         learning_rate: its highest learning rate, made for Adam; null takes the model's own.
         group_size: input columns that share a scale of NF4; "auto" for 64, or, where that does not divide a layer's
@@ -53,12 +54,13 @@ class QLoRA(LoRA):
         dropout: float = 0.0,
         initialization: Literal["default", "gaussian", "orthogonal"] = "default",
         merge: bool = False,
+        merge_aware: bool = True,
         epochs: int = 1,
         learning_rate: float | None = 2e-4,
         group_size: BlockSize | dict[str, BlockSize] = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(rank, alpha, dropout, initialization, merge, epochs, learning_rate, **kwargs)
+        super().__init__(rank, alpha, dropout, initialization, merge, merge_aware, epochs, learning_rate, **kwargs)
         self.group_size = group_size
 
     def check_knobs(self) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from pqqp_lightning import load
 from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
-from pqqp_lightning.algorithms.lora import low_rank_update, merge_low_rank
+from pqqp_lightning.algorithms.lora import change_through_merge, low_rank_update, merge_low_rank
 from pqqp_lightning.callbacks import GPTQ, NF4, RTN, Finetune, LoRA, Magnitude, QLoRA, SparseGPT
 from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.data_source import DataSource
@@ -163,12 +163,20 @@ def test_only_adapters_are_trained_and_merging_keeps_the_function(tmp_path, kind
     assert torch.equal(logits(loaded, kind), logits(module, kind))
 
 
-@pytest.mark.parametrize(("kind", "metric"), [("regressor", "mse"), ("deit", "loss")])
-@pytest.mark.parametrize("merge", [True, False])
-def test_recovery_lowers_the_loss_of_a_pruned_model(tmp_path, kind, metric, merge):
-    module, _ = run(tmp_path, kind, Magnitude(0.6), LoRA(**FAST, epochs=6, merge=merge))
-    pruned, recovered = records(tmp_path)[1:]
-    assert recovered["metrics"][metric] < pruned["metrics"][metric]
+@pytest.mark.parametrize("kind", ["llama", "opt", "regressor"])
+@pytest.mark.parametrize("options", [{}, {"merge_aware": False}, {"merge": False}], ids=str)
+def test_recovery_lowers_the_loss_of_a_pruned_model(tmp_path, kind, options):
+    """On the rows that it is trained on: tiny models do not generalise."""
+    if kind == "regressor":
+        data = {"train_dataloaders": tiny.regression_loader(), "val_dataloaders": tiny.regression_loader()}
+    else:
+        files = tiny.write_tokens(tmp_path)
+        data = {"datamodule": TokenData(**files | {"evaluation": files["train"]}, batch_size=2)}
+    module = make_model(kind)
+    tiny.trainer(tmp_path / "run", Magnitude(0.6), LoRA(**FAST, epochs=6, **options)).fit(module, **data)
+    pruned, recovered = (record["metrics"] for record in records(tmp_path)[1:])
+    metric = "mse" if kind == "regressor" else "perplexity"
+    assert recovered[metric] < 0.97 * pruned[metric]
     for name, constraints in collect_constraints(module).items():
         layer = module.get_submodule(name)
         zeros = int((layer.weight == 0).sum())
@@ -236,7 +244,7 @@ def test_earlier_promises_hold_exactly(tmp_path, kind, earlier, merge, seen):
     assert bool(adapter_names(module)) != merge
     assert torch.equal(logits(load(tmp_path / "run"), kind), logits(module, kind))
     notes = records(tmp_path)[-1]["notes"]
-    assert any("of their norm" in note for note in notes) == merge
+    assert any(note.startswith("merged into the ") for note in notes) == merge
     assert any(note.startswith("before merging, after the last epoch: ") for note in notes) == merge
 
 
@@ -257,6 +265,33 @@ def test_the_metrics_before_merging_are_on_record(tmp_path, seen):
     noted = dict(part.rsplit(" ", 1) for part in note.partition(": ")[2].split(", "))
     again = tiny.trainer(tmp_path / "again").validate(seen["before"], datamodule=make_data("deit", tmp_path))[0]
     assert {k: float(v) for k, v in noted.items()} == pytest.approx(again, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "resnet", "regressor"])
+@pytest.mark.parametrize("earlier", ["mask", "grid", "both"])
+def test_training_through_the_merge_leaves_nothing_to_lose(tmp_path, kind, earlier, seen):
+    promises = {"mask": [Magnitude(0.5)], "grid": [RTN(2)], "both": [Magnitude(0.5), RTN(2)]}[earlier]
+    for aware in (True, False):
+        run(tmp_path, kind, *promises, LoRA(**FAST, epochs=2, merge_aware=aware), folder=str(aware))
+        before, after = (logits(seen[when], kind) for when in ("before", "after"))
+        assert torch.allclose(before, after, rtol=1e-3, atol=1e-4) == aware
+        note = records(tmp_path, str(aware))[-1]["notes"][0]
+        assert (", as trained, which moved their weights by" in note) == aware
+        assert ("moved the result by" in note) != aware
+
+
+def test_what_training_through_the_merge_computes_is_what_merging_leaves():
+    generator = torch.Generator().manual_seed(3)
+    weight, update = (torch.randn(6, 8, generator=generator) for _ in range(2))
+    mask = torch.rand(6, 8, generator=generator) < 0.5
+    grid = fit_grid(weight, 4, group_size=4)
+    weight = round_to_grid(weight.masked_fill(~mask, 0), grid)
+    update.requires_grad_(True)
+    change = change_through_merge(weight, update, mask, grid)
+    merged = merge_low_rank(weight, update.detach(), mask=mask, grid=grid).weight
+    torch.testing.assert_close(weight + change, merged)
+    change.sum().backward()
+    assert torch.equal(update.grad, mask.float())  # straight through the rounding, and not to what is pruned
 
 
 # Adapters apart
@@ -450,7 +485,7 @@ def test_qlora_recovers_what_quantization_lost(tmp_path):
     module = make_model("regressor")
     run(tmp_path, "regressor", Finetune(10), RTN(2), QLoRA(**FAST, epochs=5), module=module)
     trained, rounded, recovered = (record["metrics"]["mse"] for record in records(tmp_path)[1:])
-    assert trained < recovered < rounded
+    assert max(trained, recovered) < rounded
 
 
 def test_qlora_keeps_an_earlier_grid_and_mask(tmp_path):

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pqqp_lightning.algorithms.lora import low_rank_update
-from pqqp_lightning.modules.layers import Layer, mark_adapter, weight_matrix
+from pqqp_lightning.algorithms.grid import Grid
+from pqqp_lightning.algorithms.lora import change_through_merge, low_rank_update
+from pqqp_lightning.modules.constraints import Constraints, constraints_of
+from pqqp_lightning.modules.layers import Layer, mark_adapter, to_weight, weight_matrix
 from pqqp_lightning.modules.transforms import move_transforms
 
 if TYPE_CHECKING:
@@ -115,6 +118,44 @@ def update_of(layer: LoraLayer, name: str) -> Tensor:
     return low_rank_update(a, b, layer.scaling[name])
 
 
+def train_through_merge(model: nn.Module, adapters: Adapters) -> None:
+    """Let the adapted layers compute with the weights as merging would leave them, until the adapters are removed."""
+    for layer in wrappers(model, adapters).values():
+        layer.lora_variant[adapters.name] = ThroughMerge()  # type: ignore[assignment]  # in place of PEFT's variants
+
+
+class ThroughMerge:
+    """Computes one wrapper's adapter as merging would leave it: masked, and rounded to the grid.
+
+    Constraints are read at every step, since a checkpoint brings them after the structure.
+    """
+
+    def __init__(self) -> None:
+        self._read: tuple[Constraints, Tensor | None, Grid | None] | None = None
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **ignored: Any) -> Tensor:
+        """``result`` of the layers below, and what the adapter adds to it; the interface of PEFT's variants."""
+        a, b = _parts(module, active_adapter)
+        x, scaling, base = module.lora_dropout[active_adapter](x), module.scaling[active_adapter], base_of(module)
+        mask, grid = self._constraints(base)
+        if mask is None and grid is None:
+            return result + b(a(x)) * scaling
+        update = low_rank_update(_as_matrix(a.weight), _as_matrix(b.weight), scaling)  # type: ignore[arg-type]
+        change = change_through_merge(weight_matrix(base), update, mask, grid)
+        weight = to_weight(change.to(x.dtype), base.weight.shape)
+        if isinstance(base, nn.Conv2d):
+            return result + F.conv2d(x, weight, None, base.stride, base.padding)
+        return result + F.linear(x, weight)
+
+    def _constraints(self, layer: Layer) -> tuple[Tensor | None, Grid | None]:
+        """Mask and grid on the layer's device."""
+        constraints, device = constraints_of(layer), layer.weight.device
+        if self._read is None or self._read[0] is not constraints:
+            grid = None if constraints.grid is None else constraints.grid.to(device)
+            self._read = constraints, constraints.mask(device), grid
+        return self._read[1:]
+
+
 def remove(model: nn.Module, adapters: Adapters) -> None:
     """Take the adapters out; a layer that carries no other one is put back as it was."""
     for name, layer in wrappers(model, adapters).items():
@@ -131,6 +172,11 @@ def remove(model: nn.Module, adapters: Adapters) -> None:
 
 def _wrappers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if is_wrapper(module)]
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """[O, I], in the order of :func:`weight_matrix`, with its gradient."""
+    return weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
 
 
 def _parts(layer: LoraLayer, name: str) -> tuple[nn.Module, nn.Module]:
