@@ -37,6 +37,9 @@ class BasisSharing(Stage):
     and down projections get a basis each. Bases and coefficients are those that change the outputs on the calibration
     data least. Linear layers only. Later stages act on both factors, once on a shared basis.
 
+    Calibration goes block by block. A group is factorised when its last block's inputs are known; until then its
+    earlier blocks pass on what their dense layers give.
+
     Example::
 
         stages:

@@ -302,17 +302,23 @@ def test_the_stage_saves_its_ratio_and_its_checkpoint_gives_the_same_logits(tmp_
     assert not torch.equal(outputs(module, kind), outputs(dense, kind))
 
 
-def test_neighbours_share_the_projections_that_read_the_residual_stream(tmp_path):
-    module = run(tmp_path, "llama", BasisSharing(0.2), layers=3)
+@pytest.mark.parametrize(
+    ("kind", "alone"),
+    [("llama", ("o_proj", "down_proj")), ("opt", ("out_proj", "fc2")), ("deit", ("attn.proj", "fc2"))],
+)
+def test_neighbours_share_the_projections_that_read_the_residual_stream(tmp_path, kind, alone):
+    module = run(tmp_path, kind, BasisSharing(0.2), layers=3)
     found = factored(module)
     for name, layer in found.items():
         same = {n for n, other in found.items() if other.basis is layer.basis}
-        block, kind = int(name.split(".")[3]), name.partition(".layers.")[2][2:]
-        partners = {0, 1} if block < 2 else {2}
-        partners = {block} if kind.endswith(("o_proj", "down_proj")) else partners
+        block = next(part for part in name.split(".") if part.isdigit())
+        partners = [block] if name.endswith(alone) or block == "2" else ["0", "1"]
         assert same == {name.replace(f".{block}.", f".{partner}.") for partner in partners}
-    assert "21 layers on 16 bases, 5 of them shared" in records(tmp_path)[1]["notes"][0]
-    assert "o_proj 12" in records(tmp_path)[1]["notes"][0]
+    shared = len(found) // 3 - 2
+    assert (
+        f"{len(found)} layers on {len(found) - shared} bases, {shared} of them shared"
+        in records(tmp_path)[1]["notes"][0]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -419,6 +425,12 @@ def test_what_an_earlier_stage_made_is_refused_with_the_way_out(tmp_path, stages
     with pytest.raises(RecipeError, match=message):
         run(tmp_path, "llama", *stages, last)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [{"group": 0}, {"ratio": 2.0}, {"ratio": 0.99}, {"ratio": float("nan")}])
+def test_a_bad_knob_does_not_hide_the_problems_of_later_stages(tmp_path, options):
+    with pytest.raises(RecipeError, match=r"stages.basissharing (?s:.*)sparsity=7 is not in"):
+        run(tmp_path, "llama", BasisSharing(**options), SparseGPT(7))
 
 
 def test_convolutions_are_refused(tmp_path):
