@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pqqp_lightning import load
-from pqqp_lightning.algorithms.codebook import bounds_of, levels_of
+from pqqp_lightning.algorithms.codebook import _tables, bounds_of, levels_of
 from pqqp_lightning.algorithms.grid import ColumnGrid, decode, encode, fit_codebook, fit_grid, round_to_grid, stacked
 from pqqp_lightning.algorithms.packing import packed_bytes
 from pqqp_lightning.algorithms.rtn import quantize_codebook, quantize_rtn
@@ -60,6 +60,15 @@ def test_levels_are_sorted_and_hold_both_ends_and_zero(name):
     assert levels[0] == -1
     assert levels[-1] == 1
     assert (levels == 0).sum() == 1
+
+
+def test_levels_do_not_depend_on_where_they_were_first_asked_for():
+    _tables.cache_clear()
+    with torch.inference_mode(), torch.device("meta"):
+        levels_of("nf4", HERE)
+    scale = torch.ones(1, requires_grad=True)
+    (levels_of("nf4", HERE) * scale).sum().backward()
+    assert float(scale.grad) == pytest.approx(float(levels_of("nf4", HERE).sum()))
 
 
 def test_nf4_levels_are_the_quantiles_of_the_paper():
