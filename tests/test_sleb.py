@@ -2,18 +2,25 @@
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import yaml
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+import pqqp_lightning
 from pqqp_lightning import load
+from pqqp_lightning.__main__ import main
 from pqqp_lightning.algorithms.sleb import count_evaluations, remove_greedily
 from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.callbacks import GPTQ, RTN, SLEB, Magnitude
@@ -495,3 +502,43 @@ def test_evaluations_are_counted_as_they_are_made():
         assert count_evaluations(units, list(candidates)) == walk_through(units, list(candidates))
     assert count_evaluations([1] * 30, range(30)) == 30 * 29 // 2 + 29
     assert count_evaluations([1] * 30, range(30), shared=False) == 30 * 29
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = {
+        "seed_everything": 3,
+        "model": {"class_path": "CausalLM", "init_args": {"model": tiny.LLAMA | {"num_hidden_layers": 4}}},
+        "data": {"class_path": "TokenData", "init_args": tiny.write_tokens(tmp_path, calibration=8)},
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+        "stages": {"shorten": {"class_path": "SLEB", "init_args": {"amount": 2}}, "quantize": {"class_path": "RTN"}},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return tmp_path
+
+
+def test_two_processes_choose_as_one_does(recipe):
+    """Four sequences each: their mean losses, added up, are those of all eight."""
+    main(["fit", "--config", "recipe.yaml", "--run_dir", "one"])
+    environment = os.environ | {"PYTHONPATH": str(Path(pqqp_lightning.__file__).parents[1])}
+    arguments = ["fit", "--config", "recipe.yaml", "--run_dir", "two"]
+    arguments += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    command = [sys.executable, "-m", "pqqp_lightning", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150)
+    assert result.returncode == 0, result.stderr
+    found = [json.loads((recipe / run / "report.json").read_text())["stages"][1]["notes"] for run in ("one", "two")]
+    assert choices(found[0])[0] == choices(found[1])[0]
+    assert choices(found[0])[1] == pytest.approx(choices(found[1])[1], abs=2e-4)
+
+
+def test_an_order_search_starts_each_order_from_all_blocks(recipe):
+    main(["order", "--config", "recipe.yaml", "--run_dir", "search"])
+    main(["fit", "--config", "recipe.yaml", "--run_dir", "plain", "--stage_order", "[quantize,shorten]"])
+    plain = json.loads((recipe / "plain/report.json").read_text())["stages"]
+    orders = json.loads((recipe / "search/order.json").read_text())["orders"]
+    assert len(orders) == 2
+    same = next(order for order in orders if order["order"] == ["quantize", "shorten"])
+    assert same["stages"][-1]["notes"] == plain[-1]["notes"]
+    assert same["stages"][-1]["metrics"] == plain[-1]["metrics"]
+    assert all(order["stages"][-1]["sparsity"] >= 0.5 for order in orders)
