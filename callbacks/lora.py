@@ -29,6 +29,8 @@ from pqqp_lightning.stage import Context, Plan, Stage
 Initialization = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
 LINEAR_ONLY = ("orthogonal", "pissa", "olora")
 CHANGES_THE_WEIGHT = ("pissa", "olora")
+LITTLE = 0.1
+"""Share of the adapters' update below which the record says that merging left little of it."""
 
 
 class LoRA(Stage):
@@ -210,12 +212,12 @@ def _what_merging_did(promised: str, merged: list[Merged], aware: bool) -> str:
     layers = f"{len(merged)} layers"
     if not promised:
         return f"merged into {layers}, which moved their weights by {moved}; nothing is lost"
+    into = f"merged into the {promised} of {layers}"
+    if parts[1] < LITTLE * parts[0]:
+        into += f", which left less than {LITTLE:.0%} (use merge: false, or recover before quantizing)"
     if aware:
-        return f"merged into the {promised} of {layers}, as trained, which moved their weights by {moved}"
-    return (
-        f"merged into the {promised} of {layers}: the adapters had moved their weights by {update}, and the {promised} "
-        f"moved the result by {lost}"
-    )
+        return f"{into}, as trained, which moved their weights by {moved}"
+    return f"{into}: the adapters had moved their weights by {update}, and the {promised} moved the result by {lost}"
 
 
 def _validation_metrics(trainer: Trainer) -> dict[str, float]:
