@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from pqqp_lightning.algorithms.grid import Grid, Quantized, fit_grid, round_to_grid
 from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.hold import trained_weight
 from pqqp_lightning.modules.fake_quantize import attach, detach, quantizer_of
 from pqqp_lightning.modules.layers import weight_matrix
 from pqqp_lightning.quantization import GroupSize, QuantizationStage
@@ -19,7 +20,8 @@ class QAT(QuantizationStage):
 
     The weights underneath get the gradients of the rounded ones (straight-through), and so do the scales (LSQ) unless
     they are to stay as first fitted, as RTN fits them. Pruned weights stay zero. The optimizer that the model makes
-    must take in all parameters, the scales among them.
+    must take in all parameters, the scales among them; whatever it is, it moves a scale by about the same fraction as
+    it moves the weights.
 
     Example::
 
@@ -67,7 +69,7 @@ class QAT(QuantizationStage):
         plan: Plan = {"learn_scales": self.learn_scales, "layers": {n: _described(grid) for n, grid in grids.items()}}
         self.restructure(model, plan)
         for name, layer in layers.items():
-            quantizer_of(layer).start_from(grids[name])
+            quantizer_of(layer).start_from(grids[name], trained_weight(layer))
         return plan
 
     def restructure(self, model: LightningModule, plan: Plan) -> None:

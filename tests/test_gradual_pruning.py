@@ -7,8 +7,7 @@ import pytest
 import torch
 from interrupt import undisturbed_and_resumed
 from lightning.pytorch import Callback
-from test_stages import make_data, make_model
-from tiny import Regressor, regression_data, regression_loader, trainer
+from tiny import Regressor, make_data, make_model, regression_data, regression_loader, trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from pqqp_lightning import load

@@ -8,12 +8,11 @@ import pytest
 import torch
 from interrupt import undisturbed_and_resumed
 from lightning.pytorch import Callback
-from test_stages import make_data, make_model
-from tiny import Regressor, regression_loader, trainer
+from tiny import Regressor, make_data, make_model, regression_loader, trainer
 
 from pqqp_lightning import load
 from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
-from pqqp_lightning.algorithms.lsq import fake_quantize, grid_of, stored_scale
+from pqqp_lightning.algorithms.lsq import fake_quantize, grid_of, in_units, stored_scale, unit_of
 from pqqp_lightning.callbacks.finetune import Finetune
 from pqqp_lightning.callbacks.gradual_pruning import GradualPruning
 from pqqp_lightning.callbacks.magnitude import Magnitude
@@ -125,12 +124,45 @@ def test_a_scale_never_leaves_the_positive_numbers():
     assert bool(torch.isfinite(scale.grad).all())
 
 
+def steps_of(optimizer, learning_rate, unit):
+    """How far one step of an optimizer moves a scale that is trained in units of ``unit``, and the weights."""
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    start = fit_grid(weight.detach(), 4).scale.float()
+    unit = torch.ones_like(start) if unit is None else unit(start, weight.detach())
+    parameter = (start / unit).requires_grad_()
+    step = optimizer([weight, parameter], lr=learning_rate)
+    before = weight.detach().clone()
+    (fake_quantize(weight, in_units(parameter, unit), None, 4) - torch.ones(4, 64)).square().sum().backward()
+    step.step()
+    moved = (parameter.detach() * unit - start).abs() / start
+    return moved, float((weight.detach() - before).norm() / before.norm())
+
+
+def test_plain_sgd_moves_a_scale_as_if_it_were_the_parameter():
+    ours, plain = (steps_of(torch.optim.SGD, 1e-3, unit)[0] for unit in (unit_of, None))
+    assert ours.numpy() == pytest.approx(plain.numpy(), rel=1e-4)
+
+
+def test_adam_moves_a_scale_by_the_fraction_by_which_it_moves_the_weights():
+    ours, weights = steps_of(torch.optim.Adam, 1e-3, unit_of)
+    plain, _ = steps_of(torch.optim.Adam, 1e-3, None)
+    assert all(0.6 < float(ratio) < 1.7 for ratio in ours / weights)
+    assert float((plain / weights).min()) > 2
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(3, 8), torch.eye(8)[:3], 1e-30 * torch.ones(3, 8)], ids=str)
+def test_units_are_powers_of_two_whatever_the_weights(weight):
+    unit = unit_of(fit_grid(weight, 4).scale, weight)
+    assert bool(torch.isfinite(unit).all())
+    assert bool((unit.log2() == unit.log2().round()).all())
+
+
 @pytest.mark.parametrize("layer", [torch.nn.Linear(8, 6), torch.nn.Conv2d(4, 6, 3), torch.nn.Conv2d(4, 6, 3, groups=2)])
 def test_a_layer_computes_with_rounded_weights_and_gets_its_own_back(layer):
     before, kind = layer.weight, type(layer)
     dense = before.detach().clone()
     grid = fit_grid(weight_matrix(layer), 3, group_size=2)
-    attach(layer, 3, tuple(grid.scale.shape), symmetric=True, learn_scale=True).start_from(grid)
+    attach(layer, 3, tuple(grid.scale.shape), symmetric=True, learn_scale=True).start_from(grid, dense)
     assert isinstance(layer, kind)
     assert torch.equal(weight_matrix(layer), round_to_grid(weight_matrix_of(dense), grid))
     assert torch.equal(weight_matrix(copy.deepcopy(layer)), weight_matrix(layer))

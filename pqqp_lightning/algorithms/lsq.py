@@ -9,6 +9,11 @@ Backward, the gradient passes straight through to v inside the range and stops o
 1712.05877, section 3; Esser et al., equation 5), and reaches s as equation 3 says, times 1 / sqrt(N * Q_P)
 (section 2.2) for the N weights that share s. Unlike there, s is per group of columns or per row here, and grids may
 have a zero point z: then Q_N = z and Q_P = 2^bits - 1 - z, fixed while s is learned.
+
+The paper's factor makes plain SGD change s by about the same fraction as it changes the weights. Adam undoes any
+factor: it moves every parameter by its learning rate, a far larger fraction of s than of a weight. Here the parameter
+is s in units of about s / rms(v) (:func:`unit_of`, :func:`in_units`), so that Adam too changes s by the fraction by
+which it changes the weights; plain SGD does as before.
 """
 
 from __future__ import annotations
@@ -53,6 +58,23 @@ def stored_scale(scale: Tensor) -> Tensor:
     return positive + (rounded - positive).detach()
 
 
+def unit_of(scale: Tensor, weight: Tensor) -> Tensor:
+    """The unit [O, G] that ``scale`` [O, G] is trained in: about scale / rms(v) over the nonzero v of ``weight``.
+
+    ``weight`` may be in any layout. A power of two, so that nothing is lost in multiplying by it.
+    """
+    kept = weight.float()[weight != 0]
+    size = kept.square().mean().sqrt() if kept.numel() else torch.ones((), device=weight.device)
+    return torch.exp2(torch.log2(scale.float() / size).round().clamp(-100, 100))
+
+
+def in_units(parameter: Tensor, unit: Tensor) -> Tensor:
+    """``parameter * unit`` [O, G]; its gradient is divided by ``unit``, so that under plain SGD the product moves as if
+    it were the parameter."""
+    product: Tensor = _InUnits.apply(parameter, unit)
+    return product
+
+
 def grid_of(scale: Tensor, zero: Tensor | None, bits: int, columns: int) -> Grid:
     """The grid that :func:`fake_quantize` rounds to with :func:`stored_scale` of ``scale`` [O, G]."""
     stored = stored_scale(scale.detach().float())
@@ -79,3 +101,15 @@ class _StraightThrough(torch.autograd.Function):
             slope = torch.where(inside, clipped.round() - ratio, clipped)
             to_scale = (gradient * slope).sum(-1, keepdim=True) * factor
         return gradient * inside, to_scale, None, None, None
+
+
+class _InUnits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, unit: Tensor) -> Tensor:
+        ctx.save_for_backward(unit)
+        return parameter * unit
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (unit,) = ctx.saved_tensors
+        return gradients[0] / unit, None
