@@ -454,8 +454,8 @@ WRONG = [
     Wrong(
         "finetuning after quantization",
         f"command line: stages.tune (Finetune): epochs=1 would move {TARGETED.replace('_proj', '_proj.weight')} off "
-        "the grid of stage 'quantize'. Finetune before quantizing, recover with LoRA, set epochs: 0, or freeze these weights "
-        "(requires_grad=False) in the model.",
+        "the grid of stage 'quantize'. Finetune before quantizing, recover with LoRA, set epochs: 0, or freeze these "
+        "weights (requires_grad=False) in the model.",
         "--stages.tune Finetune --data.train train.npy",
     ),
     Wrong(
