@@ -457,7 +457,7 @@ def test_a_stage_can_be_used_again():
 
 @pytest.fixture(scope="module")
 def trained():
-    """A small network of a user's own with a residual stream, trained with weight decay, so that norms mean something."""
+    """A small network of a user's own with a residual stream, trained with weight decay: norms mean something."""
     module = tiny.Regressor(optimizer=torch.optim.AdamW, lr=0.01, weight_decay=0.3)
     optimizer = module.configure_optimizers()
     x, y = tiny.regression_data(256).tensors
