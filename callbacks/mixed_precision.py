@@ -200,4 +200,4 @@ def _summary(layers: dict[str, Layer], chosen: dict[str, int], used: list[int]) 
     counts = ", ".join(f"{bits} bits: {sum(b == bits for b in chosen.values())} layers" for bits in used)
     kept = {name: constraints_of(layer).kept() for name, layer in layers.items()}
     average = sum(chosen[name] * kept[name] for name in layers) / max(1, sum(kept.values()))
-    return f"{counts}; {average:.4f} bits a weight on average, in this order"
+    return f"{counts}, in this order; {average:.4f} bits a weight on average"
