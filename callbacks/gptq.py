@@ -34,7 +34,7 @@ class GPTQ(QuantizationStage):
         block_size: columns whose errors are passed on at a time; a matter of speed only.
         damping: fraction of the Hessian's mean diagonal that is added to it; more is steadier and less exact.
         activation_order: quantize the columns with the largest inputs first; often a little better.
-        clip: search the range of each scale for the smallest weight error; slower.
+        clip: search the range of each scale for the smallest error in the layer's outputs; slower.
         kwargs: see :class:`~pqqp_lightning.stage.Stage`.
     """
 

@@ -1,6 +1,6 @@
 """GPTQ / OPTQ: quantization with error feedback (Frantar et al., arXiv 2210.17323, Algorithm 1).
 
-Differs from the published code in three things. A mask is held inside the column sweep: a pruned entry is set to
+Differs from the published code in four things. A mask is held inside the column sweep: a pruned entry is set to
 zero when its column comes up and its error is fed to the kept entries after it. A group's scale is always read from
 weights that hold every earlier column's feedback (the published code misses the running block's for a group that
 starts inside it). With activation order, the groups' grids are fitted beforehand in the original column order, so
@@ -44,7 +44,8 @@ def quantize_gptq(
         group_size: columns that share a scale; None for one scale an output row.
         symmetric: without zero points.
         per_tensor: one scale for the whole matrix.
-        clip: search each scale, see :func:`~pqqp_lightning.algorithms.grid.fit_grid`.
+        clip: search each scale, see :func:`~pqqp_lightning.algorithms.grid.fit_grid`; a column's error counts as in the
+            objective, by 1 / U_ii^2.
         damping: fraction of the mean diagonal added to the diagonal.
         block_size: columns a block.
         activation_order: sweep the columns by descending diagonal of the Hessian.
@@ -62,9 +63,13 @@ def quantize_gptq(
     follow = groups is not None and order is None  # a group's grid is fitted when the sweep reaches it
     fitted = live if order is None else live[:, order.argsort()]
     options: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "clip": clip}
-    static = None if follow else fit_grid(fitted, group_size=groups, per_tensor=per_tensor, **options)
+    importance = hessian.factor.diagonal().pow(-2)
+    importance = importance if order is None else importance[order.argsort()]
+    static = None
+    if not follow:
+        static = fit_grid(fitted, group_size=groups, per_tensor=per_tensor, importance=importance, **options)
     columns_of_mask = None if mask is None else mask[:, turn].T.contiguous()
-    rounder = _Rounder(options, ColumnGrid(weight.shape[1], groups, order), static, columns_of_mask)
+    rounder = _Rounder(options, ColumnGrid(weight.shape[1], groups, order), importance, static, columns_of_mask)
 
     def decide(i: int, column: Tensor) -> Tensor:
         value = rounder.round(i, column)
@@ -88,9 +93,16 @@ def quantize_gptq(
 class _Rounder:
     """Rounds column by column to a grid that is given, or fitted group by group as the sweep reaches it."""
 
-    def __init__(self, options: dict[str, Any], columns: ColumnGrid, static: Grid | None, kept: Tensor | None) -> None:
+    def __init__(
+        self,
+        options: dict[str, Any],
+        columns: ColumnGrid,
+        importance: Tensor,
+        static: Grid | None,
+        kept: Tensor | None,
+    ) -> None:
         self._options, self._columns, self._static = options, columns, static
-        self._kept = kept  # [I, O]
+        self._importance, self._kept = importance, kept  # [I], [I, O]
         self._fitted: list[Grid] = []
         self.round = columns.round
         if static is not None:
@@ -99,7 +111,7 @@ class _Rounder:
     def fit(self, start: int, stop: int, columns: Tensor) -> None:
         """Fit the grid of the group that ``columns`` [size, O] are."""
         kept = columns if self._kept is None else columns * self._kept[start:stop]
-        self._fitted.append(fit_grid(kept.T, **self._options))
+        self._fitted.append(fit_grid(kept.T, importance=self._importance[start:stop], **self._options))
         self._columns.add(self._fitted[-1])
 
     def grid(self) -> Grid:

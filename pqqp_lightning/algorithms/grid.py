@@ -116,11 +116,13 @@ def fit_grid(
     symmetric: bool = True,
     per_tensor: bool = False,
     clip: bool = False,
+    importance: Tensor | None = None,
 ) -> Grid:
     """The grid that spans ``weight`` [O, I] per group of columns, per output row (the default) or as a whole.
 
     With ``clip``, each scale is the best of those for a range shrunk by :data:`CLIP_FACTORS`: the one with the smallest
-    sum of |w - q(w)|^2.4 (the ``mse`` search of OPTQ's code), so that this sum is never larger than without.
+    sum of |w - q(w)|^2.4 (the ``mse`` search of OPTQ's code), or of importance * (w - q(w))^2 where the ``importance``
+    [I] of each column is known. So this sum is never larger than without.
     """
     columns = weight.shape[1]
     w = weight.float()
@@ -130,10 +132,12 @@ def fit_grid(
     grid = _spanning(lowest, highest, bits, symmetric, columns)
     if not clip:
         return grid
-    best, least = torch.ones_like(lowest), _clip_error(grouped, grid)
+    if importance is not None:
+        importance = importance.expand_as(w).reshape(grouped.shape) if per_tensor else importance.view_as(grouped[:1])
+    best, least = torch.ones_like(lowest), _clip_error(grouped, grid, importance)
     for factor in CLIP_FACTORS:
         trial = _spanning(lowest * factor, highest * factor, bits, symmetric, columns, grid.scale.dtype)
-        error = _clip_error(grouped, trial)
+        error = _clip_error(grouped, trial, importance)
         best, least = torch.where(error < least, factor, best), torch.minimum(error, least)
     return _spanning(lowest * best, highest * best, bits, symmetric, columns, grid.scale.dtype)
 
@@ -226,22 +230,27 @@ def _spanning(
     return Grid(bits, scale, zero, columns)
 
 
-def _clip_error(grouped: Tensor, grid: Grid) -> Tensor:
-    """Sum of |w - q(w)|^2.4 over each group of ``grouped`` [O, G, size]: [O, G]; in pieces, as memory is bounded."""
+def _clip_error(grouped: Tensor, grid: Grid, importance: Tensor | None) -> Tensor:
+    """The sum that the clipping search looks at, for each group of ``grouped`` [O, G, size]: [O, G]; piece by piece.
+
+    ``importance`` [1, G, size].
+    """
     scale = grid.scale.float()[..., None]
     zero = torch.full_like(scale, grid.middle) if grid.zero is None else grid.zero.float()[..., None]
     if len(grouped) == 1:
-        pieces = [(part, scale, zero) for part in grouped.split(PIECE, dim=-1)]
-        return torch.stack([_power_error(grid, *piece) for piece in pieces]).sum(0)
+        parts = grouped.split(PIECE, dim=-1)
+        weights = [None] * len(parts) if importance is None else importance.split(PIECE, dim=-1)
+        errors = [_piece_error(grid, p, scale, zero, i) for p, i in zip(parts, weights, strict=True)]
+        return torch.stack(errors).sum(0)
     rows = max(1, PIECE // grouped[0].numel())
-    return torch.cat(
-        [_power_error(grid, *p) for p in zip(*(t.split(rows) for t in (grouped, scale, zero)), strict=True)]
-    )
+    pieces = zip(grouped.split(rows), scale.split(rows), zero.split(rows), strict=True)
+    return torch.cat([_piece_error(grid, *piece, importance) for piece in pieces])
 
 
-def _power_error(grid: Grid, grouped: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    rounded = grid.values(grid.nearest(grouped, scale, zero), scale, zero)
-    return rounded.sub_(grouped).abs_().pow_(CLIP_NORM).sum(-1)
+def _piece_error(grid: Grid, grouped: Tensor, scale: Tensor, zero: Tensor, importance: Tensor | None) -> Tensor:
+    error = grid.values(grid.nearest(grouped, scale, zero), scale, zero).sub_(grouped)
+    error = error.abs_().pow_(CLIP_NORM) if importance is None else error.square_().mul_(importance)
+    return error.sum(-1)
 
 
 def _storable(scale: Tensor) -> Tensor:
