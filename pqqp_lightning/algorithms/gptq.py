@@ -4,7 +4,8 @@ Differs from the published code in four things. A mask is held inside the column
 zero when its column comes up and its error is fed to the kept entries after it. A group's scale is always read from
 weights that hold every earlier column's feedback (the published code misses the running block's for a group that
 starts inside it). With activation order, the groups' grids are fitted beforehand in the original column order, so
-that the stored format stays plain.
+that the stored format stays plain. The clipping search weighs the error of column i by 1 / U_ii^2, as the objective
+does (the published code's ``mse`` looks at the weights alone).
 """
 
 from __future__ import annotations
