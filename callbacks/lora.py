@@ -107,7 +107,7 @@ class LoRA(Stage):
         return {name: layer for name, layer in super().find_layers(model).items() if id(layer) not in shared}
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
-        plan = self.expected_plan(model)
+        plan = self._plan(model)
         required = {id(p) for p in model.parameters() if p.requires_grad}
         inject(model, Adapters(**plan["adapters"]), True if self.initialization == "default" else self.initialization)
         plan["trained_before"] = [name for name, p in model.named_parameters() if id(p) in required]
@@ -117,6 +117,10 @@ class LoRA(Stage):
         return plan
 
     def expected_plan(self, model: LightningModule) -> Plan:
+        """That of :meth:`finish`, which is what later stages meet."""
+        return {} if self.merge else self._plan(model)
+
+    def _plan(self, model: LightningModule) -> Plan:
         layers = [wrapped_name(name, model) for name in self.find_layers(model)]
         name = unused_name(model, f"{self.name}_adapter")  # with a suffix, so that it is no attribute of a ModuleDict
         return {"adapters": vars(Adapters(name, self.rank, float(self.alpha), self.dropout, layers))}
