@@ -228,9 +228,7 @@ class Untrained(tiny.Regressor):
 
 
 def test_a_model_without_a_loss_is_measured_by_its_outputs(tmp_path):
-    with pytest.raises(
-        RecipeError, match=r"sensitivity: loss needs a training_step in Untrained\. Add one, or set"
-    ):
+    with pytest.raises(RecipeError, match=r"sensitivity: loss needs a training_step in Untrained\. Add one, or set"):
         tiny.trainer(tmp_path / "a", MixedPrecision()).fit(Untrained(), datamodule=tiny.RegressionData())
     module = Untrained()
     tiny.trainer(tmp_path / "b", MixedPrecision(sensitivity="output")).fit(module, datamodule=tiny.RegressionData())
