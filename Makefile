@@ -10,7 +10,7 @@ quickstart: install
 	$(BIN)/pqqp-lightning fit --config recipes/quickstart.yaml
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
 
 lint: install
 	$(BIN)/ruff check .

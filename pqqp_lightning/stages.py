@@ -63,7 +63,7 @@ def import_working_folder() -> list[str]:
     """Import every file in the working folder, or in its ``callbacks/``, that defines a stage; a word on each that
     fails."""
     failed = []
-    bases = {"Stage", "PruningStage", "QuantizationStage", *known_stages()}
+    bases = {"Stage", "PruningStage", "QuantizationStage", "OneShotPruning", *known_stages()}
     for _, text in _working_folder():
         for name, base in re.findall(r"^class (\w+)\((?:\w+\.)*(\w+)", text, re.MULTILINE):
             if base in bases and name not in known_stages():

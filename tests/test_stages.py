@@ -51,7 +51,7 @@ def outputs(module, kind):
 
 def check_refusal(tmp_path, kind, stages, problems):
     """Every problem has a reason and a way out, and nothing is written."""
-    assert all(re.search(r"\w[.)]? [A-Z].*\.$", problem) for problem in problems)
+    assert all(re.search(r"[\w')]\. [A-Z].*\.$", problem) for problem in problems)
     with pytest.raises(RecipeError, match=rf"stages\.{stages[-1].name} \({type(stages[-1]).__name__}\): "):
         run(tmp_path, kind, *stages)
     assert not (tmp_path / "run").exists()

@@ -138,7 +138,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         with keep_random_state(), torch.no_grad():
             yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module in model.modules():  # those that came in the place of others included
+            module.training = modes.get(module, modes[model])
         for config in caching.values():
             setattr(config, "use_cache", True)  # noqa: B010

@@ -58,14 +58,16 @@ class ModelSize:
     @property
     def sparsity(self) -> float:
         """Fraction of the targeted weights that are zero or gone."""
-        left = sum(layer.entries - layer.zeros for layer in self.layers)
-        return max(0.0, 1 - left / max(1, self.entries))
+        return self._missing(sum(layer.entries - layer.zeros for layer in self.layers))
 
     @property
     def pruned(self) -> float:
         """Fraction of the targeted weights that masks or smaller shapes remove; further zeros come from rounding."""
-        kept = sum(layer.entries - layer.pruned for layer in self.layers)
-        return max(0.0, 1 - kept / max(1, self.entries))
+        return self._missing(sum(layer.entries - layer.pruned for layer in self.layers))
+
+    def _missing(self, left: int) -> float:
+        """What ``left`` entries lack of the dense ones; nothing where no layer is targeted."""
+        return max(0.0, 1 - left / self.entries) if self.entries else 0.0
 
     @property
     def bits_per_weight(self) -> float:
