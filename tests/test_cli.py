@@ -76,8 +76,8 @@ def test_help_of_a_command_is_made_once(command, folder, capsys):
 def test_help_of_fit_names_the_methods_and_their_knobs(folder, capsys):
     run("fit", "--help")
     printed = " ".join(capsys.readouterr().out.split())
-    assert "SparseGPT (sparsity, pattern, block_size, damping)" in printed
-    assert "Shared knobs: targets, ignore, epochs, learning_rate, blocks, allow_undo." in printed
+    assert "SparseGPT (sparsity, pattern, block_size, damping, allocation)" in printed
+    assert "Shared knobs: targets, ignore, epochs, learning_rate, blocks, allow_undo, distill." in printed
     for option in ("--model", "--data", "--trainer.precision", "--stage_order", "--run_dir", "--ckpt_path"):
         assert option in printed
 
