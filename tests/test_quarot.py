@@ -67,19 +67,21 @@ def blocks_weights(module):
     return {name: layer.weight.detach() for name, layer in QuaRot().find_layers(module).items()}
 
 
+@pytest.mark.parametrize("gains", ["fold", "keep"])
 @pytest.mark.parametrize("online", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_function_stays(kind, online):
+def test_the_function_stays(kind, online, gains):
     module = make_model(kind)
     before, weights = logits(module), blocks_weights(copy.deepcopy(module))
-    rotate(module, online=online)
+    rotate(module, online=online, gains=gains)
     # HF's RMSNorm computes in float32 whatever the model's dtype
     assert torch.allclose(logits(module), before, rtol=0, atol=1e-10 if kind.startswith("opt") else 2e-5)
     after = blocks_weights(module)
-    assert all(not torch.allclose(after[name], weight, rtol=0.1) for name, weight in weights.items())
-    hooked = list(transformed_layers(module, RotateInput))
-    assert len(hooked) == (4 if online else 0)
-    assert all(name.endswith(("down_proj", "fc2", "o_proj", "out_proj")) for name in hooked)
+    changed = {name for name, weight in weights.items() if not torch.allclose(after[name], weight, rtol=0.1)}
+    last = {name for name in weights if name.endswith(("down_proj", "fc2", "o_proj", "out_proj"))}
+    assert changed | {name for name in last if gains == "keep" and not online} == set(weights)
+    hooked = set(transformed_layers(module, RotateInput))
+    assert hooked == (last if online else set()) | (set(weights) - last if gains == "keep" else set())
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
@@ -162,6 +164,23 @@ def test_rounding_hurts_less_after_it(bits, factor):
     assert error(rotated=True) < factor * error(rotated=False)
 
 
+def test_keeping_gains_spares_rounding_where_they_hide_large_channels():
+    def error(**knobs):
+        module = make_model("llama", torch.float32)
+        module.model.model.embed_tokens.weight.data[:, 5] *= 100  # a huge channel that no norm lets through
+        for name, parameter in module.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.data[5] = 1e-3
+        before = logits(module)
+        if knobs:
+            rotate(module, **knobs)
+        RTN(8).compress(module, tiny_context())
+        return float((logits(module) - before).square().mean())
+
+    assert error(gains="keep") < 0.5 * error(gains="fold")
+    assert error(gains="keep", online=True) < error()
+
+
 def test_online_rotation_lets_activations_be_rounded_with_less_error():
     def error(**knobs):
         module = make_model("llama-tied", torch.float32)
@@ -187,10 +206,11 @@ def test_a_rotated_model_can_be_trained_after_it_was_measured(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-no-hadamard", "opt", "opt-tied"])
-def test_a_checkpoint_gives_the_same_weights_and_logits(tmp_path, kind):
+@pytest.mark.parametrize("gains", ["fold", "keep"])
+def test_a_checkpoint_gives_the_same_weights_and_logits(tmp_path, kind, gains):
     module = make_model(kind, torch.float32)
     data = TokenData(**tiny.write_tokens(tmp_path))
-    trainer = tiny.trainer(tmp_path / "run", QuaRot(online=True), GPTQ(4))
+    trainer = tiny.trainer(tmp_path / "run", QuaRot(online=True, gains=gains), GPTQ(4))
     trainer.fit(module, datamodule=data)
     loaded = load(tmp_path / "run")
     assert module.state_dict().keys() == loaded.state_dict().keys()
@@ -259,6 +279,10 @@ def test_a_mask_may_be_given_up(tmp_path):
     module, data = CausalLM(tiny.LLAMA), TokenData(**tiny.write_tokens(tmp_path))
     tiny.trainer(tmp_path / "run", Magnitude(0.5), QuaRot(allow_undo=True)).fit(module, datamodule=data)
     assert all(weight.count_nonzero() == weight.numel() for weight in blocks_weights(module).values())
+
+
+def test_other_gains_are_refused():
+    assert QuaRot(gains="drop").check_knobs() == ["gains='drop' is neither 'fold' nor 'keep'."]
 
 
 def test_no_layer_can_be_left_out():

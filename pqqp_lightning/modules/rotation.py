@@ -28,37 +28,56 @@ Change = tuple[str, dict[str, Any]]
 """A Linear layer's name and the options of ``rewrite_linear``."""
 
 
-def plan_structure(model: nn.Module, decoder: Decoder, *, online: bool, seed: int) -> dict[str, Any]:
+Norm = tuple[nn.Parameter | None, nn.Parameter | None, float]
+"""Gain, bias and epsilon."""
+
+
+def plan_structure(model: nn.Module, decoder: Decoder, *, fold: bool, online: bool, seed: int) -> dict[str, Any]:
     """What :func:`rotate_structure` needs to know to do its work on a fresh model.
 
     Args:
         model: holds the decoder; its weights are not read.
         decoder: from :func:`~pqqp_lightning.modules.decoder.describe_decoder`.
+        fold: fold the norms' gains and rotate the stream; else leave both and rotate each norm's output at run time.
         online: rotate the inputs of each sublayer's last layer as well: all of an MLP's, the heads of an attention.
         seed: of the rotations.
     """
-    folded = [(s.norm, s.reads) for s in decoder.sublayers] + (
-        [] if decoder.tied else [(decoder.norm, (decoder.head,))]
-    )
-    shifted = [name for norm, reads in folded for name in reads if _norm(model, norm)[1] is not None]
-    rotated = decoder.sublayers if online else []
-    plan: dict[str, Any] = {
-        "seed": seed,
-        "hidden_size": decoder.hidden_size,
-        "norms": {name: _norm(model, name)[2] for name in decoder.norms},
-        "biases": [name for name in shifted if _linear(model, name).bias is None],
-        "gain": [decoder.norm, _norm(model, decoder.norm)[1] is not None] if decoder.tied else None,
-        "projected": decoder.embedding if decoder.tied and decoder.centred else None,
-        "online": {s.writes: _parts(_linear(model, s.writes), s) for s in rotated},
-    }
-    for order in sorted({order for order, _ in plan["online"].values()}):
+    at_run_time = {} if fold else {name: [decoder.hidden_size, 1] for s in decoder.sublayers for name in s.reads}
+    if online:
+        at_run_time |= {s.writes: _parts(_linear(model, s.writes), s) for s in decoder.sublayers}
+    plan = {"seed": seed, **(_plan_stream(model, decoder) if fold else {}), "online": at_run_time}
+    for order in sorted({order for order, _ in at_run_time.values()}):
         if small_factor(order) is None:  # its random matrix is stored: another machine may compute other digits
             plan[f"factor.{order}"] = make_rotation(order, _generator(seed), random_signs=False).factor
     return plan
 
 
+def _plan_stream(model: nn.Module, decoder: Decoder) -> dict[str, Any]:
+    """What changes in the structure where the stream is rotated."""
+    folded = [(s.norm, s.reads) for s in decoder.sublayers]
+    if not decoder.tied:
+        folded.append((decoder.norm, (decoder.head,)))
+    shifted = [name for norm, reads in folded for name in reads if _norm(model, norm)[1] is not None]
+    return {
+        "hidden_size": decoder.hidden_size,
+        "norms": {name: _norm(model, name)[2] for name in decoder.norms},
+        "biases": [name for name in shifted if _linear(model, name).bias is None],
+        "gain": [decoder.norm, _norm(model, decoder.norm)[1] is not None] if decoder.tied else None,
+        "projected": decoder.embedding if decoder.tied and decoder.centred else None,
+    }
+
+
 def rotate_structure(model: nn.Module, plan: dict[str, Any]) -> None:
-    """Norms without gains, a layer for a tied head's gain, biases where norms had some, online rotations."""
+    """Norms without gains, a layer for a tied head's gain, biases where norms had some, rotations at run time."""
+    if "norms" in plan:
+        _restructure_stream(model, plan)
+    hooks: dict[tuple[int, int], RotateInput] = {}
+    for name, (order, width) in plan["online"].items():
+        hook = hooks.get((order, width)) or RotateInput(online_rotation(plan, order), width)
+        hooks.setdefault((order, width), hook).attach(model.get_submodule(name))
+
+
+def _restructure_stream(model: nn.Module, plan: dict[str, Any]) -> None:
     for name in plan["biases"]:
         layer = _linear(model, name)
         bias = layer.weight.detach().new_zeros(layer.out_features)
@@ -71,10 +90,6 @@ def rotate_structure(model: nn.Module, plan: dict[str, Any]) -> None:
         embedding = model.get_submodule(plan["projected"])
         assert isinstance(embedding, nn.Embedding)
         _replace(model, plan["projected"], ProjectedEmbedding(embedding))
-    hooks: dict[tuple[int, int], RotateInput] = {}
-    for name, (order, width) in plan["online"].items():
-        hook = hooks.get((order, width)) or RotateInput(online_rotation(plan, order), width)
-        hooks.setdefault((order, width), hook).attach(model.get_submodule(name))
 
 
 def online_rotation(plan: dict[str, Any], order: int) -> Rotation:
@@ -88,54 +103,64 @@ def online_rotation(plan: dict[str, Any], order: int) -> Rotation:
 @torch.no_grad()
 def rotate_decoder(model: nn.Module, decoder: Decoder, plan: dict[str, Any]) -> None:
     """Give ``model`` the structure of ``plan`` and its weights the values that keep its function."""
-    embedding = model.get_submodule(decoder.embedding)
-    assert isinstance(embedding, nn.Embedding)
-    device, generator = embedding.weight.device, _generator(plan["seed"])
-    stream = make_rotation(decoder.hidden_size, generator).to(device)
+    device = model.get_submodule(decoder.embedding).weight.device
+    assert isinstance(device, torch.device)
+    stream = make_rotation(decoder.hidden_size, _generator(plan["seed"])).to(device) if "norms" in plan else None
     last = _norm(model, decoder.norm)
-    changes = list(_changes(model, decoder, plan, stream))
-    if not decoder.tied:
+    changes = list(_changes(model, decoder, plan, stream, device))
+    if stream is not None and not decoder.tied:
         changes.append((decoder.head, {"gain": last[0], "shift": last[1], "inputs": [stream.apply]}))
     rotate_structure(model, plan)
     for name, options in changes:
-        _rewrite(_linear(model, name), options)
+        layer = _linear(model, name)
+        _write(layer, *rewrite_linear(layer.weight, layer.bias, **options))
+    if stream is not None:
+        _rotate_ends(model, decoder, plan, stream, last)
+
+
+def _rotate_ends(model: nn.Module, decoder: Decoder, plan: dict[str, Any], stream: Rotation, last: Norm) -> None:
+    """What the stream begins with, and a tied head's gain."""
     for table in filter(None, (decoder.embedding, decoder.positions)):
         keep_mean = decoder.tied and table == decoder.embedding
         _rotate_rows(model.get_submodule(table).weight, stream, centred=decoder.centred and not keep_mean)
     if decoder.tied:
         _write(model.get_submodule(f"{decoder.norm}.gain"), *rotate_gain(stream, last[0], last[1]))
     if plan["projected"]:
-        model.get_submodule(plan["projected"]).direction.copy_(mean_direction(stream))  # type: ignore[operator, union-attr]
+        embedding: Any = model.get_submodule(plan["projected"])
+        embedding.direction.copy_(mean_direction(stream))
 
 
-def _changes(model: nn.Module, decoder: Decoder, plan: dict[str, Any], stream: Rotation) -> Iterator[Change]:
-    """How each Linear layer on the stream is rewritten."""
-    device = stream.factor.device
-    writes = [centre, stream.apply] if decoder.centred else [stream.apply]
+def _changes(
+    model: nn.Module, decoder: Decoder, plan: dict[str, Any], stream: Rotation | None, device: torch.device
+) -> Iterator[Change]:
+    """How each Linear layer on the stream is rewritten; ``stream`` is None where it stays as it is."""
+
+    def at_run_time(name: str) -> list[Map]:
+        if name not in plan["online"]:
+            return []
+        order, width = plan["online"][name]
+        return [rotate_across(online_rotation(plan, order).to(device), width)]
+
+    writes: list[Map] = [] if stream is None else [*([centre] if decoder.centred else []), stream.apply]
     for sublayer in decoder.sublayers:
-        gain, shift, _ = _norm(model, sublayer.norm)
-        between: list[Map] = []
-        values = None
+        folded: dict[str, Any] = {}
+        if stream is not None:
+            folded["gain"], folded["shift"], _ = _norm(model, sublayer.norm)
+        heads: list[Map] = []
         if isinstance(sublayer, Attention):
-            heads = make_rotation(sublayer.head_dim, _generator(plan["seed"]), random_signs=False).to(device)
-            values, between = sublayer.values, [rotate_heads(heads)]
+            rotation = make_rotation(sublayer.head_dim, _generator(plan["seed"]), random_signs=False)
+            heads = [rotate_heads(rotation.to(device))]
         for name in sublayer.reads:
-            outputs = between if name == values else []
-            yield name, {"gain": gain, "shift": shift, "inputs": [stream.apply], "outputs": outputs}
-        if sublayer.writes in plan["online"]:
-            order, width = plan["online"][sublayer.writes]
-            between = [*between, rotate_across(online_rotation(plan, order).to(device), width)]
-        yield sublayer.writes, {"inputs": between, "outputs": writes}
+            outputs = heads if isinstance(sublayer, Attention) and name == sublayer.values else []
+            inputs = at_run_time(name) if stream is None else [stream.apply]
+            yield name, {**folded, "inputs": inputs, "outputs": outputs}
+        yield sublayer.writes, {"inputs": [*heads, *at_run_time(sublayer.writes)], "outputs": writes}
 
 
 def _parts(layer: nn.Linear, sublayer: Sublayer) -> list[int]:
     """[n, width]: how many parts of the layer's input are mixed at run time, and how wide each is."""
     width = sublayer.head_dim if isinstance(sublayer, Attention) else 1
     return [layer.in_features // width, width]
-
-
-def _rewrite(layer: nn.Linear, options: dict[str, Any]) -> None:
-    _write(layer, *rewrite_linear(layer.weight, layer.bias, **options))
 
 
 def _write(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
@@ -165,7 +190,7 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _norm(model: nn.Module, name: str) -> tuple[nn.Parameter | None, nn.Parameter | None, float]:
+def _norm(model: nn.Module, name: str) -> Norm:
     return norm_parts(model.get_submodule(name))
 
 
