@@ -25,8 +25,8 @@ class QuaRot(Stage):
     stream.
 
     Folding has a price where small gains hide channels of the stream that are huge: after it, rounding errors of the
-    weights meet these channels in full. Then RTN gets worse (on SmolLM2-135M, whose weights have few outliers, by a
-    factor of three in perplexity); ``gains: keep`` avoids it.
+    weights meet these channels in full. GPTQ sees the inputs and avoids that (SmolLM2-135M, 4 bits a channel:
+    perplexity 38.6 instead of 52.5); RTN gets worse (181 instead of 63), and with ``gains: keep`` it does not (61).
 
     Example::
 
