@@ -41,13 +41,12 @@ class GridStage(Stage):
         super().__init__(**kwargs)
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
-        problems, layers = super().check(model, data, earlier), self.find_layers(model)
-        for stage in () if self.allow_undo else earlier:
-            if "grid" in stage.promises and (both := set(layers) & set(stage.find_layers(model))):
-                problems.append(
-                    f"{shorten(sorted(both))} would leave the grid of stage '{stage.name}'. Give the stages disjoint "
-                    "targets, drop one, or set allow_undo: true to replace the earlier grid."
-                )
+        problems = super().check(model, data, earlier)
+        for stage, both in () if self.allow_undo else self.overlaps(model, earlier, ("grid",)):
+            problems.append(
+                f"{shorten(both)} would leave the grid of stage '{stage.name}'. Give the stages disjoint targets, drop "
+                "one, or set allow_undo: true to replace the earlier grid."
+            )
         return problems
 
     def check_group_size(self, layers: dict[str, Layer]) -> list[str]:

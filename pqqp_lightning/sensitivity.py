@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from pqqp_lightning.algorithms.allocation import output_error
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Hessian, sum_over_ranks
-from pqqp_lightning.calibration.walk import Walk, calibrating
+from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.modules.blocks import Blocks
 from pqqp_lightning.modules.layers import Layer, weight_matrix
@@ -98,9 +98,6 @@ def _watching(model: nn.Module, layers: dict[str, Layer], add: Callable[[str, Te
 
     A layer whose input has no gradient (the first ones) gets one through its weight, which is dropped.
     """
-    wanted = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    for parameter in wanted:
-        parameter.requires_grad_(False)
 
     def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
         if not args[0].requires_grad:
@@ -110,18 +107,17 @@ def _watching(model: nn.Module, layers: dict[str, Layer], add: Callable[[str, Te
         if output.requires_grad:
             output.register_hook(lambda gradient: add(name, gradient))
 
-    handles: list[Any] = []
-    for name, layer in layers.items():
-        handles.append(layer.register_forward_pre_hook(before))
-        handles.append(layer.register_forward_hook(lambda _, __, output, name=name: after(name, output)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, (requires_grad, gradient) in wanted.items():
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
+    with gradients_kept(model):
+        model.requires_grad_(False)
+        handles: list[Any] = []
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(before))
+            handles.append(layer.register_forward_hook(lambda _, __, output, name=name: after(name, output)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _check_gradients(sums: dict[str, Tensor], rows: dict[str, Tensor]) -> None:

@@ -169,13 +169,20 @@ class Stage(Callback):
         """
         if self.allow_undo:
             return []
-        own, problems = set(self.find_layers(model)), []
-        for stage in earlier:
-            if set(stage.promises) & set(promises) and (both := own & set(stage.find_layers(model))):
-                what = " and ".join(p for p in stage.promises if p in promises)
-                carried = f"{shorten(sorted(both))} carry the {what} of stage '{stage.name}'"
-                problems.append(f"{reason}: {carried}. {way_out}")
+        problems = []
+        for stage, both in self.overlaps(model, earlier, promises):
+            what = " and ".join(p for p in stage.promises if p in promises)
+            problems.append(f"{reason}: {shorten(both)} carry the {what} of stage '{stage.name}'. {way_out}")
         return problems
+
+    def overlaps(
+        self, model: nn.Module, earlier: Sequence[Stage], promises: Sequence[str]
+    ) -> list[tuple[Stage, list[str]]]:
+        """Each earlier stage that left one of ``promises`` on layers that this stage acts on, with their names."""
+        own = set(self.find_layers(model))
+        candidates = [stage for stage in earlier if set(stage.promises) & set(promises)]
+        found = [(stage, sorted(own & set(stage.find_layers(model)))) for stage in candidates]
+        return [(stage, both) for stage, both in found if both]
 
     def check_patterns(self, knob: str, layers: Iterable[str]) -> list[str]:
         """Problems of a knob by name pattern: a layer that it gives no value, a pattern that matches no layer."""

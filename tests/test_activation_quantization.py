@@ -14,9 +14,8 @@ from pqqp_lightning.algorithms.activation import outlier_columns, quantize_activ
 from pqqp_lightning.calibration.collect import Collector
 from pqqp_lightning.calibration.statistics import Hessian
 from pqqp_lightning.callbacks import GPTQ, RTN, ActivationQuantization
-from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.models import CausalLM, ImageClassifier
+from pqqp_lightning.models import CausalLM
 from pqqp_lightning.modules.transforms import (
     QuantizeHeads,
     QuantizeInput,
@@ -29,27 +28,9 @@ from pqqp_lightning.modules.transforms import (
 MODELS = ["llama", "opt", "resnet", "deit"]
 
 
-def make_model(kind):
-    torch.manual_seed(0)
-    if kind in ("llama", "opt"):
-        return CausalLM(tiny.LLAMA if kind == "llama" else tiny.OPT)
-    if kind == "resnet":
-        network = {"model": "resnet18", "model_args": {"stem_width": 8, "channels": [8, 8, 16, 16]}}
-    else:
-        network = {"model": "deit_tiny_patch16_224", "image_size": 32}
-        network["model_args"] = {"patch_size": 8, "depth": 2, "embed_dim": 48}
-    return ImageClassifier(**network, pretrained=False, num_classes=10)
-
-
-def make_data(kind, tmp_path):
-    if kind in ("llama", "opt"):
-        return TokenData(**tiny.write_tokens(tmp_path))
-    return ImageData(train_samples=64, calibration_samples=32, evaluation_samples=32, batch_size=32)
-
-
 def run(tmp_path, kind, *stages, folder="run"):
-    module = make_model(kind)
-    tiny.trainer(tmp_path / folder, *stages).fit(module, datamodule=make_data(kind, tmp_path))
+    module = tiny.make_model(kind)
+    tiny.trainer(tmp_path / folder, *stages).fit(module, datamodule=tiny.make_data(kind, tmp_path))
     return module.eval()
 
 
@@ -128,7 +109,7 @@ def test_the_dtype_is_kept(dtype):
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_kind_of_model_computes_with_rounded_inputs_and_its_checkpoint_loads(tmp_path, kind):
     kv_bits = 8 if kind in ("llama", "opt") else None
-    dense = outputs(make_model(kind).eval())
+    dense = outputs(tiny.make_model(kind).eval())
     stage = ActivationQuantization(8, kv_bits=kv_bits)
     module = run(tmp_path, kind, stage)
     layers = stage.find_layers(module)
@@ -139,14 +120,14 @@ def test_every_kind_of_model_computes_with_rounded_inputs_and_its_checkpoint_loa
     assert (changed - dense).abs().max() < 0.1 * dense.std()
     assert torch.equal(outputs(load(tmp_path / "run")), changed)
     assert torch.equal(outputs(copy.deepcopy(module)), changed)
-    assert all(torch.equal(v, make_model(kind).state_dict()[k]) for k, v in module.state_dict().items())
+    assert all(torch.equal(v, tiny.make_model(kind).state_dict()[k]) for k, v in module.state_dict().items())
 
 
 def test_eight_bits_are_better_than_four():
-    dense = outputs(make_model("llama").eval())
+    dense = outputs(tiny.make_model("llama").eval())
 
     def error(bits):
-        module = make_model("llama").eval()
+        module = tiny.make_model("llama").eval()
         ActivationQuantization(bits, kv_bits=bits).compress(module, None)
         return float((outputs(module) - dense).square().mean())
 
@@ -209,7 +190,7 @@ def test_gradients_pass_through():
 
 def test_finetuning_trains_through_it(tmp_path):
     module = run(tmp_path, "llama", ActivationQuantization(4, epochs=1))
-    dense = make_model("llama")
+    dense = tiny.make_model("llama")
     assert not torch.equal(module.model.lm_head.weight, dense.model.lm_head.weight)
     assert torch.equal(outputs(load(tmp_path / "run")), outputs(module))
 
@@ -253,7 +234,7 @@ def test_transforms_can_be_left_out_for_a_while():
 
 
 def test_targets_choose_layers():
-    module = make_model("llama")
+    module = tiny.make_model("llama")
     ActivationQuantization(8, kv_bits=4, targets=["layers.1.self_attn"]).compress(module, None)
     assert list(transformed_layers(module, QuantizeInput)) == [
         f"model.model.layers.1.self_attn.{part}_proj" for part in "qkvo"

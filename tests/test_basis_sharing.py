@@ -15,9 +15,7 @@ from pqqp_lightning.algorithms.basis_sharing import rank_for, share_basis
 from pqqp_lightning.algorithms.hadamard import Rotation
 from pqqp_lightning.callbacks import GPTQ, RTN, LoRA, SparseGPT
 from pqqp_lightning.callbacks.basis_sharing import BasisSharing
-from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.models import CausalLM, ImageClassifier
 from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
 from pqqp_lightning.modules.encoding import stored_tensors
 from pqqp_lightning.modules.factored import Factored, factor_layers, factors_of
@@ -235,29 +233,9 @@ def test_layers_that_do_not_share_or_lie_outside_the_blocks_stand_alone():
 # ------------------------------------------------------------------------------------------------------- the stage
 
 
-def make_model(kind, layers=2):
-    torch.manual_seed(0)
-    if kind == "llama":
-        return CausalLM(tiny.LLAMA | {"num_hidden_layers": layers})
-    if kind == "opt":
-        return CausalLM(tiny.OPT | {"num_hidden_layers": layers})
-    if kind == "resnet":
-        network = {"model": "resnet18", "model_args": {"stem_width": 8, "channels": [8, 8, 16, 16]}}
-    else:
-        network = {"model": "deit_tiny_patch16_224", "image_size": 32}
-        network["model_args"] = {"patch_size": 8, "depth": layers, "embed_dim": 48}
-    return ImageClassifier(**network, pretrained=False, num_classes=10)
-
-
-def make_data(kind, folder):
-    if kind in ("llama", "opt"):
-        return TokenData(**tiny.write_tokens(folder))
-    return ImageData(train_samples=64, calibration_samples=32, evaluation_samples=32, batch_size=32)
-
-
 def run(folder, kind, *stages, layers=2):
-    module = make_model(kind, layers)
-    tiny.trainer(folder / "run", *stages).fit(module, datamodule=make_data(kind, folder))
+    module = tiny.make_model(kind, layers)
+    tiny.trainer(folder / "run", *stages).fit(module, datamodule=tiny.make_data(kind, folder))
     return module
 
 
@@ -279,7 +257,7 @@ def factored(module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_stage_saves_its_ratio_and_its_checkpoint_gives_the_same_logits(tmp_path, kind):
-    dense = make_model(kind)
+    dense = tiny.make_model(kind)
     stage = BasisSharing(0.2)
     replaced = stage.find_layers(dense)
     module = run(tmp_path, kind, stage, layers=2)
@@ -332,13 +310,13 @@ def test_full_rank_gives_the_dense_outputs(tmp_path, kind):
             return plan
 
     module = run(tmp_path, kind, FullRank())
-    torch.testing.assert_close(outputs(module, kind), outputs(make_model(kind), kind), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs(module, kind), outputs(tiny.make_model(kind), kind), atol=1e-4, rtol=1e-4)
 
 
 def test_the_factors_are_those_of_the_inputs_of_both_layers(tmp_path):
     stage = BasisSharing(0.3, targets=["q_proj"])
     module = run(tmp_path, "llama", stage)
-    dense, grams = make_model("llama").eval(), []
+    dense, grams = tiny.make_model("llama").eval(), []
     attention = [block.self_attn for block in dense.model.model.layers]
     for layer in attention:
         layer.q_proj.register_forward_pre_hook(lambda _, args: grams.append(gram_of(args[0].flatten(0, 1))))
@@ -355,7 +333,7 @@ def test_the_factors_are_those_of_the_inputs_of_both_layers(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_structure_follows_from_the_plan_alone(tmp_path, kind):
     stage = BasisSharing(0.2)
-    copy, module = weightless_copy(make_model(kind)), run(tmp_path, kind, stage)
+    copy, module = weightless_copy(tiny.make_model(kind)), run(tmp_path, kind, stage)
     plan = json.loads(json.dumps(stage.expected_plan(copy)))
     BasisSharing.restructure(BasisSharing.__new__(BasisSharing), copy, plan)
     assert all(parameter.is_meta for parameter in copy.parameters())

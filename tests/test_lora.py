@@ -11,11 +11,11 @@ from pqqp_lightning import load
 from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
 from pqqp_lightning.algorithms.lora import change_through_merge, low_rank_update, merge_low_rank
 from pqqp_lightning.callbacks import GPTQ, NF4, RTN, Finetune, LoRA, Magnitude, QLoRA, SparseGPT
-from pqqp_lightning.data import ImageData, TokenData
+from pqqp_lightning.data import TokenData
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.metrics.size import measure_size
-from pqqp_lightning.models import CausalLM, ImageClassifier
+from pqqp_lightning.models import CausalLM
 from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
 from pqqp_lightning.recipe_check import check_stages
 
@@ -24,25 +24,14 @@ FAST = {"rank": 4, "learning_rate": 0.01}
 
 
 def make_model(kind):
+    if kind != "regressor":
+        return tiny.make_model(kind)
     torch.manual_seed(0)
-    if kind == "regressor":
-        return tiny.Regressor(optimizer=torch.optim.Adam, lr=0.01)
-    if kind in ("llama", "opt"):
-        return CausalLM(tiny.LLAMA if kind == "llama" else tiny.OPT)
-    if kind == "resnet":
-        network = {"model": "resnet18", "model_args": {"stem_width": 8, "channels": [8, 8, 16, 16]}}
-    else:
-        network = {"model": "deit_tiny_patch16_224", "image_size": 32}
-        network["model_args"] = {"patch_size": 8, "depth": 2, "embed_dim": 48}
-    return ImageClassifier(**network, pretrained=False, num_classes=10)
+    return tiny.Regressor(optimizer=torch.optim.Adam, lr=0.01)
 
 
 def make_data(kind, tmp_path):
-    if kind == "regressor":
-        return tiny.RegressionData()
-    if kind in ("llama", "opt"):
-        return TokenData(**tiny.write_tokens(tmp_path), batch_size=2)
-    return ImageData(train_samples=64, calibration_samples=32, evaluation_samples=32, batch_size=32)
+    return tiny.RegressionData() if kind == "regressor" else tiny.make_data(kind, tmp_path, batch_size=2)
 
 
 def run(tmp_path, kind, *stages, folder="run", module=None):

@@ -121,18 +121,8 @@ def test_pruning_comes_after_it_within_its_grids(tmp_path):
     assert not broken_constraints(module, collect_constraints(module))
 
 
-class Lopsided(tiny.Regressor):
-    """Its first block adds much, its second next to nothing."""
-
-    def __init__(self):
-        super().__init__(blocks=2)
-        with torch.no_grad():
-            self.blocks[0].down.weight.mul_(8)
-            self.blocks[1].down.weight.mul_(0.05)
-
-
 def change_of_outputs(tmp_path, stage, folder):
-    module, x = Lopsided(), tiny.regression_data(64, seed=5).tensors[0]
+    module, x = tiny.Lopsided(), tiny.regression_data(64, seed=5).tensors[0]
     with torch.no_grad():
         dense = module(x)
         tiny.trainer(tmp_path / folder, stage).fit(module, datamodule=tiny.RegressionData())

@@ -57,15 +57,7 @@ def test_each_layer_is_pruned_as_by_the_method_itself(tmp_path, method, referenc
             np.testing.assert_array_equal(mask.numpy(), reference(dense[f"{name}.weight"].numpy(), sparsity=sparsity))
 
 
-class Lopsided(tiny.Regressor):
-    """Its first block's output counts thirty times what the second block adds."""
-
-    def __init__(self):
-        super().__init__(blocks=2)
-        with torch.no_grad():
-            self.blocks[0].down.weight.mul_(8)
-            self.blocks[1].down.weight.mul_(0.05)
-
+class Lopsided(tiny.Lopsided):
     def outputs(self):
         return self(tiny.regression_data(64, seed=5).tensors[0])
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupt import DieAt, Died
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
@@ -28,10 +29,6 @@ def fit(folder, *stages, module=None, **options):
     module = module or Regressor()
     trainer(folder, *stages, **options).fit(module, regression_loader(), regression_loader(16, seed=1))
     return module
-
-
-class Died(Exception):
-    """Stands for a kill."""
 
 
 class Watch(Callback):
@@ -450,20 +447,6 @@ def test_a_module_may_bring_its_own_data(tmp_path):
     assert read_records(tmp_path)[-1]["sparsity"] >= 0.5
 
 
-class Dying(Callback):
-    """Ends the run at a batch of a segment, once."""
-
-    def __init__(self, segment, epoch, batch):
-        self.at, self.segment = (segment, epoch, batch), 0
-
-    def on_train_start(self, trainer, pl_module):
-        self.segment += 1
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if (self.segment, trainer.current_epoch, batch_idx) == self.at:
-            raise Died
-
-
 class Noisy(torch.utils.data.Dataset):
     """Training data with random augmentation."""
 
@@ -504,19 +487,19 @@ LOADERS = {
 @pytest.mark.parametrize("order", LOADERS)
 def test_a_resumed_epoch_sees_the_same_augmented_data_in_the_same_order(tmp_path, order, workers, epoch):
     a, b = resumed(
-        tmp_path, lambda: [SparseGPT(0.5, epochs=3)], lambda: LOADERS[order](num_workers=workers), Dying(1, epoch, 1)
+        tmp_path, lambda: [SparseGPT(0.5, epochs=3)], lambda: LOADERS[order](num_workers=workers), DieAt(1, epoch, 1)
     )
     assert_equal(a, b)
 
 
 def test_a_resumed_run_goes_on_with_the_loggers_step(tmp_path):
-    resumed(tmp_path, lambda: [Finetune(2), Finetune(2)], regression_loader, Dying(2, 0, 0))
+    resumed(tmp_path, lambda: [Finetune(2), Finetune(2)], regression_loader, DieAt(2, 0, 0))
     with next(tmp_path.glob("died/logs/version_1/metrics.csv")).open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train_loss"]]
     assert steps == list(range(6, 12))
 
 
-@pytest.mark.parametrize("dies", [Dying(1, 1, 0), Dying(2, 0, 0)], ids=["while it is finetuned", "in a later stage"])
+@pytest.mark.parametrize("dies", [DieAt(1, 1, 0), DieAt(2, 0, 0)], ids=["while it is finetuned", "in a later stage"])
 def test_early_stopping_and_model_checkpoint_resume_with_the_run(tmp_path, dies):
     def options():
         return [EarlyStopping("mse", patience=2), ModelCheckpoint(monitor="mse", dirpath=tmp_path / "kept")]
@@ -551,7 +534,7 @@ class Narrow(Stage):
         block.up, block.down = torch.nn.Linear(8, units), torch.nn.Linear(units, 8)
 
 
-@pytest.mark.parametrize("dies", [Dying(1, 1, 1), Dying(2, 1, 0)], ids=["while it is finetuned", "in a later stage"])
+@pytest.mark.parametrize("dies", [DieAt(1, 1, 1), DieAt(2, 1, 0)], ids=["while it is finetuned", "in a later stage"])
 def test_a_stage_that_changes_the_structure_resumes_from_its_plan(tmp_path, dies):
     stages = lambda: [Narrow(epochs=2), SparseGPT(0.5, epochs=2), RTN(8)]  # noqa: E731
     a, b = resumed(tmp_path, stages, regression_loader, dies)

@@ -123,6 +123,16 @@ class Regressor(LightningModule):
         return optimizer if self._schedule is None else ([optimizer], [self._schedule(optimizer)])
 
 
+class Lopsided(Regressor):
+    """Its first block adds much, its second next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=2)
+        with torch.no_grad():
+            self.blocks[0].down.weight.mul_(8)
+            self.blocks[1].down.weight.mul_(0.05)
+
+
 class RegressionData(LightningDataModule):
     """A user's datamodule as Lightning's own documentation writes them: datasets made in ``setup``, stage by stage."""
 
@@ -157,23 +167,23 @@ def trainer(folder: Path, *stages: Any, **options: Any) -> Trainer:
 MODELS = ("llama", "opt", "deit", "resnet")
 
 
-def make_model(kind: str) -> LightningModule:
-    """One of ``MODELS``, seeded."""
+def make_model(kind: str, layers: int = 2) -> LightningModule:
+    """One of ``MODELS``, seeded; ``layers`` blocks, except for the ResNet."""
     torch.manual_seed(0)
     if kind in ("llama", "opt"):
-        return CausalLM(LLAMA if kind == "llama" else OPT)
+        return CausalLM((LLAMA if kind == "llama" else OPT) | {"num_hidden_layers": layers})
     if kind == "resnet":
         network: dict[str, Any] = {"model": "resnet18", "model_args": {"stem_width": 8, "channels": [8, 8, 16, 16]}}
     else:
         network = {"model": "deit_tiny_patch16_224", "image_size": 32}
-        network["model_args"] = {"patch_size": 8, "depth": 2, "embed_dim": 48}
+        network["model_args"] = {"patch_size": 8, "depth": layers, "embed_dim": 48}
     return ImageClassifier(**network, pretrained=False, num_classes=10)
 
 
-def make_data(kind: str, folder: Path) -> LightningDataModule:
-    """Data for :func:`make_model`; token files go to ``folder``."""
+def make_data(kind: str, folder: Path, **options: Any) -> LightningDataModule:
+    """Data for :func:`make_model`; token files go to ``folder``, ``options`` to the TokenData."""
     if kind in ("llama", "opt"):
-        return TokenData(**write_tokens(folder))
+        return TokenData(**write_tokens(folder), **options)
     return ImageData(train_samples=64, calibration_samples=32, evaluation_samples=32, batch_size=32)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pqqp_lightning.algorithms.channels import sum_by_channel, taylor_terms
+from pqqp_lightning.calibration.collect import watching_inputs
 from pqqp_lightning.calibration.statistics import sum_over_ranks
-from pqqp_lightning.calibration.walk import Walk, calibrating
+from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept
 from pqqp_lightning.errors import RecipeError, shorten
 
 Parts = dict[str, int]
@@ -39,7 +39,7 @@ def mean_squared_inputs(walk: Walk, layers: Iterable[str]) -> dict[str, Tensor]:
         sums[name] = sums[name] + total if name in sums else total
         counts[name] = counts[name] + rows if name in counts else rows
 
-    with calibrating(walk.model), walk.forward_context(), _watching(modules, add):
+    with calibrating(walk.model), walk.forward_context(), watching_inputs(modules, add):
         for batch in tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False):
             walk.run(batch)
     if missed := [name for name in modules if name not in sums]:
@@ -78,28 +78,11 @@ def taylor_by_channel(walk: Walk, parts: Iterable[tuple[str, int]]) -> dict[tupl
 
 
 @contextmanager
-def _watching(modules: dict[str, nn.Module], add: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call ``add`` with the input of each of ``modules``."""
-    see = lambda name, _, args: add(name, args[0])  # noqa: E731
-    handles = [module.register_forward_pre_hook(partial(see, name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def _alone_trainable(model: nn.Module, weights: dict[str, Any]) -> Iterator[None]:
     """Gradients for ``weights`` alone; everything is afterwards as it was, gradients too."""
-    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     chosen = {id(weight) for weight in weights.values()}
-    for parameter in before:
-        parameter.requires_grad_(id(parameter) in chosen)
-        parameter.grad = None
-    try:
+    with gradients_kept(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+            parameter.grad = None
         yield
-    finally:
-        for parameter, (requires_grad, gradient) in before.items():
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.modules.layers import Layer, columns_of, geometry, groups_of, input_rows
@@ -29,6 +29,20 @@ class Reading:
     layers: dict[str, Layer]
     statistic: Statistic
     latest: Tensor | None = field(default=None, repr=False)
+
+
+@contextmanager
+def watching_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, ``see`` is called with the name and the input of each of ``modules`` that runs."""
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Collector:
@@ -61,15 +75,8 @@ class Collector:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Hooks in place for the forward passes inside."""
-        handles = [
-            layer.register_forward_pre_hook(lambda _, args, name=name: self._see(name, args[0]))
-            for name, layer in self._layers.items()
-        ]
-        try:
+        with watching_inputs(self._layers, self._see):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:

@@ -123,6 +123,18 @@ class Walk:
 
 
 @contextmanager
+def gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Which parameters ask for gradients, and those that they hold, are afterwards as before, whatever happens."""
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, (requires_grad, gradient) in before.items():
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+@contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients and no caches inside; everything is put back, random state too, whatever happens.
 
