@@ -36,14 +36,34 @@ from pqqp_lightning.storage import new_folder, sha256_of
 
 FORMAT = 1
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json.gz"
+ORIGIN = "_pqqp_origin"
+"""The attribute of a loaded module that holds its :class:`Origin`."""
 
 
 @dataclass(frozen=True)
 class Applied:
-    """A stage that the checkpoint's model went through, and the plan that rebuilds its structure."""
+    """A stage that the checkpoint's model went through, and the plan that rebuilds its structure.
 
-    stage: Stage
+    Attributes:
+        stage: its class.
+        plan: what it returned.
+    """
+
+    stage: type[Stage]
     plan: Plan
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a loaded model was built from, so that it can be built again after further stages.
+
+    Attributes:
+        skeleton: of its dense module, from :func:`skeleton_of`.
+        applied: the stages that gave it its structure.
+    """
+
+    skeleton: dict[str, Any] | None
+    applied: list[Applied]
 
 
 def save_checkpoint(
@@ -58,10 +78,14 @@ def save_checkpoint(
     Args:
         module: the model as measured.
         folder: replaced if it exists.
-        applied: the stages that made it, in order.
+        applied: the stages that made it, in order; those that made a loaded model come before them by themselves.
         extra: plain data to keep in the manifest (records).
         skeleton: how to build the dense module, from :func:`skeleton_of`; as the module is now by default.
     """
+    if origin := _origin_of(module):
+        applied, skeleton = [*origin.applied, *applied], origin.skeleton
+    elif skeleton is None:
+        skeleton = skeleton_of(module)
     with new_folder(folder) as temporary, Spill(temporary) as spill:
         weights = temporary / WEIGHTS
         stored, described = _contents(module, applied, spill)
@@ -69,7 +93,7 @@ def save_checkpoint(
             save_file(stored, weights)
         except SafetensorError as error:  # the library's word for a full disk
             raise OSError(None, str(error)) from error
-        manifest = {"format": FORMAT, "model": skeleton or skeleton_of(module), **described, **(extra or {})}
+        manifest = {"format": FORMAT, "model": skeleton, **described, **(extra or {})}
         manifest["weights"] = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
         manifest["sha256"] = _digest(manifest)
         (temporary / MANIFEST).write_bytes(gzip.compress(json.dumps(manifest).encode(), mtime=0))
@@ -96,7 +120,7 @@ def _contents(
         plain = {k: v for k, v in item.plan.items() if not isinstance(v, Tensor)}
         tensors_of_plan = {k: v for k, v in item.plan.items() if isinstance(v, Tensor)}
         stored.update({f"plan.{position}:{k}": v for k, v in tensors_of_plan.items()})
-        plans.append({"class_path": class_path(item.stage), "plan": plain, "tensors": sorted(tensors_of_plan)})
+        plans.append({"class_path": dotted_name(item.stage), "plan": plain, "tensors": sorted(tensors_of_plan)})
     stored, small = bundle_small(stored)
     return stored, {"plans": plans, "packed": entries, "aliases": aliases, "small": small}
 
@@ -137,8 +161,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
-    """Load a checkpoint into ``module`` (of the same skeleton): structure, weights, constraints. Returns the manifest,
-    with whole plans.
+    """Load a checkpoint into ``module``: structure, weights, constraints. Returns the manifest, with "applied" the
+    stages that ``module``, which is of the same skeleton or loaded from an earlier run, had not gone through yet.
 
     Raises:
         RecipeError: the checkpoint cannot be read, or is of another model.
@@ -146,10 +170,10 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
         file = BundleReader(opened, manifest["small"])
-        for position, entry in enumerate(manifest["plans"]):
-            entry["plan"] |= {k: file.get(f"plan.{position}:{k}") for k in entry["tensors"]}
-            stage = _stage_class(entry["class_path"])
-            stage.restructure(stage.__new__(stage), module, entry["plan"])
+        origin = _origin_of(module)
+        manifest["applied"] = _applied(manifest, file)[len(origin.applied) if origin else 0 :]
+        for item in manifest["applied"]:
+            item.stage.restructure(item.stage.__new__(item.stage), module, item.plan)
         own = module.state_dict(keep_vars=True)
         names = _weight_names(file.names()) | set(manifest["aliases"])
         if names != set(own):
@@ -176,6 +200,15 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
                     )
                 _assign(target, value)
     return manifest
+
+
+def _applied(manifest: dict[str, Any], file: BundleReader) -> list[Applied]:
+    """The stages with their whole plans."""
+    found = []
+    for position, entry in enumerate(manifest["plans"]):
+        tensors = {k: file.get(f"plan.{position}:{k}") for k in entry["tensors"]}
+        found.append(Applied(_stage_class(entry["class_path"]), entry["plan"] | tensors))
+    return found
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -210,8 +243,15 @@ def load(run: str | Path, module: LightningModule | None = None) -> LightningMod
     manifest = read_manifest(folder)
     if module is None:
         module = build(manifest["model"], folder)
-    restore(module, folder)
+    earlier = _origin_of(module)
+    applied = [*(earlier.applied if earlier else []), *restore(module, folder)["applied"]]
+    vars(module)[ORIGIN] = Origin(manifest["model"], applied)
     return module.eval()
+
+
+def _origin_of(module: LightningModule) -> Origin | None:
+    """What ``module`` was loaded from, if it was."""
+    return vars(module).get(ORIGIN)
 
 
 def model_folder(run: Path) -> Path:
@@ -231,7 +271,12 @@ def build(skeleton: dict[str, Any] | None, folder: Path) -> LightningModule:
 
 def class_path(instance: object) -> str:
     """The dotted path of an object's class."""
-    return f"{type(instance).__module__}.{type(instance).__qualname__}"
+    return dotted_name(type(instance))
+
+
+def dotted_name(found: type) -> str:
+    """The dotted path of a class."""
+    return f"{found.__module__}.{found.__qualname__}"
 
 
 def skeleton_of(module: LightningModule) -> dict[str, Any] | None:

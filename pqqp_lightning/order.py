@@ -144,7 +144,7 @@ class OrderSearch:
 
     def _load(self, node: Order) -> None:
         """Bring the model to ``node``."""
-        self._runner.load(self._node_folder(node), [self._stages[name] for name in node])
+        self._runner.load(self._node_folder(node))
 
     def _drop(self, node: Order | None) -> None:
         """Remove a finished node's checkpoint, and those of whole orders that are not the best so far."""

@@ -81,7 +81,7 @@ class Run:
             folder = self._stage_folder(done - 1)
             if done == len(self._stages) and not folder.is_dir():
                 folder = self._folder / MODEL
-            self._runner.load(folder, self._stages)
+            self._runner.load(folder)
 
     def _stage(self, position: int, stage: Stage) -> None:
         if position + 1 < len(self._records):

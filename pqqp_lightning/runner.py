@@ -83,12 +83,11 @@ class Runner:
         finally:
             self.trainer.limit_val_batches = limit
 
-    def load(self, folder: Path, stages: Sequence[Stage]) -> None:
-        """Bring the model to the checkpoint in ``folder``, which the first of ``stages`` made."""
+    def load(self, folder: Path) -> None:
+        """Bring the model to the checkpoint in ``folder``."""
         if any(item.plan for item in self.applied):  # its structure is not the dense model's any more
             self._structure.restore(self.module)
-        manifest = restore(self.module, folder)
-        self.applied = [Applied(s, entry["plan"]) for s, entry in zip(stages, manifest["plans"], strict=False)]
+        self.applied = restore(self.module, folder)["applied"]
 
     def evaluate(self) -> dict[str, float]:
         """The validation metrics of the model as it is; random state is put back."""
@@ -146,7 +145,7 @@ class Runner:
             self._agree_over_ranks()
             self._verify(stage, promised, context.notes)
         elapsed, peak_bytes = time.perf_counter() - start, peak.size_bytes
-        self.applied.append(Applied(stage, plan))
+        self.applied.append(Applied(type(stage), plan))
         record = self._record(stage, elapsed, peak_bytes, context.all_notes())
         self.save(folder, record)
         if stage.epochs:

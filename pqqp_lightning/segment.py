@@ -19,6 +19,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.distillation import Distill
+from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.hold import HoldMasks, ResumePoint, SeedSteps
 from pqqp_lightning.seeding import run_seed, seed_from
 from pqqp_lightning.stage import Stage
@@ -35,6 +36,9 @@ def train_segment(
     """Train ``data.module`` for ``stage.epochs``; from ``resume_point`` if that file exists, else from the start.
 
     Of the stages, only ``stage`` sees the hooks of this segment.
+
+    Raises:
+        RecipeError: the training diverged.
     """
     seed_from(run_seed(), segment, -1)
     max_epochs = trainer.fit_loop.max_epochs
@@ -63,6 +67,17 @@ def train_segment(
     if trainer.is_global_zero:
         resume_point.unlink(missing_ok=True)
     trainer.strategy.barrier("segment")
+    _refuse_divergence(data.module, stage)
+
+
+def _refuse_divergence(module: LightningModule, stage: Stage) -> None:
+    """A model that training has spoilt is no basis for what follows."""
+    if spoilt := [name for name, p in module.named_parameters() if not bool(p.isfinite().all())]:
+        rate = "the model's own" if stage.learning_rate is None else f"{stage.learning_rate:g} now"
+        raise RecipeError(
+            f"stages.{stage.name} ({type(stage).__name__}): {shorten(spoilt)} are not finite after training: it "
+            f"diverged. Lower learning_rate ({rate}), or set trainer.gradient_clip_val."
+        )
 
 
 def logged_steps(trainer: Trainer) -> int:

@@ -8,7 +8,20 @@ import torch
 from torch import nn
 
 from pqqp_lightning import load
-from pqqp_lightning.callbacks import GPTQ, RTN, Finetune, Magnitude, SparseGPT, Wanda
+from pqqp_lightning.callbacks import (
+    GPTQ,
+    RTN,
+    SLEB,
+    ActivationQuantization,
+    BasisSharing,
+    ChannelPruning,
+    Finetune,
+    LoRA,
+    Magnitude,
+    QuaRot,
+    SparseGPT,
+    Wanda,
+)
 from pqqp_lightning.checkpoint import MANIFEST, WEIGHTS, checkpoint_bytes, load_weights, save_checkpoint
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.errors import RecipeError
@@ -182,3 +195,27 @@ def _context():
     from pqqp_lightning.stage import Context
 
     return Context(walk=None, progress=False)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        SLEB(1),
+        ChannelPruning(0.5),
+        QuaRot(online=True),
+        BasisSharing(0.2),
+        LoRA(2, merge=False),
+        ActivationQuantization(4),
+    ],
+    ids=lambda stage: type(stage).__name__,
+)
+def test_a_loaded_model_can_be_compressed_further_and_loaded_again(tmp_path, first):
+    data = tiny.make_data("llama", tmp_path)
+    tiny.trainer(tmp_path / "first", first).fit(tiny.make_model("llama"), datamodule=data)
+    module = load(tmp_path / "first")
+    tiny.trainer(tmp_path / "second", RTN(4), Magnitude(0.5)).fit(module, datamodule=data)
+    again = load(tmp_path / "second")
+    tokens = tiny.token_rows(2, 7)
+    assert torch.equal(module.eval()(tokens), again(tokens))
+    tiny.trainer(tmp_path / "third", Magnitude(0.6)).fit(again, datamodule=data)
+    assert torch.equal(again.eval()(tokens), load(tmp_path / "third")(tokens))

@@ -319,6 +319,16 @@ def test_adapters_apart_are_saved_and_loaded(tmp_path, kind):
     }
 
 
+def test_adapters_apart_add_to_the_bits_and_leave_the_zeros(tmp_path):
+    module, _ = run(tmp_path, "llama", SparseGPT(0.5), LoRA(merge=False, **FAST))
+    _, pruned, recovered = records(tmp_path)
+    assert pruned["sparsity"] == pruned["pruned"] == recovered["sparsity"] == recovered["pruned"] == 0.5
+    adapters = sum(p.numel() for name, p in module.named_parameters() if "lora_" in name)
+    targeted = sum(c.shape[0] * c.shape[1] for c in collect_constraints(module).values())
+    assert recovered["bits_per_weight"] - pruned["bits_per_weight"] == pytest.approx(32 * adapters / targeted)
+    assert recovered["nominal_rate"] == pytest.approx(targeted / (targeted / 2 + adapters))
+
+
 @pytest.mark.parametrize("merges", [(False, False), (False, True), (True, False), (True, True)])
 def test_a_second_lora_stage_trains_adapters_of_its_own(tmp_path, merges, seen):
     stages = [LoRA(**FAST, merge=merge) for merge in merges]

@@ -15,7 +15,7 @@ from tiny import RegressionData, Regressor, regression_data, regression_loader, 
 
 import pqqp_lightning
 from pqqp_lightning import Stage
-from pqqp_lightning.callbacks import GPTQ, RTN, Finetune, Magnitude, SparseGPT
+from pqqp_lightning.callbacks import GPTQ, RTN, Finetune, LoRA, Magnitude, SparseGPT
 from pqqp_lightning.checkpoint import read_manifest
 from pqqp_lightning.data.loaders import train_loader
 from pqqp_lightning.errors import RecipeError
@@ -562,3 +562,18 @@ def test_without_a_run_folder_a_run_goes_to_one_of_its_own(tmp_path, monkeypatch
     quiet.fit(Regressor(), val_dataloaders=regression_loader())
     assert (tmp_path / "runs" / "run" / "report.json").is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        lambda: [SparseGPT(0.5), Finetune(1, learning_rate=1e30)],
+        lambda: [SparseGPT(0.5, epochs=1, learning_rate=1e30)],
+        lambda: [SparseGPT(0.5), LoRA(2, learning_rate=1e30)],
+    ],
+)
+def test_training_that_diverges_names_the_learning_rate_and_loses_nothing(tmp_path, stages):
+    with pytest.raises(RecipeError, match=r"not finite after training.*learning_rate \(1e\+30 now\)"):
+        fit(tmp_path, *stages())
+    assert [r["name"] for r in read_records(tmp_path)][:1] == ["dense"]
+    assert list(tmp_path.glob("stages/1-*/model.safetensors"))

@@ -12,7 +12,7 @@ from torch import nn
 
 from pqqp_lightning.modules.constraints import constraints_of
 from pqqp_lightning.modules.encoding import encode_weight, stored_constraints, stored_tensors, weight_owner
-from pqqp_lightning.modules.layers import LAYER_TYPES
+from pqqp_lightning.modules.layers import LAYER_TYPES, is_adapter
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class LayerSize:
         zeros: entries that are zero.
         pruned: entries that the mask removes.
         size_bytes: bytes stored.
+        adapter: whether it stands beside a layer and none of its entries takes the place of a dense weight.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LayerSize:
     zeros: int
     pruned: int
     size_bytes: int
+    adapter: bool = False
 
     @property
     def entries(self) -> int:
@@ -58,12 +60,12 @@ class ModelSize:
     @property
     def sparsity(self) -> float:
         """Fraction of the targeted weights that are zero or gone."""
-        return self._missing(sum(layer.entries - layer.zeros for layer in self.layers))
+        return self._missing(sum(layer.entries - layer.zeros for layer in self.layers if not layer.adapter))
 
     @property
     def pruned(self) -> float:
         """Fraction of the targeted weights that masks or smaller shapes remove; further zeros come from rounding."""
-        return self._missing(sum(layer.entries - layer.pruned for layer in self.layers))
+        return self._missing(sum(layer.entries - layer.pruned for layer in self.layers if not layer.adapter))
 
     def _missing(self, left: int) -> float:
         """What ``left`` entries lack of the dense ones; nothing where no layer is targeted."""
@@ -108,7 +110,8 @@ def measure_size(model: nn.Module, targeted: Iterable[str], dense_entries: int |
             value_bits = bits if constraints.grid is None else constraints.grid.bits
             zeros = entries - int(tensor.count_nonzero())
             pruned = entries - constraints.kept()
-            layers.append(LayerSize(owner, constraints.shape, value_bits, zeros, pruned, encoding.size_bytes))
+            counts = (value_bits, zeros, pruned, encoding.size_bytes)
+            layers.append(LayerSize(owner, constraints.shape, *counts, adapter=is_adapter(layer)))
     return ModelSize(total, layers, sum(layer.entries for layer in layers) if dense_entries is None else dense_entries)
 
 
