@@ -67,6 +67,55 @@ def test_language_model_recipes_run(folder, name):
     assert stages[-1]["bits_per_weight"] < 6
 
 
+SMALL_LLAMA = {"model_type": "llama", "vocab_size": 49152, "hidden_size": 128, "intermediate_size": 256}
+SMALL_LLAMA |= {
+    "num_hidden_layers": 10,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+SMALL = [
+    "--model.model",
+    json.dumps(SMALL_LLAMA),
+    "--data.tokenizer",
+    "smollm2-135m",
+    "--trainer.limit_train_batches",
+    "2",
+]
+THEMES = {  # recipe and options: fraction that is pruned, what every targeted weight promises, what a note says
+    "gptq": (0.0, "grid", ""),
+    "quarot-gptq": (0.0, "grid", ""),
+    "quarot-w4a8": (0.0, "grid", ""),
+    "quarot-w4a8 --stage_order [rotate,quantize,activations]": (0.0, "grid", ""),
+    "nf4": (0.0, "grid", ""),
+    "mixed-progressive": (0.0, "grid", "layers"),
+    "mixed-progressive --stages.quantize.schedule regressive": (0.0, "grid", "layers"),
+    "sleb-rtn": (0.1, "grid", "removed"),
+    "sleb-rtn --stage_order [quantize,shorten]": (0.1, "grid", "removed"),
+    "prune-lora-quantize": (0.5, "mask and grid", "merged into the mask"),
+    "sparsegpt-qlora": (0.5, "mask and grid", ""),
+    "sparsegpt-qlora --stage_order [recover,prune]": (0.5, "mask and grid", ""),
+    "basis-sharing-sparsegpt": (0.6, "mask", ""),
+    "sparsegpt-basis-sharing": (0.2, "", "undone"),
+}
+
+
+@needs_smollm2
+@pytest.mark.parametrize("name", THEMES)
+def test_recipes_by_theme_run_on_a_small_llama(folder, name):
+    """The recipe's own stages, all of them, on a language model of ten small blocks with random weights."""
+    pruned, promised, note = THEMES[name]
+    name, *options = name.split()
+    stages, module = check_run(run(name, *LITTLE, *SMALL, *options))
+    constraints = collect_constraints(module).values()
+    assert len(constraints) >= 63 if promised else not constraints  # nine blocks of seven
+    assert all((c.mask_bits is not None) == ("mask" in promised) for c in constraints)
+    assert all((c.grid is not None) == ("grid" in promised) for c in constraints)
+    assert stages[-1]["pruned"] == pytest.approx(pruned, abs=0.01)
+    assert any(note in found for stage in stages for found in stage["notes"] or [""])
+    assert stages[-1]["compression_rate"] > 1
+
+
 @pytest.mark.parametrize("network", ["resnet", "deit"])
 def test_vision_recipes_train_then_compress(folder, network):
     trained, _ = check_run(run(f"digits-{network}-train"))
@@ -76,6 +125,10 @@ def test_vision_recipes_train_then_compress(folder, network):
     assert stages[1]["metrics_before_finetuning"]["top1"] < stages[1]["metrics"]["top1"]
     assert stages[2]["metrics"]["top1"] > 0.85
     assert stages[2]["compression_rate"] > 5
+    for name in {"resnet": ["digits-resnet-channels", "digits-qat"], "deit": ["digits-deit-heads"]}[network]:
+        stages, _ = check_run(run(name))
+        assert stages[-1]["metrics"]["top1"] > 0.85, name
+        assert stages[-1]["compression_rate"] > 5, name
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -1,0 +1,208 @@
+"""Every method on SmolLM2-135M and the recipes that compare orders: one `fit` for each row of docs/methods.md.
+
+    PQQP_DATA=... python benchmarks/methods.py [name ...]     # runs what has no report yet; all rows by default
+    python benchmarks/methods.py --page > docs/methods.md     # the page, from what the runs recorded
+
+The runs lie in runs/methods, one folder for each row. All of them take three to four hours on two cores; the recipes
+for digits need the networks of recipes/digits-resnet-train.yaml and recipes/digits-deit-train.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+RUNS = REPOSITORY / "runs" / "methods"
+TOKENS = "$PQQP_DATA/smollm2-135m-tokens/calibration.npy"
+
+HALF = "--stages.prune SparseGPT --stages.prune.sparsity 0.5"
+KEPT = "--stages.rotate QuaRot --stages.rotate.gains keep --stages.rotate.online true"
+FOUR = "--stages.quantize {} --stages.quantize.bits 4"
+THREE = "--stages.quantize {} --stages.quantize.group_size 64 --stages.quantize.symmetric false"
+RECOVER = "--stages.recover {} --stages.recover.epochs 1 --stages.recover.learning_rate {}"
+CLIP = "--stages.quantize.clip true"
+RTN, GPTQ = FOUR.format("RTN"), FOUR.format("GPTQ")
+EIGHT = "--stages.quantize GPTQ --stages.quantize.bits 8"
+GPTQ_3 = f"{THREE.format('GPTQ')} --stages.quantize.bits 3"
+MIXED_3 = f"{THREE.format('MixedPrecision')} --stages.quantize.average_bits 3"
+
+METHODS = {
+    "Pruning": {
+        "magnitude": "--stages.prune Magnitude --stages.prune.sparsity 0.5",
+        "wanda": "--stages.prune Wanda --stages.prune.sparsity 0.5",
+        "sparsegpt": HALF,
+        "sparsegpt-60": "--stages.prune SparseGPT --stages.prune.sparsity 0.6",
+        "sparsegpt-60-sensitivity": "--stages.prune SparseGPT --stages.prune.sparsity 0.6 "
+        "--stages.prune.allocation sensitivity",
+        "channels": "--stages.prune ChannelPruning --stages.prune.ratio 0.1 --stages.prune.importance taylor",
+    },
+    "Quantization": {
+        "rtn": RTN,
+        "rtn-clip": f"{RTN} {CLIP}",
+        "gptq": GPTQ,
+        "gptq-clip": f"{GPTQ} {CLIP}",
+        "nf4": "--stages.quantize NF4",
+        "fp4": "--stages.quantize FP4",
+        "int8": "--stages.quantize INT8",
+        "gptq-8": EIGHT,
+        "gptq-8-clip": f"{EIGHT} {CLIP}",
+        "gptq-3": GPTQ_3,
+        "gptq-3-clip": f"{GPTQ_3} {CLIP}",
+        "mixed-3": MIXED_3,
+        "mixed-3-regressive": f"{MIXED_3} --stages.quantize.schedule regressive",
+        "sparsegpt-gptq": f"{HALF} {GPTQ}",
+        "sparsegpt-gptq-clip": f"{HALF} {GPTQ} {CLIP}",
+        "activations-4": "--stages.round ActivationQuantization --stages.round.bits 4 --stages.round.clip 0.9",
+    },
+    "Rotation": {
+        "quarot-rtn": f"--stages.rotate QuaRot {RTN}",
+        "quarot-rtn-clip": f"--stages.rotate QuaRot {RTN} {CLIP}",
+        "quarot-keep-rtn": f"{KEPT} {RTN}",
+        "quarot-keep-rtn-clip": f"{KEPT} {RTN} {CLIP}",
+        "quarot-gptq": f"--stages.rotate QuaRot {GPTQ}",
+        "quarot-gptq-clip": f"--stages.rotate QuaRot {GPTQ} {CLIP}",
+        "quarot-activations-4": "--stages.rotate QuaRot --stages.rotate.online true "
+        "--stages.round ActivationQuantization --stages.round.bits 4 --stages.round.clip 0.9",
+    },
+    "Recovery": {
+        "finetune": f"{HALF} {RECOVER.format('Finetune', 0.00002)}",
+        "lora": f"{HALF} {RECOVER.format('LoRA', 0.0005)}",
+        "lora-plain": f"{HALF} {RECOVER.format('LoRA', 0.0005)} --stages.recover.merge_aware false",
+        "gradual": "--stages.prune GradualPruning --stages.prune.sparsity 0.5 --stages.prune.epochs 2 "
+        "--stages.prune.ramp 0.5 --stages.prune.learning_rate 0.00005",
+        "qat": "--stages.quantize QAT --stages.quantize.bits 4 --stages.quantize.learning_rate 0.00002 "
+        "--stages.quantize.epochs 1",
+    },
+    "Sharing": {
+        "svd": "--stages.share BasisSharing --stages.share.ratio 0.2 --stages.share.group 1",
+        "sharing-2": "--stages.share BasisSharing --stages.share.ratio 0.2 --stages.share.group 2",
+    },
+}
+"""Section, name of the run, and what is added to the command of the reference recipe."""
+
+RECIPES = {
+    "quarot-gptq": "quantization/quarot-gptq.yaml",
+    "gptq": "quantization/gptq.yaml",
+    "nf4": "quantization/nf4.yaml",
+    "quarot-w4a8": "quantization/quarot-w4a8.yaml",
+    "mixed-progressive": "quantization/mixed-progressive.yaml",
+    "mixed-regressive": "quantization/mixed-progressive.yaml --stages.quantize.schedule regressive",
+    "sleb-rtn": "pruning/sleb-rtn.yaml",
+    "rtn-sleb": "pruning/sleb-rtn.yaml --stage_order [quantize,shorten]",
+    "prune-lora-quantize": "recovery/prune-lora-quantize.yaml",
+    "sparsegpt-qlora": "recovery/sparsegpt-qlora.yaml",
+    "qlora-sparsegpt": "recovery/sparsegpt-qlora.yaml --stage_order [recover,prune]",
+    "basis-sharing-sparsegpt": "sharing/basis-sharing-sparsegpt.yaml",
+    "sparsegpt-basis-sharing": "sharing/sparsegpt-basis-sharing.yaml",
+    "digits-resnet-channels": "pruning/digits-resnet-channels.yaml",
+    "digits-deit-heads": "pruning/digits-deit-heads.yaml",
+    "digits-qat": "recovery/digits-qat.yaml",
+}
+
+ROWS = {
+    **{
+        name: f"recipes/reference/smollm2-135m.yaml {options}"
+        + (f" --data.train {TOKENS}" if section == "Recovery" else "")
+        for section, rows in METHODS.items()
+        for name, options in rows.items()
+    },
+    **{f"recipe-{name}": f"recipes/{options}" for name, options in RECIPES.items()},
+}
+"""Name of the run, and what follows ``pqqp-lightning fit --config``."""
+
+INTRODUCTION = """\
+# Every method, measured
+
+Each row is one run. Perplexities can be compared within a table and not between the two. One run each, without
+intervals: differences below 1% say nothing (the same algorithm in another order of summation moves that much).
+`python benchmarks/methods.py` makes the runs, and `--page` this page from what they recorded. Times are those of the
+stages alone, on two cores of an AMD EPYC with other work on the machine; they say how long to wait and no more.
+
+## SmolLM2-135M on WikiText-2 tokens
+
+40 windows of 512 tokens of WikiText-2's test text, calibrated on 32 windows of its validation text, float32, two cores.
+Recovery trains one or two epochs on those 32 windows: a sign that it works, far from what it can do. Each row's options
+follow `pqqp-lightning fit --config recipes/reference/smollm2-135m.yaml`; recovery also needs
+`--data.train $PQQP_DATA/smollm2-135m-tokens/calibration.npy`. The dense model's perplexity is 28.62.
+"""
+
+RECIPES_INTRODUCTION = """\
+## Recipes
+
+What follows `pqqp-lightning fit --config recipes/`, the metric after each stage, and the size at the end: perplexity on
+the documentation of Python for language models, top-1 on scikit-learn's digits for images.
+"""
+
+
+def run(name: str) -> None:
+    """Make the row's run, with what it prints in a file beside its folder."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    arguments = [os.path.expandvars(word) for word in shlex.split(ROWS[name])]
+    arguments += ["--run_dir", str(RUNS / name), "--trainer.enable_progress_bar", "false"]
+    with (RUNS / f"{name}.log").open("w") as log:
+        command = [sys.executable, "-m", "pqqp_lightning", "fit", "--config", *arguments]
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+    print(f"{name}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}", flush=True)
+
+
+def records_of(name: str) -> list[dict[str, Any]]:
+    """The records of a row's run; none where it is not complete."""
+    if not (RUNS / name / "report.json").is_file():
+        return []
+    return [json.loads(line) for line in (RUNS / name / "records.jsonl").read_text().splitlines()]
+
+
+def page() -> str:
+    """docs/methods.md."""
+    lines = [INTRODUCTION]
+    for section, rows in METHODS.items():
+        lines += ["", f"### {section}", "", *_table(rows, "options", "perplexity"), ""]
+    lines += [RECIPES_INTRODUCTION, *_table({f"recipe-{k}": v for k, v in RECIPES.items()}, "recipe", "metric")]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: dict[str, str], first: str, metric: str) -> list[str]:
+    lines = [f"| {first} | {metric} | zeros | bits/weight | size | seconds |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, options in rows.items():
+        if records := records_of(name):
+            last = records[-1]
+            values = [next(iter(r["metrics"].values())) for r in records]
+            walk = [f"{value:.2f}" if "perplexity" in last["metrics"] else f"{value:.3f}" for value in values]
+            cells = [
+                f"`{options}`",
+                " → ".join(walk if name.startswith("recipe-") else walk[-1:]),
+                f"{last['sparsity']:.1%}",
+                f"{last['bits_per_weight']:.2f}",
+                f"{last['size_bytes'] / 1e6:.1f} MB"
+                if last["size_bytes"] > 1e6
+                else f"{last['size_bytes'] / 1e3:.1f} kB",
+                f"{sum(r['elapsed_s'] for r in records):.0f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="rows to run; all by default")
+    parser.add_argument("--page", action="store_true", help="print the page instead")
+    options = parser.parse_args()
+    if options.page:
+        print(page(), end="")
+        return
+    if unknown := [name for name in options.names if name not in ROWS]:
+        parser.error(f"no rows: {', '.join(unknown)}. There are {', '.join(ROWS)}.")
+    for name in options.names or ROWS:
+        if not records_of(name):
+            run(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What each evaluation sample adds to a metric, and paired bootstrap intervals from it.
+
+A metric whose states are sums (accuracies, perplexity, mean errors) is a function of the sum of its samples' states.
+So any choice of samples has its metric without another forward pass, and two models can be compared on the same
+choices: their difference has a much narrower interval than each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One metric's states, sample by sample.
+
+    Attributes:
+        metric: computes its value from the states.
+        states: float64 [N, S], in the order of the metric's states, each flattened.
+    """
+
+    metric: Metric
+    states: Tensor
+
+    def value(self, counts: Tensor | None = None) -> float:
+        """The metric where sample n counts ``counts[n]`` times; each once by default."""
+        summed = self.states.sum(0) if counts is None else counts.to(self.states) @ self.states
+        self.metric.reset()
+        for name, part in _split(self.metric, summed).items():
+            setattr(self.metric, name, part)
+        self.metric._update_count = 1
+        return float(self.metric.compute())
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
+    """Note what every sample adds to the metrics of ``model``; in the result, by their names, after the block.
+
+    A sample is a row of the tensors that a metric is updated with. Metrics whose states are no sums are left out.
+    """
+    metrics = {name: m for name, m in model.named_modules() if isinstance(m, Metric) and _adds_up(m)}
+    rows: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    found: dict[str, Samples] = {}
+    for name, metric in metrics.items():
+        _record(metric, rows[name])
+    try:
+        yield found
+    finally:
+        for metric in metrics.values():
+            metric.update = metric.update.recorded  # type: ignore[method-assign,attr-defined]
+    for name, metric in metrics.items():
+        if rows[name]:
+            found[name] = Samples(_pristine(metric), torch.stack(rows[name]))
+
+
+def matching(found: dict[str, Samples], values: dict[str, float]) -> dict[str, Samples]:
+    """``found`` under the names that their values were logged with; left out where none of ``values`` agrees."""
+    named = {}
+    for name, value in values.items():
+        for samples in found.values():
+            if math.isclose(samples.value(), value, rel_tol=1e-4, abs_tol=1e-9):  # float32 sums differ in order
+                named[name] = samples
+    return named
+
+
+def interval(a: Samples, b: Samples | None = None, *, sign: float = 1.0, seed: int = 0) -> tuple[float, float]:
+    """The 95% bootstrap interval of ``sign`` times the metric of ``a``, or of its difference from that of ``b``.
+
+    Percentiles of :data:`RESAMPLES` draws of N samples with replacement (Efron and Tibshirani 1993, chapter 13); ``a``
+    and ``b`` are drawn together, sample by sample.
+
+    Raises:
+        ValueError: the two were measured on different numbers of samples.
+    """
+    size = len(a.states)
+    if b is not None and len(b.states) != size:
+        raise ValueError(f"{size} samples cannot be paired with {len(b.states)}.")
+    generator = torch.Generator().manual_seed(seed)
+    draws = []
+    for _ in range(RESAMPLES):
+        chosen = torch.randint(size, (size,), generator=generator)
+        counts = torch.bincount(chosen, minlength=size)
+        draws.append(sign * (a.value(counts) - (b.value(counts) if b is not None else 0.0)))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = torch.tensor(draws, dtype=torch.float64).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return float(low), float(high)
+
+
+def _record(metric: Metric, rows: list[Tensor]) -> None:
+    update, probe = metric.update, _pristine(metric)
+
+    def recorded(*args: Any, **kwargs: Any) -> None:
+        before = _joined(metric)
+        update(*args, **kwargs)
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
+        count = min((len(x) for x in tensors), default=0)
+        if any(len(x) != count for x in tensors):
+            return
+        if count == 1:
+            rows.append(_joined(metric) - before)
+            return
+        for i in range(count):
+            probe.reset()
+            probe.update(*(_row(x, i) for x in args), **{k: _row(x, i) for k, x in kwargs.items()})
+            rows.append(_joined(probe))
+
+    recorded.recorded = update  # type: ignore[attr-defined]
+    metric.update = recorded  # type: ignore[method-assign]
+
+
+def _row(value: Any, i: int) -> Any:
+    return value[i : i + 1] if isinstance(value, Tensor) and value.ndim else value
+
+
+def _adds_up(metric: Metric) -> bool:
+    """Whether all its states are tensors that are summed over processes, and so over samples."""
+    sums = all(f is not None and getattr(f, "__name__", "") == "dim_zero_sum" for f in metric._reductions.values())
+    return bool(metric._defaults) and sums and all(isinstance(d, Tensor) for d in metric._defaults.values())
+
+
+def _pristine(metric: Metric) -> Metric:
+    """A copy that has seen nothing and belongs to nobody."""
+    copy = metric.clone()
+    copy.reset()
+    copy.sync_on_compute = False
+    return copy
+
+
+def _joined(metric: Metric) -> Tensor:
+    return torch.cat([getattr(metric, name).detach().double().flatten().cpu() for name in metric._defaults])
+
+
+def _split(metric: Metric, joined: Tensor) -> dict[str, Tensor]:
+    parts = {}
+    for name, default in metric._defaults.items():
+        part, joined = joined[: default.numel()], joined[default.numel() :]
+        parts[name] = part.reshape(default.shape).to(default.dtype)
+    return parts
