@@ -82,7 +82,7 @@ def save_checkpoint(
         extra: plain data to keep in the manifest (records).
         skeleton: how to build the dense module, from :func:`skeleton_of`; as the module is now by default.
     """
-    if origin := _origin_of(module):
+    if origin := origin_of(module):
         applied, skeleton = [*origin.applied, *applied], origin.skeleton
     elif skeleton is None:
         skeleton = skeleton_of(module)
@@ -170,7 +170,7 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
         file = BundleReader(opened, manifest["small"])
-        origin = _origin_of(module)
+        origin = origin_of(module)
         manifest["applied"] = _applied(manifest, file)[len(origin.applied) if origin else 0 :]
         for item in manifest["applied"]:
             item.stage.restructure(item.stage.__new__(item.stage), module, item.plan)
@@ -243,13 +243,13 @@ def load(run: str | Path, module: LightningModule | None = None) -> LightningMod
     manifest = read_manifest(folder)
     if module is None:
         module = build(manifest["model"], folder)
-    earlier = _origin_of(module)
+    earlier = origin_of(module)
     applied = [*(earlier.applied if earlier else []), *restore(module, folder)["applied"]]
     vars(module)[ORIGIN] = Origin(manifest["model"], applied)
     return module.eval()
 
 
-def _origin_of(module: LightningModule) -> Origin | None:
+def origin_of(module: LightningModule) -> Origin | None:
     """What ``module`` was loaded from, if it was."""
     return vars(module).get(ORIGIN)
 

@@ -59,8 +59,13 @@ class CommandTrainer(Trainer):
         ckpt_path: str | None = None,
         metric: str | None = None,
         higher_is_better: bool | None = None,
+        strategy: str = "exhaustive",
+        max_runs: int | None = None,
+        time_limit: float | None = None,
+        comparable_only: bool = False,
+        store: str | None = None,
     ) -> None:
-        """Apply the stages in every order, each from the same dense model.
+        """Find the best order of the stages, each order from the same dense model.
 
         Args:
             model: the dense model.
@@ -68,8 +73,26 @@ class CommandTrainer(Trainer):
             ckpt_path: "last" to go on with the search in the run folder.
             metric: what decides; the model's own by default.
             higher_is_better: whether more of it is better; known for common metrics.
+            strategy: "exhaustive" for all orders; "progressive" for the order from the weakest stage to the strongest
+                and swaps of neighbours.
+            max_runs: at most so many whole orders.
+            time_limit: begin no further order after so many minutes.
+            comparable_only: leave out orders that end larger than the smallest, or lose a constraint.
+            store: folder of results that searches share; "store" beside the run folder by default.
         """
-        search_orders(self, model, datamodule, resume=ckpt_path == "last", metric=metric, higher=higher_is_better)
+        search_orders(
+            self,
+            model,
+            datamodule,
+            resume=ckpt_path == "last",
+            metric=metric,
+            higher=higher_is_better,
+            strategy=strategy,
+            max_runs=max_runs,
+            time_limit=time_limit,
+            comparable_only=comparable_only,
+            store=store,
+        )
 
 
 class CommandLine(LightningCLI):

@@ -90,12 +90,20 @@ class DataSource:
         batches = list(islice(self._loader(mine, loader), limit))
         return batches, next(iter(DataLoader(mine, batch_size=1, collate_fn=loader.collate_fn)))
 
+    def evaluation_loaders(self) -> Any:
+        """The loaders of the validation data, as the user gave them."""
+        return self.validation if self.validation is not None else self.owner.val_dataloader()
+
+    def training_loaders(self) -> Any:
+        """The loaders of the training data, as the user gave them."""
+        return self.train if self.train is not None else self.owner.train_dataloader()
+
     def _calibration_loader(self) -> DataLoader[Any]:
         if self.train is None:
             self.owner.setup("fit")  # only evaluation may have been set up
         if hasattr(self.owner, "calibration_dataloader"):
             return self.owner.calibration_dataloader()
-        loader = self.train if self.train is not None else self.owner.train_dataloader()
+        loader = self.training_loaders()
         if not isinstance(loader, DataLoader):
             raise RecipeError("data: the training data is not one DataLoader. Define calibration_dataloader().")
         dataset: Any = loader.dataset

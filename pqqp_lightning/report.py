@@ -55,33 +55,50 @@ def print_report(folder: Path, console: Console | None = None) -> None:
 
 
 def print_order_report(folder: Path, console: Console | None = None) -> None:
-    """Print every order with its metrics and sizes, best first, and A(f1->f2) of each pair, from ``order.json``."""
+    """Print the verdict, every order with its interval and sizes, best first, and A(f1->f2) of each pair."""
     report = read_json(folder / "order.json", "orders", "best", "metric", "advantage")
     console = console or wide_console()
+    console.print(_order_table(report))
+    lines = [f"{' -> '.join(o['order'])}: {'; '.join(o['marks'])}" for o in report["orders"] if o.get("marks")]
+    lines += [f"{' -> '.join(r['order'])} cannot run: {'; '.join(r['problems'])}" for r in report["refused"]]
+    lines += report.get("notes", [])
+    metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
+    for pair, advantage in report["advantage"].items():
+        if advantage["value"] is not None and advantage["value"] >= 0:
+            lines.append(f"A({pair}) = {advantage['value']:+.4g}{_range(advantage)} in {metric}")
+    if hypothesis := report.get("hypothesis"):
+        behind = hypothesis["behind"]
+        words = "is the best" if hypothesis["order"] == report["best"] else f"is {behind['value']:.4g} behind the best"
+        lines.append(f"weakest first, strongest last ({' -> '.join(hypothesis['order'])}) {words}{_range(behind)}")
+    if (folder / "model").is_dir():
+        lines.append(f"{folder / 'model'}: the best order's. Load it with pqqp_lightning.load('{folder}').")
+    if "verdict" in report:
+        lines.append(report["verdict"])
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _order_table(report: dict[str, Any]) -> Table:
     metrics = list(report["orders"][0]["metrics"])
     table = Table()
     table.add_column("order")
-    for name in [*metrics, "zeros", "bits/weight", "nominal C", "size", "C"]:
+    for name in [*metrics, "95% interval", "zeros", "bits/weight", "nominal C", "size", "C"]:
         table.add_column(name, justify="right")
     for order in report["orders"]:
-        last = order["stages"][-1]
-        best = order["order"] == report["best"]
+        best, interval = order["order"] == report["best"], order.get("interval")
         table.add_row(
             " -> ".join(order["order"]) + (" (best)" if best else ""),
             *[_number(order["metrics"].get(name)) for name in metrics],
-            *_sizes(last),
+            " to ".join(map(_number, interval)) if interval else "-",
+            *_sizes(order["stages"][-1]),
             style="bold" if best else None,
         )
-    console.print(table)
-    for refused in report["refused"]:
-        console.print(f"{' -> '.join(refused['order'])} cannot run: {'; '.join(refused['problems'])}", soft_wrap=True)
-    if (folder / "model").is_dir():
-        words = f"{folder / 'model'}: the best order's. Load it with pqqp_lightning.load('{folder}')."
-        console.print(words, highlight=False, markup=False, soft_wrap=True)
-    metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
-    for pair, advantage in report["advantage"].items():
-        if advantage is not None and advantage >= 0:
-            console.print(f"A({pair}) = {advantage:+.4g} in {metric}", highlight=False, markup=False)
+    return table
+
+
+def _range(difference: dict[str, float | None]) -> str:
+    low, high = difference["low"], difference["high"]
+    return "" if low is None or high is None or low == high else f" ({low:.4g} to {high:.4g})"
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.distillation import make_teacher
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.memory import peak_memory
+from pqqp_lightning.metrics.samples import Samples, matching, recording
 from pqqp_lightning.metrics.size import ModelSize, measure_size
 from pqqp_lightning.modules.blocks import Blocks
 from pqqp_lightning.modules.constraints import (
@@ -55,6 +56,8 @@ class Runner:
         applied: the stages that the model has gone through.
         dense: the baseline's record.
         teacher: a frozen copy of the dense model, if a stage learns from one.
+        keep_samples: note in ``samples`` what every sample adds to the metrics; on one process.
+        samples: by metric, of the latest evaluation.
     """
 
     trainer: Trainer
@@ -65,6 +68,8 @@ class Runner:
     applied: list[Applied] = field(default_factory=list)
     dense: Record | None = None
     teacher: LightningModule | None = None
+    keep_samples: bool = False
+    samples: dict[str, Samples] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._build = skeleton_of(self.module)
@@ -91,11 +96,14 @@ class Runner:
 
     def evaluate(self) -> dict[str, float]:
         """The validation metrics of the model as it is; random state is put back."""
-        with keep_random_state():
+        watching = recording(self.module) if self.keep_samples else nullcontext({})
+        with keep_random_state(), watching as found:
             results = self.trainer.validate(
                 self.module, dataloaders=self.data.validation, datamodule=self.data.datamodule, verbose=False
             )
-        return {name: float(value) for result in results for name, value in result.items()}
+        metrics = {name: float(value) for result in results for name, value in result.items()}
+        self.samples = matching(found, metrics) if self.trainer.world_size == 1 else {}
+        return metrics
 
     def measure_dense(self, stages: Sequence[Stage]) -> Record:
         """Evaluate the dense model and keep its record as the baseline."""
@@ -125,7 +133,8 @@ class Runner:
         self.dense_entries = sum(layer.weight.numel() for layer in layers.values())
         if layers:
             self.original_bits = 8 * next(iter(layers.values())).weight.element_size()
-        if asking := [s.distill for s in stages if s.distill is not None and s.epochs]:
+        asking = [s.distill for s in stages if s.distill is not None and s.epochs]
+        if asking and self.teacher is None:
             self.teacher = make_teacher(self.module, asking[0].teacher_dtype)
 
     def apply(self, stage: Stage, folder: Path) -> Record:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
 from itertools import combinations, permutations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_line import RECIPE, prepare, run, write_recipe
@@ -47,8 +51,9 @@ def applied(monkeypatch):
 
     def watch(self, stage, folder):
         record = apply(self, stage, folder)
-        assert folder.name not in nodes
-        nodes[folder.name] = (folder / WEIGHTS).read_bytes()
+        node = folder.parent.name.rpartition("-")[0] or folder.name  # in a store, or in a run
+        assert node not in nodes
+        nodes[node] = (folder / WEIGHTS).read_bytes()
         return record
 
     monkeypatch.setattr(Runner, "apply", watch)
@@ -130,16 +135,20 @@ def test_advantage_is_antisymmetric_and_the_difference_of_the_scores(folder):
     report = search(folder)
     score = {tuple(entry["order"]): -entry["metrics"]["perplexity"] for entry in report["orders"]}
     there, back = score["prune", "quantize"], score["quantize", "prune"]
-    assert report["advantage"] == {"prune->quantize": there - back, "quantize->prune": back - there}
-    assert report["advantage"]["prune->quantize"] != 0
+    advantage = {pair: found["value"] for pair, found in report["advantage"].items()}
+    assert advantage == {"prune->quantize": there - back, "quantize->prune": back - there}
+    assert advantage["prune->quantize"] != 0
+    forth, back = report["advantage"].values()
+    assert forth["low"] < forth["value"] < forth["high"]
+    assert (back["low"], back["high"]) == pytest.approx((-forth["high"], -forth["low"]))
 
 
 def test_advantages_of_three_stages_are_those_of_each_pair_alone(folder):
     report = search(folder, THREE)
     assert set(report["advantage"]) == {f"{a}->{b}" for a, b in permutations(["prune", "quantize", "more"], 2)}
     for first, second in combinations(["prune", "quantize", "more"], 2):
-        advantage = report["advantage"][f"{first}->{second}"]
-        assert advantage == -report["advantage"][f"{second}->{first}"]
+        advantage = report["advantage"][f"{first}->{second}"]["value"]
+        assert advantage == -report["advantage"][f"{second}->{first}"]["value"]
         alone = [line for line in THREE.splitlines() if line.split(":")[0].strip() in ("stages", first, second)]
         write_recipe(folder, {TWO: "\n".join(alone)})
         score = [
@@ -155,7 +164,7 @@ def test_higher_or_lower_is_better(higher, folder):
     assert report["best"] == report["orders"][0]["order"]
     assert values[0] == (max(values) if higher == "true" else min(values))
     sign = 1 if higher == "true" else -1
-    assert report["advantage"]["->".join(report["best"])] == sign * (values[0] - values[1]) > 0
+    assert report["advantage"]["->".join(report["best"])]["value"] == sign * (values[0] - values[1]) > 0
     assert (report["metric"], report["higher_is_better"]) == ("perplexity", higher == "true")
 
 
@@ -218,7 +227,9 @@ def test_a_search_that_broke_off_goes_on_where_it_was(stop, finished, folder, ap
 def test_a_finished_search_goes_on_without_doing_anything(folder, applied):
     before = search(folder)
     applied.clear()
-    assert search(folder, TWO, "--ckpt_path", "last") == before
+    again = search(folder, TWO, "--ckpt_path", "last")
+    assert (before.pop("applications"), again.pop("applications")) == (4, 0)
+    assert again == before
     assert not applied
 
 
@@ -227,6 +238,109 @@ def test_the_order_in_the_file_does_not_matter(folder):
     back = search(folder, TWO, "--stage_order", "[quantize,prune]")
     assert [same(entry["stages"]) for entry in forth["orders"]] == [same(entry["stages"]) for entry in back["orders"]]
     assert forth["best"] == back["best"]
+
+
+# Strategies, limits, and results that searches share.
+
+
+def test_another_search_uses_what_is_known(folder, applied):
+    search(folder, TWO)
+    applied.clear()
+    assert run("order", "--config", "recipe.yaml", "--run_dir", "second") == 0
+    assert not applied
+    first, second = (json.loads((folder / name / "order.json").read_text()) for name in ("search", "second"))
+    assert [same(e["stages"]) for e in first["orders"]] == [same(e["stages"]) for e in second["orders"]]
+    assert (folder / "search/model" / WEIGHTS).read_bytes() == (folder / "second/model" / WEIGHTS).read_bytes()
+    narrower = TWO.replace("sparsity: 0.5", "sparsity: 0.5, targets: [mlp]").replace(
+        "bits: 4", "bits: 4, targets: [mlp]"
+    )
+    assert search(folder, narrower)["applications"] == 4  # fractions are taken of other layers
+
+
+@pytest.mark.parametrize(
+    "option", [["--stages.prune.sparsity", "0.6"], ["--seed_everything", "7"], ["--data.calibration_samples", "2"]]
+)
+def test_what_decides_the_numbers_is_part_of_the_address(option, folder):
+    search(folder)
+    assert search(folder, TWO, *option)["applications"] == 4
+
+
+def test_other_data_or_weights_have_another_address(folder):
+    search(folder)
+    np.save(folder / "evaluation.npy", np.roll(np.load(folder / "evaluation.npy"), 1, axis=0))
+    assert search(folder)["applications"] == 4
+
+
+def test_progressive_measures_the_stages_alone_and_goes_on_from_their_order(folder, applied):
+    report = search(folder, THREE, "--strategy", "progressive")
+    intensity = report["intensity"]
+    dense = report["orders"][0]["stages"][0]["metrics"]["perplexity"]
+    measured = {tuple(e["order"]): e for e in report["orders"]}
+    assert set(intensity) == {"prune", "quantize", "more"}
+    for order, entry in measured.items():
+        assert intensity[order[0]] == pytest.approx(entry["stages"][1]["metrics"]["perplexity"] - dense)
+    assert tuple(report["hypothesis"]["order"]) == tuple(sorted(intensity, key=intensity.get))
+    assert tuple(report["hypothesis"]["order"]) in measured
+    best = tuple(report["best"])
+    for i in range(2):  # no swap of neighbours helps, unless the budget was used up
+        swapped = (*best[:i], best[i + 1], best[i], *best[i + 2 :])
+        assert swapped in measured or len(measured) == 5
+    assert len(applied) == report["applications"] <= 3 + 5 * 2
+
+
+def test_limits_end_a_search_with_what_there_is(folder, capsys):
+    report = search(folder, THREE, "--max_runs", "2")
+    assert len(report["orders"]) == 2
+    assert report["notes"] == ["stopped after 2 orders: max_runs=2"]
+    report = search(folder, THREE, "--time_limit", "0.00001")
+    assert len(report["orders"]) == 1
+    assert "time_limit" in report["notes"][0]
+    assert "stopped after 1 orders" in capsys.readouterr().out
+
+
+def test_orders_that_lose_a_constraint_are_marked_and_can_be_left_out(folder):
+    undo = TWO.replace("RTN, init_args: {bits: 4}", "BasisSharing, init_args: {ratio: 0.2, allow_undo: true}")
+    assert undo != TWO
+    report = search(folder, undo)
+    marks = {tuple(e["order"]): e["marks"] for e in report["orders"]}
+    assert "lost a constraint" in marks["prune", "quantize"]
+    assert "lost a constraint" not in marks["quantize", "prune"]
+    assert [e["order"] for e in search(folder, undo, "--comparable_only", "true")["orders"]] == [["quantize", "prune"]]
+
+
+def test_two_processes_in_one_folder_do_nothing_twice(folder):
+    write_recipe(folder, {TWO: THREE, "evaluation: ": "train: train.npy, evaluation: "})
+    words = [sys.executable, "-m", "pqqp_lightning", "order", "--config", "recipe.yaml", "--run_dir"]
+    running = [
+        subprocess.Popen([*words, name], cwd=folder, stdout=subprocess.PIPE, text=True) for name in ("a", "a", "b")
+    ]
+    printed = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], printed
+    reports = [json.loads((folder / name / "order.json").read_text()) for name in ("a", "b", "a.1")]
+    assert sum(report["applications"] for report in reports) == 15
+    tables = [[same(e["stages"]) for e in report["orders"]] for report in reports]
+    assert tables[0] == tables[1] == tables[2]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_the_search_ends_with_the_same_table(seed, finished, folder):
+    """SIGKILL after a while, again and again, until one run is through."""
+    write_recipe(folder, {TWO: THREE, "evaluation: ": "train: train.npy, evaluation: "})
+    words = [sys.executable, "-m", "pqqp_lightning", "order", "--config", "recipe.yaml", "--run_dir", "search"]
+    chance, wait = random.Random(seed), 8.0
+    for _ in range(20):
+        process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(wait * chance.random() + 3) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            wait *= 1.3
+    whole, resumed = (json.loads((f / "order.json").read_text()) for f in (finished, folder / "search"))
+    assert [same(e["stages"]) for e in resumed["orders"]] == [same(e["stages"]) for e in whole["orders"]]
+    assert (resumed["best"], resumed["advantage"]) == (whole["best"], whole["advantage"])
+    assert (folder / "search/model" / WEIGHTS).read_bytes() == (finished / "model" / WEIGHTS).read_bytes()
 
 
 # From Python, with a module and data of one's own.

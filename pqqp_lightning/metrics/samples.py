@@ -69,13 +69,25 @@ def matching(found: dict[str, Samples], values: dict[str, float]) -> dict[str, S
     named = {}
     for name, value in values.items():
         for samples in found.values():
-            if math.isclose(samples.value(), value, rel_tol=1e-4, abs_tol=1e-9):  # float32 sums differ in order
+            if _same(samples.value(), value):
                 named[name] = samples
     return named
 
 
-def interval(a: Samples, b: Samples | None = None, *, sign: float = 1.0, seed: int = 0) -> tuple[float, float]:
-    """The 95% bootstrap interval of ``sign`` times the metric of ``a``, or of its difference from that of ``b``.
+def restored(model: nn.Module, states: Tensor, value: float) -> Samples | None:
+    """The samples whose ``states`` were kept, with the metric of ``model`` that makes ``value`` of them."""
+    for metric in model.modules():
+        if isinstance(metric, Metric) and _adds_up(metric) and _width(metric) == states.shape[1]:
+            samples = Samples(_pristine(metric), states)
+            if _same(samples.value(), value):
+                return samples
+    return None
+
+
+def interval(
+    a: Samples, b: Samples | None = None, *, sign: float = 1.0, confidence: float = CONFIDENCE, seed: int = 0
+) -> tuple[float, float]:
+    """The bootstrap interval of ``sign`` times the metric of ``a``, or of its difference from that of ``b``.
 
     Percentiles of :data:`RESAMPLES` draws of N samples with replacement (Efron and Tibshirani 1993, chapter 13); ``a``
     and ``b`` are drawn together, sample by sample.
@@ -92,9 +104,17 @@ def interval(a: Samples, b: Samples | None = None, *, sign: float = 1.0, seed: i
         chosen = torch.randint(size, (size,), generator=generator)
         counts = torch.bincount(chosen, minlength=size)
         draws.append(sign * (a.value(counts) - (b.value(counts) if b is not None else 0.0)))
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - confidence) / 2
     low, high = torch.tensor(draws, dtype=torch.float64).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return float(low), float(high)
+
+
+def _same(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-9)  # float32 sums in another order
+
+
+def _width(metric: Metric) -> int:
+    return sum(default.numel() for default in _defaults(metric).values())
 
 
 def _record(metric: Metric, rows: list[Tensor]) -> None:
@@ -129,6 +149,10 @@ def _adds_up(metric: Metric) -> bool:
     return bool(metric._defaults) and sums and all(isinstance(d, Tensor) for d in metric._defaults.values())
 
 
+def _defaults(metric: Metric) -> dict[str, Tensor]:
+    return metric._defaults  # type: ignore[return-value]  # tensors, where it adds up
+
+
 def _pristine(metric: Metric) -> Metric:
     """A copy that has seen nothing and belongs to nobody."""
     copy = metric.clone()
@@ -143,7 +167,7 @@ def _joined(metric: Metric) -> Tensor:
 
 def _split(metric: Metric, joined: Tensor) -> dict[str, Tensor]:
     parts = {}
-    for name, default in metric._defaults.items():
+    for name, default in _defaults(metric).items():
         part, joined = joined[: default.numel()], joined[default.numel() :]
         parts[name] = part.reshape(default.shape).to(default.dtype)
     return parts

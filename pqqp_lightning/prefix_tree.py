@@ -1,0 +1,167 @@
+"""Sequences of stages, each from the same dense model; a common beginning is computed once, whoever asks for it.
+
+The sequences form a tree: a node adds one stage to its parent. One model is in memory; the others lie on the disk as
+packed checkpoints for as long as something may go on from them. What was measured stays in the store.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from pqqp_lightning.checkpoint import save_checkpoint
+from pqqp_lightning.data_source import DataSource
+from pqqp_lightning.fingerprint import base_fingerprint, node_fingerprint
+from pqqp_lightning.metrics.samples import Samples, restored
+from pqqp_lightning.record import Record
+from pqqp_lightning.results import Result, ResultStore
+from pqqp_lightning.runner import Runner
+from pqqp_lightning.stage import Stage
+
+Order = tuple[str, ...]
+READABLE = 60
+"""Characters of the stages' names in a result's folder name."""
+
+
+class PrefixTree:
+    """Measures sequences of ``stages``.
+
+    Args:
+        trainer: for evaluation and training.
+        data: the dense model and its data, set up.
+        stages: by name.
+        store: where results are looked up and kept.
+
+    Attributes:
+        applications: stages applied so far.
+        seconds: what one application with its evaluation took, for each.
+    """
+
+    def __init__(self, trainer: Trainer, data: DataSource, stages: Sequence[Stage], store: ResultStore) -> None:
+        self._trainer, self._data, self._store = trainer, data, store
+        self._runner = Runner(trainer, data, keep_samples=True)
+        self._stages = {stage.name: stage for stage in stages}
+        self._results: dict[Order, Result] = {}
+        self._base = ""
+        self._at: Order | None = ()
+        self.applications = 0
+        self.seconds: list[float] = []
+
+    def open(self) -> Record:
+        """Measure the dense model, or look it up; nothing can be measured before."""
+        stages = list(self._stages.values())
+        with self._without_loggers():
+            self._runner.resume()
+            self._runner.describe_dense(stages)
+            self._base = base_fingerprint(self._trainer, self._data, self._runner.targeted)
+            self._runner.dense = self.measure(()).record
+        return self._runner.dense
+
+    def key(self, order: Order) -> str:
+        """The address of a result."""
+        digest = node_fingerprint(self._base, [self._stages[name] for name in order])
+        return f"{('+'.join(order) or 'dense')[:READABLE]}-{digest[:24]}"
+
+    def is_known(self, order: Order) -> bool:
+        """Whether the result is there already."""
+        return order in self._results or self._agreed(lambda: self._store.read(self.key(order)) is not None)
+
+    def measure(self, order: Order) -> Result:
+        """The result of the dense model after these stages, computed if nobody has computed it."""
+        if order not in self._results:
+            key = self.key(order)
+            found = self._agreed(lambda: self._store.read(key))
+            if found is None:
+                with self._locked(key):
+                    found = self._agreed(lambda: self._store.read(key)) or self._compute(order, key)
+            self._results[order] = found
+        return self._results[order]
+
+    def results(self) -> dict[Order, Result]:
+        """All that was measured or looked up, dense model included."""
+        return dict(self._results)
+
+    def samples(self, order: Order, metric: str) -> Samples | None:
+        """What each evaluation sample adds to ``metric``, if that can be said."""
+        result = self._results[order]
+        value, states = result.record["metrics"].get(metric), result.samples.get(metric)
+        return None if value is None or states is None else restored(self._data.module, states, value)
+
+    def snapshot(self, order: Order) -> Any:
+        """The folder of the compressed model, computed again if it is not there any more."""
+        if not self._agreed(lambda: self._store.has_snapshot(self.key(order))):
+            self._at = None
+            self._go_to(order)
+        return self._store.snapshot(self.key(order))
+
+    def drop(self, order: Order) -> None:
+        """Nothing goes on from ``order`` any more."""
+        if self._trainer.is_global_zero:
+            self._store.drop_snapshot(self.key(order))
+        self._trainer.strategy.barrier("dropped")
+
+    def _compute(self, order: Order, key: str) -> Result:
+        if order:
+            self._go_to(order[:-1])
+            record = self._apply(order)
+        else:
+            record = self._runner.measure_dense(list(self._stages.values()))
+        states = {name: samples.states for name, samples in self._runner.samples.items()}
+        result = Result(record, states)
+        if self._trainer.is_global_zero:
+            self._store.write(key, result)
+        self._trainer.strategy.barrier("measured")
+        return result
+
+    def _apply(self, order: Order) -> Record:
+        start, self._at = time.perf_counter(), None
+        record = self._runner.apply(self._stages[order[-1]], self._store.snapshot(self.key(order)))
+        self._at = order
+        self.applications += 1
+        self.seconds.append(time.perf_counter() - start)
+        return record
+
+    def _go_to(self, order: Order) -> None:
+        """Bring the model to ``order``."""
+        key = self.key(order)
+        with self._locked(key):
+            there = self._agreed(lambda: self._store.has_snapshot(key))
+            if not order and not there:
+                if self._trainer.is_global_zero:
+                    save_checkpoint(self._data.module, self._store.snapshot(key))
+                self._trainer.strategy.barrier("dense")
+            elif self._at == order:
+                return
+            elif there:
+                self._at = None
+                self._runner.load(self._store.snapshot(key))
+                self._at = order
+            else:  # measured once, and dropped since
+                self._go_to(order[:-1])
+                self._apply(order)
+
+    def _agreed(self, ask: Callable[[], Any]) -> Any:
+        """The first rank's answer, on every rank."""
+        answer = ask() if self._trainer.is_global_zero else None
+        return self._trainer.strategy.broadcast(answer) if self._trainer.world_size > 1 else answer
+
+    @contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        if not self._trainer.is_global_zero:
+            yield
+            return
+        with self._store.locked(key):
+            yield
+
+    @contextmanager
+    def _without_loggers(self) -> Iterator[None]:
+        """Nothing is written to the run folder yet."""
+        loggers, self._trainer.loggers = self._trainer.loggers, []
+        try:
+            yield
+        finally:
+            self._trainer.loggers = loggers

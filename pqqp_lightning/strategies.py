@@ -1,0 +1,159 @@
+"""Which orders of the stages to measure, and in which sequence.
+
+"progressive" is the Progressive Intensity Hypothesis at work (Kim et al., arXiv 2603.18426): measure each stage alone,
+sort them from the weakest perturbation to the strongest, and try from there whether a swap of neighbours helps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from pqqp_lightning.prefix_tree import Order
+
+
+class Measures(Protocol):
+    """What a strategy asks for."""
+
+    def score(self, order: Order) -> float:
+        """M after these stages (measured if need be): higher is better."""
+
+    def intensities(self, names: Sequence[str]) -> dict[str, float]:
+        """M of the dense model minus M after each stage alone, for those that were measured alone."""
+
+    def better(self, a: Order, b: Order) -> bool:
+        """Whether ``a``, which was measured, is better than ``b``."""
+
+
+class Strategy:
+    """Chooses among the orders that the stages' checks allow.
+
+    Args:
+        names: of the stages.
+        allowed: the orders that can run.
+        measures: what is asked for scores.
+    """
+
+    name = ""
+
+    def __init__(self, names: list[str], allowed: list[Order], measures: Measures) -> None:
+        self._names, self._allowed, self._measures = names, allowed, measures
+
+    def orders(self) -> Iterator[Order]:
+        """The orders to measure; each is measured before the next is asked for."""
+        raise NotImplementedError
+
+    def nodes(self, max_runs: int | None) -> list[Order]:
+        """The prefixes that are sure to be measured."""
+        raise NotImplementedError
+
+    def most_applications(self, max_runs: int | None) -> int:
+        """How many prefixes are measured at most."""
+        return len(self.nodes(max_runs))
+
+    def describe(self) -> str:
+        """For people."""
+        raise NotImplementedError
+
+    def finished(self, measured: list[Order]) -> list[Order]:
+        """Nodes that nothing goes on from any more."""
+        return []
+
+    def notes(self) -> list[str]:
+        """What is worth saying at the end."""
+        return []
+
+
+class Exhaustive(Strategy):
+    """Every order, depth first, so that a common beginning is used while it is there."""
+
+    name = "exhaustive"
+
+    def orders(self) -> Iterator[Order]:
+        yield from self._allowed
+
+    def nodes(self, max_runs: int | None) -> list[Order]:
+        return _nodes(self._allowed[:max_runs])
+
+    def describe(self) -> str:
+        return f"all {len(self._allowed)} orders"
+
+    def finished(self, measured: list[Order]) -> list[Order]:
+        left = set(_nodes([order for order in self._allowed if order not in set(measured)]))
+        best = measured[0]
+        for order in measured:
+            best = order if self._measures.better(order, best) else best
+        return [node for node in _nodes(measured) if node not in left and node != best]
+
+
+class Progressive(Strategy):
+    """From the weakest stage to the strongest, then swaps of neighbours until none helps."""
+
+    name = "progressive"
+
+    def orders(self) -> Iterator[Order]:
+        for name in self._alone():
+            self._measures.score((name,))
+        best = self._sorted()
+        yield best
+        tried = {best}
+        while len(tried) < self._most_runs():
+            order = next((o for o in _swaps(best) if o in self._allowed and o not in tried), None)
+            if order is None:
+                return
+            tried.add(order)
+            yield order
+            if self._measures.better(order, best):
+                best = order
+
+    def nodes(self, max_runs: int | None) -> list[Order]:
+        return [(name,) for name in self._alone()]
+
+    def most_applications(self, max_runs: int | None) -> int:
+        runs = min(max_runs or self._most_runs(), self._most_runs(), len(self._allowed))
+        return len(self._alone()) + runs * (len(self._names) - 1)  # the first stage of each is measured alone
+
+    def describe(self) -> str:
+        return f"from the weakest stage to the strongest, and swaps of neighbours ({len(self._allowed)} orders can run)"
+
+    def _most_runs(self) -> int:
+        return 2 * (len(self._names) - 1) + 1
+
+    def _alone(self) -> list[str]:
+        """Stages that some order begins with."""
+        first = {order[0] for order in self._allowed}
+        return [name for name in self._names if name in first]
+
+    def _sorted(self) -> Order:
+        """The allowed order that is nearest to the sorted one: the fewest pairs the other way round."""
+        intensity = self._measures.intensities(self._names)
+        wanted = sorted(self._names, key=lambda name: intensity.get(name, float("inf")))
+        return nearest_order(tuple(wanted), self._allowed)
+
+
+STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Exhaustive, Progressive)}
+
+
+def prefixes(order: Order) -> list[Order]:
+    """Every beginning of ``order`` but the empty one."""
+    return [order[:length] for length in range(1, len(order) + 1)]
+
+
+def nearest_order(wanted: Order, allowed: Sequence[Order]) -> Order:
+    """The one of ``allowed`` with the fewest pairs of stages that stand the other way round than in ``wanted``."""
+    place = {name: position for position, name in enumerate(wanted)}
+
+    def inversions(order: Order) -> int:
+        return sum(place[a] > place[b] for i, a in enumerate(order) for b in order[i + 1 :])
+
+    return min(allowed, key=inversions)
+
+
+def _swaps(order: Order) -> Iterator[Order]:
+    for i in range(len(order) - 1):
+        yield (*order[:i], order[i + 1], order[i], *order[i + 2 :])
+
+
+def _nodes(orders: Sequence[Order]) -> list[Order]:
+    """The distinct prefixes of ``orders``, each before those that go on from it."""
+    return list(dict.fromkeys(prefix for order in orders for prefix in prefixes(order)))
