@@ -54,7 +54,7 @@ class QLoRA(LoRA):
         dropout: float = 0.0,
         initialization: Literal["default", "gaussian", "orthogonal"] = "default",
         merge: bool = False,
-        merge_aware: bool = True,
+        merge_aware: bool = False,
         epochs: int = 1,
         learning_rate: float | None = 2e-4,
         group_size: BlockSize | dict[str, BlockSize] = "auto",

@@ -270,7 +270,7 @@ def test_training_through_the_merge_leaves_nothing_to_lose(tmp_path, kind, earli
 
 
 def test_the_record_says_when_a_grid_swallows_the_update(tmp_path):
-    run(tmp_path, "llama", RTN(4), LoRA(rank=4, learning_rate=1e-6))
+    run(tmp_path, "llama", RTN(4), LoRA(rank=4, learning_rate=1e-6, merge_aware=True))
     note = records(tmp_path)[-1]["notes"][0]
     assert "which left less than 10% (use merge: false, or recover before quantizing)" in note
     assert note.endswith("as trained, which moved their weights by 0.00%")
