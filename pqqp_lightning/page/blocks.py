@@ -17,10 +17,10 @@ class Table:
 
     Attributes:
         caption: what it shows.
-        head: the columns' names.
+        head: the columns' names, if they need any.
         rows: one text a column.
         best: the row that stands out, if any.
-        words: how many columns, from the left, hold words instead of numbers.
+        words: the places of the columns that hold words instead of numbers.
         folded: whether one opens it to see it.
     """
 
@@ -29,7 +29,7 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     best: int | None = None
-    words: int = 1
+    words: Sequence[int] = (0,)
     folded: bool = False
 
 

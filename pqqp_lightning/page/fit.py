@@ -29,14 +29,14 @@ def fit_page(folder: Path, report: Report) -> Page:
     return Page(
         title=folder.resolve().name,
         about=about(report),
-        verdict=fit_verdict(records),
+        verdict=fit_verdict(records, so_far=report["status"] != "finished"),
         remarks=_promises(records),
         warning="" if report["status"] == "finished" else WARNINGS.get(report["status"], WARNINGS["running"]),
         sections=[*sections, repeat_section(folder, report, "fit")],
     )
 
 
-def fit_verdict(records: Sequence[Record]) -> str:
+def fit_verdict(records: Sequence[Record], so_far: bool = False) -> str:
     """How much smaller, and what it cost."""
     if not records:
         return "Nothing was measured."
@@ -49,8 +49,9 @@ def fit_verdict(records: Sequence[Record]) -> str:
         for name in metric_names([dense, last])
     ]
     smaller = last["compression_rate"] >= 1.005
-    rate = f"{last['compression_rate']:.2f}x smaller" if smaller else f"No smaller ({last['compression_rate']:.2f}x)"
-    return ", ".join([rate, *metrics]) + "."
+    rate = f"{last['compression_rate']:.2f}x smaller" if smaller else f"no smaller ({last['compression_rate']:.2f}x)"
+    words = ", ".join([f"So far {rate}" if so_far else rate, *metrics]) + "."
+    return words[0].upper() + words[1:]
 
 
 def stage_notes(record: Record) -> list[str]:

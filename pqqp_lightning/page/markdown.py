@@ -33,8 +33,9 @@ def _block(block: Block) -> str:
 
 
 def _table(table: Table) -> str:
-    rule = ["---" if i < table.words else "---:" for i in range(len(table.head))]
-    rows = [[escape(cell) for cell in row] for row in (table.head, *table.rows)]
+    head = table.head or [""] * len(table.rows[0])
+    rule = ["---" if i in table.words else "---:" for i in range(len(head))]
+    rows = [[escape(cell) for cell in row] for row in (head, *table.rows)]
     if table.best is not None:
         rows[table.best + 1] = [f"**{cell}**" if cell else "" for cell in rows[table.best + 1]]
     lines = [_row(rows[0]), _row(rule), *(_row(row) for row in rows[1:])]

@@ -75,10 +75,10 @@ def _order_blocks(report: Report) -> list[Block]:
 def _dot(order: Order, report: Report) -> Dot:
     value = order["metrics"].get(report["metric"])
     low, high = bounds(order.get("interval"))
-    text = number_text(value)
     return Dot(
         names_text(order["order"]),
-        f"{text} ({number_text(low)} to {number_text(high)})" if low is not None else text,
+        number_text(value),
+        "" if low is None else f"{number_text(low)} to {number_text(high)}",
         value,
         low,
         high,
@@ -106,10 +106,11 @@ def _order_table(report: Report) -> Table:
                 *(["; ".join(order.get("marks") or [])] if marked else []),
             ]
         )
-    interval = [f"95% interval of {report['metric']}"] if intervals else []
+    of_which = f" of {report['metric']}" if len(metrics) > 1 else ""
+    interval = [f"95% interval{of_which}"] if intervals else []
     head = ["order", *metrics, *interval, *SIZE_COLUMNS, "seconds", *(["remark"] if marked else [])]
     best = next((i for i, order in enumerate(orders) if order["order"] == report["best"]), None)
-    return Table("Every order, best first", head, rows, best)
+    return Table("Every order, best first", head, rows, best, words=(0, len(head) - 1) if marked else (0,))
 
 
 def _pair_blocks(report: Report) -> list[Block]:
@@ -120,17 +121,17 @@ def _pair_blocks(report: Report) -> list[Block]:
     intervals = any(pair.low is not None for pair in pairs)
     rows = [
         [
-            f"A({pair.first}{'→'}{pair.second})",
+            f"A({pair.first} → {pair.second})",
             "-" if pair.value is None else f"{pair.value:+.4g}",
             *([f"{pair.low:+.4g} to {pair.high:+.4g}" if pair.low is not None else "-"] if intervals else []),
             pair.reading(),
         ]
         for pair in pairs
     ]
-    explained = f"A(f1→f2) is by how much {metric} is better where f1 comes just before f2 than the other way round, "
+    explained = f"A(f1 → f2) is by how much {metric} is better where f1 comes just before f2 than the other way round, "
     explained += "both applied to the dense model."
-    head = ["pair", f"in {metric}", *(["95% interval"] if intervals else []), "says"]
-    return [Words([explained]), Table("Each pair of stages", head, rows)]
+    head = ["pair", f"A in {metric}", *(["95% interval"] if intervals else []), "says"]
+    return [Words([explained]), Table("Each pair of stages", head, rows, words=(0, len(head) - 1))]
 
 
 def _walk_blocks(report: Report) -> list[Block]:

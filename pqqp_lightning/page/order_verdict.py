@@ -56,8 +56,8 @@ def order_verdict(report: Report) -> list[str]:
         verdict = [f"The best order is {names_text(best)}, with {_metric(own, metric)}."]
         others = [order for order in orders if order is not own]
         if others:
-            verdict.append(f"Next comes {names_text(others[0]['order'])}, with {_metric(others[0], metric)}.")
-            verdict.append("Their difference has no interval: it may be noise.")
+            following = f"Next comes {names_text(others[0]['order'])}, with {_metric(others[0], metric)}."
+            verdict.append(f"{following} The difference has no interval: it may be noise.")
         else:
             verdict.append("It is the only one: there is nothing to compare it with.")
     return [*verdict, _measured(report)]

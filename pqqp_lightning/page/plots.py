@@ -19,6 +19,8 @@ WALK_HEIGHT = 240
 MOST_NAMED = 6
 """With more columns than this, a column has a number instead of its name."""
 
+Point = tuple[str, float]
+
 
 @dataclass(frozen=True)
 class Dot:
@@ -27,6 +29,7 @@ class Dot:
     Attributes:
         label: the row's name.
         text: the value in words.
+        detail: its interval in words.
         value: where the dot is, if anywhere.
         low: where its interval begins.
         high: where its interval ends.
@@ -36,6 +39,7 @@ class Dot:
 
     label: str
     text: str
+    detail: str
     value: float | None
     low: float | None = None
     high: float | None = None
@@ -82,7 +86,7 @@ def draw_dots(dots: Sequence[Dot]) -> Markup:
     scale = Scale([v for dot in dots for v in (dot.value, dot.low, dot.high)])
     ticks = [] if scale.empty else scale.ticks()
     grid = Markup("").join(_line("grid", at, at) for at, _ in ticks)
-    rows = [_row(dot.label, dot.text, grid + _dot(dot, scale), dot.best, dot.remark) for dot in dots]
+    rows = [_row(dot.label, dot.text, grid + _dot(dot, scale), dot.best, dot.remark, dot.detail) for dot in dots]
     words = [
         Markup('<text class="tick" x="{}" y="14" text-anchor="{}">{}</text>').format(_percent(at), _anchor(at), text)
         for at, text in ticks
@@ -94,7 +98,7 @@ def draw_dots(dots: Sequence[Dot]) -> Markup:
 def draw_bars(bars: Sequence[Bar]) -> Markup:
     """One row a bar, all from zero."""
     most = max((bar.amount for bar in bars), default=0) or 1
-    drawn = '<rect class="{}" x="0" y="6" height="16" rx="2" width="{}"/>'
+    drawn = '<rect class="{}" x="0" y="50%" height="16" rx="2" width="{}" transform="translate(0 -8)"/>'
     return _rows(
         _row(
             bar.label, bar.text, Markup(drawn).format("bar other" if bar.other else "bar", _percent(bar.amount / most))
@@ -132,7 +136,7 @@ def draw_walk(lines: Sequence[Line], columns: Sequence[str], label: str) -> Mark
 
 def _walked(line: Line, scale: Scale, columns: int) -> Markup:
     """A line's segments and points; a gap where a value is missing."""
-    at = [
+    at: list[Point | None] = [
         (_percent((i + 0.5) / columns), _height(scale.place(v))) if is_number(v) else None
         for i, v in enumerate(line.values)
     ]
@@ -144,7 +148,7 @@ def _walked(line: Line, scale: Scale, columns: int) -> Markup:
     parts += [Markup('<circle cx="{}" cy="{}" r="{}"/>').format(*a, 4 if line.best else 3) for a in at if a is not None]
     if line.best:
         parts += [
-            Markup('<text class="value" x="{}" y="{}">{}</text>').format(a[0], a[1] - 10, text)
+            _value(a, a[1] + _beside(at, i), text, at_the_edge=i == columns - 1 >= MOST_NAMED + 2)
             for i, (a, text) in enumerate(zip(at, line.texts, strict=True))
             if a is not None and (columns <= MOST_NAMED or i in (0, columns - 1))
         ]
@@ -152,6 +156,19 @@ def _walked(line: Line, scale: Scale, columns: int) -> Markup:
     return Markup('<g class="{}"><title>{}</title>{}</g>').format(
         "line best" if line.best else "line", words, _join(parts)
     )
+
+
+def _value(point: Point, y: float, text: str, at_the_edge: bool) -> Markup:
+    """A point's value; at the right edge it ends there instead of leaving the page."""
+    x, anchor = ("100%", "end") if at_the_edge else (point[0], "middle")
+    return Markup('<text class="value" x="{}" y="{}" text-anchor="{}">{}</text>').format(x, y, anchor, text)
+
+
+def _beside(at: Sequence[Point | None], i: int) -> int:
+    """Where a point's value is written: below it in a valley, else above."""
+    here, neighbours = at[i], [p for p in (*at[max(0, i - 1) : i], *at[i + 1 : i + 2]) if p is not None]
+    valley = here is not None and neighbours and all(p[1] < here[1] for p in neighbours)
+    return 20 if valley else -10
 
 
 def _dot(dot: Dot, scale: Scale) -> Markup:
@@ -166,11 +183,15 @@ def _dot(dot: Dot, scale: Scale) -> Markup:
     return _join(parts)
 
 
-def _row(label: str, text: str, drawing: Markup, best: bool = False, remark: str = "") -> Markup:
+def _row(label: str, text: str, drawing: Markup, best: bool = False, remark: str = "", detail: str = "") -> Markup:
     return Markup(
-        '<li class="{}"><span class="label">{}{}</span><span class="amount">{}</span>'
+        '<li class="{}"><span class="label">{}{}</span><span class="amount">{}{}</span>'
         '<svg class="strip" height="28" aria-hidden="true">{}</svg></li>'
-    ).format("best" if best else "", label, Markup("<small>{}</small>").format(remark) if remark else "", text, drawing)
+    ).format("best" if best else "", label, _small(remark), text, _small(detail), drawing)
+
+
+def _small(text: str) -> Markup:
+    return Markup(" <small>{}</small>").format(text) if text else Markup("")
 
 
 def _rows(rows: object) -> Markup:

@@ -36,7 +36,7 @@ class Scale:
         return MARGIN + (1 - 2 * MARGIN) * inside
 
     def ticks(self) -> list[tuple[float, str]]:
-        """(place, text) of about four round values."""
+        """(place, text) of a few round values."""
         values = self._powers() if self.logarithmic else self._multiples()
         return [(self.place(value), f"{value:.10g}") for value in values]
 
@@ -44,7 +44,7 @@ class Scale:
         return math.log10(value) if self.logarithmic else value
 
     def _multiples(self) -> list[float]:
-        step = round_step((self._high - self._low) / 4)
+        step = round_step((self._high - self._low) / 6)
         first, last = math.ceil(self._low / step - 1e-9), math.floor(self._high / step + 1e-9)
         return [float(f"{step * i:.12g}") for i in range(first, last + 1)]
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pqqp_lightning.page.blocks import ARROW, Block, Code, Figure, Section, Table, Words
-from pqqp_lightning.page.plots import Bar, Line, draw_bars, draw_walk
+from pqqp_lightning.page.plots import MOST_NAMED, Bar, Line, draw_bars, draw_walk
 from pqqp_lightning.page.scale import Scale
 from pqqp_lightning.record import Record
 from pqqp_lightning.report import human_bytes, number_text, stage_label
@@ -28,6 +28,8 @@ def walk_blocks(metric: str, walks: Sequence[Walk], columns: Sequence[str], best
     caption = f"{metric} after each stage{scale_note(v for row in values for v in row)}."
     if len(walks) > 1:
         caption += f" The thick line is the best order, {walks[best][0]}; the others are thin."
+    if len(columns) > MOST_NAMED:
+        caption += " 0 is the dense model, the other numbers are the stages in turn."
     label = f"{caption} {walks[best][0]}: {', '.join(texts[best])}."
     figure = Figure(caption, draw_walk(lines, columns, label))
     if len(walks) == 1:  # the table of stages says the same
@@ -66,7 +68,7 @@ def repeat_section(folder: Path, report: Report, command: str) -> Section:
             blocks.append(Code("What was run", text, "yaml"))
     facts = {"seed": report.get("seed"), **report.get("hardware", {}), **report.get("versions", {})}
     rows = [[name, str(value)] for name, value in facts.items() if value is not None]
-    return Section("Run it again", [*blocks, Table("Seed, hardware and versions", ["", ""], rows, words=2)])
+    return Section("Run it again", [*blocks, Table("Seed, hardware and versions", (), rows, words=(0, 1))])
 
 
 def about(report: Report) -> str:
