@@ -330,7 +330,7 @@ WRONG = [
     ),
     Wrong(
         "report of half a search",
-        "./order.json: is truncated or altered (Unterminated string starting at: line 1 column 2 (char 1)). "
+        "order.json: is truncated or altered (Unterminated string starting at: line 1 column 2 (char 1)). "
         "Run the recipe again.",
         command="report .",
         files={"order.json": '{"ord'},

@@ -222,12 +222,14 @@ def many_stages(fit: Path) -> None:
     stages = [copy.deepcopy(stages[min(i, 2)]) for i in range(10)]
     for i, stage in enumerate(stages):
         stage["metrics"] = {"perplexity": None if i == 4 else 14.69 * 4.0**i, "top1": 0.9 - i / 20}
-    records(fit, status="failed", stages=stages)
+    records(fit, status="failed", stages=stages, checkpoint=None, layers=[])
 
 
 def first_stages(count: int, status: str):
     def change(fit: Path) -> None:
-        records(fit, status=status, stages=records(fit)["stages"][:count])
+        report = records(fit, status=status, stages=records(fit)["stages"][:count])
+        if status != "finished":
+            records(fit, checkpoint=None, layers=report["layers"][:0])
 
     return change
 
@@ -304,7 +306,7 @@ def test_any_run_has_a_whole_page(odd, capsys):
     assert not [value for value in drawn if not re.fullmatch(r"-?[0-9.]+%?|width=device.*", value or "")]
     shown = page.text.partition("Run it again")[0]
     assert not re.search(r"\b(None|nan|inf|null)\b", shown)
-    assert ("go on with --ckpt_path last" in page.text.lower()) == (records(folder)["status"] != "finished")
+    assert ("Go on with --ckpt_path last" in page.text) == (records(folder)["status"] != "finished")
 
 
 def test_nothing_comes_from_elsewhere(fit, order):
@@ -451,7 +453,15 @@ def browse(page: str, folder: Path, width: int, dark: bool = False) -> dict:
     """What a browser makes of the page in a frame that is ``width`` wide (its own windows are never that narrow)."""
     frame = f'<iframe style="width: {width}px; height: 812px; border: 0" srcdoc="{html.escape(page)}"></iframe>'
     (folder / "frame.html").write_text(f"<!doctype html>{frame}<script>onload = () => {{ {MEASURE} }}</script>")
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--dump-dom"]
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--hide-scrollbars",
+        "--dump-dom",
+    ]
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     theme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     profile = f"--user-data-dir={folder / 'profile'}"

@@ -102,6 +102,7 @@ class Page:
         verdict: what came out, in a sentence.
         remarks: what one must know to read the verdict.
         warning: why this is not the end, if it is not.
+        way_on: what to add to the command line then.
         sections: the rest.
     """
 
@@ -110,4 +111,5 @@ class Page:
     verdict: str
     remarks: Sequence[str] = ()
     warning: str = ""
+    way_on: str = "--ckpt_path last"
     sections: Sequence[Section] = field(default_factory=list)

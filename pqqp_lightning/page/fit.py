@@ -11,8 +11,8 @@ from pqqp_lightning.record import Record
 from pqqp_lightning.report import SIZE_COLUMNS, human_bytes, metric_names, number_text, size_columns, stage_label
 
 WARNINGS = {
-    "running": "This run is not finished: here is what was done so far. Go on with --ckpt_path last.",
-    "failed": "This run failed: here is what was done before. Put the cause right and go on with --ckpt_path last.",
+    "running": "This run is not finished: here is what was done so far.",
+    "failed": "This run failed: here is what was done before.",
 }
 
 

@@ -14,7 +14,9 @@ SPECIAL = re.compile(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))")
 def to_markdown(page: Page) -> str:
     """The whole page."""
     parts = [f"# {escape(page.title)}", escape(page.about), f"**{escape(page.verdict)}**"]
-    parts += [escape(words) for words in (*page.remarks, page.warning)]
+    if page.warning:
+        parts.append(f"{escape(page.warning)} Go on with `{page.way_on}`.")
+    parts += [escape(words) for words in page.remarks]
     for section in page.sections:
         if texts := [text for block in section.blocks if (text := _block(block))]:
             parts += [f"## {escape(section.title)}", *texts]

@@ -25,8 +25,8 @@ from pqqp_lightning.page.sections import (
 from pqqp_lightning.report import SIZE_COLUMNS, metric_names, number_text, size_columns
 
 WARNINGS = {
-    "running": "This search is not finished: here are the orders done so far. Go on with --ckpt_path last.",
-    "failed": "This search failed: here are the orders done before. Go on with --ckpt_path last.",
+    "running": "This search is not finished: here are the orders done so far.",
+    "failed": "This search failed: here are the orders done before.",
 }
 NO_SIZES = ["-"] * len(SIZE_COLUMNS)
 Order = dict[str, Any]
