@@ -84,7 +84,20 @@ def fit(runs, tmp_path):
 
 @pytest.fixture
 def order(runs, tmp_path):
-    return shutil.copytree(runs / "order", tmp_path / "order")
+    return copied(runs / "order", tmp_path)
+
+
+def copied(folder: Path, into: Path) -> Path:
+    """A copy of a run; a search's keeps only what every search's records hold."""
+    copied = shutil.copytree(folder, into / folder.name)
+    if (copied / "order.json").is_file():
+        report = records(copied)
+        needed = ("status", "seed", "versions", "metric", "higher_is_better", "orders", "best", "advantage", "refused")
+        report = {name: report[name] for name in needed}
+        parts = ("order", "stages", "metrics", "size_bytes")
+        report["orders"] = [{name: entry[name] for name in parts} for entry in report["orders"]]
+        (copied / "order.json").write_text(json.dumps(report))
+    return copied
 
 
 def records(folder: Path, **changes) -> dict:
@@ -205,6 +218,22 @@ def test_an_interval_apart_from_the_best_one_is_evidence(order):
     assert "the order matters: the interval of tune → quantize → prune is apart" in read_page(order).verdict
 
 
+def test_what_the_search_says_itself_comes_first(order):
+    report = searched(records(order), lead=(2.0, -1.0, 5.0))
+    report["verdict"] = "prune -> tune -> quantize is best, by 2 (1 to 3)."
+    report["hypothesis"] = {"order": report["orders"][1]["order"], "behind": {"value": 8.25, "low": 7.5, "high": 9.0}}
+    report["orders"][1]["behind"] = {"value": 8.25, "low": 7.5, "high": 9.0}
+    report["orders"][2]["behind"] = {"value": None, "low": None, "high": None}
+    records(order, **report)
+    page, _ = written(order)
+    assert "prune → tune → quantize is best, by 2 (1 to 3)." in page.text
+    behind = "8.2500 (7.5000 to 9.0000)"
+    assert f"strongest last (tune → prune → quantize) is behind the best by {behind} in perplexity." in page.text
+    assert page.text.count(behind) == 2
+    records(order, hypothesis={"order": report["best"], "behind": {"value": 0.0, "low": 0.0, "high": 0.0}})
+    assert "strongest last (prune → tune → quantize) is the best." in written(order)[0].text
+
+
 def test_a_run_from_python_has_no_recipe_to_show_but_its_stages(tmp_path):
     trainer(tmp_path / "run", Magnitude(0.5), RTN(4)).fit(Regressor(), datamodule=RegressionData())
     page, markdown = written(tmp_path / "run")
@@ -291,7 +320,7 @@ ODD = {
 def odd(request, tmp_path, runs):
     """A run folder that is unlike most, and its verdict."""
     kind, change, verdict = ODD[request.param]
-    folder = shutil.copytree(runs / kind, tmp_path / kind)
+    folder = copied(runs / kind, tmp_path)
     change(folder)
     return folder, verdict
 

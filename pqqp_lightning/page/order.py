@@ -9,7 +9,7 @@ from typing import Any
 
 from pqqp_lightning.page.blocks import Block, Figure, Notes, Page, Section, Table, Words
 from pqqp_lightning.page.fit import stage_notes
-from pqqp_lightning.page.order_verdict import advantages, bounds, order_verdict
+from pqqp_lightning.page.order_verdict import advantages, bounds, difference_text, order_verdict
 from pqqp_lightning.page.plots import Dot, draw_dots
 from pqqp_lightning.page.sections import (
     Report,
@@ -91,6 +91,7 @@ def _order_table(report: Report) -> Table:
     orders = report["orders"]
     metrics = metric_names(orders)
     intervals = any(bounds(order.get("interval"))[0] is not None for order in orders)
+    compared = any(order.get("behind") for order in orders)
     marked = any(order.get("marks") for order in orders)
     rows = []
     for order in orders:
@@ -101,6 +102,7 @@ def _order_table(report: Report) -> Table:
                 names_text(order["order"]) + (" (best)" if order["order"] == report["best"] else ""),
                 *(number_text(order["metrics"].get(name)) for name in metrics),
                 *([f"{number_text(low)} to {number_text(high)}"] if intervals else []),
+                *([difference_text(order.get("behind"))] if compared else []),
                 *(size_columns(stages[-1]) if stages else NO_SIZES),
                 f"{sum(stage['elapsed_s'] for stage in stages):.1f}",
                 *(["; ".join(order.get("marks") or [])] if marked else []),
@@ -108,7 +110,8 @@ def _order_table(report: Report) -> Table:
         )
     of_which = f" of {report['metric']}" if len(metrics) > 1 else ""
     interval = [f"95% interval{of_which}"] if intervals else []
-    head = ["order", *metrics, *interval, *SIZE_COLUMNS, "seconds", *(["remark"] if marked else [])]
+    behind = ["behind the best"] if compared else []
+    head = ["order", *metrics, *interval, *behind, *SIZE_COLUMNS, "seconds", *(["remark"] if marked else [])]
     best = next((i for i, order in enumerate(orders) if order["order"] == report["best"]), None)
     return Table("Every order, best first", head, rows, best, words=(0, len(head) - 1) if marked else (0,))
 

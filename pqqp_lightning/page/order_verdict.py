@@ -50,7 +50,9 @@ def order_verdict(report: Report) -> list[str]:
     if not orders or not best:
         return ["No order is finished yet."]
     own = next((order for order in orders if order["order"] == best), orders[0])
-    if lead := report.get("lead"):
+    if said := report.get("verdict"):
+        verdict = [said.replace("->", "→")]
+    elif lead := report.get("lead"):
         verdict = _with_lead(report, lead)
     else:
         verdict = [f"The best order is {names_text(best)}, with {_metric(own, metric)}."]
@@ -60,7 +62,16 @@ def order_verdict(report: Report) -> list[str]:
             verdict.append(f"{following} The difference has no interval: it may be noise.")
         else:
             verdict.append("It is the only one: there is nothing to compare it with.")
-    return [*verdict, _measured(report)]
+    return [*verdict, *_hypothesis(report), _measured(report)]
+
+
+def difference_text(difference: dict[str, float | None] | None) -> str:
+    """``"2.10 (0.50 to 3.40)"``, without an interval where there is none, ``-`` where there is no difference."""
+    value = (difference or {}).get("value")
+    low, high = bounds(((difference or {}).get("low"), (difference or {}).get("high")))
+    if low is None or low == high:
+        return number_text(value)
+    return f"{number_text(value)} ({number_text(low)} to {number_text(high)})"
 
 
 def advantages(report: Report) -> list[Advantage]:
@@ -99,6 +110,16 @@ def _with_lead(report: Report, lead: dict[str, Any]) -> list[str]:
             f"{by} ({interval}, which holds 0).",
         ]
     return ["No evidence that the order matters here.", f"{by} ({interval}, which holds 0)."]
+
+
+def _hypothesis(report: Report) -> list[str]:
+    """How the order from the weakest stage to the strongest did, if that was asked."""
+    if not (asked := report.get("hypothesis")):
+        return []
+    words = f"Weakest first, strongest last ({names_text(asked['order'])})"
+    if asked["order"] == report["best"]:
+        return [f"{words} is the best."]
+    return [f"{words} is behind the best by {difference_text(asked['behind'])} in {report['metric']}."]
 
 
 def _evidence(report: Report) -> str:
