@@ -230,6 +230,8 @@ def test_what_the_search_says_itself_comes_first(order):
     behind = "8.2500 (7.5000 to 9.0000)"
     assert f"strongest last (tune → prune → quantize) is behind the best by {behind} in perplexity." in page.text
     assert page.text.count(behind) == 2
+    assert "tune → prune → quantize 8.2500 7.5000 to 9.0000" in page.text
+    assert page.attributes.count(("class", "interval")) == 3 + 1
     records(order, hypothesis={"order": report["best"], "behind": {"value": 0.0, "low": 0.0, "high": 0.0}})
     assert "strongest last (prune → tune → quantize) is the best." in written(order)[0].text
 

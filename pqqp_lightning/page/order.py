@@ -66,10 +66,33 @@ def _order_blocks(report: Report) -> list[Block]:
     caption = f"{metric} of each order{scale_note(v for dot in dots for v in (dot.value, dot.low, dot.high))}: "
     caption += f"{better} is better."
     if any(dot.low is not None for dot in dots):
-        caption += " Bars are 95% intervals."
+        caption += " Bars are each order's own 95% interval."
     if any(dot.remark for dot in dots):
         caption += " Hollow dots differ from the best order in more than the order, as is said below their names."
-    return [Figure(caption, draw_dots(dots)), _order_table(report)]
+    return [Figure(caption, draw_dots(dots)), *_behind_figure(report), _order_table(report)]
+
+
+def _behind_figure(report: Report) -> list[Block]:
+    """How far each order is behind the best: their own intervals may overlap although the difference is clear."""
+    if not any(order.get("behind") for order in report["orders"]):
+        return []
+    dots = [_behind_dot(order, order["order"] == report["best"]) for order in report["orders"]]
+    caption = (
+        f"How far each order is behind the best, in {report['metric']}. Bars are 95% intervals of the difference on "
+    )
+    caption += "the same samples: where one holds 0, there is no evidence that the two orders differ."
+    return [Figure(caption, draw_dots(dots))]
+
+
+def _behind_dot(order: Order, best: bool) -> Dot:
+    behind = order.get("behind") or {}
+    value = 0.0 if best else behind.get("value")
+    low, high = bounds((behind.get("low"), behind.get("high")))
+    detail = "" if low is None else f"{number_text(low)} to {number_text(high)}"
+    marks = "; ".join(order.get("marks") or [])
+    return Dot(
+        names_text(order["order"]), "best" if best else number_text(value), detail, value, low, high, best, marks
+    )
 
 
 def _dot(order: Order, report: Report) -> Dot:
