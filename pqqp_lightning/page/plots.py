@@ -88,7 +88,7 @@ def draw_dots(dots: Sequence[Dot]) -> Markup:
     grid = Markup("").join(_line("grid", at, at) for at, _ in ticks)
     rows = [_row(dot.label, dot.text, grid + _dot(dot, scale), dot.best, dot.remark, dot.detail) for dot in dots]
     words = [
-        Markup('<text class="tick" x="{}" y="14" text-anchor="{}">{}</text>').format(_percent(at), _anchor(at), text)
+        Markup('<text class="tick" x="{}" y="14" text-anchor="middle">{}</text>').format(_percent(at), text)
         for at, text in ticks
     ]
     axis = Markup('<li class="axis" aria-hidden="true"><svg class="strip" height="20">{}</svg></li>')
@@ -200,10 +200,6 @@ def _rows(rows: object) -> Markup:
 
 def _line(kind: str, x1: float, x2: float, y1: str = "0", y2: str = "100%") -> Markup:
     return Markup('<line class="{}" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(kind, _percent(x1), _percent(x2), y1, y2)
-
-
-def _anchor(at: float) -> str:
-    return "start" if at < 0.1 else "end" if at > 0.9 else "middle"
 
 
 def _height(at: float) -> float:
