@@ -17,7 +17,7 @@ commands:
   order     try every order of the stages             pqqp-lightning order --config recipes/quickstart.yaml
   validate  measure a model, or a run's checkpoint    pqqp-lightning validate --run_dir runs/quickstart
   test      the same on the test data                 pqqp-lightning test --run_dir runs/quickstart
-  report    draw a run's table again                  pqqp-lightning report runs/quickstart
+  report    draw a run's table again, and as a page   pqqp-lightning report runs/quickstart
   methods   list the stages that can be used          pqqp-lightning methods
 
 any option of a recipe can be set on the command line:

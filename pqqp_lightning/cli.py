@@ -23,6 +23,7 @@ from pqqp_lightning.diagnosis import check_sections, diagnose
 from pqqp_lightning.errors import RecipeError, suggest
 from pqqp_lightning.listing import print_methods, summarize
 from pqqp_lightning.order import search_orders
+from pqqp_lightning.page import write_pages
 from pqqp_lightning.report import print_order_report, print_report
 from pqqp_lightning.run import RECIPE
 from pqqp_lightning.settings import (
@@ -257,6 +258,8 @@ def _report(arguments: list[str]) -> None:
         print_order_report(folder)
     else:
         print_report(folder)
+    html, markdown = write_pages(folder)
+    print(f"{html}: the same with plots, for a browser. {markdown}: as text.")
 
 
 def _recipe_command(command: str, arguments: list[str]) -> None:

@@ -14,7 +14,6 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from pqqp_lightning.data_source import DataSource
@@ -30,7 +29,7 @@ from pqqp_lightning.strategies import STRATEGIES, Strategy, prefixes
 from pqqp_lightning.trainer import Trainer
 from pqqp_lightning.verdict import Judge, Verdict
 
-ORDER, LOCK = "order.json", ".lock"
+ORDER = "order.json"
 LOWER_IS_BETTER = ("perplexity", "loss", "error", "mse", "mae", "rmse")
 HIGHER_IS_BETTER = ("top1", "top5", "accuracy", "acc", "f1", "auroc", "precision", "recall", "r2")
 MOST_STAGES = 4
@@ -74,7 +73,7 @@ def search_orders(
     results = ResultStore(Path(store) if store is not None else folder.parent / "store")
     search = OrderSearch(trainer, DataSource(module, datamodule=datamodule), trainer.stages, results)
     search.check(strategy, max_runs, time_limit)
-    with _alone_in(folder, trainer):
+    with search.alone():
         search.go(
             STRATEGIES[strategy], resume=resume, metric=metric, higher=higher, max_runs=max_runs, minutes=time_limit,
             comparable_only=comparable_only,
@@ -87,7 +86,7 @@ class OrderSearch:
     def __init__(self, trainer: Trainer, data: DataSource, stages: Sequence[Stage], store: ResultStore) -> None:
         self._trainer, self._data, self._stages = trainer, data, {stage.name: stage for stage in stages}
         self._folder = Path(trainer.default_root_dir)
-        self._tree = PrefixTree(trainer, data, stages, store)
+        self._store, self._tree = store, PrefixTree(trainer, data, stages, store)
         self._refused: dict[Order, list[str]] = {}
         self._allowed: list[Order] = []
 
@@ -119,6 +118,15 @@ class OrderSearch:
         if not self._allowed:
             raise RecipeError(dict.fromkeys(p for problems in self._refused.values() for p in problems))
         self._data.read(self._trainer)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process at a time searches in a run folder; the next one finds everything in the store."""
+        if not self._trainer.is_global_zero:
+            yield
+            return
+        with self._store.locked(f"run-{self._folder.name}", f"{self._folder}: another process searches here"):
+            yield
 
     def go(
         self,
@@ -219,25 +227,6 @@ class OrderSearch:
         if higher is None:
             raise RecipeError(f"metric='{chosen}': is more of it better? Say --higher_is_better true or false.")
         return chosen, higher
-
-
-@contextmanager
-def _alone_in(folder: Path, trainer: Trainer) -> Iterator[None]:
-    """One process at a time searches in ``folder``; the next one finds everything in the store."""
-    if not trainer.is_global_zero:
-        yield
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}{LOCK}"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"{folder}: another process searches here; waiting until it is done.", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _link_folder(source: Path, target: Path) -> None:

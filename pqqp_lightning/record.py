@@ -17,7 +17,7 @@ from pqqp_lightning.metrics.size import ModelSize
 from pqqp_lightning.storage import append_line, read_lines, write_json
 
 Record = dict[str, Any]
-RECORDS, REPORT = "records.jsonl", "report.json"
+RUN, RECORDS, REPORT = "run.json", "records.jsonl", "report.json"
 PACKAGES = ("pqqp-lightning", "torch", "lightning", "torchmetrics", "transformers", "timm", "datasets", "safetensors")
 
 

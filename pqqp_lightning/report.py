@@ -11,23 +11,25 @@ from rich.console import Console
 from rich.table import Table
 
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.record import REPORT, Record
+from pqqp_lightning.record import REPORT, RUN, Record
 from pqqp_lightning.storage import read_json
+
+SIZE_COLUMNS = ("zeros", "bits/weight", "nominal C", "size", "C")
 
 
 def stage_table(records: Sequence[Record], title: str | None = None) -> Table:
     """One row a stage: metrics, zeros, bits per weight, nominal C, counted size and rate, seconds."""
-    metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))
+    metrics = metric_names(records)
     table = Table(title=title, title_justify="left")
     table.add_column("stage")
-    for name in [*metrics, "zeros", "bits/weight", "nominal C", "size", "C", "seconds"]:
+    for name in [*metrics, *SIZE_COLUMNS, "seconds"]:
         table.add_column(name, justify="right")
     for record in records:
-        values = [_number(record["metrics"].get(name)) for name in metrics]
+        values = [number_text(record["metrics"].get(name)) for name in metrics]
         table.add_row(
-            _label(record),
+            stage_label(record),
             *values,
-            *_sizes(record),
+            *size_columns(record),
             f"{record['elapsed_s']:.1f}",
         )
     return table
@@ -56,7 +58,7 @@ def print_report(folder: Path, console: Console | None = None) -> None:
 
 def print_order_report(folder: Path, console: Console | None = None) -> None:
     """Print the verdict, every order with its interval and sizes, best first, and A(f1->f2) of each pair."""
-    report = read_json(folder / "order.json", "orders", "best", "metric", "advantage")
+    report = read_order_report(folder)
     console = console or wide_console()
     console.print(_order_table(report))
     lines = [f"{' -> '.join(o['order'])}: {'; '.join(o['marks'])}" for o in report["orders"] if o.get("marks")]
@@ -79,18 +81,18 @@ def print_order_report(folder: Path, console: Console | None = None) -> None:
 
 
 def _order_table(report: dict[str, Any]) -> Table:
-    metrics = list(report["orders"][0]["metrics"])
+    metrics = metric_names(report["orders"])
     table = Table()
     table.add_column("order")
-    for name in [*metrics, "95% interval", "zeros", "bits/weight", "nominal C", "size", "C"]:
+    for name in [*metrics, "95% interval", *SIZE_COLUMNS]:
         table.add_column(name, justify="right")
     for order in report["orders"]:
         best, interval = order["order"] == report["best"], order.get("interval")
         table.add_row(
             " -> ".join(order["order"]) + (" (best)" if best else ""),
-            *[_number(order["metrics"].get(name)) for name in metrics],
-            " to ".join(map(_number, interval)) if interval else "-",
-            *_sizes(order["stages"][-1]),
+            *[number_text(order["metrics"].get(name)) for name in metrics],
+            " to ".join(map(number_text, interval)) if interval else "-",
+            *size_columns(order["stages"][-1]),
             style="bold" if best else None,
         )
     return table
@@ -108,9 +110,27 @@ def read_report(folder: Path) -> dict[str, Any]:
         RecipeError: there is none, or it is damaged.
     """
     path = folder / REPORT
+    if not folder.is_dir():
+        raise RecipeError(f"{folder}: there is no such folder. Name the folder of a run, such as runs/quickstart.")
+    if (folder / RUN).is_file() and read_json(folder / RUN).get("command") == "order":
+        raise RecipeError(f"{folder}: the search for the best order is not finished. Go on with --ckpt_path last.")
     if not path.is_file():
         raise RecipeError(f"{folder}: holds no {REPORT}. Name the folder of a run, such as runs/quickstart.")
     return read_json(path, "status", "stages")
+
+
+def read_order_report(folder: Path) -> dict[str, Any]:
+    """The search's ``order.json``.
+
+    Raises:
+        RecipeError: it is damaged.
+    """
+    return read_json(folder / "order.json", "orders", "best", "metric", "higher_is_better", "advantage", "refused")
+
+
+def metric_names(measured: Sequence[dict[str, Any]]) -> list[str]:
+    """Every metric of records or orders, in order of appearance."""
+    return list(dict.fromkeys(name for record in measured for name in record["metrics"]))
 
 
 def wide_console() -> Console:
@@ -127,12 +147,14 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def _label(record: Record) -> str:
+def stage_label(record: Record) -> str:
+    """Its name, and its method where that says more."""
     method = record["method"]
     return record["name"] if not method or method.lower() == record["name"] else f"{record['name']} ({method})"
 
 
-def _sizes(record: Record) -> list[str]:
+def size_columns(record: Record) -> list[str]:
+    """Zeros, bits per weight, nominal C, counted size and rate, as ``SIZE_COLUMNS`` names them."""
     return [
         f"{100 * record['sparsity']:.1f}%",
         f"{record['bits_per_weight']:.2f}",
@@ -142,7 +164,10 @@ def _sizes(record: Record) -> list[str]:
     ]
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """A metric; ``-`` where there is no finite value."""
     if value is None:
         return "-"
+    if value and not 1e-3 <= abs(value) < 1e7:
+        return f"{value:.3g}"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"

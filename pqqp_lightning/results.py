@@ -85,14 +85,14 @@ class ResultStore:
                 shutil.rmtree(self.snapshot(key), ignore_errors=True)
 
     @contextmanager
-    def locked(self, key: str) -> Iterator[None]:
-        """Hold the result's lock; says so where another process has it."""
+    def locked(self, key: str, taken: str = "") -> Iterator[None]:
+        """Hold the lock of this name; says what is ``taken`` where another process has it, and waits."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / f"{key}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"{key}: another process is computing it; waiting.", flush=True)
+            print(f"{taken or f'{key}: another process is computing it'}; waiting.", flush=True)
             lock.acquire()
         try:
             yield

@@ -19,14 +19,14 @@ from pqqp_lightning.checkpoint import (
 )
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.record import RECORDS, Record, append_record, layer_table, read_records, write_report
+from pqqp_lightning.record import RECORDS, RUN, Record, append_record, layer_table, read_records, write_report
 from pqqp_lightning.runner import Runner
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.segment import continue_steps
 from pqqp_lightning.stage import Stage
 from pqqp_lightning.storage import read_json, write_json, write_text
 
-RUN, RECIPE, STAGES, MODEL = "run.json", "recipe.yaml", "stages", "model"
+RECIPE, STAGES, MODEL = "recipe.yaml", "stages", "model"
 
 
 class Run:

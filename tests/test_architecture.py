@@ -37,6 +37,7 @@ LAYERS = {
     "checkpoint": 6,
     "record": 5,
     "report": 6,
+    "page": 7,
     "runner": 8,
     "recipe_check": 8,
     "run": 9,

@@ -313,9 +313,27 @@ WRONG = [
         files={"notes.txt": "mine"},
     ),
     Wrong(
-        "report of no run",
-        "nothing: holds no report.json. Name the folder of a run, such as runs/quickstart.",
+        "report of no folder",
+        "nothing: there is no such folder. Name the folder of a run, such as runs/quickstart.",
         command="report nothing",
+    ),
+    Wrong(
+        "report of no run",
+        ".: holds no report.json. Name the folder of a run, such as runs/quickstart.",
+        command="report .",
+    ),
+    Wrong(
+        "report of a search that is not finished",
+        ".: the search for the best order is not finished. Go on with --ckpt_path last.",
+        command="report .",
+        files={"run.json": '{"command": "order"}'},
+    ),
+    Wrong(
+        "report of half a search",
+        "order.json: is truncated or altered (Unterminated string starting at: line 1 column 2 (char 1)). "
+        "Run the recipe again.",
+        command="report .",
+        files={"order.json": '{"ord'},
     ),
     Wrong(
         "report of nothing",
@@ -615,7 +633,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def everything_in(folder: Path) -> dict[str, bytes | None]:
-    found = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    """All files but the store's: what a search measured before it met the mistake is kept for the next try."""
+    found = (path for path in folder.rglob("*") if not {"__pycache__", "store"} & set(path.parts))
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in found}
 
 
@@ -849,6 +868,18 @@ def test_damaged_report_is_refused(content, damaged, capfd):
     words = capfd.readouterr().err
     assert words.startswith("run/report.json: is truncated or altered (")
     assert words.count("\n") == 1
+    assert not (damaged / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written_costs_only_the_page(damaged, capfd):
+    (damaged / "report.html").mkdir()
+    assert run("report", "run") == 2
+    printed, words = capfd.readouterr()
+    assert "quantize (RTN)" in printed
+    assert words == (
+        "run/report.html: the page cannot be written: Is a directory. Make the folder writable, or report a copy of "
+        "it.\n"
+    )
 
 
 def test_checkpoint_of_another_architecture(damaged, capfd):

@@ -1,0 +1,55 @@
+"""A run's report as a page, from its records alone: ``report.html``, which needs nothing else, and ``report.md``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader
+
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.page.blocks import Page
+from pqqp_lightning.page.fit import fit_page
+from pqqp_lightning.page.markdown import to_markdown
+from pqqp_lightning.page.order import order_page
+from pqqp_lightning.report import read_order_report, read_report
+from pqqp_lightning.storage import write_text
+
+HTML, MARKDOWN = "report.html", "report.md"
+
+
+def write_pages(folder: Path) -> list[Path]:
+    """Write the pages of the run in ``folder`` beside its records.
+
+    Returns:
+        ``report.html`` and ``report.md``.
+
+    Raises:
+        RecipeError: there is no whole run, or its folder cannot be written.
+    """
+    page = read_page(folder)
+    return [_write(folder / HTML, to_html(page)), _write(folder / MARKDOWN, to_markdown(page))]
+
+
+def read_page(folder: Path) -> Page:
+    """The page of a run, or of a search for the best order."""
+    if (folder / "order.json").is_file():
+        return order_page(folder, read_order_report(folder))
+    return fit_page(folder, read_report(folder))
+
+
+def to_html(page: Page) -> str:
+    """One file with its style and drawings; whatever a user named is escaped."""
+    templates = Environment(
+        loader=PackageLoader("pqqp_lightning.page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return templates.get_template(HTML).render(page=page)
+
+
+def _write(path: Path, text: str) -> Path:
+    try:
+        write_text(path, text)
+    except RecipeError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error.__cause__
+        words = f"{path}: the page cannot be written: {reason}. Make the folder writable, or report a copy of it."
+        raise RecipeError(words) from error
+    return path
