@@ -23,7 +23,7 @@ class RTN(QuantizationStage):
         group_size: input columns that share a scale; "channel" for one scale an output channel, "tensor" for one in
             all; or name pattern to size.
         symmetric: without zero points; False for asymmetric grids.
-        clip: search the range of each scale for the smallest weight error; slower, helps in groups and below 4 bits.
+        clip: search the range of each scale for the smallest weight error; slower, pays on rotated weights (QuaRot).
         kwargs: see :class:`~pqqp_lightning.stage.Stage`.
     """
 
