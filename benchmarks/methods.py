@@ -27,7 +27,7 @@ KEPT = "--stages.rotate QuaRot --stages.rotate.gains keep --stages.rotate.online
 FOUR = "--stages.quantize {} --stages.quantize.bits 4"
 THREE = "--stages.quantize {} --stages.quantize.group_size 64 --stages.quantize.symmetric false"
 RECOVER = "--stages.recover {} --stages.recover.epochs 1 --stages.recover.learning_rate {}"
-CLIP = "--stages.quantize.clip true"
+CLIP, PLAIN = "--stages.quantize.clip true", "--stages.quantize.clip false"
 RTN, GPTQ = FOUR.format("RTN"), FOUR.format("GPTQ")
 EIGHT = "--stages.quantize GPTQ --stages.quantize.bits 8"
 GPTQ_3 = f"{THREE.format('GPTQ')} --stages.quantize.bits 3"
@@ -47,18 +47,19 @@ METHODS = {
         "rtn": RTN,
         "rtn-clip": f"{RTN} {CLIP}",
         "gptq": GPTQ,
-        "gptq-clip": f"{GPTQ} {CLIP}",
+        "gptq-plain": f"{GPTQ} {PLAIN}",
         "nf4": "--stages.quantize NF4",
         "fp4": "--stages.quantize FP4",
         "int8": "--stages.quantize INT8",
         "gptq-8": EIGHT,
-        "gptq-8-clip": f"{EIGHT} {CLIP}",
+        "gptq-8-plain": f"{EIGHT} {PLAIN}",
         "gptq-3": GPTQ_3,
-        "gptq-3-clip": f"{GPTQ_3} {CLIP}",
+        "gptq-3-plain": f"{GPTQ_3} {PLAIN}",
         "mixed-3": MIXED_3,
+        "mixed-3-plain": f"{MIXED_3} {PLAIN}",
         "mixed-3-regressive": f"{MIXED_3} --stages.quantize.schedule regressive",
         "sparsegpt-gptq": f"{HALF} {GPTQ}",
-        "sparsegpt-gptq-clip": f"{HALF} {GPTQ} {CLIP}",
+        "sparsegpt-gptq-plain": f"{HALF} {GPTQ} {PLAIN}",
         "activations-4": "--stages.round ActivationQuantization --stages.round.bits 4 --stages.round.clip 0.9",
     },
     "Rotation": {
@@ -67,14 +68,14 @@ METHODS = {
         "quarot-keep-rtn": f"{KEPT} {RTN}",
         "quarot-keep-rtn-clip": f"{KEPT} {RTN} {CLIP}",
         "quarot-gptq": f"--stages.rotate QuaRot {GPTQ}",
-        "quarot-gptq-clip": f"--stages.rotate QuaRot {GPTQ} {CLIP}",
+        "quarot-gptq-plain": f"--stages.rotate QuaRot {GPTQ} {PLAIN}",
         "quarot-activations-4": "--stages.rotate QuaRot --stages.rotate.online true "
         "--stages.round ActivationQuantization --stages.round.bits 4 --stages.round.clip 0.9",
     },
     "Recovery": {
         "finetune": f"{HALF} {RECOVER.format('Finetune', 0.00002)}",
         "lora": f"{HALF} {RECOVER.format('LoRA', 0.0005)}",
-        "lora-plain": f"{HALF} {RECOVER.format('LoRA', 0.0005)} --stages.recover.merge_aware false",
+        "lora-aware": f"{HALF} {RECOVER.format('LoRA', 0.0005)} --stages.recover.merge_aware true",
         "gradual": "--stages.prune GradualPruning --stages.prune.sparsity 0.5 --stages.prune.epochs 2 "
         "--stages.prune.ramp 0.5 --stages.prune.learning_rate 0.00005",
         "qat": "--stages.quantize QAT --stages.quantize.bits 4 --stages.quantize.learning_rate 0.00002 "

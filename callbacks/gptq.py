@@ -34,7 +34,9 @@ class GPTQ(QuantizationStage):
         block_size: columns whose errors are passed on at a time; a matter of speed only.
         damping: fraction of the Hessian's mean diagonal that is added to it; more is steadier and less exact.
         activation_order: quantize the columns with the largest inputs first; often a little better.
-        clip: search the range of each scale for the smallest error in the layer's outputs; slower.
+        clip: search the range of each scale for the smallest error in the layer's outputs; without it, scales span all
+            weights as in the paper. It pays (SmolLM2-135M, 4 bits a channel: perplexity 40.3 instead of 52.0; 3 bits in
+            groups of 64: 54.7 instead of 83.6; 8 bits: 28.5 instead of 28.6) and costs little time.
         kwargs: see :class:`~pqqp_lightning.stage.Stage`.
     """
 
@@ -49,9 +51,10 @@ class GPTQ(QuantizationStage):
         block_size: int = 128,
         damping: float = 0.01,
         activation_order: bool = False,
+        clip: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(bits, group_size, symmetric, **kwargs)
+        super().__init__(bits, group_size, symmetric, clip, **kwargs)
         self.block_size, self.damping, self.activation_order = block_size, damping, activation_order
 
     def check_knobs(self) -> list[str]:

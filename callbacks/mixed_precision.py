@@ -53,6 +53,7 @@ class MixedPrecision(QuantizationStage):
         block_size: GPTQ's columns whose errors are passed on at a time; a matter of speed only.
         damping: fraction of the Hessian's mean diagonal that GPTQ adds to it.
         activation_order: GPTQ quantizes the columns with the largest inputs first.
+        clip: search the range of each scale for the smallest error.
         sensitivity: "loss" weighs a layer's output error by the loss's squared gradients (one backward pass over the
             calibration data), "output" takes the output error relative to the output.
         kwargs: see :class:`~pqqp_lightning.stage.Stage`.
@@ -73,10 +74,11 @@ class MixedPrecision(QuantizationStage):
         block_size: int = 128,
         damping: float = 0.01,
         activation_order: bool = False,
+        clip: bool = True,
         sensitivity: Sensitivity = "loss",
         **kwargs: Any,
     ) -> None:
-        super().__init__(group_size=group_size, symmetric=symmetric, **kwargs)
+        super().__init__(group_size=group_size, symmetric=symmetric, clip=clip, **kwargs)
         self.bits = list(bits)  # type: ignore[assignment]
         self.average_bits = 4.0 if average_bits is None and size_bytes is None else average_bits
         self.size_bytes, self.schedule, self.method, self.sensitivity = size_bytes, schedule, method, sensitivity
