@@ -173,12 +173,12 @@ class CommandLine(LightningCLI):
     def after_fit(self) -> None:
         """The table of the run."""
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            print_report(Path(self.trainer.default_root_dir))
+            _show(Path(self.trainer.default_root_dir))
 
     def after_order(self) -> None:
         """The table of the orders."""
         if self.trainer.is_global_zero:
-            print_order_report(Path(self.trainer.default_root_dir))
+            _show(Path(self.trainer.default_root_dir))
 
     def _resolved_recipe(self) -> str:
         """The recipe with every default written out, runnable again."""
@@ -253,7 +253,11 @@ def ordered(stages: dict[str, Any], order: list[str] | None) -> dict[str, Any]:
 def _report(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise RecipeError("usage: pqqp-lightning report RUN, as in pqqp-lightning report runs/quickstart")
-    folder = Path(arguments[0])
+    _show(Path(arguments[0]))
+
+
+def _show(folder: Path) -> None:
+    """Print what a run or a search found, and write it as a page."""
     if (folder / "order.json").is_file():
         print_order_report(folder)
     else:
