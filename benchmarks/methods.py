@@ -20,7 +20,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 RUNS = REPOSITORY / "runs" / "methods"
-TOKENS = "$PQQP_DATA/smollm2-135m-tokens/calibration.npy"
+TRAINING = "--data.train $PQQP_DATA/smollm2-135m-tokens/calibration.npy"
 
 HALF = "--stages.prune SparseGPT --stages.prune.sparsity 0.5"
 KEPT = "--stages.rotate QuaRot --stages.rotate.gains keep --stages.rotate.online true"
@@ -76,7 +76,7 @@ METHODS = {
         "finetune": f"{HALF} {RECOVER.format('Finetune', 0.00002)}",
         "lora": f"{HALF} {RECOVER.format('LoRA', 0.0005)}",
         "lora-aware": f"{HALF} {RECOVER.format('LoRA', 0.0005)} --stages.recover.merge_aware true",
-        "gradual": "--stages.prune GradualPruning --stages.prune.sparsity 0.5 --stages.prune.epochs 2 "
+        "gradual": "--stages.prune GradualPruning --stages.prune.sparsity 0.5 --stages.prune.epochs 1 "
         "--stages.prune.ramp 0.5 --stages.prune.learning_rate 0.00005",
         "qat": "--stages.quantize QAT --stages.quantize.bits 4 --stages.quantize.learning_rate 0.00002 "
         "--stages.quantize.epochs 1",
@@ -109,8 +109,7 @@ RECIPES = {
 
 ROWS = {
     **{
-        name: f"recipes/reference/smollm2-135m.yaml {options}"
-        + (f" --data.train {TOKENS}" if section == "Recovery" else "")
+        name: f"recipes/reference/smollm2-135m.yaml {options}" + (f" {TRAINING}" if section == "Recovery" else "")
         for section, rows in METHODS.items()
         for name, options in rows.items()
     },

@@ -13,7 +13,7 @@ from pqqp_lightning import load
 from pqqp_lightning.algorithms.activation import outlier_columns, quantize_activation
 from pqqp_lightning.calibration.collect import Collector
 from pqqp_lightning.calibration.statistics import Hessian
-from pqqp_lightning.callbacks import GPTQ, RTN, ActivationQuantization
+from pqqp_lightning.callbacks import GPTQ, RTN, ActivationQuantization, LoRA
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
 from pqqp_lightning.modules.transforms import (
@@ -271,3 +271,21 @@ def test_inputs_are_rounded_once(tmp_path):
     first.ignore = ["layers.0"]
     module = run(tmp_path, "llama", first, second, RTN(4))
     assert len(list(transformed_layers(module, QuantizeInput))) == 14
+
+
+@pytest.mark.parametrize("kind", ["llama", "resnet"])
+def test_adapters_apart_read_what_their_layer_reads(tmp_path, kind):
+    """A rounded input is rounded for the adapter beside the layer, too, with a convolution's scales."""
+    module = run(tmp_path, kind, ActivationQuantization(2), LoRA(2, merge=False, learning_rate=0.01))
+    rounded = list(transformed_layers(module, QuantizeInput))
+    wrappers = {name.removesuffix(".base_layer") for name, _ in module.named_modules() if name.endswith(".base_layer")}
+    assert set(rounded) == wrappers
+    seen = {}
+    for name in rounded[:3]:
+        base = module.get_submodule(name).base_layer
+        base.register_forward_hook(lambda layer, args, _, name=name: seen.update({name: (layer, args[0].detach())}))
+    batch = tiny.token_rows(1, 3) if kind == "llama" else torch.randn(2, 3, 32, 32)
+    module.eval()(batch)
+    for layer, x in seen.values():
+        scaled = x.flatten(1) if isinstance(layer, torch.nn.Conv2d) else x.flatten(0, -2)
+        assert all(len(row.unique()) <= 4 for row in scaled)  # two bits, one scale a token or an image

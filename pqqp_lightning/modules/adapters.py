@@ -186,8 +186,7 @@ def _parts(layer: LoraLayer, name: str) -> tuple[nn.Module, nn.Module]:
 def _settle(layer: LoraLayer, name: str, empty: bool) -> None:
     """Give a new adapter its device, dtype, mark and gradient, and the input that the layer gets."""
     weight = base_of(layer).weight
-    if isinstance(base_of(layer), nn.Linear):
-        move_transforms(base_of(layer), layer)  # type: ignore[arg-type]
+    move_transforms(base_of(layer), layer)  # type: ignore[arg-type]
     for part in _parts(layer, name):
         if empty and not weight.is_meta:
             part.to_empty(device=weight.device)

@@ -98,7 +98,7 @@ class QuantizeInput(Transform):
 
     def transform(self, layer: nn.Module, x: Tensor) -> Tensor:
         where: dict[str, Any] = {}
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(getattr(layer, "base_layer", layer), nn.Conv2d):  # or an adapter's wrapper around one
             where = {"dims": (-3, -2, -1), "column_dim": -3}
         return _StraightThrough.apply(x, quantize_activation(x.detach(), self.bits, **where, **self.options))
 
