@@ -33,8 +33,8 @@ class QAT(QuantizationStage):
         group_size: input columns that share a scale; "channel" for one scale an output channel, "tensor" for one in
             all; or name pattern to size.
         symmetric: without zero points; False for asymmetric grids, whose zero points are not trained.
-        learn_scales: let training move the scales, which pays over many steps; False keeps those of the start, which is
-            steadier over a few epochs.
+        learn_scales: let training move the scales, as the paper does over tens of epochs; False keeps those of the
+            start, which was better in runs of a few epochs at 2 bits.
         epochs: epochs of training, at least 1.
         kwargs: see :class:`~pqqp_lightning.stage.Stage`.
     """

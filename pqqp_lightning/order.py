@@ -24,7 +24,7 @@ from pqqp_lightning.results import ResultStore
 from pqqp_lightning.run import MODEL, check_same_recipe, identity, open_folder
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stage import Stage
-from pqqp_lightning.storage import write_json
+from pqqp_lightning.storage import check_writable, write_json
 from pqqp_lightning.strategies import STRATEGIES, Strategy, prefixes
 from pqqp_lightning.trainer import Trainer
 from pqqp_lightning.verdict import Judge, Verdict
@@ -96,7 +96,7 @@ class OrderSearch:
         Raises:
             RecipeError: too few or too many stages, bad options, or no order passes its checks.
         """
-        problems = []
+        problems = check_writable("store", self._store.folder)
         if strategy not in STRATEGIES:
             problems.append(f"strategy='{strategy}' is none.{suggest(strategy, STRATEGIES)}")
         if max_runs is not None and max_runs < 1:

@@ -82,11 +82,16 @@ def check_folder(path: Path) -> list[str]:
     """
     if Path.cwd().resolve().is_relative_to(path.resolve()):
         return [f"run_dir={path}: is the folder you work in. Give the run one of its own: --run_dir runs/NAME."]
+    return check_writable("run_dir", path)
+
+
+def check_writable(option: str, path: Path) -> list[str]:
+    """A problem if the folder ``path`` of that option, which need not exist, cannot be written to."""
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if nearest.is_dir() and os.access(nearest, os.W_OK):
         return []
-    reason = "is not writable" if nearest.is_dir() else "is a file"
-    return [f"run_dir='{path}': cannot be written: {nearest} {reason}. Choose another --run_dir."]
+    reason = "is a file" if nearest.is_file() else "is not writable"
+    return [f"{option}='{path}': cannot be written: {nearest} {reason}. Choose another --{option}."]
 
 
 @contextmanager
