@@ -48,6 +48,7 @@ LAYERS = {
     "strategies": 10,
     "verdict": 11,
     "order": 11,
+    "sweep": 11,
     "stages": 6,
     "listing": 7,
     "settings": 7,
