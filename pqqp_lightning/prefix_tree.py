@@ -7,7 +7,7 @@ packed checkpoints for as long as something may go on from them. What was measur
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,8 @@ from pqqp_lightning.runner import Runner
 from pqqp_lightning.stage import Stage
 
 Order = tuple[str, ...]
+"""Stages to apply one after another, by the names that a tree knows them by."""
+
 READABLE = 60
 """Characters of the stages' names in a result's folder name."""
 
@@ -33,7 +35,8 @@ class PrefixTree:
     Args:
         trainer: for evaluation and training.
         data: the dense model and its data, set up.
-        stages: by name.
+        stages: by the names that orders call them by; two of them may be the same stage with other knobs, and then have
+            one ``name``: the address of a result tells what was applied, and not what a search calls it.
         store: where results are looked up and kept.
 
     Attributes:
@@ -41,10 +44,10 @@ class PrefixTree:
         seconds: what one application with its evaluation took, for each.
     """
 
-    def __init__(self, trainer: Trainer, data: DataSource, stages: Sequence[Stage], store: ResultStore) -> None:
+    def __init__(self, trainer: Trainer, data: DataSource, stages: Mapping[str, Stage], store: ResultStore) -> None:
         self._trainer, self._data, self._store = trainer, data, store
         self._runner = Runner(trainer, data, keep_samples=True)
-        self._stages = {stage.name: stage for stage in stages}
+        self._stages = dict(stages)
         self._results: dict[Order, Result] = {}
         self._base = ""
         self._at: Order | None = ()
@@ -63,8 +66,9 @@ class PrefixTree:
 
     def key(self, order: Order) -> str:
         """The address of a result."""
-        digest = node_fingerprint(self._base, [self._stages[name] for name in order])
-        return f"{('+'.join(order) or 'dense')[:READABLE]}-{digest[:24]}"
+        stages = [self._stages[name] for name in order]
+        readable = "+".join(stage.name for stage in stages) or "dense"
+        return f"{readable[:READABLE]}-{node_fingerprint(self._base, stages)[:24]}"
 
     def is_known(self, order: Order) -> bool:
         """Whether the result is there already."""
