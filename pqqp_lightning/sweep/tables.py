@@ -1,0 +1,197 @@
+"""A sweep's tables, drawn from ``sweep.json`` alone: for the terminal, and as CSV with one row a point."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pqqp_lightning.report import number_text, wide_console
+from pqqp_lightning.storage import read_json, write_text
+
+SWEEP, POINTS, CURVE = "sweep.json", "sweep.csv", "curve.csv"
+MARKS = {"above": "above curve", "below": "below curve", "no curve": "-", "": "-"}
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+
+def read_sweep_report(folder: Path) -> Report:
+    """The sweep's ``sweep.json``.
+
+    Raises:
+        RecipeError: it is damaged.
+    """
+    return read_json(folder / SWEEP, "points", "alone", "metric", "higher_is_better", "stages", "notes")
+
+
+def write_tables(folder: Path, report: Report) -> None:
+    """Write ``sweep.csv``, and ``curve.csv`` where quantization alone was measured."""
+    write_text(folder / POINTS, _csv([point_row(point, report) for point in report["points"]]))
+    if report.get("curves"):
+        write_text(folder / CURVE, _csv(curve_rows(report)))
+
+
+def point_row(point: Row, report: Report) -> Row:
+    """Everything about one point, by column; M is the metric with the sign that makes more of it better."""
+    row = _knobs(point, report)
+    scores = _alone_scores(report)
+    for name, step in point["steps"].items():
+        row[f"M({name})"] = scores.get(step)
+    for names in _orders(report):
+        found = next((o["record"] for o in point["orders"] if o["order"] == names), None)
+        shown = "->".join(names)
+        row[f"M({shown})"] = _score(found, report)
+        row[f"size_bytes({shown})"] = None if found is None else found["size_bytes"]
+    if "pair" in point:
+        row |= _pair_columns(point["pair"], report)
+    row["marks"] = "; ".join(point_marks(point))
+    return row
+
+
+def curve_rows(report: Report) -> list[Row]:
+    """Quantization alone, one row a rate; the dense model comes first."""
+    knobs = list(dict.fromkeys(knob for curve in report["curves"] for pt in curve["points"] for knob in pt["knobs"]))
+    return [
+        {"curve": curve["label"]}
+        | {knob: point["knobs"].get(knob) for knob in knobs}
+        | {"C": point["rate"], "M": point["score"]}
+        | point["metrics"]
+        for curve in report["curves"]
+        for point in curve["points"]
+    ]
+
+
+def point_marks(point: Row) -> list[str]:
+    """Why its orders cannot be compared, and which cannot run."""
+    marks = [f"{' -> '.join(order['order'])}: {mark}" for order in point["orders"] for mark in order["marks"]]
+    return marks + [f"{' -> '.join(refused['order'])} cannot run" for refused in point["refused"]]
+
+
+def print_sweep_report(folder: Path, console: Console | None = None) -> None:
+    """Print the table of points, what is worth noting, and the verdict."""
+    report = read_sweep_report(folder)
+    console = console or wide_console()
+    console.print(_pair_table(report) if "hypothesis" in report else _order_table(report))
+    lines = [f"{_named(point)}: {mark}" for point in report["points"] for mark in point_marks(point)]
+    refused = [(r["order"], p) for point in report["points"] for r in point["refused"] for p in r["problems"]]
+    lines += list(dict.fromkeys(f"{' -> '.join(order)} cannot run: {problem}" for order, problem in refused))
+    lines += report["notes"]
+    if report["status"] == "stopped":
+        lines.append("The sweep is not finished: give the same command again, and it goes on from here.")
+    files = [name for name in (POINTS, CURVE, *report.get("figures", [])) if (folder / name).is_file()]
+    lines.append(f"{folder}: {', '.join(files)}")
+    for line in [*lines, *report.get("hypothesis", {}).get("verdict", [])]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _pair_table(report: Report) -> Table:
+    p, q = report["pruning"], report["quantizing"]
+    knobs = list(_knobs(report["points"][0], report))
+    metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
+    what = f"A = A({q}->{p}) and G = G({q}, {p}) in {metric}; C*-C = C*_{p} - C_{q}"
+    table = Table(title=f"{report['metric']} alone and in both orders; {what}", title_justify="left")
+    for name in _short(knobs):
+        table.add_column(name)
+    for name in (p, q, f"{p} -> {q}", f"{q} -> {p}", "A", "G", "C*-C"):
+        table.add_column(name, justify="right", no_wrap=name == "A")
+    sign = 1 if report["higher_is_better"] else -1
+    for point in report["points"]:
+        row, pair = point_row(point, report), point["pair"]
+        shown = [row[f"M({name})"] for name in (p, q, f"{p}->{q}", f"{q}->{p}")]
+        difference = pair["ratio_difference"]
+        table.add_row(
+            *(str(row[name]) for name in knobs),
+            *(number_text(None if m is None else sign * m) for m in shown),
+            _advantage_text(pair["advantage"]),
+            _signed(pair["gap"]),
+            MARKS[pair["beyond"]] if difference is None else f"{difference:+.2f}",
+        )
+    return table
+
+
+def _order_table(report: Report) -> Table:
+    """The best and the worst order of every point, where there is no pair to be analysed."""
+    knobs, metric = list(_knobs(report["points"][0], report)), report["metric"]
+    table = Table()
+    for name in [*knobs, "best order"]:
+        table.add_column(name)
+    table.add_column(metric, justify="right")
+    table.add_column("worst order")
+    table.add_column(metric, justify="right")
+    for point in report["points"]:
+        ends = [point["orders"][i] for i in (0, -1)] if point["orders"] else []
+        cells = [c for o in ends for c in (" -> ".join(o["order"]), number_text(o["record"]["metrics"].get(metric)))]
+        table.add_row(*(str(v) for v in _knobs(point, report).values()), *(cells or ["-"] * 4))
+    return table
+
+
+def _pair_columns(pair: Row, report: Report) -> Row:
+    p, q = report["pruning"], report["quantizing"]
+    advantage = pair["advantage"] or {"value": None, "low": None, "high": None}
+    return {
+        f"A({q}->{p})": advantage["value"],
+        "A low": advantage["low"],
+        "A high": advantage["high"],
+        f"G({q},{p})": pair["gap"],
+        f"C_{p}": pair["rate_pruned"],
+        f"C_{q}": pair["rate_quantized"],
+        f"C*_{p}": pair["equivalent_ratio"],
+        f"C*_{p} beyond the curve": pair["beyond"],
+        f"C*_{p} - C_{q}": pair["ratio_difference"],
+    }
+
+
+def _knobs(point: Row, report: Report) -> Row:
+    return {f"{name}.{knob}": v for name in report["stages"] for knob, v in point["knobs"][name].items()}
+
+
+def _short(knobs: Sequence[str]) -> list[str]:
+    """Names of knobs without their stages, where that is enough to tell them apart."""
+    alone = [knob.partition(".")[2] for knob in knobs]
+    return [name if alone.count(name) == 1 else knob for name, knob in zip(alone, knobs, strict=True)]
+
+
+def _named(point: Row) -> str:
+    return ", ".join(point["steps"].values())
+
+
+def _alone_scores(report: Report) -> dict[str, float | None]:
+    return {entry["step"]: _score(entry["record"], report) for entry in report["alone"]}
+
+
+def _score(record: Row | None, report: Report) -> float | None:
+    """M, where it is finite."""
+    value = None if record is None else record["metrics"].get(report["metric"])
+    return None if value is None else value if report["higher_is_better"] else -value
+
+
+def _orders(report: Report) -> list[list[str]]:
+    """Every order that some point was measured in."""
+    found = {tuple(order["order"]) for point in report["points"] for order in point["orders"]}
+    return [list(order) for order in sorted(found)]
+
+
+def _advantage_text(advantage: Row | None) -> str:
+    if advantage is None or advantage["value"] is None:
+        return "-"
+    low, high = advantage["low"], advantage["high"]
+    return f"{advantage['value']:+.3g}" + ("" if low is None else f" ({low:.3g} to {high:.3g})")
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3g}"
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    """With the columns of all rows; what is missing stays empty."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
