@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import sys
 import warnings
@@ -29,12 +30,15 @@ from pqqp_lightning.run import RECIPE
 from pqqp_lightning.settings import (
     COMMAND_LINE,
     ENVIRONMENT,
+    Setting,
     load_yaml,
+    merged_section,
     option,
     place,
     read_settings,
     recipe_name,
     stage_class_names,
+    without_section,
 )
 from pqqp_lightning.stage import Stage
 from pqqp_lightning.stages import import_from_working_folder, import_working_folder, known_stages, load_installed
@@ -326,7 +330,8 @@ def _recipe_command(command: str, arguments: list[str]) -> None:
     for name in stage_class_names(settings):
         if name not in known_stages():
             import_from_working_folder(name)
-    sys.argv[1:] = [command, *arguments]  # also what the processes of a distributed run are started with
+    given = _with_one_grid(arguments, settings) if command == "sweep" else arguments
+    sys.argv[1:] = [command, *given]  # also what the processes of a distributed run are started with
     try:
         CommandLine(
             LightningModule,
@@ -365,6 +370,14 @@ def _import_models_and_data() -> None:
     """So that bare class names are known."""
     for module in ("models.causal_lm", "models.image_classifier", "data.text", "data.tokens", "data.images"):
         import_module(f"pqqp_lightning.{module}")
+
+
+def _with_one_grid(arguments: list[str], settings: list[Setting]) -> list[str]:
+    """The whole grid as one option: of two knobs of one stage, the parser would keep the last alone."""
+    grid = merged_section(settings, "grid")
+    if not grid or not isinstance(grid, dict):
+        return arguments
+    return [*without_section(arguments, "grid"), f"--grid={json.dumps(grid, default=str)}"]
 
 
 def _with_saved_recipe(command: str, arguments: list[str]) -> list[str]:

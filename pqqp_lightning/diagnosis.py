@@ -75,6 +75,10 @@ def _check_name(setting: Setting, known: set[str]) -> list[str]:
     section = setting.key.split(".")[0]
     if section in FLAGS:
         return []
+    if section not in known and (owners := [name for name, own in OPTIONS_OF.items() if section in own]):
+        given = f"--{section}" if setting.where == COMMAND_LINE else section
+        whose = " and ".join(owners)
+        return [f"{setting.where}: '{given}' belongs to {whose}. Take it out, or run pqqp-lightning {owners[0]}."]
     if section not in known and setting.where == COMMAND_LINE:
         return [f"{COMMAND_LINE}: '--{section}' is no option.{suggest(section, {*known, 'config', 'print_config'})}"]
     if section not in known:

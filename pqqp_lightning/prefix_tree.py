@@ -7,7 +7,7 @@ packed checkpoints for as long as something may go on from them. What was measur
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +74,18 @@ class PrefixTree:
         """Whether the result is there already."""
         return order in self._results or self._agreed(lambda: self._store.read(self.key(order)) is not None)
 
+    def missing(self, orders: Iterable[Order]) -> set[Order]:
+        """The sequences whose last stage is to be applied until all ``orders`` are known: those that nobody has
+        measured, and those among their beginnings whose models are not there any more."""
+        found: set[Order] = set()
+        for order in orders:
+            if not self.is_known(order):
+                found.add(order)
+                while order[:-1] and not self._has_model(order[:-1]):
+                    order = order[:-1]
+                    found.add(order)
+        return found
+
     def measure(self, order: Order) -> Result:
         """The result of the dense model after these stages, computed if nobody has computed it."""
         if order not in self._results:
@@ -97,7 +109,7 @@ class PrefixTree:
 
     def snapshot(self, order: Order) -> Any:
         """The folder of the compressed model, computed again if it is not there any more."""
-        if not self._agreed(lambda: self._store.has_snapshot(self.key(order))):
+        if not self._has_model(order):
             self._at = None
             self._go_to(order)
         return self._store.snapshot(self.key(order))
@@ -133,7 +145,7 @@ class PrefixTree:
         """Bring the model to ``order``."""
         key = self.key(order)
         with self._locked(key):
-            there = self._agreed(lambda: self._store.has_snapshot(key))
+            there = self._has_model(order)
             if not order and not there:
                 if self._trainer.is_global_zero:
                     save_checkpoint(self._data.module, self._store.snapshot(key))
@@ -147,6 +159,9 @@ class PrefixTree:
             else:  # measured once, and dropped since
                 self._go_to(order[:-1])
                 self._apply(order)
+
+    def _has_model(self, order: Order) -> bool:
+        return self._agreed(lambda: self._store.has_snapshot(self.key(order)))
 
     def _agreed(self, ask: Callable[[], Any]) -> Any:
         """The first rank's answer, on every rank."""

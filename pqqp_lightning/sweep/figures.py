@@ -18,6 +18,7 @@ CURVE, ADVANTAGE = "curve.png", "advantage.png"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which people with any colour vision can tell apart."""
 SHAPES = "osD^vP*X"
+OFF = {"above": "C* above the curve", "below": "C* below the curve", "no curve": "no C*", "": "no C*"}
 FIT = "#666666"
 WIDE = 20
 """An axis whose largest value is so many times its median is drawn logarithmic."""
@@ -59,7 +60,8 @@ def _curve_figure(report: Report) -> Figure:
     axes.set(xlabel="nominal compression rate C of the stages' layers", ylabel=f"{report['metric']} ({better})")
     axes.set_title(_plain(f"{report['quantizing']} alone, and the C* at which it scores as {report['pruning']} does"))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.margins(x=0.1, y=0.1)
+    axes.legend(fontsize=8, title="hollow: at its own C; filled: at C*", title_fontsize=8)
     return figure
 
 
@@ -74,14 +76,15 @@ def _draw_curve(axes: Axes, curve: Report, sign: int, colour: str, name: str) ->
         text = "dense" if not point["knobs"] else ", ".join(str(v) for v in point["knobs"].values())
         if "bits" in point["knobs"]:
             text = f"{point['knobs']['bits']} bits"
-        at = (point["rate"], sign * point["score"])
-        axes.annotate(_plain(text), at, xytext=(0, 8), textcoords="offset points", fontsize=8, ha="center")
+        at, free = (point["rate"], sign * point["score"]), (5, 5 * sign - 5)  # the side that the curve turns from
+        axes.annotate(_plain(text), at, xytext=free, textcoords="offset points", fontsize=8, va="center")
 
 
 def _draw_pruning(axes: Axes, step: str, pair: Report, sign: int, shape: str, ratios: Sequence[float]) -> None:
     """One pruning at its own rate, and where quantization scores the same."""
     score = sign * pair["score_pruned"]
-    label = step if ratios else f"{step}: C* {pair['beyond']} the curve"
+    where = f"C* = {', '.join(f'{ratio:.1f}x' for ratio in ratios)}" if ratios else OFF[pair["beyond"]]
+    label = f"{step}: {where}"
     axes.plot(pair["rate_pruned"], score, shape, color=COLOURS[1], markerfacecolor="white", label=_plain(label))
     for ratio in ratios:
         axes.plot([pair["rate_pruned"], ratio], [score, score], ":", color=COLOURS[1], linewidth=1)
@@ -101,11 +104,13 @@ def _advantage_figure(report: Report) -> Figure:
     for axes, quantity in zip(panels, ("gap", "ratio_difference"), strict=True):
         _draw_quantity(axes, quantity, report)
     metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
-    panels[0].set_ylabel(_plain(f"{report['hypothesis']['advantage']} in {metric}"))
+    first, second = report["quantizing"], report["pruning"]
+    panels[0].set_ylabel(_plain(f"{report['hypothesis']['advantage']} in {metric} (above 0: {first} first is better)"))
+    figure.suptitle(_plain(f"What {first} before {second} gains, over how much weaker {first} is than {second}"))
     panels[0].set_xlabel(_plain(f"{report['hypothesis']['gap']['name']} in {metric}"))
     panels[1].set_xlabel(_plain(f"{report['hypothesis']['ratio_difference']['name']} (times)"))
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8, title="95% intervals")
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, title=_legend_title(report))
     return figure
 
 
@@ -135,17 +140,28 @@ def _draw_point(axes: Axes, point: Report, quantity: str, colour: str, shape: st
     """A with its interval; hollow where the two orders differ in more than the order."""
     pair = point["pair"]
     x, a = pair[quantity], pair["advantage"]
-    hollow = any(order["marks"] for order in point["orders"])
     if a["low"] is not None:
         axes.plot([x, x], [a["low"], a["high"]], color=colour, linewidth=1.2, alpha=0.7)
-    axes.plot(x, a["value"], shape, color=colour, markerfacecolor="white" if hollow else colour)
+    axes.plot(x, a["value"], shape, color=colour, markerfacecolor="white" if _is_marked(point) else colour)
 
 
 def _found_text(found: Report) -> str:
+    points = f"{found['points']} point{'s' if found['points'] != 1 else ''}"
     if found["value"] is None:
-        return f"over {found['name']}: {found['points']} points"
-    spearman = f"Spearman {found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
-    return f"over {found['name']}: {spearman}, {found['points']} points"
+        return points
+    return f"Spearman {found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f}), {points}"
+
+
+def _legend_title(report: Report) -> str:
+    pairs = [point["pair"]["advantage"] for point in report["points"] if point["pair"]["advantage"]]
+    lines = ["bars: 95% intervals"] if any(pair["low"] is not None for pair in pairs) else []
+    if any(_is_marked(point) for point in report["points"]):
+        lines.append("hollow: sizes differ, or\na constraint was lost")
+    return "\n".join(lines)
+
+
+def _is_marked(point: Report) -> bool:
+    return any(order["marks"] for order in point["orders"])
 
 
 def _advantage(point: Report) -> float | None:

@@ -121,7 +121,7 @@ class Sweep:
         self._folder = Path(trainer.default_root_dir)
         self._tree = PrefixTree(trainer, data, plan.steps, store)
         self._nodes = list(dict.fromkeys(node for sequence in plan.sequences for node in prefixes(sequence)))
-        self._left = 0
+        self._most = 0
 
     def go(self, *, resume: bool, metric: str | None, higher: bool | None, minutes: float | None) -> None:
         """Measure what nobody has measured yet, and write it all."""
@@ -144,19 +144,19 @@ class Sweep:
 
     def _announce(self) -> None:
         known = sum(self._tree.is_known(node) for node in self._nodes)
-        self._left = len(self._nodes) - known
+        self._most = len(self._tree.missing(self._nodes))
         if self._trainer.is_global_zero:
             points, orders = len(self._plan.points), sum(len(point.orders) for point in self._plan.points)
-            words = f"sweep: {points} points in {orders} orders: {len(self._nodes)} stage applications"
-            print(words + (f", {known} of them known from before" if known else ""), flush=True)
+            words = f"sweep: {points} points, {orders} orders, {len(self._nodes)} results"
+            words += f", {known} of them known from before" if known else ""
+            print(f"{words}: {self._most} stage applications", flush=True)
 
     def _measure(self, minutes: float | None) -> list[str]:
         """Measure sequence by sequence; a model is dropped once nothing goes on from it any more."""
         start, skipped = time.monotonic(), 0
         waiting = Counter(node for sequence in self._plan.sequences for node in prefixes(sequence))
         for sequence in self._plan.sequences:
-            late = minutes is not None and time.monotonic() - start > 60 * minutes
-            if late and not all(self._tree.is_known(node) for node in prefixes(sequence)):
+            if self._is_late(start, minutes) and not all(self._tree.is_known(node) for node in prefixes(sequence)):
                 skipped += 1
                 continue
             for node in prefixes(sequence):
@@ -172,13 +172,19 @@ class Sweep:
             return []
         return [f"stopped at time_limit={minutes:g} minutes: {skipped} of {len(self._plan.sequences)} not measured"]
 
+    def _is_late(self, start: float, minutes: float | None) -> bool:
+        """Whether the time is up, by the first process's clock."""
+        if minutes is None:
+            return False
+        late = time.monotonic() - start > 60 * minutes
+        return self._trainer.strategy.broadcast(late) if self._trainer.world_size > 1 else late
+
     def _progress(self, node: Order) -> None:
         """One line for a node that was computed, with what the rest may take."""
-        self._left -= 1
         if not self._trainer.is_global_zero or self._trainer.progress_bar_callback is None:
             return
-        each = sum(self._tree.seconds) / max(1, len(self._tree.seconds))
-        rest = f"; {self._left} left, about {duration(each * self._left)}" if self._left else ""
+        left, each = self._most - self._tree.applications, sum(self._tree.seconds) / max(1, len(self._tree.seconds))
+        rest = f"; {left} left, about {duration(each * left)}" if left > 0 else ""
         print(f"sweep: {' -> '.join(node)} measured{rest}", flush=True)
 
     def _report(self, judge: Judge, notes: list[str]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _pair_table(report: Report) -> Table:
     sign = 1 if report["higher_is_better"] else -1
     for point in report["points"]:
         row, pair = point_row(point, report), point["pair"]
-        shown = [row[f"M({name})"] for name in (p, q, f"{p}->{q}", f"{q}->{p}")]
+        shown = [row.get(f"M({name})") for name in (p, q, f"{p}->{q}", f"{q}->{p}")]
         difference = pair["ratio_difference"]
         table.add_row(
             *(str(row[name]) for name in knobs),
