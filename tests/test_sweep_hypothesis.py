@@ -35,9 +35,15 @@ def test_between_measured_rates_it_is_interpolated():
         assert equivalent_ratio(CURVE, m0 + (m1 - m0) * (rate - c0) / (c1 - c0)).value == pytest.approx(rate)
 
 
-@pytest.mark.parametrize(("score", "side"), [(-9.99, "above"), (-40.01, "below"), (None, "no curve")])
-def test_beyond_the_curve_nothing_is_made_up(score, side):
-    assert equivalent_ratio(CURVE, score) == Ratio(None, side)
+@pytest.mark.parametrize(
+    ("score", "side", "limit", "words"),
+    [(-9.99, "above", 1, "<1.00"), (-40.01, "below", 16, ">16.00"), (None, "no curve", None, "-")],
+)
+def test_beyond_the_curve_nothing_is_made_up(score, side, limit, words):
+    found = equivalent_ratio(CURVE, score)
+    assert found == Ratio(None, side, limit)
+    assert found.words() == words
+    assert found.words(minus=4, form="+.1f") in ("<-3.0", ">+12.0", "-")
 
 
 def test_without_a_curve_there_is_no_ratio():

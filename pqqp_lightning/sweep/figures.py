@@ -13,12 +13,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from pqqp_lightning.sweep.tables import ratio_of
+
 Report = dict[str, Any]
 CURVE, ADVANTAGE = "curve.png", "advantage.png"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which people with any colour vision can tell apart."""
 SHAPES = "osD^vP*X"
-OFF = {"above": "C* above the curve", "below": "C* below the curve", "no curve": "no C*", "": "no C*"}
 FIT = "#666666"
 WIDE = 20
 """An axis whose largest value is so many times its median is drawn logarithmic."""
@@ -76,15 +77,15 @@ def _draw_curve(axes: Axes, curve: Report, sign: int, colour: str, name: str) ->
         text = "dense" if not point["knobs"] else ", ".join(str(v) for v in point["knobs"].values())
         if "bits" in point["knobs"]:
             text = f"{point['knobs']['bits']} bits"
-        at, free = (point["rate"], sign * point["score"]), (5, 5 * sign - 5)  # the side that the curve turns from
+        at, free = (point["rate"], sign * point["score"]), (5, 10 * sign)  # the side that the curve turns from
         axes.annotate(_plain(text), at, xytext=free, textcoords="offset points", fontsize=8, va="center")
 
 
 def _draw_pruning(axes: Axes, step: str, pair: Report, sign: int, shape: str, ratios: Sequence[float]) -> None:
     """One pruning at its own rate, and where quantization scores the same."""
     score = sign * pair["score_pruned"]
-    where = f"C* = {', '.join(f'{ratio:.1f}x' for ratio in ratios)}" if ratios else OFF[pair["beyond"]]
-    label = f"{step}: {where}"
+    where = ", ".join(f"{ratio:.1f}x" for ratio in ratios) or f"{ratio_of(pair).words(form='.1f')}x"
+    label = f"{step}: C* {where}"
     axes.plot(pair["rate_pruned"], score, shape, color=COLOURS[1], markerfacecolor="white", label=_plain(label))
     for ratio in ratios:
         axes.plot([pair["rate_pruned"], ratio], [score, score], ":", color=COLOURS[1], linewidth=1)
@@ -176,6 +177,7 @@ def _scale(axis: Axis, values: Sequence[float | None]) -> None:
         axes: Any = axis.axes
         change = axes.set_yscale if axis is axes.yaxis else axes.set_xscale
         change("symlog", linthresh=float(f"{np.median(sizes):.1g}"))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _is_wide(values: Sequence[float]) -> bool:

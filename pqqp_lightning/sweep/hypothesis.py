@@ -35,10 +35,20 @@ class Ratio:
         value: C*, if the score lies on the curve.
         beyond: "above" where the score is better than the whole curve (C* is smaller than every C on it), "below" where
             it is worse than the curve's end (C* is larger than every C on it), "no curve" where there is none.
+        limit: the C at the end of the curve that C* lies beyond.
     """
 
     value: float | None
     beyond: str = ""
+    limit: float | None = None
+
+    def words(self, minus: float = 0.0, form: str = ".2f") -> str:
+        """C* less ``minus``: ``"6.40"``, or what is known of it, as in ``">16.00"``."""
+        if self.value is not None:
+            return format(self.value - minus, form)
+        if self.limit is None:
+            return "-"
+        return f"{'<' if self.beyond == 'above' else '>'}{format(self.limit - minus, form)}"
 
 
 @dataclass(frozen=True)
@@ -85,12 +95,12 @@ def equivalent_ratio(curve: Curve, score: float | None) -> Ratio:
         return Ratio(None, "no curve")
     reached = [i for i, (_, m) in enumerate(points) if m >= score]
     if not reached:
-        return Ratio(None, "above")
+        return Ratio(None, "above", points[0][0])
     rate, m = points[reached[-1]]
     if m == score:
         return Ratio(rate)
     if reached[-1] == len(points) - 1:
-        return Ratio(None, "below")
+        return Ratio(None, "below", rate)
     next_rate, next_m = points[reached[-1] + 1]
     return Ratio(rate + (m - score) / (m - next_m) * (next_rate - rate))
 

@@ -20,9 +20,9 @@ from pqqp_lightning.verdict import Judge
 
 Plain = dict[str, Any]
 SIDES = {
-    "above": "scores better than quantization alone at any rate of the curve",
-    "below": "scores worse than the end of the curve of quantization alone (--curve_bits can lengthen it)",
-    "no curve": "has no curve to be compared with",
+    "above": "better than quantization alone at any rate of its curve",
+    "below": "worse than quantization alone at the end of its curve",
+    "no curve": "no curve to be compared with",
 }
 
 
@@ -74,6 +74,7 @@ class PairAnalysis:
             "rate_quantized": rate_q,
             "equivalent_ratio": ratio.value,
             "beyond": ratio.beyond,
+            "limit": ratio.limit,
             "ratio_difference": None if ratio.value is None or rate_q is None else ratio.value - rate_q,
         }
 
@@ -124,7 +125,7 @@ def pair_notes(points: Sequence[Plain], curves: Sequence[Plain], curve: Curve) -
         off = [pt for pt in points if pt["pair"]["beyond"] == side and pt["pair"]["score_pruned"] is not None]
         steps = list(dict.fromkeys(pt["steps"][curve.other] for pt in off))
         if steps:
-            notes.append(f"{', '.join(steps)} {words}; {len(off)} of {len(points)} points have no C*.")
+            notes.append(f"{', '.join(steps)}: {words}; {len(off)} of {len(points)} points have no C*.")
     for found in curves:
         if not found["falls_steadily"]:
             of = f" with {found['label']}" if found["label"] else ""

@@ -130,9 +130,8 @@ def _quantizing(variants: Variants, problems: list[str]) -> str | None:
     """The stage whose bits are in the grid; else the one of the two that leaves a grid of values."""
     with_bits = [name for name, own in variants.items() if BITS in own[0].knobs]
     if len(with_bits) > 1:
-        problems.append(
-            f"grid: {' and '.join(with_bits)} both have '{BITS}'. Say --curve {with_bits[0]}, or the other."
-        )
+        both = " and ".join(with_bits)
+        problems.append(f"grid: {both} both have '{BITS}'. Say which one the curve is of: --curve {with_bits[0]}.")
         return None
     with_grid = [name for name, own in variants.items() if "grid" in own[0].stage.promises]
     return next(iter(with_bits or (with_grid if len(with_grid) == 1 else [])), None)
@@ -152,7 +151,9 @@ def _further(own: Sequence[Variant], bits: Sequence[int], problems: list[str]) -
             new = vary(variant.stage, {**variant.knobs, BITS: value})
             if (new.stage.options() | {BITS: None}, value) not in there:
                 further[new.step] = new
-    problems += [problem.replace("grid.", "curve_bits: ", 1) for v in further.values() for problem in own_problems(v)]
+    problems += [
+        problem.replace(f"grid.{v.name}", "curve_bits", 1) for v in further.values() for problem in own_problems(v)
+    ]
     return list(further.values())
 
 

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from pqqp_lightning.report import number_text, wide_console
 from pqqp_lightning.storage import read_json, write_text
+from pqqp_lightning.sweep.hypothesis import Ratio
 
 SWEEP, POINTS, CURVE = "sweep.json", "sweep.csv", "curve.csv"
-MARKS = {"above": "above curve", "below": "below curve", "no curve": "-", "": "-"}
 Report = dict[str, Any]
 Row = dict[str, Any]
 
@@ -72,6 +72,11 @@ def point_marks(point: Row) -> list[str]:
     return marks + [f"{' -> '.join(refused['order'])} cannot run" for refused in point["refused"]]
 
 
+def ratio_of(pair: Row) -> Ratio:
+    """C*_P, or on which side of the curve it lies."""
+    return Ratio(pair["equivalent_ratio"], pair["beyond"], pair["limit"])
+
+
 def print_sweep_report(folder: Path, console: Console | None = None) -> None:
     """Print the table of points, what is worth noting, and the verdict."""
     report = read_sweep_report(folder)
@@ -103,13 +108,12 @@ def _pair_table(report: Report) -> Table:
     for point in report["points"]:
         row, pair = point_row(point, report), point["pair"]
         shown = [row.get(f"M({name})") for name in (p, q, f"{p}->{q}", f"{q}->{p}")]
-        difference = pair["ratio_difference"]
         table.add_row(
             *(str(row[name]) for name in knobs),
             *(number_text(None if m is None else sign * m) for m in shown),
             _advantage_text(pair["advantage"]),
             _signed(pair["gap"]),
-            MARKS[pair["beyond"]] if difference is None else f"{difference:+.2f}",
+            _difference_text(pair),
         )
     return table
 
@@ -142,6 +146,7 @@ def _pair_columns(pair: Row, report: Report) -> Row:
         f"C_{q}": pair["rate_quantized"],
         f"C*_{p}": pair["equivalent_ratio"],
         f"C*_{p} beyond the curve": pair["beyond"],
+        "end of the curve": pair["limit"],
         f"C*_{p} - C_{q}": pair["ratio_difference"],
     }
 
@@ -181,6 +186,11 @@ def _advantage_text(advantage: Row | None) -> str:
         return "-"
     low, high = advantage["low"], advantage["high"]
     return f"{advantage['value']:+.3g}" + ("" if low is None else f" ({low:.3g} to {high:.3g})")
+
+
+def _difference_text(pair: Row) -> str:
+    """C*_P - C_Q, or what is known of it: ``">+5.33"``."""
+    return "-" if pair["rate_quantized"] is None else ratio_of(pair).words(pair["rate_quantized"], "+.2f")
 
 
 def _signed(value: float | None) -> str:

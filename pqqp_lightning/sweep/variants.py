@@ -83,7 +83,7 @@ def make_variants(stages: Sequence[Stage], grid: Grid) -> dict[str, list[Variant
         f"grid.{name}: there is no such stage.{suggest(str(name), named)}" for name in grid if name not in named
     ]
     lists: dict[str, dict[str, list[Any]]] = {name: {} for name in named}
-    for name in named.keys() & grid.keys():
+    for name in [name for name in named if name in grid]:
         if not isinstance(grid[name], Mapping):
             problems.append(f"grid.{name}: expected knobs with their values, as in {{sparsity: [0.5, 0.7]}}.")
             continue
