@@ -14,6 +14,7 @@ from tiny import RegressionData, Regressor, trainer
 from pqqp_lightning.callbacks import RTN, Magnitude
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.runner import Runner
+from pqqp_lightning.settings import Setting, merged_section, without_section
 from pqqp_lightning.sweep.search import sweep_grid
 
 TWO = RECIPE[RECIPE.index("stages:") :]
@@ -187,6 +188,32 @@ def test_the_grid_may_stand_in_the_recipe_and_the_resolved_one_runs_again(folder
     assert numbers(first) == numbers(again)
     narrower = sweep(folder, grid=["--grid.prune.sparsity", "[0.5]"])
     assert len(narrower["points"]) == 3
+
+
+def test_settings_of_one_section_are_merged_key_by_key():
+    given = {"grid": {"p": {"s": [1]}, "q": {"b": [1], "g": [2]}}, "grid.q.b": [8], "grid.r.x": [3], "other.p": 1}
+    settings = [Setting("somewhere", key, value) for key, value in given.items()]
+    assert merged_section(settings, "grid") == {"p": {"s": [1]}, "q": {"b": [8], "g": [2]}, "r": {"x": [3]}}
+    again = [*settings, Setting("command line", "grid", {"p": {"s": [2]}})]
+    assert merged_section(again, "grid") == {"p": {"s": [2]}}
+    assert given["grid"]["q"]["b"] == [1]
+    words = "-c a.yaml --grid.p.s [1] --x=2 --grid={} --flag --grid.r.x --run_dir r stray"
+    assert " ".join(without_section(words.split(), "grid")) == "-c a.yaml --x=2 --flag --grid.r.x --run_dir r stray"
+
+
+def test_bits_that_the_grid_has_are_not_on_the_curve_twice(folder):
+    report = sweep(folder, "--curve_bits", "[8,4]", grid=["--grid.prune.sparsity", "[0.5,0.8]"])
+    (curve,) = report["curves"]
+    assert [point["rate"] for point in curve["points"]] == [1, 4, 8]
+    assert report["quantizing"] == "quantize"
+    assert report["applications"] == 2 + 2 + 2 * 2
+
+
+def test_a_grid_in_another_sweeps_folder(folder, capsys):
+    sweep(folder, grid=["--grid.quantize.bits", "[4]"])
+    words = ["--config", "recipe.yaml", "--run_dir", "sweep", "--ckpt_path", "last"]
+    assert run("sweep", *words, "--grid.quantize.bits", "[3]") == 2
+    assert "holds a run of another recipe: grid.quantize.bits is [4] there and [3] here." in capsys.readouterr().err
 
 
 def test_its_folder_is_named_after_the_recipe(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter
@@ -117,7 +118,8 @@ class Sweep:
     def __init__(
         self, trainer: Trainer, data: DataSource, plan: Plan, store: ResultStore, grid: Mapping[str, Any]
     ) -> None:
-        self._trainer, self._data, self._plan, self._grid = trainer, data, plan, grid
+        self._trainer, self._data, self._plan = trainer, data, plan
+        self._grid = json.loads(json.dumps(grid, default=str))
         self._folder = Path(trainer.default_root_dir)
         self._tree = PrefixTree(trainer, data, plan.steps, store)
         self._nodes = list(dict.fromkeys(node for sequence in plan.sequences for node in prefixes(sequence)))
@@ -198,7 +200,7 @@ class Sweep:
             "metric": judge.metric,
             "higher_is_better": judge.higher,
             "stages": list(plan.variants),
-            "grid": {name: dict(knobs) for name, knobs in self._grid.items()},
+            "grid": self._grid,
             "applications": self._tree.applications,
             "dense": self._tree.measure(()).record,
             "alone": self._alone(judge),
