@@ -44,7 +44,7 @@ from pqqp_lightning.stage import Stage
 from pqqp_lightning.stages import import_from_working_folder, import_working_folder, known_stages, load_installed
 from pqqp_lightning.storage import not_written
 from pqqp_lightning.sweep.search import MOST_POINTS, sweep_grid
-from pqqp_lightning.sweep.tables import SWEEP, print_sweep_report
+from pqqp_lightning.sweep_report import SWEEP, print_sweep_report
 from pqqp_lightning.trainer import Trainer
 
 NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -313,8 +313,7 @@ def _report(arguments: list[str]) -> None:
     folder = Path(arguments[0])
     if (folder / SWEEP).is_file():
         print_sweep_report(folder)
-        return
-    if (folder / "order.json").is_file():
+    elif (folder / "order.json").is_file():
         print_order_report(folder)
     else:
         print_report(folder)

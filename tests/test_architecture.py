@@ -49,6 +49,8 @@ LAYERS = {
     "verdict": 11,
     "order": 11,
     "sweep": 11,
+    "hypothesis": 1,
+    "sweep_report": 6,
     "stages": 6,
     "listing": 7,
     "settings": 7,

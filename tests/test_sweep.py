@@ -172,8 +172,13 @@ def test_report_prints_it_again(folder, capsys):
     sweep(folder)
     first = capsys.readouterr().out
     assert run("report", "sweep") == 0
-    printed = capsys.readouterr().out
+    printed, _, last = capsys.readouterr().out.partition("sweep/report.html")
     assert printed in first
+    assert "sweep/report.md: as text." in last
+    page, text = ((folder / "sweep" / name).read_text() for name in ("report.html", "report.md"))
+    for words in ("A(quantize-&gt;prune)", "prune[sparsity=0.8], quantize[bits=3]", "bits 4", "8.00x", "curve.png"):
+        assert words in page
+    assert "No evidence that A(quantize->prune) grows with G(quantize, prune)" in text.replace("\\", "")
     assert "Spearman" in printed
     assert "sweep: sweep.csv, curve.csv, curve.png, advantage.png\n" in printed
 
@@ -246,6 +251,8 @@ def test_three_stages_are_measured_in_all_orders_without_a_pair(folder, capsys):
     printed = capsys.readouterr().out
     assert "tune -> prune -> quantize" in printed or "prune -> tune -> quantize" in printed
     assert "cannot run: stages.tune (Finetune): epochs=1 would move" in printed
+    assert run("report", "sweep") == 0
+    assert "best order" in (folder / "sweep/report.html").read_text()
     (first, _) = rows(folder)
     assert first["tune.learning_rate"] == "0.01"
     assert first["M(prune->tune->quantize)"]

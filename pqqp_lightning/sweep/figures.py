@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from pqqp_lightning.sweep.tables import ratio_of
+from pqqp_lightning.sweep_report import ratio_of
 
 Report = dict[str, Any]
 CURVE, ADVANTAGE = "curve.png", "advantage.png"

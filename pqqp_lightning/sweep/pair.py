@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pqqp_lightning.sweep.hypothesis import (
+from pqqp_lightning.hypothesis import (
     Ratio,
     equivalent_ratio,
     falls_steadily,

@@ -25,8 +25,8 @@ from pqqp_lightning.storage import write_json
 from pqqp_lightning.strategies import prefixes
 from pqqp_lightning.sweep.pair import PairAnalysis, analyse, pair_notes
 from pqqp_lightning.sweep.plan import Plan, make_plan
-from pqqp_lightning.sweep.tables import SWEEP, write_tables
 from pqqp_lightning.sweep.variants import Point
+from pqqp_lightning.sweep_report import SWEEP, write_tables
 from pqqp_lightning.trainer import Trainer
 from pqqp_lightning.verdict import Judge
 

@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pqqp_lightning.hypothesis import Ratio
 from pqqp_lightning.report import number_text, wide_console
 from pqqp_lightning.storage import read_json, write_text
-from pqqp_lightning.sweep.hypothesis import Ratio
 
 SWEEP, POINTS, CURVE = "sweep.json", "sweep.csv", "curve.csv"
 Report = dict[str, Any]
@@ -81,10 +81,15 @@ def print_sweep_report(folder: Path, console: Console | None = None) -> None:
     """Print the table of points, what is worth noting, and the verdict."""
     report = read_sweep_report(folder)
     console = console or wide_console()
-    console.print(_pair_table(report) if "hypothesis" in report else _order_table(report))
-    lines = [f"{_named(point)}: {mark}" for point in report["points"] for mark in point_marks(point)]
-    refused = [(r["order"], p) for point in report["points"] for r in point["refused"] for p in r["problems"]]
-    lines += list(dict.fromkeys(f"{' -> '.join(order)} cannot run: {problem}" for order, problem in refused))
+    caption, head, rows = point_cells(report)
+    table = Table(title=caption, title_justify="left")
+    for name in head:
+        table.add_column(name, justify="right" if "hypothesis" in report else "left", no_wrap=name == "A")
+    for cells in rows:
+        table.add_row(*cells)
+    console.print(table)
+    lines = [f"{point_name(point)}: {mark}" for point in report["points"] for mark in point_marks(point)]
+    lines += [f"{order} cannot run: {problem}" for order, problem in refusals(report)]
     lines += report["notes"]
     if report["status"] == "stopped":
         lines.append("The sweep is not finished: give the same command again, and it goes on from here.")
@@ -94,44 +99,47 @@ def print_sweep_report(folder: Path, console: Console | None = None) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _pair_table(report: Report) -> Table:
+def point_cells(report: Report) -> tuple[str, list[str], list[list[str]]]:
+    """The table of points for people: its caption, its head, and a row a point."""
+    return _pair_cells(report) if "hypothesis" in report else _order_cells(report)
+
+
+def point_name(point: Row) -> str:
+    """``"prune[sparsity=0.5], quantize[bits=4]"``."""
+    return ", ".join(point["steps"].values())
+
+
+def refusals(report: Report) -> list[tuple[str, str]]:
+    """Every order that cannot run somewhere, and why, once."""
+    refused = [(r["order"], p) for point in report["points"] for r in point["refused"] for p in r["problems"]]
+    return list(dict.fromkeys((" -> ".join(order), problem) for order, problem in refused))
+
+
+def _pair_cells(report: Report) -> tuple[str, list[str], list[list[str]]]:
     p, q = report["pruning"], report["quantizing"]
     knobs = list(_knobs(report["points"][0], report))
     metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
     what = f"A = A({q}->{p}) and G = G({q}, {p}) in {metric}; C*-C = C*_{p} - C_{q}"
-    table = Table(title=f"{report['metric']} alone and in both orders; {what}", title_justify="left")
-    for name in _short(knobs):
-        table.add_column(name)
-    for name in (p, q, f"{p} -> {q}", f"{q} -> {p}", "A", "G", "C*-C"):
-        table.add_column(name, justify="right", no_wrap=name == "A")
-    sign = 1 if report["higher_is_better"] else -1
+    head = [*_short(knobs), p, q, f"{p} -> {q}", f"{q} -> {p}", "A", "G", "C*-C"]
+    sign, rows = 1 if report["higher_is_better"] else -1, []
     for point in report["points"]:
         row, pair = point_row(point, report), point["pair"]
         shown = [row.get(f"M({name})") for name in (p, q, f"{p}->{q}", f"{q}->{p}")]
-        table.add_row(
-            *(str(row[name]) for name in knobs),
-            *(number_text(None if m is None else sign * m) for m in shown),
-            _advantage_text(pair["advantage"]),
-            _signed(pair["gap"]),
-            _difference_text(pair),
-        )
-    return table
+        values = [number_text(None if m is None else sign * m) for m in shown]
+        found = [_advantage_text(pair["advantage"]), _signed(pair["gap"]), _difference_text(pair)]
+        rows.append([*(str(row[name]) for name in knobs), *values, *found])
+    return f"{report['metric']} alone and in both orders; {what}", head, rows
 
 
-def _order_table(report: Report) -> Table:
+def _order_cells(report: Report) -> tuple[str, list[str], list[list[str]]]:
     """The best and the worst order of every point, where there is no pair to be analysed."""
-    knobs, metric = list(_knobs(report["points"][0], report)), report["metric"]
-    table = Table()
-    for name in [*knobs, "best order"]:
-        table.add_column(name)
-    table.add_column(metric, justify="right")
-    table.add_column("worst order")
-    table.add_column(metric, justify="right")
+    knobs, metric, rows = list(_knobs(report["points"][0], report)), report["metric"], []
     for point in report["points"]:
         ends = [point["orders"][i] for i in (0, -1)] if point["orders"] else []
         cells = [c for o in ends for c in (" -> ".join(o["order"]), number_text(o["record"]["metrics"].get(metric)))]
-        table.add_row(*(str(v) for v in _knobs(point, report).values()), *(cells or ["-"] * 4))
-    return table
+        rows.append([*(str(v) for v in _knobs(point, report).values()), *(cells or ["-"] * 4)])
+    caption = f"{metric} of the best and of the worst order at every point"
+    return caption, [*_short(knobs), "best order", metric, "worst order", metric], rows
 
 
 def _pair_columns(pair: Row, report: Report) -> Row:
@@ -159,10 +167,6 @@ def _short(knobs: Sequence[str]) -> list[str]:
     """Names of knobs without their stages, where that is enough to tell them apart."""
     alone = [knob.partition(".")[2] for knob in knobs]
     return [name if alone.count(name) == 1 else knob for name, knob in zip(alone, knobs, strict=True)]
-
-
-def _named(point: Row) -> str:
-    return ", ".join(point["steps"].values())
 
 
 def _alone_scores(report: Report) -> dict[str, float | None]:
