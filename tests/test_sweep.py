@@ -176,7 +176,14 @@ def test_report_prints_it_again(folder, capsys):
     assert printed in first
     assert "sweep/report.md: as text." in last
     page, text = ((folder / "sweep" / name).read_text() for name in ("report.html", "report.md"))
-    for words in ("A(quantize-&gt;prune)", "prune[sparsity=0.8], quantize[bits=3]", "bits 4", "8.00x", "curve.png"):
+    for words in (
+        "A(quantize-&gt;prune)",
+        "prune[sparsity=0.8], quantize[bits=3]",
+        "bits 4",
+        "8.00x",
+        "curve.png",
+        "in -perplexity",
+    ):
         assert words in page
     assert "No evidence that A(quantize->prune) grows with G(quantize, prune)" in text.replace("\\", "")
     assert "Spearman" in printed

@@ -40,9 +40,10 @@ def _advantage_blocks(report: Report) -> list[Block]:
     if not dots:
         return []
     first, second = report["quantizing"], report["pruning"]
+    metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
     caption = (
         f"{report['hypothesis']['advantage']}: what {first} before {second} gains over the other order, in "
-        f"{report['metric']}{scale_note(v for dot in dots for v in (dot.value, dot.low, dot.high))}; above 0, {first} "
+        f"{metric}{scale_note(v for dot in dots for v in (dot.value, dot.low, dot.high))}; above 0, {first} "
         "first is better. Bars are 95% intervals on the same samples: where one holds 0, there is no evidence that the "
         "order matters."
     )
