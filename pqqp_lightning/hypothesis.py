@@ -148,13 +148,15 @@ def sentence(advantage: str, quantity: str, found: Correlation) -> str:
     if found.value is None:
         why = "too few points" if found.points < FEWEST else "the points do not differ"
         return f"Whether {advantage} grows with {quantity} cannot be said: {why} ({found.points})."
-    numbers = f"Spearman {found.value:.2f} ({found.low:.2f} to {found.high:.2f}) over {found.points} points"
+    spearman = f"Spearman {found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
     few = ", which are few" if found.points < FEW else ""
+    numbers = f"{spearman} over {found.points} points"
     if found.grows:
         return f"{advantage} grows with {quantity}: {numbers}{few}."
     if found.falls:
         return f"{advantage} falls with {quantity}, against the hypothesis: {numbers}{few}."
-    return f"No evidence that {advantage} grows with {quantity}: {numbers}{few}."
+    luck = f"; chance alone gives as much in {found.chance:.0%} of cases" if found.value > 0 else ""
+    return f"No evidence that {advantage} grows with {quantity}: {numbers}{few}{luck}."
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
