@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import sys
 import warnings
@@ -29,21 +30,28 @@ from pqqp_lightning.run import RECIPE
 from pqqp_lightning.settings import (
     COMMAND_LINE,
     ENVIRONMENT,
+    Setting,
     load_yaml,
+    merged_section,
     option,
     place,
     read_settings,
     recipe_name,
     stage_class_names,
+    without_section,
 )
 from pqqp_lightning.stage import Stage
 from pqqp_lightning.stages import import_from_working_folder, import_working_folder, known_stages, load_installed
 from pqqp_lightning.storage import not_written
+from pqqp_lightning.sweep.search import MOST_POINTS, sweep_grid
+from pqqp_lightning.sweep_report import SWEEP, print_sweep_report
 from pqqp_lightning.trainer import Trainer
 
 NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 DECIDING = ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches", "limit_val_batches")
 """Options of the trainer that decide the numbers: a run is not resumed with others."""
+
+SEARCHES = ("order", "sweep")
 
 
 class NotStarted(RecipeError):
@@ -95,6 +103,50 @@ class CommandTrainer(Trainer):
             store=store,
         )
 
+    def sweep(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        metric: str | None = None,
+        higher_is_better: bool | None = None,
+        grid: dict[str, Any] = {},  # noqa: B006 (nobody changes it; the parser needs a mapping to add keys to)
+        curve: str | None = None,
+        curve_bits: list[int] = [],  # noqa: B006
+        max_points: int = MOST_POINTS,
+        time_limit: float | None = None,
+        store: str | None = None,
+    ) -> None:
+        """Measure a grid over knobs and orders, and what it says about the order of compression.
+
+        Args:
+            model: the dense model.
+            datamodule: its data.
+            ckpt_path: "last" to go on in the run folder; without it the store alone spares what is known.
+            metric: what decides; the model's own by default.
+            higher_is_better: whether more of it is better; known for common metrics.
+            grid: the values of knobs, as in --grid.prune.sparsity [0.5,0.7].
+            curve: the stage that quantizes, where the grid leaves it open.
+            curve_bits: further bit widths for the curve of quantization alone.
+            max_points: refuse a grid of more points.
+            time_limit: begin nothing new after so many minutes.
+            store: folder of results that searches share; "store" beside the run folder by default.
+        """
+        sweep_grid(
+            self,
+            model,
+            datamodule,
+            grid,
+            resume=ckpt_path == "last",
+            metric=metric,
+            higher=higher_is_better,
+            curve=curve,
+            curve_bits=curve_bits,
+            max_points=max_points,
+            time_limit=time_limit,
+            store=store,
+        )
+
 
 class CommandLine(LightningCLI):
     """LightningCLI with ``--stages``, ``--stage_order`` and ``--run_dir``."""
@@ -108,7 +160,7 @@ class CommandLine(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The commands that take a recipe."""
         shared = {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders", "weights_only"}
-        return {name: shared for name in ("fit", "validate", "test", "order")}
+        return {name: shared for name in ("fit", "validate", "test", "order", "sweep")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our options beside Lightning's."""
@@ -180,6 +232,11 @@ class CommandLine(LightningCLI):
         if self.trainer.is_global_zero:
             _show(Path(self.trainer.default_root_dir))
 
+    def after_sweep(self) -> None:
+        """The table of the points."""
+        if self.trainer.is_global_zero:
+            _show(Path(self.trainer.default_root_dir))
+
     def _resolved_recipe(self) -> str:
         """The recipe with every default written out, runnable again."""
         config = self.config[self.subcommand].clone()
@@ -224,12 +281,12 @@ def _quiet_the_libraries() -> None:
 
 
 def run_folder(config: Namespace, command: str) -> Path:
-    """``--run_dir``, or ``runs/`` and the recipe's name (``order`` has a folder of its own)."""
+    """``--run_dir``, or ``runs/`` and the recipe's name (``order`` and ``sweep`` have folders of their own)."""
     if given := config.run_dir or config.trainer.default_root_dir:
         return Path(given)
     files = config.get("config") or []
     stem = Path(str(files[-1])).stem if files else "run"
-    return Path("runs") / (f"{stem}-order" if command == "order" else stem)
+    return Path("runs") / (f"{stem}-{command}" if command in SEARCHES else stem)
 
 
 def ordered(stages: dict[str, Any], order: list[str] | None) -> dict[str, Any]:
@@ -257,8 +314,10 @@ def _report(arguments: list[str]) -> None:
 
 
 def _show(folder: Path) -> None:
-    """Print what a run or a search found, and write it as a page."""
-    if (folder / "order.json").is_file():
+    """Print what a run, a search or a sweep found, and write it as a page."""
+    if (folder / SWEEP).is_file():
+        print_sweep_report(folder)
+    elif (folder / "order.json").is_file():
         print_order_report(folder)
     else:
         print_report(folder)
@@ -274,7 +333,8 @@ def _recipe_command(command: str, arguments: list[str]) -> None:
     for name in stage_class_names(settings):
         if name not in known_stages():
             import_from_working_folder(name)
-    sys.argv[1:] = [command, *arguments]  # also what the processes of a distributed run are started with
+    given = _with_one_grid(arguments, settings) if command == "sweep" else arguments
+    sys.argv[1:] = [command, *given]  # also what the processes of a distributed run are started with
     try:
         CommandLine(
             LightningModule,
@@ -313,6 +373,14 @@ def _import_models_and_data() -> None:
     """So that bare class names are known."""
     for module in ("models.causal_lm", "models.image_classifier", "data.text", "data.tokens", "data.images"):
         import_module(f"pqqp_lightning.{module}")
+
+
+def _with_one_grid(arguments: list[str], settings: list[Setting]) -> list[str]:
+    """The whole grid as one option: of two knobs of one stage, the parser would keep the last alone."""
+    grid = merged_section(settings, "grid")
+    if not grid or not isinstance(grid, dict):
+        return arguments
+    return [*without_section(arguments, "grid"), f"--grid={json.dumps(grid, default=str)}"]
 
 
 def _with_saved_recipe(command: str, arguments: list[str]) -> list[str]:

@@ -31,7 +31,25 @@ OPTIONS: dict[str, Any] = {
 }
 OPTIONS_OF: dict[str, dict[str, Any]] = {
     "fit": {"weights_only": bool | None},
-    "order": {"metric": str | None, "higher_is_better": bool | None},
+    "order": {
+        "metric": str | None,
+        "higher_is_better": bool | None,
+        "strategy": str,
+        "max_runs": int | None,
+        "time_limit": float | None,
+        "comparable_only": bool,
+        "store": str | None,
+    },
+    "sweep": {
+        "metric": str | None,
+        "higher_is_better": bool | None,
+        "grid": dict[str, Any],
+        "curve": str | None,
+        "curve_bits": list[int],
+        "max_points": int,
+        "time_limit": float | None,
+        "store": str | None,
+    },
     "validate": {"weights_only": bool | None, "verbose": bool},
     "test": {"weights_only": bool | None, "verbose": bool},
 }
@@ -57,6 +75,10 @@ def _check_name(setting: Setting, known: set[str]) -> list[str]:
     section = setting.key.split(".")[0]
     if section in FLAGS:
         return []
+    if section not in known and (owners := [name for name, own in OPTIONS_OF.items() if section in own]):
+        given = f"--{section}" if setting.where == COMMAND_LINE else section
+        whose = " and ".join(owners)
+        return [f"{setting.where}: '{given}' belongs to {whose}. Take it out, or run pqqp-lightning {owners[0]}."]
     if section not in known and setting.where == COMMAND_LINE:
         return [f"{COMMAND_LINE}: '--{section}' is no option.{suggest(section, {*known, 'config', 'print_config'})}"]
     if section not in known:
@@ -227,6 +249,21 @@ def _own_problems(cls: type, where: str, knobs: Sequence[Setting]) -> list[str]:
         return error.problems
     except Exception:  # this is not the place to report it
         return []
+
+
+def knob_value(cls: type, knob: str, value: Any) -> Any:
+    """``value`` as the constructor of ``cls`` takes it for ``knob``, converted as in a recipe.
+
+    Raises:
+        ValueError: it does not take it; the words say what it expects.
+    """
+    kind = {action.dest: getattr(action, "_typehint", None) for action in _parser_of(cls)._actions}.get(knob)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        return parser.instantiate_classes(parser.parse_object({"value": copy.deepcopy(value)})).value
+    except ArgumentError as error:
+        raise ValueError(f"{_in_words(kind)}.{near_miss(str(value), map(str, _choices(kind)))}") from error
 
 
 def _parser_of(cls: type) -> ArgumentParser:

@@ -73,7 +73,7 @@ def search_orders(
     results = ResultStore(Path(store) if store is not None else folder.parent / "store")
     search = OrderSearch(trainer, DataSource(module, datamodule=datamodule), trainer.stages, results)
     search.check(strategy, max_runs, time_limit)
-    with search.alone():
+    with alone(trainer, results):
         search.go(
             STRATEGIES[strategy], resume=resume, metric=metric, higher=higher, max_runs=max_runs, minutes=time_limit,
             comparable_only=comparable_only,
@@ -86,7 +86,7 @@ class OrderSearch:
     def __init__(self, trainer: Trainer, data: DataSource, stages: Sequence[Stage], store: ResultStore) -> None:
         self._trainer, self._data, self._stages = trainer, data, {stage.name: stage for stage in stages}
         self._folder = Path(trainer.default_root_dir)
-        self._store, self._tree = store, PrefixTree(trainer, data, stages, store)
+        self._store, self._tree = store, PrefixTree(trainer, data, self._stages, store)
         self._refused: dict[Order, list[str]] = {}
         self._allowed: list[Order] = []
 
@@ -119,15 +119,6 @@ class OrderSearch:
             raise RecipeError(dict.fromkeys(p for problems in self._refused.values() for p in problems))
         self._data.read(self._trainer)
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process at a time searches in a run folder; the next one finds everything in the store."""
-        if not self._trainer.is_global_zero:
-            yield
-            return
-        with self._store.locked(f"run-{self._folder.name}", f"{self._folder}: another process searches here"):
-            yield
-
     def go(
         self,
         strategy: type[Strategy],
@@ -144,7 +135,7 @@ class OrderSearch:
         if resume:
             check_same_recipe(self._folder, started)
         dense = self._tree.open()
-        judge = Judge(self._tree, *self._deciding_metric(dense["metrics"], metric, higher))
+        judge = Judge(self._tree, *deciding_metric(self._data.module, dense["metrics"], metric, higher))
         if not resume and self._trainer.is_global_zero:
             open_folder(self._folder, started, self._trainer.recipe_text)
         chosen = strategy(list(self._stages), self._allowed, judge)
@@ -187,7 +178,7 @@ class OrderSearch:
         if not self._trainer.is_global_zero or self._trainer.progress_bar_callback is None:
             return
         left, each = max(0, self._most - self._done), sum(self._tree.seconds) / max(1, len(self._tree.seconds))
-        rest = f"; at most {left} left, about {_duration(each * left)}" if left else ""
+        rest = f"; at most {left} left, about {duration(each * left)}" if left else ""
         print(f"order: {' -> '.join(node)} measured{rest}", flush=True)
 
     def _finish(self, strategy: Strategy, verdict: Verdict, notes: list[str]) -> None:
@@ -210,23 +201,46 @@ class OrderSearch:
             if node != verdict.best:
                 self._tree.drop(node)
 
-    def _deciding_metric(
-        self, metrics: dict[str, float | None], metric: str | None, higher: bool | None
-    ) -> tuple[str, bool]:
-        own = getattr(self._data.module, "primary_metric", None)
-        chosen = metric or own or next(iter(metrics), "")
-        if chosen not in metrics:
-            raise RecipeError(f"metric='{chosen}' is not measured.{suggest(chosen, metrics)}")
-        if higher is None and chosen == own:
-            higher = getattr(self._data.module, "higher_is_better", None)
-        word = chosen.lower()
-        if higher is None and any(w in word for w in LOWER_IS_BETTER):
-            higher = False
-        if higher is None and any(w in word for w in HIGHER_IS_BETTER):
-            higher = True
-        if higher is None:
-            raise RecipeError(f"metric='{chosen}': is more of it better? Say --higher_is_better true or false.")
-        return chosen, higher
+
+@contextmanager
+def alone(trainer: Trainer, store: ResultStore) -> Iterator[None]:
+    """One process at a time searches in a run folder; the next one finds everything in the store."""
+    if not trainer.is_global_zero:
+        yield
+        return
+    folder = Path(trainer.default_root_dir)
+    with store.locked(f"run-{folder.name}", f"{folder}: another process searches here"):
+        yield
+
+
+def deciding_metric(
+    module: LightningModule, metrics: dict[str, float | None], metric: str | None, higher: bool | None
+) -> tuple[str, bool]:
+    """The metric that decides, and whether more of it is better.
+
+    Args:
+        module: may say both (``primary_metric``, ``higher_is_better``).
+        metrics: what is measured.
+        metric: what the user wants.
+        higher: what the user says.
+
+    Raises:
+        RecipeError: it is not measured, or its direction is not known.
+    """
+    own = getattr(module, "primary_metric", None)
+    chosen = metric or own or next(iter(metrics), "")
+    if chosen not in metrics:
+        raise RecipeError(f"metric='{chosen}' is not measured.{suggest(chosen, metrics)}")
+    if higher is None and chosen == own:
+        higher = getattr(module, "higher_is_better", None)
+    word = chosen.lower()
+    if higher is None and any(w in word for w in LOWER_IS_BETTER):
+        higher = False
+    if higher is None and any(w in word for w in HIGHER_IS_BETTER):
+        higher = True
+    if higher is None:
+        raise RecipeError(f"metric='{chosen}': is more of it better? Say --higher_is_better true or false.")
+    return chosen, higher
 
 
 def _link_folder(source: Path, target: Path) -> None:
@@ -245,5 +259,6 @@ def _link(source: Any, target: Any) -> None:
         shutil.copy2(source, target)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

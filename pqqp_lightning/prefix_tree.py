@@ -7,7 +7,7 @@ packed checkpoints for as long as something may go on from them. What was measur
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,8 @@ from pqqp_lightning.runner import Runner
 from pqqp_lightning.stage import Stage
 
 Order = tuple[str, ...]
+"""Stages to apply one after another, by the names that a tree knows them by."""
+
 READABLE = 60
 """Characters of the stages' names in a result's folder name."""
 
@@ -33,7 +35,8 @@ class PrefixTree:
     Args:
         trainer: for evaluation and training.
         data: the dense model and its data, set up.
-        stages: by name.
+        stages: by the names that orders call them by; two of them may be the same stage with other knobs, and then have
+            one ``name``: the address of a result tells what was applied, and not what a search calls it.
         store: where results are looked up and kept.
 
     Attributes:
@@ -41,10 +44,10 @@ class PrefixTree:
         seconds: what one application with its evaluation took, for each.
     """
 
-    def __init__(self, trainer: Trainer, data: DataSource, stages: Sequence[Stage], store: ResultStore) -> None:
+    def __init__(self, trainer: Trainer, data: DataSource, stages: Mapping[str, Stage], store: ResultStore) -> None:
         self._trainer, self._data, self._store = trainer, data, store
         self._runner = Runner(trainer, data, keep_samples=True)
-        self._stages = {stage.name: stage for stage in stages}
+        self._stages = dict(stages)
         self._results: dict[Order, Result] = {}
         self._base = ""
         self._at: Order | None = ()
@@ -63,12 +66,25 @@ class PrefixTree:
 
     def key(self, order: Order) -> str:
         """The address of a result."""
-        digest = node_fingerprint(self._base, [self._stages[name] for name in order])
-        return f"{('+'.join(order) or 'dense')[:READABLE]}-{digest[:24]}"
+        stages = [self._stages[name] for name in order]
+        readable = "+".join(stage.name for stage in stages) or "dense"
+        return f"{readable[:READABLE]}-{node_fingerprint(self._base, stages)[:24]}"
 
     def is_known(self, order: Order) -> bool:
         """Whether the result is there already."""
         return order in self._results or self._agreed(lambda: self._store.read(self.key(order)) is not None)
+
+    def missing(self, orders: Iterable[Order]) -> set[Order]:
+        """The sequences whose last stage is to be applied until all ``orders`` are known: those that nobody has
+        measured, and those among their beginnings whose models are not there any more."""
+        found: set[Order] = set()
+        for order in orders:
+            if not self.is_known(order):
+                found.add(order)
+                while order[:-1] and not self._has_model(order[:-1]):
+                    order = order[:-1]
+                    found.add(order)
+        return found
 
     def measure(self, order: Order) -> Result:
         """The result of the dense model after these stages, computed if nobody has computed it."""
@@ -93,7 +109,7 @@ class PrefixTree:
 
     def snapshot(self, order: Order) -> Any:
         """The folder of the compressed model, computed again if it is not there any more."""
-        if not self._agreed(lambda: self._store.has_snapshot(self.key(order))):
+        if not self._has_model(order):
             self._at = None
             self._go_to(order)
         return self._store.snapshot(self.key(order))
@@ -129,7 +145,7 @@ class PrefixTree:
         """Bring the model to ``order``."""
         key = self.key(order)
         with self._locked(key):
-            there = self._agreed(lambda: self._store.has_snapshot(key))
+            there = self._has_model(order)
             if not order and not there:
                 if self._trainer.is_global_zero:
                     save_checkpoint(self._data.module, self._store.snapshot(key))
@@ -143,6 +159,9 @@ class PrefixTree:
             else:  # measured once, and dropped since
                 self._go_to(order[:-1])
                 self._apply(order)
+
+    def _has_model(self, order: Order) -> bool:
+        return self._agreed(lambda: self._store.has_snapshot(self.key(order)))
 
     def _agreed(self, ask: Callable[[], Any]) -> Any:
         """The first rank's answer, on every rank."""

@@ -24,14 +24,21 @@ def check_recipe(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) ->
     Raises:
         RecipeError: with every problem found.
     """
+    if problems := check_run(trainer, data, stages) + check_places(stages, data):
+        raise RecipeError(problems)
+
+
+def check_run(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) -> list[str]:
+    """The problems of all but the stages' places: the folder, the data, the model, names and epochs."""
     folder = [] if trainer.fast_dev_run else check_folder(Path(trainer.default_root_dir))
     problems = folder + data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
-    problems += _check_strategy(trainer)
-    problems += _check_teacher(stages)
-    for stage, found in zip(stages, check_stages(stages, data), strict=True):
-        problems += [f"{_where(stage)}: {p}" for p in found]
-    if problems:
-        raise RecipeError(problems)
+    return problems + _check_strategy(trainer) + _check_teacher(stages)
+
+
+def check_places(stages: Sequence[Stage], data: DataSource) -> list[str]:
+    """The problems of the stages in this order, each with its stage in front."""
+    pairs = zip(stages, check_stages(stages, data), strict=True)
+    return [f"{_where(stage)}: {problem}" for stage, found in pairs for problem in found]
 
 
 def check_stages(stages: Sequence[Stage], data: DataSource) -> list[list[str]]:

@@ -16,6 +16,8 @@ from pqqp_lightning.storage import read_json
 
 SIZE_COLUMNS = ("zeros", "bits/weight", "nominal C", "size", "C")
 
+SEARCHES = {"order": "search for the best order", "sweep": "sweep"}
+
 
 def stage_table(records: Sequence[Record], title: str | None = None) -> Table:
     """One row a stage: metrics, zeros, bits per weight, nominal C, counted size and rate, seconds."""
@@ -112,8 +114,9 @@ def read_report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT
     if not folder.is_dir():
         raise RecipeError(f"{folder}: there is no such folder. Name the folder of a run, such as runs/quickstart.")
-    if (folder / RUN).is_file() and read_json(folder / RUN).get("command") == "order":
-        raise RecipeError(f"{folder}: the search for the best order is not finished. Go on with --ckpt_path last.")
+    command = read_json(folder / RUN).get("command") if (folder / RUN).is_file() else None
+    if command in SEARCHES:
+        raise RecipeError(f"{folder}: the {SEARCHES[command]} is not finished. Go on with --ckpt_path last.")
     if not path.is_file():
         raise RecipeError(f"{folder}: holds no {REPORT}. Name the folder of a run, such as runs/quickstart.")
     return read_json(path, "status", "stages")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -82,6 +83,36 @@ def option(arguments: Sequence[str], name: str) -> str | None:
     """The last value of ``--name`` on the command line."""
     found = [value for key, value in _pairs(arguments) if key == name or (name == "config" and key == "c")]
     return found[-1] if found else None
+
+
+def merged_section(settings: Iterable[Setting], section: str) -> Any:
+    """What the settings make of ``section`` together: a dotted key changes its own place alone."""
+    merged: Any = {}
+    for setting in settings:
+        first, *rest = setting.key.split(".")
+        if first != section or setting.value is NO_VALUE:
+            continue
+        if not rest:
+            merged = copy.deepcopy(setting.value)
+            continue
+        merged = inner = merged if isinstance(merged, dict) else {}
+        for name in rest[:-1]:
+            inner[name] = inner = inner[name] if isinstance(inner.get(name), dict) else {}
+        inner[rest[-1]] = setting.value
+    return merged
+
+
+def without_section(arguments: Sequence[str], section: str) -> list[str]:
+    """The command line without ``--section`` and ``--section.anything``."""
+    kept, pending = list[str](), list(arguments)
+    while pending:
+        words = [pending.pop(0)]
+        key, value = next(_pairs([*words, *pending[:1]]))
+        if words[0].startswith("-") and "=" not in words[0] and value is not None:
+            words.append(pending.pop(0))
+        if key.split(".")[0] != section or value is None:
+            kept += words
+    return kept
 
 
 def stage_class_names(settings: Iterable[Setting]) -> list[str]:

@@ -79,7 +79,7 @@ class Judge:
         Raises:
             RecipeError: none of them is comparable.
         """
-        marks = self._marks(measured)
+        marks = self.marks(measured)
         left = [order for order in measured if not (comparable_only and marks[order])]
         if not left:
             raise RecipeError("comparable_only: every order is marked. Leave it out, and read the marks.")
@@ -88,7 +88,7 @@ class Judge:
         confidence = 1 - (1 - CONFIDENCE) / max(1, len(others))  # all comparisons together hold with 95%
         return Verdict(self, ranked, marks, {order: self.difference(ranked[0], order, confidence) for order in others})
 
-    def _marks(self, measured: Sequence[Order]) -> dict[Order, list[str]]:
+    def marks(self, measured: Sequence[Order]) -> dict[Order, list[str]]:
         """Why an order cannot be compared with the others, in a few words."""
         records = {order: self.tree.measure(order).record for order in measured}
         least = min(record["size_bytes"] for record in records.values())

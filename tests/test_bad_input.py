@@ -57,6 +57,7 @@ class Wrong:
 
 
 PRUNE = "{class_path: Magnitude, init_args: {sparsity: 0.5}}"
+SWEEP = "sweep --config recipe.yaml"
 WRONG = [
     # names
     Wrong("command", "'fti' is no command. Did you mean 'fit'?", command="fti"),
@@ -329,6 +330,12 @@ WRONG = [
         files={"run.json": '{"command": "order"}'},
     ),
     Wrong(
+        "report of a sweep that is not finished",
+        ".: the sweep is not finished. Go on with --ckpt_path last.",
+        command="report .",
+        files={"run.json": '{"command": "sweep"}'},
+    ),
+    Wrong(
         "report of half a search",
         "order.json: is truncated or altered (Unterminated string starting at: line 1 column 2 (char 1)). "
         "Run the recipe again.",
@@ -563,6 +570,77 @@ WRONG = [
         "command line: metric='perplexty' is not measured. Did you mean 'perplexity'?",
         "--metric perplexty",
         command="order --config recipe.yaml",
+    ),
+    # grids
+    Wrong(
+        "sweep without a grid",
+        "recipe.yaml: grid: is missing. Add --grid.STAGE.KNOB [a,b], where STAGE is prune or quantize.",
+        command=SWEEP,
+    ),
+    Wrong(
+        "grid over what is not there, and no points allowed",
+        "command line: max_points=0 allows no point. Use 1 or more.\n"
+        "command line: grid.prun: there is no such stage. Did you mean 'prune'?\n"
+        "command line: grid.quantize (RTN): 'bitz' is no knob. Did you mean 'bits'?",
+        "--grid.prun.sparsity [0.5] --grid.quantize.bitz [8,4] --max_points 0",
+        command=SWEEP,
+    ),
+    Wrong(
+        "grid with lists that are none",
+        "command line: grid.prune (Magnitude): sparsity=[0.5, 0.5] names 0.5 twice. Name every value once.\n"
+        "command line: grid.prune (Magnitude): scope='globl': expected 'layer', 'global'. Did you mean 'global'?\n"
+        "command line: grid.quantize (RTN): bits=4 is no list. Write its values as in [4].\n"
+        "command line: grid.quantize (RTN): clip=[] is empty. Write its values as in [False].",
+        "--grid.quantize.bits 4 --grid.prune.sparsity [0.5,0.5] --grid.prune.scope [globl] --grid.quantize.clip []",
+        command=SWEEP,
+    ),
+    Wrong(
+        "grid in the recipe with values that the stages refuse",
+        "command line: time_limit=0.0 is no time. Give minutes above 0.\n"
+        "recipe.yaml: grid.prune (Magnitude): sparsity=1.5 is not in (0, 1). 0.5 removes half of the weights.\n"
+        "recipe.yaml: grid.quantize (RTN): bits=9 is not between 2 and 8.",
+        "--time_limit 0",
+        command=SWEEP,
+        recipe={"stages:": "grid: {prune: {sparsity: [0.5, 1.5]}, quantize: {bits: [4, 9]}}\nstages:"},
+    ),
+    Wrong(
+        "grid with a value that the model refuses",
+        "command line: grid.quantize (RTN): group_size=24 does not divide in_features=64 of "
+        f"{INNER}. Use 8, 16, 32 or 64, or add them to ignore.\n"
+        f"command line: grid.quantize (RTN): group_size=24 does not divide in_features=128 of {DOWN}. "
+        "Use 8, 16, 32 or 64, or add them to ignore.",
+        "--grid.quantize.group_size [24,32]",
+        command=SWEEP,
+    ),
+    Wrong(
+        "grid of too many points",
+        "command line: grid: has 6 points, more than max_points=5. Shorten it, or raise that.",
+        "--grid.prune.sparsity [0.3,0.5] --grid.quantize.bits [8,4,3] --max_points 5",
+        command=SWEEP,
+    ),
+    Wrong(
+        "curve of no stage",
+        "command line: curve='quantise' is no stage. Did you mean 'quantize'?",
+        "--grid.prune.sparsity [0.3,0.5] --curve quantise",
+        command=SWEEP,
+    ),
+    Wrong(
+        "curve of either of two stages",
+        "command line: grid: prune and quantize both have 'bits'. Say which one the curve is of: --curve prune.",
+        "--grid.prune.bits [3,2] --grid.quantize.bits [8,4]",
+        recipe={"Magnitude, init_args: {sparsity: 0.5}": "RTN, init_args: {bits: 3}"},
+        command=SWEEP,
+    ),
+    Wrong(
+        "curve at bits that there are none of",
+        "command line: curve_bits (RTN): bits=1 is not between 2 and 8.",
+        "--grid.prune.sparsity [0.3,0.5] --curve_bits [4,1]",
+        command=SWEEP,
+    ),
+    Wrong(
+        "grid in a recipe for another command",
+        "recipe.yaml: 'grid' belongs to sweep. Take it out, or run pqqp-lightning sweep.",
+        recipe={"stages:": "grid: {prune: {sparsity: [0.5, 0.7]}}\nstages:"},
     ),
     # several at once
     Wrong(

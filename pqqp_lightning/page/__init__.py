@@ -11,8 +11,10 @@ from pqqp_lightning.page.blocks import Page
 from pqqp_lightning.page.fit import fit_page
 from pqqp_lightning.page.markdown import to_markdown
 from pqqp_lightning.page.order import order_page
+from pqqp_lightning.page.sweep import sweep_page
 from pqqp_lightning.report import read_order_report, read_report
 from pqqp_lightning.storage import write_text
+from pqqp_lightning.sweep_report import SWEEP, read_sweep_report
 
 HTML, MARKDOWN = "report.html", "report.md"
 
@@ -31,7 +33,9 @@ def write_pages(folder: Path) -> list[Path]:
 
 
 def read_page(folder: Path) -> Page:
-    """The page of a run, or of a search for the best order."""
+    """The page of a run, of a search for the best order, or of a sweep."""
+    if (folder / SWEEP).is_file():
+        return sweep_page(folder, read_sweep_report(folder))
     if (folder / "order.json").is_file():
         return order_page(folder, read_order_report(folder))
     return fit_page(folder, read_report(folder))
