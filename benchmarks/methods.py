@@ -77,9 +77,9 @@ METHODS = {
         "lora": f"{HALF} {RECOVER.format('LoRA', 0.0005)}",
         "lora-aware": f"{HALF} {RECOVER.format('LoRA', 0.0005)} --stages.recover.merge_aware true",
         "gradual": "--stages.prune GradualPruning --stages.prune.sparsity 0.5 --stages.prune.epochs 1 "
-        "--stages.prune.ramp 0.5 --stages.prune.learning_rate 0.00005",
+        "--stages.prune.ramp 0.5 --stages.prune.learning_rate 0.00005 --trainer.limit_train_batches 12",
         "qat": "--stages.quantize QAT --stages.quantize.bits 4 --stages.quantize.learning_rate 0.00002 "
-        "--stages.quantize.epochs 1",
+        "--stages.quantize.epochs 1 --trainer.limit_train_batches 12",
     },
     "Sharing": {
         "svd": "--stages.share BasisSharing --stages.share.ratio 0.2 --stages.share.group 1",
@@ -88,16 +88,17 @@ METHODS = {
 }
 """Section, name of the run, and what is added to the command of the reference recipe."""
 
+FEW = "--data.calibration_samples 4"
 RECIPES = {
     "quarot-gptq": "quantization/quarot-gptq.yaml",
     "gptq": "quantization/gptq.yaml",
     "nf4": "quantization/nf4.yaml",
     "quarot-w4a8": "quantization/quarot-w4a8.yaml",
-    "mixed-progressive": "quantization/mixed-progressive.yaml",
-    "mixed-regressive": "quantization/mixed-progressive.yaml --stages.quantize.schedule regressive",
+    "mixed-progressive": f"quantization/mixed-progressive.yaml {FEW}",
+    "mixed-regressive": f"quantization/mixed-progressive.yaml {FEW} --stages.quantize.schedule regressive",
     "sleb-rtn": "pruning/sleb-rtn.yaml",
     "rtn-sleb": "pruning/sleb-rtn.yaml --stage_order [quantize,shorten]",
-    "prune-lora-quantize": "recovery/prune-lora-quantize.yaml",
+    "prune-lora-quantize": "recovery/prune-lora-quantize.yaml --trainer.limit_train_batches 48",
     "sparsegpt-qlora": "recovery/sparsegpt-qlora.yaml",
     "qlora-sparsegpt": "recovery/sparsegpt-qlora.yaml --stage_order [recover,prune]",
     "basis-sharing-sparsegpt": "sharing/basis-sharing-sparsegpt.yaml",
