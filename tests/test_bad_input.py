@@ -952,6 +952,7 @@ def test_damaged_records_are_refused(file, damaged, capfd):
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])
 def test_damaged_report_is_refused(content, damaged, capfd):
     (damaged / "report.json").write_text(content)
+    (damaged / "report.html").unlink()
     assert run("report", "run") == 2
     words = capfd.readouterr().err
     assert words.startswith("run/report.json: is truncated or altered (")
@@ -960,6 +961,7 @@ def test_damaged_report_is_refused(content, damaged, capfd):
 
 
 def test_a_page_that_cannot_be_written_costs_only_the_page(damaged, capfd):
+    (damaged / "report.html").unlink()
     (damaged / "report.html").mkdir()
     assert run("report", "run") == 2
     printed, words = capfd.readouterr()

@@ -179,7 +179,9 @@ def test_processes_end_with_equal_weights_also_after_finetuning(folder):
         "model",
         "recipe.yaml",
         "records.jsonl",
+        "report.html",
         "report.json",
+        "report.md",
         "run.json",
     ]
     assert not (folder / "trained.1").exists()

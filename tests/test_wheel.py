@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(out), str(ROOT)], check=True)
+    with FileLock(tmp_path_factory.getbasetemp().parent / "wheel.lock"):  # all processes build in the same folder
+        subprocess.run([*command, "--wheel-dir", str(out), str(ROOT)], check=True)
     return next(out.glob("*.whl"))
 
 
