@@ -153,8 +153,8 @@ READING = """
 - **The range of the scales.** Searching it pays for GPTQ at 8, 4 and 3 bits, after a rotation and after pruning, and
   is its default; it pays for RTN on rotated weights only.
 - **Mixed precision** at 3 bits on average is clearly better than 3 bits everywhere (both without the search of the
-  range). Quantizing the most bits first or last makes no difference here: 17.48 and 17.45. (The latter was paused, hence
-  its seconds.)
+  range). Quantizing the most bits first or last makes no difference here: 17.48 and 17.45. (The latter was paused,
+  hence its seconds.)
 - **LoRA** that trains through its merge ends no better than plain LoRA that is masked once, and a step costs more.
 - **Order.** Pruning before GPTQ is better than after it (the quickstart: by 2.68, 95% interval 2.02 to 3.28). SLEB
   before RTN is worse than after it here: it removes other blocks. SparseGPT before QLoRA is better than after it,
