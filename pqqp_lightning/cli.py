@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import pqqp_lightning
 from pqqp_lightning.diagnosis import check_sections, diagnose
 from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.fingerprint import DECIDING
 from pqqp_lightning.listing import print_methods, summarize
 from pqqp_lightning.order import search_orders
 from pqqp_lightning.page import write_pages
@@ -48,9 +49,6 @@ from pqqp_lightning.sweep_report import SWEEP, print_sweep_report
 from pqqp_lightning.trainer import Trainer
 
 NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-DECIDING = ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches", "limit_val_batches")
-"""Options of the trainer that decide the numbers: a run is not resumed with others."""
-
 SEARCHES = ("order", "sweep")
 
 

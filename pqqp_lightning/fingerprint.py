@@ -26,7 +26,9 @@ from pqqp_lightning.record import package_versions
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stage import Stage
 
-DECIDING = ("accumulate_grad_batches", "gradient_clip_val", "limit_train_batches", "limit_val_batches", "precision")
+DECIDING = ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches", "limit_val_batches")
+"""Options of the trainer that decide the numbers: a run is not resumed with others."""
+
 SAMPLES = 1024
 """So many evaluation samples and training samples are read in full; of more, the first ones and the number count."""
 

@@ -11,8 +11,6 @@ from itertools import pairwise, permutations
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
-from sklearn.isotonic import IsotonicRegression
 
 RESAMPLES = 2000
 FEWEST = 3
@@ -135,6 +133,8 @@ def monotone_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, Any] | Non
     """
     if len(x) < FEWEST:
         return None
+    from sklearn.isotonic import IsotonicRegression  # here: other commands do without it
+
     order = np.argsort(x, kind="stable")
     a, b = np.asarray(x, float)[order], np.asarray(y, float)[order]
     fitted = IsotonicRegression(increasing=True).fit_transform(a, b)
@@ -161,6 +161,8 @@ def sentence(advantage: str, quantity: str, found: Correlation) -> str:
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Spearman's correlation row by row [R, N], NaN where a row is constant."""
+    from scipy.stats import rankdata  # here: other commands do without it
+
     a, b = (rankdata(v, axis=1) for v in (x, y))
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     size = np.sqrt((a**2).sum(1) * (b**2).sum(1))

@@ -69,8 +69,7 @@ def search_orders(
     Raises:
         RecipeError: everything that must be put right, before any work.
     """
-    folder = Path(trainer.default_root_dir)
-    results = ResultStore(Path(store) if store is not None else folder.parent / "store")
+    results = store_of(trainer, store)
     search = OrderSearch(trainer, DataSource(module, datamodule=datamodule), trainer.stages, results)
     search.check(strategy, max_runs, time_limit)
     with alone(trainer, results):
@@ -101,8 +100,7 @@ class OrderSearch:
             problems.append(f"strategy='{strategy}' is none.{suggest(strategy, STRATEGIES)}")
         if max_runs is not None and max_runs < 1:
             problems.append(f"max_runs={max_runs} measures no order. Use 1 or more.")
-        if minutes is not None and not minutes > 0:
-            problems.append(f"time_limit={minutes} is no time. Give minutes above 0.")
+        problems += check_time_limit(minutes)
         if not 2 <= len(self._stages) <= MOST_STAGES:
             problems.append(
                 f"order: needs 2 to {MOST_STAGES} stages, but the recipe has {len(self._stages)}. Change the stages."
@@ -131,13 +129,9 @@ class OrderSearch:
         comparable_only: bool,
     ) -> None:
         """Search what is not searched yet."""
-        started = identity(self._trainer, self._data, list(self._stages.values())) | {"command": "order"}
-        if resume:
-            check_same_recipe(self._folder, started)
-        dense = self._tree.open()
-        judge = Judge(self._tree, *deciding_metric(self._data.module, dense["metrics"], metric, higher))
-        if not resume and self._trainer.is_global_zero:
-            open_folder(self._folder, started, self._trainer.recipe_text)
+        judge = open_search(
+            self._trainer, self._data, self._tree, {"command": "order"}, resume=resume, metric=metric, higher=higher
+        )
         chosen = strategy(list(self._stages), self._allowed, judge)
         self._announce(chosen, max_runs)
         measured, notes = self._measure(chosen, max_runs, minutes)
@@ -194,12 +188,58 @@ class OrderSearch:
                     "applications": self._tree.applications,
                     **verdict.report(),
                     "refused": [{"order": list(order), "problems": p} for order, p in self._refused.items()],
-                    "notes": [*notes, *strategy.notes()],
+                    "notes": notes,
                 },
             )
         for node in self._tree.results():
             if node != verdict.best:
                 self._tree.drop(node)
+
+
+def store_of(trainer: Trainer, store: str | Path | None) -> ResultStore:
+    """The results in ``store``, or beside the run folder."""
+    return ResultStore(Path(store) if store is not None else Path(trainer.default_root_dir).parent / "store")
+
+
+def check_time_limit(minutes: float | None) -> list[str]:
+    """A problem if that is no time."""
+    return (
+        [f"time_limit={minutes} is no time. Give minutes above 0."] if minutes is not None and not minutes > 0 else []
+    )
+
+
+def open_search(
+    trainer: Trainer,
+    data: DataSource,
+    tree: PrefixTree,
+    asked: dict[str, Any],
+    *,
+    resume: bool,
+    metric: str | None,
+    higher: bool | None,
+) -> Judge:
+    """Measure the dense model, settle what decides, and then begin in the run folder, or go on there.
+
+    Args:
+        trainer: has the stages, and the run folder as ``default_root_dir``.
+        data: the dense model and its data.
+        tree: not open yet.
+        asked: the command and what else makes two searches the same.
+        resume: go on with the search in the run folder.
+        metric: what the user wants.
+        higher: what the user says.
+
+    Raises:
+        RecipeError: the run folder holds another search, or the metric is not known.
+    """
+    folder, started = Path(trainer.default_root_dir), identity(trainer, data, trainer.stages) | asked
+    if resume:
+        check_same_recipe(folder, started)
+    dense = tree.open()
+    judge = Judge(tree, *deciding_metric(data.module, dense["metrics"], metric, higher))
+    if not resume and trainer.is_global_zero:
+        open_folder(folder, started, trainer.recipe_text)
+    return judge
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class PrefixTree:
 
     def is_known(self, order: Order) -> bool:
         """Whether the result is there already."""
-        return order in self._results or self._agreed(lambda: self._store.read(self.key(order)) is not None)
+        return order in self._results or self._agreed(lambda: self._store.has(self.key(order)))
 
     def missing(self, orders: Iterable[Order]) -> set[Order]:
         """The sequences whose last stage is to be applied until all ``orders`` are known: those that nobody has

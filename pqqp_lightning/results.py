@@ -51,11 +51,15 @@ class ResultStore:
         """The folder of a result; ``key`` is a name that tells people what it is, and a digest."""
         return self.folder / key
 
+    def has(self, key: str) -> bool:
+        """Whether the result is there."""
+        return (self.path(key) / RECORD).is_file()
+
     def read(self, key: str) -> Result | None:
         """The result, if it is there."""
-        record = self.path(key) / RECORD
-        if not record.is_file():
+        if not self.has(key):
             return None
+        record = self.path(key) / RECORD
         samples = self.path(key) / SAMPLES
         return Result(read_json(record, "name", "metrics"), load_file(samples) if samples.is_file() else {})
 

@@ -59,10 +59,6 @@ class Strategy:
         """Nodes that nothing goes on from any more."""
         return []
 
-    def notes(self) -> list[str]:
-        """What is worth saying at the end."""
-        return []
-
 
 class Exhaustive(Strategy):
     """Every order, depth first, so that a common beginning is used while it is there."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from pqqp_lightning.page.blocks import Block, Figure, Notes, Page, Section, Table, Words
 from pqqp_lightning.page.fit import stage_notes
-from pqqp_lightning.page.order_verdict import advantages, bounds, difference_text, order_verdict
+from pqqp_lightning.page.order_verdict import advantages, bounds, difference_text, interval_text, order_verdict
 from pqqp_lightning.page.plots import Dot, draw_dots
 from pqqp_lightning.page.sections import (
     Report,
@@ -88,7 +88,7 @@ def _behind_dot(order: Order, best: bool) -> Dot:
     behind = order.get("behind") or {}
     value = 0.0 if best else behind.get("value")
     low, high = bounds((behind.get("low"), behind.get("high")))
-    detail = "" if low is None else f"{number_text(low)} to {number_text(high)}"
+    detail = interval_text(low, high)
     marks = "; ".join(order.get("marks") or [])
     return Dot(
         names_text(order["order"]), "best" if best else number_text(value), detail, value, low, high, best, marks
@@ -101,7 +101,7 @@ def _dot(order: Order, report: Report) -> Dot:
     return Dot(
         names_text(order["order"]),
         number_text(value),
-        "" if low is None else f"{number_text(low)} to {number_text(high)}",
+        interval_text(low, high),
         value,
         low,
         high,

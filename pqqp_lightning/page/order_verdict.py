@@ -56,7 +56,12 @@ def difference_text(difference: dict[str, float | None] | None) -> str:
     low, high = bounds(((difference or {}).get("low"), (difference or {}).get("high")))
     if low is None or low == high:
         return number_text(value)
-    return f"{number_text(value)} ({number_text(low)} to {number_text(high)})"
+    return f"{number_text(value)} ({interval_text(low, high)})"
+
+
+def interval_text(low: float | None, high: float | None) -> str:
+    """``"0.50 to 3.40"``; empty where there is no interval."""
+    return "" if low is None else f"{number_text(low)} to {number_text(high)}"
 
 
 def advantages(report: Report) -> list[Advantage]:

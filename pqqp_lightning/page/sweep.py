@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pqqp_lightning.page.blocks import Block, Figure, Notes, Page, Section, Table, Words
+from pqqp_lightning.page.order_verdict import interval_text
 from pqqp_lightning.page.plots import Dot, draw_dots
 from pqqp_lightning.page.sections import Report, about, recipe_of, repeat_section, scale_note
 from pqqp_lightning.report import number_text
@@ -58,7 +59,7 @@ def _advantage_blocks(report: Report) -> list[Block]:
 def _dot(point: dict[str, Any]) -> Dot:
     advantage = point["pair"]["advantage"]
     low, high = advantage["low"], advantage["high"]
-    detail = "" if low is None else f"{number_text(low)} to {number_text(high)}"
+    detail = interval_text(low, high)
     marks = "; ".join(point_marks(point))
     return Dot(point_name(point), number_text(advantage["value"]), detail, advantage["value"], low, high, remark=marks)
 

@@ -14,12 +14,11 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.order import alone, deciding_metric, duration
+from pqqp_lightning.order import alone, check_time_limit, duration, open_search, store_of
 from pqqp_lightning.prefix_tree import Order, PrefixTree
 from pqqp_lightning.recipe_check import check_run
 from pqqp_lightning.record import hardware, package_versions
 from pqqp_lightning.results import ResultStore
-from pqqp_lightning.run import check_same_recipe, identity, open_folder
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.storage import check_writable, write_json
 from pqqp_lightning.strategies import prefixes
@@ -67,8 +66,7 @@ def sweep_grid(
     Raises:
         RecipeError: everything that must be put right, before any work.
     """
-    folder = Path(trainer.default_root_dir)
-    results = ResultStore(Path(store) if store is not None else folder.parent / "store")
+    results = store_of(trainer, store)
     data = DataSource(module, datamodule=datamodule)
     plan = check_sweep(trainer, data, results, grid, curve, curve_bits, max_points, time_limit)
     data.read(trainer)
@@ -94,8 +92,7 @@ def check_sweep(
     problems = check_run(trainer, data, trainer.stages) + check_writable("store", store.folder)
     if max_points < 1:
         problems.append(f"max_points={max_points} allows no point. Use 1 or more.")
-    if minutes is not None and not minutes > 0:
-        problems.append(f"time_limit={minutes} is no time. Give minutes above 0.")
+    problems += check_time_limit(minutes)
     try:
         plan = make_plan(trainer.stages, data, grid, curve, curve_bits, max(1, max_points))
     except RecipeError as error:
@@ -128,13 +125,8 @@ class Sweep:
 
     def go(self, *, resume: bool, metric: str | None, higher: bool | None, minutes: float | None) -> None:
         """Measure what nobody has measured yet, and write it all."""
-        started = identity(self._trainer, self._data, self._trainer.stages) | {"command": "sweep", "grid": self._grid}
-        if resume:
-            check_same_recipe(self._folder, started)
-        dense = self._tree.open()
-        judge = Judge(self._tree, *deciding_metric(self._data.module, dense["metrics"], metric, higher))
-        if not resume and self._trainer.is_global_zero:
-            open_folder(self._folder, started, self._trainer.recipe_text)
+        asked = {"command": "sweep", "grid": self._grid}
+        judge = open_search(self._trainer, self._data, self._tree, asked, resume=resume, metric=metric, higher=higher)
         self._announce()
         notes = self._measure(minutes)
         if self._trainer.is_global_zero:
