@@ -62,6 +62,7 @@ class ChannelPruning(Stage):
 
     source = "Li et al. 2017, arXiv 1608.08710; Fang et al. 2023, DepGraph, arXiv 2301.12900"
     compresses = True
+    comparable_layers = False
 
     def __init__(
         self,

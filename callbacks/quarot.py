@@ -50,6 +50,8 @@ class QuaRot(Stage):
 
     source = "Ashkboos et al. 2024, QuaRot, arXiv 2404.00456"
     compresses = True
+    keeps_function = True
+    comparable_layers = False
 
     def __init__(
         self, online: bool = False, gains: Literal["fold", "keep"] = "fold", seed: int = 0, **kwargs: Any

@@ -17,6 +17,7 @@ commands:
   order     try every order of the stages             pqqp-lightning order --config recipes/quickstart.yaml
   sweep     grids over knobs and orders               pqqp-lightning sweep --config recipes/quickstart.yaml
                                                         --grid.prune.sparsity [0.5,0.7] --grid.quantize.bits [8,4]
+  analyze   errors of the layers in both orders       pqqp-lightning analyze --config recipes/quickstart.yaml
   validate  measure a model, or a run's checkpoint    pqqp-lightning validate --run_dir runs/quickstart
   test      the same on the test data                 pqqp-lightning test --run_dir runs/quickstart
   report    draw a run's table again, and as a page   pqqp-lightning report runs/quickstart
@@ -32,7 +33,7 @@ any option of a recipe can be set on the command line:
 pqqp-lightning COMMAND --help lists every option. Environment variables set options too: PQQP_FIT__RUN_DIR=DIR.
 """
 
-COMMANDS = ("fit", "order", "sweep", "validate", "test", "report", "methods")
+COMMANDS = ("fit", "order", "sweep", "analyze", "validate", "test", "report", "methods")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,12 +20,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import pqqp_lightning
+from pqqp_lightning.analysis import SAMPLES, analyze_pair
+from pqqp_lightning.analysis_report import ANALYSIS, print_analysis
 from pqqp_lightning.diagnosis import check_sections, diagnose
 from pqqp_lightning.errors import RecipeError, suggest
 from pqqp_lightning.fingerprint import DECIDING
 from pqqp_lightning.listing import print_methods, summarize
 from pqqp_lightning.order import search_orders
 from pqqp_lightning.page import write_pages
+from pqqp_lightning.prediction_report import PREDICTION, print_prediction
 from pqqp_lightning.report import print_order_report, print_report
 from pqqp_lightning.run import RECIPE
 from pqqp_lightning.settings import (
@@ -49,7 +52,7 @@ from pqqp_lightning.sweep_report import SWEEP, print_sweep_report
 from pqqp_lightning.trainer import Trainer
 
 NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-SEARCHES = ("order", "sweep")
+SEARCHES = ("order", "sweep", "analyze")
 
 
 class NotStarted(RecipeError):
@@ -81,7 +84,7 @@ class CommandTrainer(Trainer):
             metric: what decides; the model's own by default.
             higher_is_better: whether more of it is better; known for common metrics.
             strategy: "exhaustive" for all orders; "progressive" for the order from the weakest stage to the strongest
-                and swaps of neighbours.
+                and swaps of neighbours; "predict" to measure none, and only say which order calibration speaks for.
             max_runs: at most so many whole orders.
             time_limit: begin no further order after so many minutes.
             comparable_only: leave out orders that end larger than the smallest, or lose a constraint.
@@ -145,6 +148,38 @@ class CommandTrainer(Trainer):
             store=store,
         )
 
+    def analyze(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        metric: str | None = None,
+        higher_is_better: bool | None = None,
+        samples: int = SAMPLES,
+        store: str | None = None,
+    ) -> None:
+        """Compare, layer by layer, what two stages do alone and in both orders.
+
+        Args:
+            model: the dense model.
+            datamodule: its data.
+            ckpt_path: "last" to go on in the run folder; without it the store alone spares what is known.
+            metric: what the orders are judged by; the model's own by default.
+            higher_is_better: whether more of it is better; known for common metrics.
+            samples: calibration samples on which the layers' outputs are compared.
+            store: folder of results that searches share; "store" beside the run folder by default.
+        """
+        analyze_pair(
+            self,
+            model,
+            datamodule,
+            resume=ckpt_path == "last",
+            metric=metric,
+            higher=higher_is_better,
+            samples=samples,
+            store=store,
+        )
+
 
 class CommandLine(LightningCLI):
     """LightningCLI with ``--stages``, ``--stage_order`` and ``--run_dir``."""
@@ -158,7 +193,7 @@ class CommandLine(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The commands that take a recipe."""
         shared = {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders", "weights_only"}
-        return {name: shared for name in ("fit", "validate", "test", "order", "sweep")}
+        return {name: shared for name in ("fit", "validate", "test", "order", "sweep", "analyze")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our options beside Lightning's."""
@@ -232,6 +267,11 @@ class CommandLine(LightningCLI):
 
     def after_sweep(self) -> None:
         """The table of the points."""
+        if self.trainer.is_global_zero:
+            _show(Path(self.trainer.default_root_dir))
+
+    def after_analyze(self) -> None:
+        """The table of the layers."""
         if self.trainer.is_global_zero:
             _show(Path(self.trainer.default_root_dir))
 
@@ -313,12 +353,13 @@ def _report(arguments: list[str]) -> None:
 
 def _show(folder: Path) -> None:
     """Print what a run, a search or a sweep found, and write it as a page."""
-    if (folder / SWEEP).is_file():
-        print_sweep_report(folder)
-    elif (folder / "order.json").is_file():
-        print_order_report(folder)
-    else:
-        print_report(folder)
+    printers = {
+        SWEEP: print_sweep_report,
+        "order.json": print_order_report,
+        ANALYSIS: print_analysis,
+        PREDICTION: print_prediction,
+    }
+    next((printers[name] for name in printers if (folder / name).is_file()), print_report)(folder)
     html, markdown = write_pages(folder)
     print(f"{html}: the same with plots, for a browser. {markdown}: as text.")
 

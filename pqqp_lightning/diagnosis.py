@@ -50,6 +50,12 @@ OPTIONS_OF: dict[str, dict[str, Any]] = {
         "time_limit": float | None,
         "store": str | None,
     },
+    "analyze": {
+        "metric": str | None,
+        "higher_is_better": bool | None,
+        "samples": int,
+        "store": str | None,
+    },
     "validate": {"weights_only": bool | None, "verbose": bool},
     "test": {"weights_only": bool | None, "verbose": bool},
 }

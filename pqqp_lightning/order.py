@@ -18,6 +18,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.prediction import PREDICT, Prediction, check_prediction
+from pqqp_lightning.prediction_report import PREDICTION
 from pqqp_lightning.prefix_tree import Order, PrefixTree
 from pqqp_lightning.recipe_check import check_recipe
 from pqqp_lightning.results import ResultStore
@@ -27,11 +29,9 @@ from pqqp_lightning.stage import Stage
 from pqqp_lightning.storage import check_writable, write_json
 from pqqp_lightning.strategies import STRATEGIES, Strategy, prefixes
 from pqqp_lightning.trainer import Trainer
-from pqqp_lightning.verdict import Judge, Verdict
+from pqqp_lightning.verdict import Judge, Verdict, deciding_metric
 
 ORDER = "order.json"
-LOWER_IS_BETTER = ("perplexity", "loss", "error", "mse", "mae", "rmse")
-HIGHER_IS_BETTER = ("top1", "top5", "accuracy", "acc", "f1", "auroc", "precision", "recall", "r2")
 MOST_STAGES = 4
 """4 stages have 24 orders; 5 would have 120."""
 
@@ -60,7 +60,8 @@ def search_orders(
         metric: what decides; the module's ``primary_metric`` or the first metric by default.
         higher: whether more of it is better; known for common metrics.
         strategy: "exhaustive" for all orders that the stages' checks allow; "progressive" for the order of growing
-            intensity and swaps of neighbours from there.
+            intensity and swaps of neighbours from there; "predict" to measure nothing, and only say which order the
+            layers' errors on calibration data speak for.
         max_runs: at most so many whole orders.
         time_limit: begin no further order after so many minutes.
         comparable_only: leave orders out that end larger than the smallest, or lose a constraint.
@@ -73,6 +74,9 @@ def search_orders(
     search = OrderSearch(trainer, DataSource(module, datamodule=datamodule), trainer.stages, results)
     search.check(strategy, max_runs, time_limit)
     with alone(trainer, results):
+        if strategy == PREDICT:
+            search.predict(resume=resume, metric=metric, higher=higher)
+            return
         search.go(
             STRATEGIES[strategy], resume=resume, metric=metric, higher=higher, max_runs=max_runs, minutes=time_limit,
             comparable_only=comparable_only,
@@ -96,8 +100,10 @@ class OrderSearch:
             RecipeError: too few or too many stages, bad options, or no order passes its checks.
         """
         problems = check_writable("store", self._store.folder)
-        if strategy not in STRATEGIES:
-            problems.append(f"strategy='{strategy}' is none.{suggest(strategy, STRATEGIES)}")
+        if strategy not in (*STRATEGIES, PREDICT):
+            problems.append(f"strategy='{strategy}' is none.{suggest(strategy, (*STRATEGIES, PREDICT))}")
+        if strategy == PREDICT:
+            problems += check_prediction(list(self._stages.values()))
         if max_runs is not None and max_runs < 1:
             problems.append(f"max_runs={max_runs} measures no order. Use 1 or more.")
         problems += check_time_limit(minutes)
@@ -137,6 +143,17 @@ class OrderSearch:
         measured, notes = self._measure(chosen, max_runs, minutes)
         verdict = judge.decide(measured, comparable_only)
         self._finish(chosen, verdict, notes)
+
+    def predict(self, *, resume: bool, metric: str | None, higher: bool | None) -> None:
+        """Say which order is best without measuring any, and write ``prediction.json``."""
+        begin(self._trainer, self._data, {"command": "order", "strategy": PREDICT}, resume=resume)
+        self._tree.prepare()
+        prediction = Prediction(self._tree, self._stages, self._allowed, self._store.folder)
+        report = prediction.report() | {"measured": prediction.measured(self._data.module, metric, higher)}
+        self._tree.drop(())
+        if self._trainer.is_global_zero:
+            report["refused"] = [{"order": list(order), "problems": p} for order, p in self._refused.items()]
+            write_json(self._folder / PREDICTION, report)
 
     def _measure(
         self, strategy: Strategy, max_runs: int | None, minutes: float | None
@@ -232,14 +249,26 @@ def open_search(
     Raises:
         RecipeError: the run folder holds another search, or the metric is not known.
     """
+    if resume:
+        begin(trainer, data, asked, resume=True)
+    dense = tree.open()
+    judge = Judge(tree, *deciding_metric(data.module, dense["metrics"], metric, higher))
+    if not resume:
+        begin(trainer, data, asked, resume=False)
+    return judge
+
+
+def begin(trainer: Trainer, data: DataSource, asked: dict[str, Any], *, resume: bool) -> None:
+    """Begin in the run folder, or see that what was begun there is the same.
+
+    Raises:
+        RecipeError: it is not.
+    """
     folder, started = Path(trainer.default_root_dir), identity(trainer, data, trainer.stages) | asked
     if resume:
         check_same_recipe(folder, started)
-    dense = tree.open()
-    judge = Judge(tree, *deciding_metric(data.module, dense["metrics"], metric, higher))
-    if not resume and trainer.is_global_zero:
+    elif trainer.is_global_zero:
         open_folder(folder, started, trainer.recipe_text)
-    return judge
 
 
 @contextmanager
@@ -251,36 +280,6 @@ def alone(trainer: Trainer, store: ResultStore) -> Iterator[None]:
     folder = Path(trainer.default_root_dir)
     with store.locked(f"run-{folder.name}", f"{folder}: another process searches here"):
         yield
-
-
-def deciding_metric(
-    module: LightningModule, metrics: dict[str, float | None], metric: str | None, higher: bool | None
-) -> tuple[str, bool]:
-    """The metric that decides, and whether more of it is better.
-
-    Args:
-        module: may say both (``primary_metric``, ``higher_is_better``).
-        metrics: what is measured.
-        metric: what the user wants.
-        higher: what the user says.
-
-    Raises:
-        RecipeError: it is not measured, or its direction is not known.
-    """
-    own = getattr(module, "primary_metric", None)
-    chosen = metric or own or next(iter(metrics), "")
-    if chosen not in metrics:
-        raise RecipeError(f"metric='{chosen}' is not measured.{suggest(chosen, metrics)}")
-    if higher is None and chosen == own:
-        higher = getattr(module, "higher_is_better", None)
-    word = chosen.lower()
-    if higher is None and any(w in word for w in LOWER_IS_BETTER):
-        higher = False
-    if higher is None and any(w in word for w in HIGHER_IS_BETTER):
-        higher = True
-    if higher is None:
-        raise RecipeError(f"metric='{chosen}': is more of it better? Say --higher_is_better true or false.")
-    return chosen, higher
 
 
 def _link_folder(source: Path, target: Path) -> None:

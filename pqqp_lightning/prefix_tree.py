@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.checkpoint import save_checkpoint
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.fingerprint import base_fingerprint, node_fingerprint
+from pqqp_lightning.layerwise import mark_blocks
 from pqqp_lightning.metrics.samples import Samples, restored
+from pqqp_lightning.modules.blocks import model_blocks
 from pqqp_lightning.record import Record
 from pqqp_lightning.results import Result, ResultStore
 from pqqp_lightning.runner import Runner
@@ -46,6 +49,7 @@ class PrefixTree:
 
     def __init__(self, trainer: Trainer, data: DataSource, stages: Mapping[str, Stage], store: ResultStore) -> None:
         self._trainer, self._data, self._store = trainer, data, store
+        mark_blocks(model_blocks(data.module))
         self._runner = Runner(trainer, data, keep_samples=True)
         self._stages = dict(stages)
         self._results: dict[Order, Result] = {}
@@ -54,13 +58,17 @@ class PrefixTree:
         self.applications = 0
         self.seconds: list[float] = []
 
-    def open(self) -> Record:
-        """Measure the dense model, or look it up; nothing can be measured before."""
-        stages = list(self._stages.values())
+    def prepare(self) -> None:
+        """Settle what results depend on; nothing can be looked up before."""
         with self._without_loggers():
             self._runner.resume()
-            self._runner.describe_dense(stages)
+            self._runner.describe_dense(list(self._stages.values()))
             self._base = base_fingerprint(self._trainer, self._data, self._runner.targeted)
+
+    def open(self) -> Record:
+        """Measure the dense model, or look it up; nothing can be measured before."""
+        self.prepare()
+        with self._without_loggers():
             self._runner.dense = self.measure(()).record
         return self._runner.dense
 
@@ -113,6 +121,27 @@ class PrefixTree:
             self._at = None
             self._go_to(order)
         return self._store.snapshot(self.key(order))
+
+    def bring_to(self, order: Order) -> LightningModule:
+        """The one model of the tree, after these stages, until the tree is asked for something else."""
+        self._go_to(order)
+        return self._data.module
+
+    def compress_alone(self, name: str) -> LightningModule:
+        """The one model of the tree, as this stage alone compresses it; nothing is measured or kept."""
+        self._go_to(())
+        self._at = None
+        self._runner.compress(self._stages[name])
+        return self._data.module
+
+    @property
+    def targeted(self) -> list[str]:
+        """The dense model's layers that some stage acts on."""
+        return self._runner.targeted
+
+    def walk(self, title: str) -> Walk:
+        """A walk of the model as it is over the calibration data."""
+        return self._runner.walk(title, model_blocks(self._data.module))
 
     def drop(self, order: Order) -> None:
         """Nothing goes on from ``order`` any more."""

@@ -16,7 +16,7 @@ from pqqp_lightning.storage import read_json
 
 SIZE_COLUMNS = ("zeros", "bits/weight", "nominal C", "size", "C")
 
-SEARCHES = {"order": "search for the best order", "sweep": "sweep"}
+SEARCHES = {"order": "search for the best order", "sweep": "sweep", "analyze": "analysis"}
 
 
 def stage_table(records: Sequence[Record], title: str | None = None) -> Table:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,23 +144,29 @@ class Runner:
         Raises:
             RecipeError: the stage cannot go on, or broke an earlier stage's constraint.
         """
-        position = len(self.applied)
-        seed_from(run_seed(), position)
-        context = self._context(stage)
-        promised = collect_promises(self.module)
         start = time.perf_counter()
         with peak_memory() as peak:
-            with self._on_device():
-                plan = stage.compress(self.module, context) if stage.compresses else {}
-            self._agree_over_ranks()
-            self._verify(stage, promised, context.notes)
-        elapsed, peak_bytes = time.perf_counter() - start, peak.size_bytes
-        self.applied.append(Applied(type(stage), plan))
-        record = self._record(stage, elapsed, peak_bytes, context.all_notes())
+            notes = self.compress(stage)
+        record = self._record(stage, time.perf_counter() - start, peak.size_bytes, notes)
         self.save(folder, record)
         if stage.epochs:
             record = self.finetune(stage, folder, record)
         return record
+
+    def compress(self, stage: Stage) -> list[str]:
+        """Let ``stage`` compress the model and verify every promise; returns its notes.
+
+        Raises:
+            RecipeError: the stage cannot go on, or broke an earlier stage's constraint.
+        """
+        seed_from(run_seed(), len(self.applied))
+        context, promised = self._context(stage), collect_promises(self.module)
+        with self._on_device():
+            plan = stage.compress(self.module, context) if stage.compresses else {}
+        self._agree_over_ranks()
+        self._verify(stage, promised, context.notes)
+        self.applied.append(Applied(type(stage), plan))
+        return context.all_notes()
 
     def finetune(self, stage: Stage, folder: Path, compressed: Record) -> Record:
         """Train for the stage's epochs, from ``folder``'s training state if there is one; measure and save."""
@@ -192,7 +199,7 @@ class Runner:
         return measure_size(self.module, self.targeted, self.dense_entries)
 
     def _context(self, stage: Stage) -> Context:
-        return Context(self._walk(stage), title=stage.name, progress=self._shows_progress())
+        return Context(partial(self.walk, stage.name), title=stage.name, progress=self._shows_progress())
 
     def _record(self, stage: Stage, elapsed_s: float, peak_bytes: int, notes: list[str]) -> Record:
         return make_record(
@@ -209,23 +216,21 @@ class Runner:
             notes=notes,
         )
 
-    def _walk(self, stage: Stage) -> Any:
-        def make(blocks: Blocks) -> Walk:
-            limit = 1 if self.trainer.fast_dev_run else None
-            batches, probe = self.data.calibration_batches(self.trainer.global_rank, self.trainer.world_size, limit)
-            return Walk(
-                self.module,
-                blocks,
-                batches,
-                probe,
-                self._run_batch,
-                self.trainer.precision_plugin.forward_context,
-                stage.name,
-                self._shows_progress(),
-                loss=self._loss_of,
-            )
-
-        return make
+    def walk(self, title: str, blocks: Blocks) -> Walk:
+        """A walk of the model as it is over this rank's calibration batches."""
+        limit = 1 if self.trainer.fast_dev_run else None
+        batches, probe = self.data.calibration_batches(self.trainer.global_rank, self.trainer.world_size, limit)
+        return Walk(
+            self.module,
+            blocks,
+            batches,
+            probe,
+            self._run_batch,
+            self.trainer.precision_plugin.forward_context,
+            title,
+            self._shows_progress(),
+            loss=self._loss_of,
+        )
 
     def _transferred(self, batch: Any) -> Any:
         """The batch as Lightning's own loops hand it to a step."""

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pqqp_lightning.algorithms.allocation import output_error
 from pqqp_lightning.calibration.collect import Reading
+from pqqp_lightning.calibration.compare import samples_in
 from pqqp_lightning.calibration.statistics import Hessian, sum_over_ranks
 from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept
 from pqqp_lightning.errors import RecipeError, shorten
@@ -84,7 +85,7 @@ def mean_squared_gradients(walk: Walk, layers: dict[str, Layer]) -> dict[str, Te
     with calibrating(walk.model), walk.forward_context(), torch.enable_grad():
         bar = tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
         for batch in bar:
-            with _watching(walk.model, layers, partial(add, _samples(batch))):
+            with _watching(walk.model, layers, partial(add, samples_in(batch))):
                 walk.loss(batch).backward()
     for total in (*sums.values(), *rows.values()):
         sum_over_ranks(total)
@@ -125,14 +126,6 @@ def _check_gradients(sums: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
         raise RecipeError(f"the loss has no gradient for {shorten(missed)}. Add them to ignore.")
     if odd := [name for name, total in sums.items() if not bool(torch.isfinite(total).all())]:
         raise RecipeError(f"the loss has NaN or infinite gradients for {shorten(odd)}. Check the model and the data.")
-
-
-def _samples(batch: Any) -> int:
-    """Samples in a batch: the first dimension of the first tensor in it."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
-    return next((_samples(v) for v in values if isinstance(v, Tensor | dict | tuple | list)), 1)
 
 
 def _error(change: Tensor, hessians: Tensor, importance: Tensor | None) -> float:

@@ -72,6 +72,10 @@ class Stage(Callback):
     A method overrides :meth:`compress`, extends :meth:`check`, and names its ``source``. Ordinary callback hooks fire
     during its finetuning.
 
+    Class attributes say what a stage is: ``promises`` ("mask", "grid"), ``needs_calibration``, ``compresses``,
+    ``keeps_function`` (the model computes the same as before), and ``comparable_layers`` (a layer reads and gives out
+    the same features as in the dense model, so that its outputs can be compared).
+
     Args:
         targets: name patterns of the layers to act on; every Linear and Conv2d inside the blocks by default.
         ignore: name patterns of layers to leave alone.
@@ -86,6 +90,8 @@ class Stage(Callback):
     promises: ClassVar[tuple[str, ...]] = ()
     needs_calibration: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
+    keeps_function: ClassVar[bool] = False
+    comparable_layers: ClassVar[bool] = True
 
     def __init__(
         self,

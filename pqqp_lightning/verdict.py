@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
-from pqqp_lightning.errors import RecipeError
+from lightning.pytorch import LightningModule
+
+from pqqp_lightning.errors import RecipeError, suggest
 from pqqp_lightning.metrics.samples import CONFIDENCE, interval
 from pqqp_lightning.prefix_tree import Order, PrefixTree
 from pqqp_lightning.record import Record, hardware, package_versions
 from pqqp_lightning.strategies import nearest_order, prefixes
 
+LOWER_IS_BETTER = ("perplexity", "loss", "error", "mse", "mae", "rmse")
+HIGHER_IS_BETTER = ("top1", "top5", "accuracy", "acc", "f1", "auroc", "precision", "recall", "r2")
 LARGER = 1.01
 """An order is marked that ends more than 1% larger than the smallest."""
 
@@ -191,6 +195,36 @@ class Verdict:
         order = nearest_order(wanted, self.ranked)
         behind = Difference(0.0, 0.0, 0.0) if order == self.best else self.leads[order]
         return {"order": list(order), "exactly": order == wanted, "behind": behind.plain()}
+
+
+def deciding_metric(
+    module: LightningModule, metrics: dict[str, float | None], metric: str | None, higher: bool | None
+) -> tuple[str, bool]:
+    """The metric that decides, and whether more of it is better.
+
+    Args:
+        module: may say both (``primary_metric``, ``higher_is_better``).
+        metrics: what is measured.
+        metric: what the user wants.
+        higher: what the user says.
+
+    Raises:
+        RecipeError: it is not measured, or its direction is not known.
+    """
+    own = getattr(module, "primary_metric", None)
+    chosen = metric or own or next(iter(metrics), "")
+    if chosen not in metrics:
+        raise RecipeError(f"metric='{chosen}' is not measured.{suggest(chosen, metrics)}")
+    if higher is None and chosen == own:
+        higher = getattr(module, "higher_is_better", None)
+    word = chosen.lower()
+    if higher is None and any(w in word for w in LOWER_IS_BETTER):
+        higher = False
+    if higher is None and any(w in word for w in HIGHER_IS_BETTER):
+        higher = True
+    if higher is None:
+        raise RecipeError(f"metric='{chosen}': is more of it better? Say --higher_is_better true or false.")
+    return chosen, higher
 
 
 def _number(value: float | None) -> str:

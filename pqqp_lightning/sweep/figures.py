@@ -33,9 +33,9 @@ def draw_figures(folder: Path, report: Report) -> list[str]:
     """
     drawn = []
     if any(len(curve["points"]) > 1 for curve in report.get("curves", [])):
-        drawn.append(_save(_curve_figure(report), folder / CURVE))
+        drawn.append(save_figure(_curve_figure(report), folder / CURVE))
     if any(_advantage(point) is not None for point in report["points"]):
-        drawn.append(_save(_advantage_figure(report), folder / ADVANTAGE))
+        drawn.append(save_figure(_advantage_figure(report), folder / ADVANTAGE))
     return drawn
 
 
@@ -59,7 +59,9 @@ def _curve_figure(report: Report) -> Figure:
         axes.yaxis.set_minor_formatter(NullFormatter())
     better = "more is better" if report["higher_is_better"] else "less is better"
     axes.set(xlabel="nominal compression rate C of the stages' layers", ylabel=f"{report['metric']} ({better})")
-    axes.set_title(_plain(f"{report['quantizing']} alone, and the C* at which it scores as {report['pruning']} does"))
+    axes.set_title(
+        plain_text(f"{report['quantizing']} alone, and the C* at which it scores as {report['pruning']} does")
+    )
     axes.grid(alpha=0.3)
     axes.margins(x=0.1, y=0.1)
     axes.legend(fontsize=8, title="hollow: at its own C; filled: at C*", title_fontsize=8)
@@ -71,14 +73,14 @@ def _draw_curve(axes: Axes, curve: Report, sign: int, colour: str, name: str) ->
     rates, scores = ([pt[key] for pt in curve["points"]] for key in ("rate", "score"))
     between = np.unique(np.concatenate([np.geomspace(rates[0], rates[-1], 400), rates]))
     label = f"{name} alone" + (f" ({curve['label']})" if curve["label"] else "")
-    axes.plot(between, sign * np.interp(between, rates, scores), color=colour, label=_plain(label))
+    axes.plot(between, sign * np.interp(between, rates, scores), color=colour, label=plain_text(label))
     axes.plot(rates, [sign * s for s in scores], "o", color=colour)
     for point in curve["points"]:
         text = "dense" if not point["knobs"] else ", ".join(str(v) for v in point["knobs"].values())
         if "bits" in point["knobs"]:
             text = f"{point['knobs']['bits']} bits"
         at, free = (point["rate"], sign * point["score"]), (5, 10 * sign)  # the side that the curve turns from
-        axes.annotate(_plain(text), at, xytext=free, textcoords="offset points", fontsize=8, va="center")
+        axes.annotate(plain_text(text), at, xytext=free, textcoords="offset points", fontsize=8, va="center")
 
 
 def _draw_pruning(axes: Axes, step: str, pair: Report, sign: int, shape: str, ratios: Sequence[float]) -> None:
@@ -86,7 +88,7 @@ def _draw_pruning(axes: Axes, step: str, pair: Report, sign: int, shape: str, ra
     score = sign * pair["score_pruned"]
     where = ", ".join(f"{ratio:.1f}x" for ratio in ratios) or f"{ratio_of(pair).words(form='.1f')}x"
     label = f"{step}: C* {where}"
-    axes.plot(pair["rate_pruned"], score, shape, color=COLOURS[1], markerfacecolor="white", label=_plain(label))
+    axes.plot(pair["rate_pruned"], score, shape, color=COLOURS[1], markerfacecolor="white", label=plain_text(label))
     for ratio in ratios:
         axes.plot([pair["rate_pruned"], ratio], [score, score], ":", color=COLOURS[1], linewidth=1)
         axes.plot(ratio, score, shape, color=COLOURS[1])
@@ -106,10 +108,12 @@ def _advantage_figure(report: Report) -> Figure:
         _draw_quantity(axes, quantity, report)
     metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
     first, second = report["quantizing"], report["pruning"]
-    panels[0].set_ylabel(_plain(f"{report['hypothesis']['advantage']} in {metric} (above 0: {first} first is better)"))
-    figure.suptitle(_plain(f"What {first} before {second} gains, over how much weaker {first} is than {second}"))
-    panels[0].set_xlabel(_plain(f"{report['hypothesis']['gap']['name']} in {metric}"))
-    panels[1].set_xlabel(_plain(f"{report['hypothesis']['ratio_difference']['name']} (times)"))
+    panels[0].set_ylabel(
+        plain_text(f"{report['hypothesis']['advantage']} in {metric} (above 0: {first} first is better)")
+    )
+    figure.suptitle(plain_text(f"What {first} before {second} gains, over how much weaker {first} is than {second}"))
+    panels[0].set_xlabel(plain_text(f"{report['hypothesis']['gap']['name']} in {metric}"))
+    panels[1].set_xlabel(plain_text(f"{report['hypothesis']['ratio_difference']['name']} (times)"))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8, title=_legend_title(report))
     return figure
@@ -124,7 +128,7 @@ def _draw_quantity(axes: Axes, quantity: str, report: Report) -> None:
         colour, shape = COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)]
         for point in own:
             _draw_point(axes, point, quantity, colour, shape)
-        axes.plot([], [], shape, color=colour, label=_plain(step))
+        axes.plot([], [], shape, color=colour, label=plain_text(step))
     if fit := found["fit"]:
         axes.plot(fit["x"], fit["y"], "-", color=FIT, alpha=0.7, label="monotone fit", zorder=1)
     axes.axhline(0, color="black", linewidth=0.8)
@@ -133,7 +137,7 @@ def _draw_quantity(axes: Axes, quantity: str, report: Report) -> None:
     _scale(axes.yaxis, [_advantage(pt) for pt in shown])
     if quantity == "gap":
         _scale(axes.xaxis, [pt["pair"]["gap"] for pt in shown])
-    axes.set_title(_plain(_found_text(found)), fontsize=10)
+    axes.set_title(plain_text(_found_text(found)), fontsize=10)
     axes.grid(alpha=0.3)
 
 
@@ -184,11 +188,12 @@ def _is_wide(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) > WIDE * float(np.median(values))
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Text without formulas: a user's name may hold a dollar."""
     return text.replace("$", r"\$")
 
 
-def _save(figure: Figure, path: Path) -> str:
+def save_figure(figure: Figure, path: Path) -> str:
+    """Write the PNG, the same bytes for the same figure; returns its name."""
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
     return path.name

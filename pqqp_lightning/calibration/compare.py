@@ -1,0 +1,154 @@
+"""Compressed layers beside the dense ones: what each gives out for the very inputs that the dense model gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pqqp_lightning.calibration.chain import first_output
+from pqqp_lightning.calibration.statistics import sum_over_ranks
+from pqqp_lightning.calibration.walk import Walk, calibrating
+from pqqp_lightning.errors import RecipeError
+
+Layers = Mapping[str, nn.Module | None]
+"""A compressed model's layers by their names in the dense one; None for one that is gone."""
+
+
+def layer_errors(walk: Walk, variants: Mapping[str, Layers]) -> dict[str, dict[str, float]]:
+    """The relative squared error ``||f(Y) - Y||^2 / ||Y||^2`` of each layer's outputs, by layer and variant.
+
+    One pass of the dense model over the walk's batches; a layer that is gone gives zeros, so that its error is 1.
+
+    Args:
+        walk: of the dense model.
+        variants: the layers of compressed models; of all of them the same names.
+
+    Raises:
+        RecipeError: a compressed layer gives out another shape than the dense one.
+    """
+    names = list(next(iter(variants.values())))
+    device = next(walk.model.parameters()).device
+    squares = torch.zeros(len(names), 1 + len(variants), dtype=torch.float64, device=device)  # the dense one's first
+
+    def watch(name: str, row: Tensor) -> Any:
+        def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            row[0] += _square(output)
+            for i, variant in enumerate(variants.values(), start=1):
+                module = variant[name]
+                row[i] += _square(output if module is None else _change(name, module, args, kwargs, output))
+
+        return see
+
+    with calibrating(walk.model), walk.forward_context():
+        handles = [
+            walk.model.get_submodule(name).register_forward_hook(watch(name, row), with_kwargs=True)
+            for name, row in zip(names, squares, strict=True)
+        ]
+        try:
+            for batch in tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False):
+                walk.run(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    sum_over_ranks(squares)
+    relative = squares[:, 1:] / squares[:, :1].clamp(min=torch.finfo(torch.float64).tiny)
+    return {name: dict(zip(variants, row, strict=True)) for name, row in zip(names, relative.tolist(), strict=True)}
+
+
+def block_changes(walk: Walk, variant: Layers) -> tuple[list[Tensor], Tensor]:
+    """How the output of the last block moves when one block's layers are compressed, for each block, and when all are.
+
+    As many passes over the walk's batches as there are blocks, and two.
+
+    Returns:
+        A change [N] for each block, and that of all together, float32 on the processor.
+    """
+    blocks = list(walk.blocks)
+    last = walk.blocks[blocks[-1]]
+    inside = [[name for name in variant if name.startswith(f"{block}.")] for block in blocks]
+    groups = [[], *inside, [name for own in inside for name in own]]
+    with calibrating(walk.model), walk.forward_context():
+        bar = tqdm(groups, desc=f"{walk.title}, block by block", unit="pass", disable=not walk.progress, leave=False)
+        outputs = []
+        for names in bar:
+            with _swapped(walk.model, variant, names):
+                outputs.append(torch.cat([_output_of(last, walk, batch) for batch in walk.batches]))
+    dense, *changed = outputs
+    *single, whole = (output - dense for output in changed)
+    return single, whole
+
+
+def first_batches(batches: Sequence[Any], samples: int) -> list[Any]:
+    """The first batches, as many as it takes to have so many samples."""
+    taken, count = [], 0
+    for batch in batches:
+        if count >= samples:
+            break
+        taken.append(batch)
+        count += samples_in(batch)
+    return taken
+
+
+def samples_in(batch: Any) -> int:
+    """Samples in a batch: the first dimension of the first tensor in it."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
+    return next((samples_in(v) for v in values if isinstance(v, Tensor | dict | tuple | list)), 1)
+
+
+class _Silent(nn.Module):
+    """Zeros in the shape of what ``layer`` gives out."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = [layer]  # not a child: it stays where it is
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros_like(self._layer[0](*args, **kwargs))
+
+
+@contextmanager
+def _swapped(model: nn.Module, variant: Layers, names: Sequence[str]) -> Iterator[None]:
+    """Inside, the layers ``names`` of ``model`` are those of ``variant``."""
+    with ExitStack() as stack:
+        for name in names:
+            parent, _, child = name.rpartition(".")
+            modules, own = model.get_submodule(parent)._modules, model.get_submodule(name)
+            stack.callback(modules.__setitem__, child, own)
+            modules[child] = variant[name] or _Silent(own)
+        yield
+
+
+def _output_of(block: nn.Module, walk: Walk, batch: Any) -> Tensor:
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if (hidden := first_output(output)) is not None:
+            found.append(hidden.detach().float().flatten().cpu())
+
+    handle = block.register_forward_hook(keep)
+    try:
+        walk.run(batch)
+    finally:
+        handle.remove()
+    return torch.cat(found)
+
+
+def _change(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    changed = module(*args, **kwargs)
+    if changed.shape != output.shape:
+        raise RecipeError(
+            f"{name}: gives out {list(changed.shape)} instead of {list(output.shape)} after its compression and cannot "
+            "be compared. Its stage must say so: comparable_layers = False."
+        )
+    return changed - output
+
+
+def _square(value: Tensor) -> Tensor:
+    return value.detach().double().square().sum()
