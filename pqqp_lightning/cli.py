@@ -73,6 +73,7 @@ class CommandTrainer(Trainer):
         max_runs: int | None = None,
         time_limit: float | None = None,
         comparable_only: bool = False,
+        repeats: int = 1,
         store: str | None = None,
     ) -> None:
         """Find the best order of the stages, each order from the same dense model.
@@ -88,6 +89,7 @@ class CommandTrainer(Trainer):
             max_runs: at most so many whole orders.
             time_limit: begin no further order after so many minutes.
             comparable_only: leave out orders that end larger than the smallest, or lose a constraint.
+            repeats: measure the orders with so many draws of calibration samples.
             store: folder of results that searches share; "store" beside the run folder by default.
         """
         search_orders(
@@ -101,6 +103,7 @@ class CommandTrainer(Trainer):
             max_runs=max_runs,
             time_limit=time_limit,
             comparable_only=comparable_only,
+            repeats=repeats,
             store=store,
         )
 

@@ -38,6 +38,7 @@ OPTIONS_OF: dict[str, dict[str, Any]] = {
         "max_runs": int | None,
         "time_limit": float | None,
         "comparable_only": bool,
+        "repeats": int,
         "store": str | None,
     },
     "sweep": {

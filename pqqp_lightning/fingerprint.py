@@ -53,6 +53,13 @@ def node_fingerprint(base: str, stages: Sequence[Stage]) -> str:
     return _digest([base, described])
 
 
+def digest_of(value: Any) -> str:
+    """The digest of tensors, arrays and plain values, nested in any way."""
+    digest = hashlib.sha256()
+    _update(digest, value)
+    return digest.hexdigest()
+
+
 def _digest(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -22,6 +22,7 @@ from pqqp_lightning.prediction import PREDICT, Prediction, check_prediction
 from pqqp_lightning.prediction_report import PREDICTION
 from pqqp_lightning.prefix_tree import Order, PrefixTree
 from pqqp_lightning.recipe_check import check_recipe
+from pqqp_lightning.repeats import Repeats, check_draws, check_repeats
 from pqqp_lightning.results import ResultStore
 from pqqp_lightning.run import MODEL, check_same_recipe, identity, open_folder
 from pqqp_lightning.seeding import run_seed
@@ -48,6 +49,7 @@ def search_orders(
     max_runs: int | None = None,
     time_limit: float | None = None,
     comparable_only: bool = False,
+    repeats: int = 1,
     store: str | Path | None = None,
 ) -> None:
     """Find the best order of the trainer's stages, and write ``order.json``.
@@ -65,6 +67,7 @@ def search_orders(
         max_runs: at most so many whole orders.
         time_limit: begin no further order after so many minutes.
         comparable_only: leave orders out that end larger than the smallest, or lose a constraint.
+        repeats: measure the orders with so many draws of calibration samples, the recipe's own among them.
         store: folder of results that searches share; ``store`` beside the run folder by default.
 
     Raises:
@@ -72,14 +75,14 @@ def search_orders(
     """
     results = store_of(trainer, store)
     search = OrderSearch(trainer, DataSource(module, datamodule=datamodule), trainer.stages, results)
-    search.check(strategy, max_runs, time_limit)
+    search.check(strategy, max_runs, time_limit, repeats)
     with alone(trainer, results):
         if strategy == PREDICT:
             search.predict(resume=resume, metric=metric, higher=higher)
             return
         search.go(
             STRATEGIES[strategy], resume=resume, metric=metric, higher=higher, max_runs=max_runs, minutes=time_limit,
-            comparable_only=comparable_only,
+            comparable_only=comparable_only, repeats=repeats,
         )  # fmt: skip
 
 
@@ -93,7 +96,7 @@ class OrderSearch:
         self._refused: dict[Order, list[str]] = {}
         self._allowed: list[Order] = []
 
-    def check(self, strategy: str, max_runs: int | None, minutes: float | None) -> None:
+    def check(self, strategy: str, max_runs: int | None, minutes: float | None, repeats: int = 1) -> None:
         """Which orders can run; refuse if none can.
 
         Raises:
@@ -106,7 +109,7 @@ class OrderSearch:
             problems += check_prediction(list(self._stages.values()))
         if max_runs is not None and max_runs < 1:
             problems.append(f"max_runs={max_runs} measures no order. Use 1 or more.")
-        problems += check_time_limit(minutes)
+        problems += check_time_limit(minutes) + check_repeats(repeats, self._data, list(self._stages.values()))
         if not 2 <= len(self._stages) <= MOST_STAGES:
             problems.append(
                 f"order: needs 2 to {MOST_STAGES} stages, but the recipe has {len(self._stages)}. Change the stages."
@@ -122,6 +125,8 @@ class OrderSearch:
         if not self._allowed:
             raise RecipeError(dict.fromkeys(p for problems in self._refused.values() for p in problems))
         self._data.read(self._trainer)
+        if self._trainer.is_global_zero and (problems := check_draws(self._data, repeats)):
+            raise RecipeError(problems)
 
     def go(
         self,
@@ -133,6 +138,7 @@ class OrderSearch:
         max_runs: int | None,
         minutes: float | None,
         comparable_only: bool,
+        repeats: int = 1,
     ) -> None:
         """Search what is not searched yet."""
         judge = open_search(
@@ -142,7 +148,9 @@ class OrderSearch:
         self._announce(chosen, max_runs)
         measured, notes = self._measure(chosen, max_runs, minutes)
         verdict = judge.decide(measured, comparable_only)
-        self._finish(chosen, verdict, notes)
+        again = Repeats(self._trainer, self._data, self._stages, self._store, self._tree, judge)
+        repeated = again.report(verdict.ranked, repeats)
+        self._finish(chosen, verdict, notes, repeated, again.applications)
 
     def predict(self, *, resume: bool, metric: str | None, higher: bool | None) -> None:
         """Say which order is best without measuring any, and write ``prediction.json``."""
@@ -192,7 +200,9 @@ class OrderSearch:
         rest = f"; at most {left} left, about {duration(each * left)}" if left else ""
         print(f"order: {' -> '.join(node)} measured{rest}", flush=True)
 
-    def _finish(self, strategy: Strategy, verdict: Verdict, notes: list[str]) -> None:
+    def _finish(
+        self, strategy: Strategy, verdict: Verdict, notes: list[str], repeats: dict[str, Any] | None, more: int
+    ) -> None:
         model = self._tree.snapshot(verdict.best)
         if self._trainer.is_global_zero:
             _link_folder(model, self._folder / MODEL)
@@ -202,8 +212,9 @@ class OrderSearch:
                     "status": "finished",
                     "seed": run_seed(),
                     "strategy": strategy.name,
-                    "applications": self._tree.applications,
+                    "applications": self._tree.applications + more,
                     **verdict.report(),
+                    "repeats": repeats,
                     "refused": [{"order": list(order), "problems": p} for order, p in self._refused.items()],
                     "notes": notes,
                 },

@@ -62,8 +62,7 @@ class PrefixTree:
         """Settle what results depend on; nothing can be looked up before."""
         with self._without_loggers():
             self._runner.resume()
-            self._runner.describe_dense(list(self._stages.values()))
-            self._base = base_fingerprint(self._trainer, self._data, self._runner.targeted)
+        self._settle()
 
     def open(self) -> Record:
         """Measure the dense model, or look it up; nothing can be measured before."""
@@ -71,6 +70,15 @@ class PrefixTree:
         with self._without_loggers():
             self._runner.dense = self.measure(()).record
         return self._runner.dense
+
+    def open_with(self, dense: Result) -> None:
+        """The same for a dense model that another tree of this trainer has measured on the same evaluation data."""
+        self._settle()
+        self._runner.dense, self._results[()] = dense.record, dense
+
+    def _settle(self) -> None:
+        self._runner.describe_dense(list(self._stages.values()))
+        self._base = base_fingerprint(self._trainer, self._data, self._runner.targeted)
 
     def key(self, order: Order) -> str:
         """The address of a result."""

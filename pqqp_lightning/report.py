@@ -74,6 +74,8 @@ def print_order_report(folder: Path, console: Console | None = None) -> None:
         behind = hypothesis["behind"]
         words = "is the best" if hypothesis["order"] == report["best"] else f"is {behind['value']:.4g} behind the best"
         lines.append(f"weakest first, strongest last ({' -> '.join(hypothesis['order'])}) {words}{_range(behind)}")
+    if repeats := report.get("repeats"):
+        lines.append(repeats["verdict"])
     if (folder / "model").is_dir():
         lines.append(f"{folder / 'model'}: the best order's. Load it with pqqp_lightning.load('{folder}').")
     if "verdict" in report:

@@ -131,7 +131,7 @@ class Verdict:
         """The verdict for people."""
         best, metric = " -> ".join(self.best), self.judge.metric
         value = self.judge.tree.measure(self.best).record["metrics"][metric]
-        shown = f"{best} ({metric} {_number(value)})"
+        shown = f"{best} ({metric} {number_words(value)})"
         if not self.leads:
             return f"{shown} is the only order that was measured."
         if any(lead.low is None for lead in self.leads.values()):
@@ -143,7 +143,8 @@ class Verdict:
             )
         first = next(order for order in self.ranked[1:] if order not in tied)
         lead = self.leads[first]
-        ahead = f"ahead of {' -> '.join(first)} by {_number(lead.value)} ({_number(lead.low)} to {_number(lead.high)})"
+        value, low, high = map(number_words, (lead.value, lead.low, lead.high))
+        ahead = f"ahead of {' -> '.join(first)} by {value} ({low} to {high})"
         also = f"; no evidence that it beats {_listed(tied)}" if tied else ""
         return f"{shown} is best, {ahead}{also}."
 
@@ -227,7 +228,8 @@ def deciding_metric(
     return chosen, higher
 
 
-def _number(value: float | None) -> str:
+def number_words(value: float | None) -> str:
+    """A metric's value in a sentence."""
     return "-" if value is None else f"{value:.4g}"
 
 

@@ -53,6 +53,7 @@ LAYERS = {
     "analysis_figure": 11,
     "strategies": 10,
     "verdict": 11,
+    "repeats": 11,
     "order": 11,
     "sweep": 11,
     "hypothesis": 1,

@@ -386,3 +386,45 @@ def test_the_earlier_search_is_moved_aside(folder):
     first = search(folder)
     search(folder, TWO, "--seed_everything", "3")
     assert json.loads((folder / "search.1/order.json").read_text()) == first
+
+
+def test_repeats_are_the_same_orders_with_other_calibration_samples(folder, capsys):
+    three = "{class_path: SparseGPT, init_args: {sparsity: 0.5}}"
+    files = "{calibration: calibration.npy, evaluation: evaluation.npy"
+    changed = {"{class_path: Magnitude, init_args: {sparsity: 0.5}}": three, files: f"{files}, calibration_samples: 2"}
+    write_recipe(folder, changed)
+    assert run("order", "--config", "recipe.yaml", "--run_dir", "search", "--repeats", "3") == 0
+    printed = capsys.readouterr().out
+    report = json.loads((folder / "search/order.json").read_text())
+    repeats = report["repeats"]
+    assert repeats["seeds"] == [0, 1, 2]
+    assert repeats["verdict"] in printed.replace("\n", " ")
+    for entry in repeats["orders"]:
+        expected = []
+        for seed in repeats["seeds"]:
+            seeded = ["--data.calibration_samples", "2", "--data.seed", str(seed), "--run_dir", f"plain-{seed}"]
+            order = f"[{','.join(entry['order'])}]"
+            assert run("fit", "--config", "recipe.yaml", *seeded, "--stage_order", order) == 0
+            plain = json.loads((folder / f"plain-{seed}/report.json").read_text())
+            expected.append(plain["stages"][-1]["metrics"]["perplexity"])
+        assert entry["values"] == expected
+        assert len(set(expected)) > 1
+    assert len(list((folder / "store").glob("*/model"))) == 1  # the best one's alone
+    again = run("order", "--config", "recipe.yaml", "--run_dir", "again", "--repeats", "3")
+    assert again == 0
+    assert json.loads((folder / "again/order.json").read_text())["repeats"] == repeats
+
+
+@pytest.mark.parametrize(
+    ("replaced", "count", "words"),
+    [
+        ({}, "0", "repeats=0 measures nothing"),
+        ({}, "2", "no stage reads calibration samples"),
+        ({"class_path: Magnitude": "class_path: Wanda"}, "2", "every draw has the same calibration samples"),
+    ],
+)
+def test_repeats_that_say_nothing_are_refused(folder, capsys, replaced, count, words):
+    write_recipe(folder, replaced)
+    assert run("order", "--config", "recipe.yaml", "--run_dir", "search", "--repeats", count) == 2
+    assert words in capsys.readouterr().err
+    assert not (folder / "search").exists()

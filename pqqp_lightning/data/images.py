@@ -85,7 +85,7 @@ class ImageData(LightningDataModule):
         self.batch_size, self.calibration_batch_size = batch_size, calibration_batch_size
         self.calibration_samples, self.evaluation_samples = calibration_samples, evaluation_samples
         self.train_samples, self.train_split, self.evaluation_split = train_samples, train_split, evaluation_split
-        self.seed, self.num_workers = seed, num_workers
+        self.seed, self.calibration_seed, self.num_workers = seed, seed, num_workers
         self._pictures: dict[bool, pictures.Pictures] = {}
 
     @property
@@ -156,12 +156,16 @@ class ImageData(LightningDataModule):
         return self._view(True, "evaluation_samples", self.evaluation_samples, "evaluation_transforms")
 
     def _calibration_view(self) -> pictures.View:
-        return self._view(False, "calibration_samples", self.calibration_samples, "evaluation_transforms")
+        knob, wanted = "calibration_samples", self.calibration_samples
+        return self._view(False, knob, wanted, "evaluation_transforms", self.calibration_seed)
 
-    def _view(self, evaluation: bool, knob: str, wanted: int | None, transforms: str) -> pictures.View:
+    def _view(
+        self, evaluation: bool, knob: str, wanted: int | None, transforms: str, seed: int | None = None
+    ) -> pictures.View:
         found = self._read(evaluation)
         samples = require(len(found), knob, wanted, f"images in the {'evaluation' if evaluation else 'train'} split")
-        return pictures.View(found, draw(len(found), samples, self.seed), self._pipeline(transforms))
+        drawn = draw(len(found), samples, self.seed if seed is None else seed)
+        return pictures.View(found, drawn, self._pipeline(transforms))
 
     def _read(self, evaluation: bool) -> pictures.Pictures:
         if evaluation not in self._pictures:

@@ -72,7 +72,7 @@ class TextData(LightningDataModule):
         self.calibration_samples, self.evaluation_samples = calibration_samples, evaluation_samples
         self.batch_size, self.calibration_batch_size = batch_size, calibration_batch_size
         self.train_split, self.evaluation_split = train_split, evaluation_split
-        self.seed, self.num_workers = seed, num_workers
+        self.seed, self.calibration_seed, self.num_workers = seed, seed, num_workers
         self._windows: dict[bool, Tensor] = {}
 
     def check(self) -> list[str]:
@@ -138,7 +138,7 @@ class TextData(LightningDataModule):
         rows = self._read(False)
         what = f"training windows of sequence_length={self.sequence_length}"
         samples = require(len(rows), "calibration_samples", self.calibration_samples, what)
-        return Windows(rows, draw(len(rows), samples, self.seed))
+        return Windows(rows, draw(len(rows), samples, self.calibration_seed))
 
     def _read(self, evaluation: bool) -> Tensor:
         if evaluation not in self._windows:

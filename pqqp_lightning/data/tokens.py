@@ -56,7 +56,7 @@ class TokenData(LightningDataModule):
         self.files = {knob: None if file is None else expand(file) for knob, file in files.items()}
         self.batch_size, self.calibration_batch_size = batch_size, calibration_batch_size
         self.calibration_samples, self.evaluation_samples = calibration_samples, evaluation_samples
-        self.seed, self.num_workers = seed, num_workers
+        self.seed, self.calibration_seed, self.num_workers = seed, seed, num_workers
         self._arrays: dict[str, np.ndarray] = {}
 
     @property
@@ -113,7 +113,7 @@ class TokenData(LightningDataModule):
     def _calibration_windows(self) -> Windows:
         rows, what = self._read("calibration"), f"windows in {self.files['calibration']}"
         samples = require(len(rows), "calibration_samples", self.calibration_samples, what)
-        return Windows(rows, draw(len(rows), samples, self.seed))
+        return Windows(rows, draw(len(rows), samples, self.calibration_seed))
 
     def _read(self, knob: str) -> np.ndarray:
         if knob not in self._arrays:

@@ -47,7 +47,8 @@ def order_verdict(report: Report) -> list[str]:
     """The verdict, and what one must know to read it."""
     if not report["orders"] or not report["best"]:
         return ["No order is finished yet."]
-    return [report["verdict"].replace("->", "→"), *_hypothesis(report), _measured(report)]
+    repeats = [report["repeats"]["verdict"].replace("->", "→")] if report.get("repeats") else []
+    return [report["verdict"].replace("->", "→"), *repeats, *_hypothesis(report), _measured(report)]
 
 
 def difference_text(difference: dict[str, float | None] | None) -> str:
