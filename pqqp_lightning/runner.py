@@ -24,7 +24,7 @@ from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.distillation import make_teacher
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.memory import peak_memory
-from pqqp_lightning.metrics.samples import Samples, matching, recording
+from pqqp_lightning.metrics.samples import Samples, matching, over_ranks, recording
 from pqqp_lightning.metrics.size import ModelSize, measure_size
 from pqqp_lightning.modules.blocks import Blocks
 from pqqp_lightning.modules.constraints import (
@@ -57,7 +57,7 @@ class Runner:
         applied: the stages that the model has gone through.
         dense: the baseline's record.
         teacher: a frozen copy of the dense model, if a stage learns from one.
-        keep_samples: note in ``samples`` what every sample adds to the metrics; on one process.
+        keep_samples: note in ``samples`` what every sample adds to the metrics.
         samples: by metric, of the latest evaluation.
     """
 
@@ -103,7 +103,7 @@ class Runner:
                 self.module, dataloaders=self.data.validation, datamodule=self.data.datamodule, verbose=False
             )
         metrics = {name: float(value) for result in results for name, value in result.items()}
-        self.samples = matching(found, metrics) if self.trainer.world_size == 1 else {}
+        self.samples = matching(over_ranks(found), metrics) if self.keep_samples else {}
         return metrics
 
     def measure_dense(self, stages: Sequence[Stage]) -> Record:

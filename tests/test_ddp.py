@@ -212,3 +212,21 @@ def test_a_strategy_whose_processes_do_not_last_is_refused(folder, here, capsys)
         main([*on_two("compress.yaml", "spawned"), "--trainer.strategy", "ddp_spawn"])
     assert "trainer.strategy: its processes would start and end with every evaluation" in capsys.readouterr().err
     assert not (folder / "spawned").exists()
+
+
+def test_a_search_on_two_processes_has_intervals_over_the_samples_of_both(folder, here):
+    finish(folder, "order", *on_two("compress.yaml", "search")[1:])
+    report = json.loads((folder / "search/order.json").read_text())
+    main(["order", "--config", "compress.yaml", "--run_dir", "alone", "--trainer.devices", "1", "--store", "other"])
+    alone = json.loads((folder / "alone/order.json").read_text())
+    orders = {tuple(entry["order"]): entry for entry in alone["orders"]}
+    for entry in report["orders"]:
+        low, high = entry["interval"]
+        value = entry["metrics"]["perplexity"]
+        assert low < value < high
+        own = orders[tuple(entry["order"])]
+        assert value == pytest.approx(own["metrics"]["perplexity"], rel=1e-3)
+        assert high - low == pytest.approx(own["interval"][1] - own["interval"][0], rel=0.3)
+    assert report["lead"]["low"] is not None
+    states = [load_file(file) for file in (folder / "store").glob("*/samples.safetensors")]
+    assert {len(samples["perplexity"]) for samples in states} == {4}

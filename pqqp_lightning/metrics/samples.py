@@ -64,6 +64,16 @@ def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
             found[name] = Samples(_pristine(metric), torch.stack(rows[name]))
 
 
+def over_ranks(found: dict[str, Samples]) -> dict[str, Samples]:
+    """The samples of all processes, rank by rank: the same on every rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return found
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, {name: samples.states for name, samples in found.items()})
+    everywhere = [name for name in found if all(name in part for part in parts)]
+    return {name: Samples(found[name].metric, torch.cat([part[name] for part in parts])) for name in everywhere}
+
+
 def matching(found: dict[str, Samples], values: dict[str, float]) -> dict[str, Samples]:
     """``found`` under the names that their values were logged with; left out where none of ``values`` agrees."""
     named = {}
@@ -157,7 +167,7 @@ def _pristine(metric: Metric) -> Metric:
     """A copy that has seen nothing and belongs to nobody."""
     copy = metric.clone()
     copy.reset()
-    copy.sync_on_compute = False
+    copy.distributed_available_fn = lambda: False  # its states are those of all processes already
     return copy
 
 
