@@ -13,6 +13,7 @@ import copy
 import statistics
 import time
 import warnings
+from functools import partial
 
 import psutil
 import torch
@@ -45,7 +46,7 @@ def stage_seconds(module: CausalLM, data: TokenData, stage: Stage) -> tuple[floa
     before = psutil.Process().memory_info().rss
     with peak_memory() as peak:
         start = time.perf_counter()
-        stage.compress(module, Context(runner._walk(stage), progress=False))
+        stage.compress(module, Context(partial(runner.walk, stage.name), progress=False))
         seconds = time.perf_counter() - start
     return seconds, peak.size_bytes - before
 

@@ -322,11 +322,11 @@ def _quiet_the_libraries() -> None:
 
 
 def run_folder(config: Namespace, command: str) -> Path:
-    """``--run_dir``, or ``runs/`` and the recipe's name (``order`` and ``sweep`` have folders of their own)."""
+    """``--run_dir``, or ``runs/`` and the names of the recipes (searches have folders of their own)."""
     if given := config.run_dir or config.trainer.default_root_dir:
         return Path(given)
     files = config.get("config") or []
-    stem = Path(str(files[-1])).stem if files else "run"
+    stem = "-".join(Path(str(file)).stem for file in files) or "run"
     return Path("runs") / (f"{stem}-{command}" if command in SEARCHES else stem)
 
 
@@ -439,7 +439,7 @@ def _with_saved_recipe(command: str, arguments: list[str]) -> list[str]:
 def _bundled(argument: str) -> str:
     """A recipe that is not in the working folder, but in the package: ``recipes/quickstart.yaml`` works anywhere."""
     key, equals, value = argument.rpartition("=")
-    if value.startswith("recipes/") and value.endswith(".yaml") and not Path(value).exists():
+    if value.startswith(("recipes/", "configs/")) and value.endswith(".yaml") and not Path(value).exists():
         packaged = Path(pqqp_lightning.__file__).parent / value
         if packaged.is_file():
             return f"{key}{equals}{packaged}"
