@@ -75,11 +75,15 @@ def over_ranks(found: dict[str, Samples]) -> dict[str, Samples]:
 
 
 def matching(found: dict[str, Samples], values: dict[str, float]) -> dict[str, Samples]:
-    """``found`` under the names that their values were logged with; left out where none of ``values`` agrees."""
-    named = {}
+    """``found`` under the names that their values were logged with; left out where none of ``values`` agrees.
+
+    Two metrics may have the same value by chance: then the one that is itself of the logged name counts.
+    """
+    named: dict[str, Samples] = {}
     for name, value in values.items():
-        for samples in found.values():
-            if _same(samples.value(), value):
+        for path, samples in found.items():
+            its_own = path.rpartition(".")[2] == name
+            if _same(samples.value(), value) and (its_own or name not in named):
                 named[name] = samples
     return named
 
