@@ -71,8 +71,6 @@ class Questions:
         table = sources.read_table(sources.expand(self.source), self.config_name, self.split, INSIDE)
         self._check_columns(table)
         count = require(len(table), f"{INSIDE}samples", self.samples, f"questions in split {self.split!r}")
-        if count == 0:
-            raise RecipeError(f"{self._where()} holds no questions. Name another split.")
         questions = [self._encode(row, i, tokenizer) for i, row in enumerate(table.select(range(count)))]
         longest = getattr(model, "longest_sequence", None)
         questions = [replace(q, choices=[self._truncate(c, longest) for c in q.choices]) for q in questions]
