@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from command_line import run, run_process
+from safetensors.torch import load_file
 from tiny import LLAMA, trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -268,11 +269,17 @@ def test_the_best_order_by_accuracy_comes_with_intervals(folder):
 def test_two_processes_count_every_question_once(folder):
     """13 questions do not go round two processes; one that is counted twice would show."""
     assert run("fit", "--config", "recipe.yaml", "--run_dir", "one") == 0
-    two = ["--run_dir", "two", "--trainer.strategy", "ddp", "--trainer.devices", "2"]
-    done = run_process(folder, "fit", "--config", "recipe.yaml", *two)
+    two = ["--run_dir", "two", "--trainer.strategy", "ddp", "--trainer.devices", "2", "--metric", "acc"]
+    done = run_process(folder, "order", "--config", "recipe.yaml", *two)
     assert done.returncode == 0, done.stderr
+    (dense,) = (
+        f for f in (json.loads(p.read_text()) for p in folder.glob("store/*/record.json")) if f["name"] == "dense"
+    )
     for name in ("acc", "acc_norm"):
-        assert records("two")[0]["metrics"][name] == records("one")[0]["metrics"][name]
+        assert dense["metrics"][name] == records("one")[0]["metrics"][name]
+    samples = [load_file(file) for file in folder.glob("store/*/samples.safetensors")]
+    assert len(samples) == 5
+    assert all(len(states["acc"]) == len(states["acc_norm"]) == 13 for states in samples)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ class Samples:
 def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
     """Note what every sample adds to the metrics of ``model``; in the result, by their names, after the block.
 
-    A sample is a row of the tensors that a metric is updated with. Metrics whose states are no sums are left out.
+    A sample is a row of the tensors that a metric is updated with, and adds something to its states: what is not
+    counted, as filling under DDP, is none. Metrics whose states are no sums are left out.
     """
     metrics = {name: m for name, m in model.named_modules() if isinstance(m, Metric) and _adds_up(m)}
     rows: dict[str, list[Tensor]] = {name: [] for name in metrics}
@@ -61,7 +62,8 @@ def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
             metric.update = metric.update.recorded  # type: ignore[method-assign,attr-defined]
     for name, metric in metrics.items():
         if rows[name]:
-            found[name] = Samples(_pristine(metric), torch.stack(rows[name]))
+            states = torch.stack(rows[name])
+            found[name] = Samples(_pristine(metric), states[states.any(1)])
 
 
 def over_ranks(found: dict[str, Samples]) -> dict[str, Samples]:
