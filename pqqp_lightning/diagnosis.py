@@ -10,6 +10,7 @@ import copy
 import inspect
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -178,7 +179,7 @@ def _class_and_knobs(rest: list[str], value: Any) -> tuple[str | None, dict[str,
         rest = rest[1:]
     if not rest:
         return None, value if isinstance(value, dict) else {}
-    return None, {rest[0]: value} if len(rest) == 1 else {}
+    return None, {".".join(rest): value}
 
 
 def _resolve(name: str, bases: tuple[type, ...], known: dict[str, type]) -> type | str:
@@ -220,7 +221,9 @@ def _check_knobs(cls: type, where: str, knobs: Sequence[Setting]) -> list[str]:
     names = {name for name in kinds if name not in FLAGS and "." not in name}
     problems = []
     for knob in knobs:
-        if knob.key not in names:
+        if "." in knob.key:
+            problems += _check_field(knob, where.partition(" ")[0], kinds)
+        elif knob.key not in names:
             problems.append(f"{knob.where}: {where}: '{knob.key}' is no knob.{suggest(knob.key, names)}")
         elif not _accepts(parser, knob):
             inside = _check_classes_inside(knob, where.partition(" ")[0], kinds[knob.key])
@@ -230,12 +233,23 @@ def _check_knobs(cls: type, where: str, knobs: Sequence[Setting]) -> list[str]:
     return problems
 
 
+def _check_field(knob: Setting, section: str, kinds: dict[str, Any]) -> list[str]:
+    """What is wrong with one field of a knob that takes a dataclass, as in ``distill.weight``; of others nothing."""
+    name, _, field = knob.key.partition(".")
+    found = [part for part in _parts(kinds.get(name)) if isinstance(part, type) and is_dataclass(part)]
+    fields = [Setting(knob.where, field, knob.value)]
+    return [p for cls in found for p in _check_knobs(cls, f"{section}.{name} ({cls.__name__})", fields)]
+
+
 def _check_classes_inside(knob: Setting, section: str, kind: Any) -> list[str]:
-    """What is wrong with the classes in a knob that takes some (callbacks, a logger, an optimizer)."""
+    """What is wrong with the classes in a knob that takes some (callbacks, a logger, an optimizer, a dataclass)."""
     bases = tuple(c for c in _parts(kind) if isinstance(c, type) and c not in WORDS)
     known = {c.__name__: c for base in bases for c in (base, *_subclasses(base))}
     key, problems = f"{section}.{knob.key}", []
+    plain = [{"class_path": base.__name__} for base in bases if is_dataclass(base)]
     for value in knob.value if isinstance(knob.value, list) else [knob.value]:
+        if plain and isinstance(value, dict):
+            value = plain[0] | value
         if known and isinstance(value, dict) and "class_path" in value:
             complete = get_origin(kind) is not Callable  # who calls it gives the rest
             problems += _check_class([Setting(knob.where, key, value)], key, bases, known, complete=complete)

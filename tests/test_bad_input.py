@@ -56,6 +56,7 @@ class Wrong:
     files: dict[str, str | bytes] = field(default_factory=dict)
 
 
+RECIPE_DATA = RECIPE[RECIPE.index("  class_path: TokenData") : RECIPE.index("trainer:")]
 PRUNE = "{class_path: Magnitude, init_args: {sparsity: 0.5}}"
 SWEEP = "sweep --config recipe.yaml"
 WRONG = [
@@ -280,12 +281,32 @@ WRONG = [
         "corrupt parquet",
         "recipe.yaml: data: texts/test-0.parquet cannot be read (Parquet magic bytes not found in footer). "
         "Download it again.",
-        recipe={
-            RECIPE[RECIPE.index("  class_path: TokenData") : RECIPE.index("trainer:")]: (
-                "  class_path: TextData\n  init_args: {source: ./texts}\n"
-            )
-        },
+        recipe={RECIPE_DATA: "  class_path: TextData\n  init_args: {source: ./texts}\n"},
         files={"texts/train-0.parquet": b"PAR1 nonsense", "texts/test-0.parquet": b"PAR1 nonsense"},
+    ),
+    Wrong(
+        "questions with a misspelt knob, and without a source",
+        "recipe.yaml: data.questions (Questions): 'sampels' is no knob. Did you mean 'samples'?\n"
+        "recipe.yaml: data.questions (Questions): source is required. Add it.",
+        recipe={RECIPE_DATA: "  class_path: TextData\n  init_args: {questions: {sampels: 3}}\n"},
+    ),
+    Wrong(
+        "a knob of the questions on the command line",
+        "command line: data.questions (Questions): 'sampels' is no knob. Did you mean 'samples'?",
+        "--data.questions.sampels 3",
+        recipe={RECIPE_DATA: "  class_path: TextData\n  init_args: {questions: {source: ./questions}}\n"},
+    ),
+    Wrong(
+        "so many questions as no one has",
+        "command line: data: questions.samples=-1 is too small. Use 1 or more.",
+        "--data.questions.samples -1",
+        recipe={RECIPE_DATA: "  class_path: TextData\n  init_args: {questions: {source: allenai/ai2_arc}}\n"},
+    ),
+    Wrong(
+        "questions that are not there",
+        "recipe.yaml: data: questions.source='./questions': there is no such file or folder (looked at "
+        "FOLDER/questions).",
+        recipe={RECIPE_DATA: "  class_path: TextData\n  init_args: {questions: {source: ./questions}}\n"},
     ),
     Wrong(
         "model folder that is not there",

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import re
 import shlex
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from pqqp_lightning.checkpoint import checkpoint_bytes
 from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
 
 ROOT = Path(__file__).parent.parent
+PQQP_DATA = Path(os.environ.get("PQQP_DATA", ROOT.parent / "shared" / "data"))
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 SMOLLM2 = ["quickstart", "quantize-then-prune", "prune-quantize-prune", "sparse24-gptq8"]
 LITTLE = ["--data.calibration_samples", "2", "--data.evaluation_samples", "2", "--data.sequence_length", "128"]
@@ -115,6 +118,20 @@ def test_recipes_by_theme_run_on_a_small_llama(folder, name):
     assert stages[-1]["pruned"] == pytest.approx(pruned, abs=0.01)
     assert any(note in found for stage in stages for found in stage["notes"] or [""])
     assert stages[-1]["compression_rate"] > 1
+
+
+@needs_smollm2
+def test_the_recipe_with_questions_measures_both(folder, capsys):
+    if not (PQQP_DATA / "ai2_arc").is_dir() or not (PQQP_DATA / "wikitext").is_dir():
+        pytest.skip(f"ai2_arc and wikitext are not in {PQQP_DATA}: set PQQP_DATA")
+    options = [*LITTLE, *SMALL, "--data.questions.samples", "9"]
+    stages, module = check_run(run("smollm2-135m-arc", *options))
+    assert [set(stage["metrics"]) for stage in stages] == [{"perplexity", "acc", "acc_norm"}] * 3
+    assert all(round(9 * stage["metrics"]["acc"], 6).is_integer() for stage in stages)
+    assert all(c.grid is not None and c.mask_bits is not None for c in collect_constraints(module).values())
+    capsys.readouterr()
+    main(["validate", "--config", recipe("smollm2-135m-arc"), *options, "--trainer.enable_progress_bar", "false"])
+    assert re.search(rf" acc .* {str(stages[0]['metrics']['acc'])[:7]}", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("network", ["resnet", "deit"])

@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from test_recipes import RECIPES, ROOT, SMALL, commands_of, needs_smollm2
+from test_recipes import RECIPES, ROOT, SMALL_LLAMA, commands_of, needs_smollm2
 
 from pqqp_lightning.__main__ import main
 
+SMALL = ["--model.model", json.dumps(SMALL_LLAMA | {"num_hidden_layers": 4}), "--data.tokenizer", "smollm2-135m"]
+SMALL += ["--trainer.limit_train_batches", "2"]
 TEXT = ["--data.source", "python-docs", "--data.config_name", "null", "--data.calibration_samples", "2"]
 TEXT += ["--data.evaluation_samples", "4", "--data.sequence_length", "64"]
-IMAGES = ["--data.source", "digits", "--data.calibration_samples", "32", "--data.evaluation_samples", "64"]
+IMAGES = ["--data.source", "digits", "--data.calibration_samples", "16", "--data.evaluation_samples", "32"]
 IMAGES += ["--data.train_samples", "128", "--data.batch_size", "32", "--data.train_transforms", "[]"]
 EXPERIMENTS = [p for p in RECIPES if p.parent.name in ("paper", "order")]
 LANGUAGE = [p for p in EXPERIMENTS if "smollm2" in p.read_text()]
@@ -37,6 +39,7 @@ def few(path: Path) -> list[str]:
     """One value less a knob: the smallest grid that is still one."""
     grids = {"prune-quantize": {"prune": {"sparsity": [0.5, 0.7]}, "quantize": {"bits": [8, 3]}}}
     grids["resnet"] = grids["deit"] = grids["prune-quantize"]
+    grids["block-pruning"] = {"prune": {"amount": [1]}, "quantize": {"bits": [8, 4]}}
     return ["--grid", json.dumps(grids[path.stem])] if path.stem in grids else []
 
 
@@ -61,11 +64,9 @@ def test_vision_experiments_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PQQP_DATA", "nowhere")
     network = "resnet" if "resnet" in path.stem else "deit"
-    train = (
-        f"recipes/paper/{network}-train.yaml" if path.parent.name == "paper" else f"recipes/digits-{network}-train.yaml"
-    )
+    train = {"paper": f"recipes/paper/{network}-train.yaml", "order": f"recipes/digits-{network}-train.yaml"}
     short = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
-    main(["fit", "--config", str(ROOT / train), *IMAGES, *short])
+    main(["fit", "--config", str(ROOT / train[path.parent.name]), *IMAGES, *short])
     report = result(path, [*IMAGES, *few(path)])
     assert report["status"] == "finished"
     if path.stem == "digits-resnet":

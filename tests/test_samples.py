@@ -75,6 +75,12 @@ def test_values_are_matched_to_the_names_that_they_were_logged_with():
     assert not matching(found, {"top1": 0.5})
 
 
+def test_of_metrics_with_one_value_each_keeps_its_own_samples():
+    acc, acc_norm = accuracies([1, 1, 0, 1]), accuracies([0, 1, 1, 1])
+    for found in ({"m.acc": acc, "m.acc_norm": acc_norm}, {"m.acc_norm": acc_norm, "m.acc": acc}):
+        assert matching(found, {"acc": 0.75, "acc_norm": 0.75}) == {"acc": acc, "acc_norm": acc_norm}
+
+
 def bootstrap_slowly(a, b, draws=4000):
     """Percentiles of the difference of two accuracies, drawn with Python's own generator."""
     source = random.Random(1)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pqqp_lightning.data.images import ImageData
+    from pqqp_lightning.data.questions import Questions
     from pqqp_lightning.data.text import TextData
     from pqqp_lightning.data.tokens import TokenData
 
-__all__ = ["ImageData", "TextData", "TokenData"]
+__all__ = ["ImageData", "Questions", "TextData", "TokenData"]
 
-_HOMES = {"ImageData": "images", "TextData": "text", "TokenData": "tokens"}
+_HOMES = {"ImageData": "images", "Questions": "questions", "TextData": "text", "TokenData": "tokens"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from pqqp_lightning.data import corpora, sources
 from pqqp_lightning.data.loaders import Windows, check_positive, draw, fixed_loader, require, train_loader
+from pqqp_lightning.data.questions import Question, Questions
 from pqqp_lightning.data.tokens import check_vocabulary
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models.loading import load_tokenizer, quiet_transformers
@@ -44,6 +45,8 @@ class TextData(LightningDataModule):
         evaluation_split: for validation and test.
         seed: of the calibration windows and the order of training.
         num_workers: processes that load batches.
+        questions: multiple-choice questions to evaluate on besides: {source: allenai/ai2_arc, config_name:
+            ARC-Challenge}; see :class:`Questions`.
 
     Raises:
         RecipeError: from ``setup`` and the dataloaders; ``check`` lists what can be seen without reading the data.
@@ -64,6 +67,7 @@ class TextData(LightningDataModule):
         evaluation_split: str = "test",
         seed: int = 0,
         num_workers: int = 0,
+        questions: Questions | None = None,
     ) -> None:
         super().__init__()
         self.source = sources.expand(source) if isinstance(source, str) else [sources.expand(s) for s in source]
@@ -73,7 +77,9 @@ class TextData(LightningDataModule):
         self.batch_size, self.calibration_batch_size = batch_size, calibration_batch_size
         self.train_split, self.evaluation_split = train_split, evaluation_split
         self.seed, self.calibration_seed, self.num_workers = seed, seed, num_workers
+        self.questions = questions
         self._windows: dict[bool, Tensor] = {}
+        self._encoded: list[Question] | None = None
 
     def check(self) -> list[str]:
         """Problems that can be seen without reading the data."""
@@ -93,18 +99,22 @@ class TextData(LightningDataModule):
             if isinstance(self.source, list) and Path(source).expanduser().is_dir():
                 problems.append(f"data: source={source!r} is a folder; a list is for text files. Give it alone.")
             problems += sources.check_builtin(source, corpora.PYTHON_DOCS)
-        return problems
+        return problems + (self.questions.check() if self.questions else [])
 
     def prepare_data(self) -> None:
         """Download, once per machine."""
         self._refuse_problems()
         if isinstance(self.source, str) and self.source != corpora.PYTHON_DOCS:
             sources.download(self.source, self.config_name)
+        if self.questions is not None:
+            self.questions.download()
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise what the stage needs, unless that was done before."""
         self._refuse_problems()
         self._evaluation_windows()
+        if self.questions is not None:
+            self._read_questions(self.questions)
         if stage in (None, "fit"):
             self._calibration_windows()
 
@@ -112,12 +122,16 @@ class TextData(LightningDataModule):
         """All windows of the train split, in an order of (seed, epoch)."""
         return train_loader(Windows(self._read(False)), self.batch_size, self.seed, self.num_workers)
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The evaluation windows."""
-        return fixed_loader(self._evaluation_windows(), self.batch_size, self.num_workers)
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """The evaluation windows, and the questions if there are any."""
+        windows = fixed_loader(self._evaluation_windows(), self.batch_size, self.num_workers)
+        if self.questions is None:
+            return windows
+        ranks = getattr(self.trainer, "world_size", 1)
+        return [windows, self.questions.loader(self._read_questions(self.questions), ranks)]
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The evaluation windows."""
+    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """As in validation."""
         return self.val_dataloader()
 
     def calibration_dataloader(self) -> DataLoader[Any]:
@@ -145,6 +159,12 @@ class TextData(LightningDataModule):
             self._windows[evaluation] = self._cut(self._text(evaluation), "evaluation" if evaluation else "training")
         check_vocabulary(self._windows[evaluation], getattr(self.trainer, "lightning_module", None), "data.tokenizer")
         return self._windows[evaluation]
+
+    def _read_questions(self, questions: Questions) -> list[Question]:
+        if self._encoded is None:
+            model = getattr(self.trainer, "lightning_module", None)
+            self._encoded = questions.read(self._find_tokenizer(), model)
+        return self._encoded
 
     def _text(self, evaluation: bool) -> str:
         if self.source == corpora.PYTHON_DOCS:

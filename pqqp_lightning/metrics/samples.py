@@ -47,7 +47,8 @@ class Samples:
 def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
     """Note what every sample adds to the metrics of ``model``; in the result, by their names, after the block.
 
-    A sample is a row of the tensors that a metric is updated with. Metrics whose states are no sums are left out.
+    A sample is a row of the tensors that a metric is updated with, and adds something to its states: what is not
+    counted, as filling under DDP, is none. Metrics whose states are no sums are left out.
     """
     metrics = {name: m for name, m in model.named_modules() if isinstance(m, Metric) and _adds_up(m)}
     rows: dict[str, list[Tensor]] = {name: [] for name in metrics}
@@ -61,7 +62,8 @@ def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
             metric.update = metric.update.recorded  # type: ignore[method-assign,attr-defined]
     for name, metric in metrics.items():
         if rows[name]:
-            found[name] = Samples(_pristine(metric), torch.stack(rows[name]))
+            states = torch.stack(rows[name])
+            found[name] = Samples(_pristine(metric), states[states.any(1)])
 
 
 def over_ranks(found: dict[str, Samples]) -> dict[str, Samples]:
@@ -75,11 +77,15 @@ def over_ranks(found: dict[str, Samples]) -> dict[str, Samples]:
 
 
 def matching(found: dict[str, Samples], values: dict[str, float]) -> dict[str, Samples]:
-    """``found`` under the names that their values were logged with; left out where none of ``values`` agrees."""
-    named = {}
+    """``found`` under the names that their values were logged with; left out where none of ``values`` agrees.
+
+    Two metrics may have the same value by chance: then the one that is itself of the logged name counts.
+    """
+    named: dict[str, Samples] = {}
     for name, value in values.items():
-        for samples in found.values():
-            if _same(samples.value(), value):
+        for path, samples in found.items():
+            its_own = path.rpartition(".")[2] == name
+            if _same(samples.value(), value) and (its_own or name not in named):
                 named[name] = samples
     return named
 

@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model, measured by its perplexity."""
+"""A Hugging Face causal language model, measured by its perplexity and its answers to questions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.metrics.multiple_choice import ChoiceAccuracy, by_question, log_likelihoods
 from pqqp_lightning.metrics.perplexity import Perplexity
 from pqqp_lightning.models import loading
 from pqqp_lightning.models.optimizers import build_optimizer
@@ -25,6 +26,9 @@ LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
 
 class CausalLM(LightningModule):
     """LLaMA, OPT and their kin; batches are ``{"input_ids": LongTensor [B, T]}``.
+
+    In validation and test they may also be of multiple-choice questions, as
+    :func:`pqqp_lightning.data.questions.collate` makes them: then ``acc`` and ``acc_norm`` stand beside ``perplexity``.
 
     Sample YAML::
 
@@ -65,6 +69,7 @@ class CausalLM(LightningModule):
             self.model = loading.build_model(model, DTYPES[dtype])
         self.model.train()  # as Lightning expects before a fit: it switches to eval and back itself
         self.perplexity = Perplexity()
+        self.acc, self.acc_norm = ChoiceAccuracy(), ChoiceAccuracy()
         self._build_optimizer, self._build_lr_scheduler = optimizer, lr_scheduler
 
     @property
@@ -86,9 +91,9 @@ class CausalLM(LightningModule):
         """The most tokens that the model was made for, if it says so."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits [B, T, V] of the next token."""
-        return self.model(input_ids=input_ids, use_cache=False).logits
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of the next token, where ``attention_mask`` [B, T] is not 0."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean next-token cross-entropy."""
@@ -98,17 +103,34 @@ class CausalLM(LightningModule):
         self.log("train_loss", loss, batch_size=len(input_ids), prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add the batch to the perplexity, a few sequences at a time where the vocabulary is large."""
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add the batch to perplexity or accuracies, a few sequences at a time where the vocabulary is large."""
         input_ids = batch["input_ids"]  # [B, T]
         at_once = max(1, LOGITS_AT_ONCE // (input_ids.shape[1] * self.vocabulary_size))
+        if "answer" in batch:
+            self._answer(batch, at_once)
+            return
         for some in input_ids.split(at_once):
             self.perplexity.update(self(some)[:, :-1], some[:, 1:])
-        self.log("perplexity", self.perplexity, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(input_ids))
+        self._log_metric("perplexity", len(input_ids))
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """As in validation."""
         self.validation_step(batch, batch_idx)
+
+    def _answer(self, batch: dict[str, Tensor], at_once: int) -> None:
+        """Add the batch's questions to the accuracies, ``at_once`` choices at a time."""
+        rows = [batch[name].split(at_once) for name in ("input_ids", "attention_mask", "targets")]
+        scores = [log_likelihoods(self(ids, mask), targets) for ids, mask, targets in zip(*rows, strict=True)]
+        total = torch.cat(scores)  # [R]
+        self.acc.update(by_question(total, batch["choices"]), batch["answer"])
+        self.acc_norm.update(by_question(total / batch["characters"], batch["choices"]), batch["answer"])
+        for name in ("acc", "acc_norm"):
+            self._log_metric(name, len(batch["answer"]))
+
+    def _log_metric(self, name: str, batch_size: int) -> None:
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "prog_bar": True, "add_dataloader_idx": False}
+        self.log(name, getattr(self, name), batch_size=batch_size, **options)
 
     def calibration_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The hidden states [B, T, H] of the decoder, without the language-model head."""
