@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import pqqp_lightning
 from pqqp_lightning.diagnosis import check_sections, diagnose
 from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.executor import LOCAL
 from pqqp_lightning.fingerprint import DECIDING
 from pqqp_lightning.listing import print_methods, summarize
 from pqqp_lightning.order import search_orders
@@ -71,6 +72,7 @@ class CommandTrainer(Trainer):
         time_limit: float | None = None,
         comparable_only: bool = False,
         store: str | None = None,
+        executor: str = LOCAL,
     ) -> None:
         """Find the best order of the stages, each order from the same dense model.
 
@@ -86,6 +88,8 @@ class CommandTrainer(Trainer):
             time_limit: begin no further order after so many minutes.
             comparable_only: leave out orders that end larger than the smallest, or lose a constraint.
             store: folder of results that searches share; "store" beside the run folder by default.
+            executor: "local" for this process; "ray" for as many tasks at a time as there are processors, each with as
+                many threads as torch has here (OMP_NUM_THREADS), on this machine or the cluster at RAY_ADDRESS.
         """
         search_orders(
             self,
@@ -99,6 +103,7 @@ class CommandTrainer(Trainer):
             time_limit=time_limit,
             comparable_only=comparable_only,
             store=store,
+            executor=executor,
         )
 
     def sweep(
@@ -114,6 +119,7 @@ class CommandTrainer(Trainer):
         max_points: int = MOST_POINTS,
         time_limit: float | None = None,
         store: str | None = None,
+        executor: str = LOCAL,
     ) -> None:
         """Measure a grid over knobs and orders, and what it says about the order of compression.
 
@@ -129,6 +135,8 @@ class CommandTrainer(Trainer):
             max_points: refuse a grid of more points.
             time_limit: begin nothing new after so many minutes.
             store: folder of results that searches share; "store" beside the run folder by default.
+            executor: "local" for this process; "ray" for as many tasks at a time as there are processors, each with as
+                many threads as torch has here (OMP_NUM_THREADS), on this machine or the cluster at RAY_ADDRESS.
         """
         sweep_grid(
             self,
@@ -143,6 +151,7 @@ class CommandTrainer(Trainer):
             max_points=max_points,
             time_limit=time_limit,
             store=store,
+            executor=executor,
         )
 
 

@@ -39,6 +39,7 @@ OPTIONS_OF: dict[str, dict[str, Any]] = {
         "time_limit": float | None,
         "comparable_only": bool,
         "store": str | None,
+        "executor": str,
     },
     "sweep": {
         "metric": str | None,
@@ -49,6 +50,7 @@ OPTIONS_OF: dict[str, dict[str, Any]] = {
         "max_points": int,
         "time_limit": float | None,
         "store": str | None,
+        "executor": str,
     },
     "validate": {"weights_only": bool | None, "verbose": bool},
     "test": {"weights_only": bool | None, "verbose": bool},

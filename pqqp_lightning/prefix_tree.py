@@ -29,6 +29,11 @@ READABLE = 60
 """Characters of the stages' names in a result's folder name."""
 
 
+def prefixes(order: Order) -> list[Order]:
+    """Every beginning of ``order`` but the empty one."""
+    return [order[:length] for length in range(1, len(order) + 1)]
+
+
 class PrefixTree:
     """Measures sequences of ``stages``.
 
@@ -40,6 +45,7 @@ class PrefixTree:
         store: where results are looked up and kept.
 
     Attributes:
+        base: the digest of all that results depend on besides the stages, once it is identified.
         applications: stages applied so far.
         seconds: what one application with its evaluation took, for each.
     """
@@ -49,18 +55,23 @@ class PrefixTree:
         self._runner = Runner(trainer, data, keep_samples=True)
         self._stages = dict(stages)
         self._results: dict[Order, Result] = {}
-        self._base = ""
+        self.base = ""
         self._at: Order | None = ()
         self.applications = 0
         self.seconds: list[float] = []
 
-    def open(self) -> Record:
-        """Measure the dense model, or look it up; nothing can be measured before."""
-        stages = list(self._stages.values())
+    def identify(self) -> None:
+        """Find out what results depend on: from here on they can be looked up."""
         with self._without_loggers():
             self._runner.resume()
-            self._runner.describe_dense(stages)
-            self._base = base_fingerprint(self._trainer, self._data, self._runner.targeted)
+            self._runner.describe_dense(list(self._stages.values()))
+            self.base = base_fingerprint(self._trainer, self._data, self._runner.targeted)
+
+    def open(self) -> Record:
+        """Measure the dense model, or look it up; nothing else can be measured before."""
+        if not self.base:
+            self.identify()
+        with self._without_loggers():
             self._runner.dense = self.measure(()).record
         return self._runner.dense
 
@@ -68,7 +79,7 @@ class PrefixTree:
         """The address of a result."""
         stages = [self._stages[name] for name in order]
         readable = "+".join(stage.name for stage in stages) or "dense"
-        return f"{readable[:READABLE]}-{node_fingerprint(self._base, stages)[:24]}"
+        return f"{readable[:READABLE]}-{node_fingerprint(self.base, stages)[:24]}"
 
     def is_known(self, order: Order) -> bool:
         """Whether the result is there already."""
@@ -81,7 +92,7 @@ class PrefixTree:
         for order in orders:
             if not self.is_known(order):
                 found.add(order)
-                while order[:-1] and not self._has_model(order[:-1]):
+                while order[:-1] and not self.has_model(order[:-1]):
                     order = order[:-1]
                     found.add(order)
         return found
@@ -109,7 +120,7 @@ class PrefixTree:
 
     def snapshot(self, order: Order) -> Any:
         """The folder of the compressed model, computed again if it is not there any more."""
-        if not self._has_model(order):
+        if not self.has_model(order):
             self._at = None
             self._go_to(order)
         return self._store.snapshot(self.key(order))
@@ -136,6 +147,7 @@ class PrefixTree:
     def _apply(self, order: Order) -> Record:
         start, self._at = time.perf_counter(), None
         record = self._runner.apply(self._stages[order[-1]], self._store.snapshot(self.key(order)))
+        record.pop("logged_steps", None)  # where the loggers were: this process's history, not the result's
         self._at = order
         self.applications += 1
         self.seconds.append(time.perf_counter() - start)
@@ -145,7 +157,7 @@ class PrefixTree:
         """Bring the model to ``order``."""
         key = self.key(order)
         with self._locked(key):
-            there = self._has_model(order)
+            there = self.has_model(order)
             if not order and not there:
                 if self._trainer.is_global_zero:
                     save_checkpoint(self._data.module, self._store.snapshot(key))
@@ -160,7 +172,8 @@ class PrefixTree:
                 self._go_to(order[:-1])
                 self._apply(order)
 
-    def _has_model(self, order: Order) -> bool:
+    def has_model(self, order: Order) -> bool:
+        """Whether the compressed model is there to go on from."""
         return self._agreed(lambda: self._store.has_snapshot(self.key(order)))
 
     def _agreed(self, ask: Callable[[], Any]) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.metrics.samples import CONFIDENCE, interval
-from pqqp_lightning.prefix_tree import Order, PrefixTree
+from pqqp_lightning.prefix_tree import Order, PrefixTree, prefixes
 from pqqp_lightning.record import Record, hardware, package_versions
-from pqqp_lightning.strategies import nearest_order, prefixes
+from pqqp_lightning.strategies import nearest_order
 
 LARGER = 1.01
 """An order is marked that ends more than 1% larger than the smallest."""
