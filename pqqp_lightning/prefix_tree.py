@@ -6,9 +6,11 @@ packed checkpoints for as long as something may go on from them. What was measur
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -123,12 +125,12 @@ class PrefixTree:
         if not self.has_model(order):
             self._at = None
             self._go_to(order)
-        return self._store.snapshot(self.key(order))
+        return self._store.snapshot(self._model_key(order))
 
     def drop(self, order: Order) -> None:
         """Nothing goes on from ``order`` any more."""
         if self._trainer.is_global_zero:
-            self._store.drop_snapshot(self.key(order))
+            self._store.drop_snapshot(self._model_key(order))
         self._trainer.strategy.barrier("dropped")
 
     def _compute(self, order: Order, key: str) -> Result:
@@ -155,7 +157,7 @@ class PrefixTree:
 
     def _go_to(self, order: Order) -> None:
         """Bring the model to ``order``."""
-        key = self.key(order)
+        key = self._model_key(order)
         with self._locked(key):
             there = self.has_model(order)
             if not order and not there:
@@ -174,7 +176,14 @@ class PrefixTree:
 
     def has_model(self, order: Order) -> bool:
         """Whether the compressed model is there to go on from."""
-        return self._agreed(lambda: self._store.has_snapshot(self.key(order)))
+        return self._agreed(lambda: self._store.has_snapshot(self._model_key(order)))
+
+    def _model_key(self, order: Order) -> str:
+        """Where the model lies. The dense one cannot be computed again: another search that ends must not drop it."""
+        if order:
+            return self.key(order)
+        folder = str(Path(self._trainer.default_root_dir).resolve())
+        return f"{self.key(())}-{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
 
     def _agreed(self, ask: Callable[[], Any]) -> Any:
         """The first rank's answer, on every rank."""

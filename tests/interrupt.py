@@ -1,7 +1,11 @@
-"""Runs that die at a training batch and are resumed, next to one that does not: both must end the same."""
+"""Runs that die at a training batch, or by SIGKILL at any moment, and are resumed: they must end as if undisturbed."""
 
+import random
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from lightning.pytorch import Callback
 from tiny import regression_loader, trainer
@@ -38,3 +42,39 @@ def undisturbed_and_resumed(folder: Path, stages, make_module, at, **options):
     with pytest.raises(Died):
         fit("died", [DieAt(*at)])
     return undisturbed, fit("died", [], "last")
+
+
+def run_with_kills(command: Sequence[str], folder: Path, seed: int, kills: int, longest: float) -> int:
+    """Run ``command`` again and again, each time with SIGKILL after a random while, and at last to its end.
+
+    Args:
+        command: the same every time.
+        folder: where.
+        seed: of the moments.
+        kills: at most so many.
+        longest: seconds until a kill, at most.
+
+    Returns:
+        How often it was killed before it came to its end.
+    """
+    chance = random.Random(seed)
+    for killed in range(kills + 1):
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(longest * chance.random() if killed < kills else None) == 0
+            return killed
+        except subprocess.TimeoutExpired:
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            process.wait()
+            _, alive = psutil.wait_procs([p for p in started if not _ends_later(p)], timeout=30)
+            assert not alive
+    raise AssertionError
+
+
+def _ends_later(process: psutil.Process) -> bool:
+    """Ray's two agents report for a minute that their parent is gone, and then end; they hold nothing."""
+    try:
+        return any("Agent" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
