@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -20,13 +21,30 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, Worker
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.executor import Progress
 from pqqp_lightning.prefix_tree import Order, PrefixTree, prefixes
-from pqqp_lightning.ray_worker import Settings, not_shared, pack, run_node, settings_of, soon
+from pqqp_lightning.ray_worker import Outcome, Settings, not_shared, pack, run_node, settings_of, soon
 
 LOST = (WorkerCrashedError, OutOfMemoryError, NodeDiedError)
 """A worker is gone, which is no error of its own."""
 
-MOST_LOSSES = 4
+MOST_LOST = 4
 """A node is given up when so many workers were lost over it."""
+
+_task = ray.remote(run_node)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A task.
+
+    Attributes:
+        node: that it measures.
+        keep: its model is needed.
+        lost: workers that were lost over it.
+    """
+
+    node: Order
+    keep: bool
+    lost: int = 0
 
 
 class RayExecutor:
@@ -63,32 +81,25 @@ class RayExecutor:
         unknown = {node for node in missing if not self._tree.is_known(node)}
         done, left = set(nodes) - missing, list(sequences)
         waiting = [node for node in nodes if node in missing]
-        running: dict[Any, Order] = {}
-        lost: dict[Order, int] = {}
+        running: dict[Any, Running] = {}
         try:
             while True:
                 for sequence in [s for s in left if done.issuperset(prefixes(s))]:
                     left.remove(sequence)
+                    for node in prefixes(sequence):
+                        self._tree.measure(node)  # which looks it up
                     yield sequence
                 if is_late():
                     waiting.clear()
                 for node in self._next(waiting, done, running):
                     waiting.remove(node)
-                    running[self._begin(node, waiting)] = node
+                    keep = any(other[:-1] == node for other in waiting)
+                    running[self._begin(node, keep)] = Running(node, keep)
                 if not running:
                     return
-                (task,), _ = ray.wait(list(running), num_returns=1)
-                node = running.pop(task)
-                try:
-                    self._take(ray.get(task), node)
-                except LOST as error:
-                    lost[node] = lost.get(node, 0) + 1
-                    _refuse_many(lost[node], node, error)
-                    print(f"ray: a worker was lost; {' -> '.join(node)} is measured again", flush=True)
-                    running[self._begin(node, waiting, again=True)] = node
+                node = self._wait(running)
+                if node is None:
                     continue
-                except RayTaskError as error:
-                    raise error.cause from error
                 done.add(node)
                 if node in unknown:
                     self._progress.measured(node, self._room())
@@ -102,27 +113,45 @@ class RayExecutor:
         if self._ours:
             ray.shutdown()
 
-    def _next(self, waiting: Sequence[Order], done: set[Order], running: dict[Any, Order]) -> list[Order]:
+    def _next(self, waiting: Sequence[Order], done: set[Order], running: dict[Any, Running]) -> list[Order]:
         """The nodes to begin now."""
         able = [node for node in waiting if not node[:-1] or node[:-1] in done]
         return able[: max(0, self._most() - len(running))] if able else []
 
-    def _begin(self, node: Order, waiting: Sequence[Order], again: bool = False) -> Any:
-        """The task of this node; its model is kept for those that wait for it."""
+    def _begin(self, node: Order, keep: bool, again: bool = False) -> Any:
+        """The task of this node; whether its model is to be kept, and whether a worker was lost over it."""
         if self._sent is None:
             self._sent = settings_of(uuid.uuid4().hex, self._tree.base), [ray.put(self._packed)]
             self._packed = b""
         cpus, gpus = self._needs()
-        task = ray.remote(run_node).options(num_cpus=cpus, num_gpus=gpus, max_retries=0)
-        return task.remote(*self._sent, node, any(other[:-1] == node for other in waiting), again)
+        task = _task.options(num_cpus=cpus, num_gpus=gpus, max_retries=0)  # a retry is counted here
+        return task.remote(*self._sent, node, keep, again)
 
-    def _take(self, outcome: Any, node: Order) -> None:
+    def _wait(self, running: dict[Any, Running]) -> Order | None:
+        """The node of the next task to end; None if its worker was lost, and it was begun again."""
+        (task,), _ = ray.wait(list(running), num_returns=1)
+        ended = running.pop(task)
+        try:
+            outcome: Outcome = ray.get(task)
+        except RayTaskError as error:
+            raise error.cause from error
+        except LOST as error:
+            lost = ended.lost + 1
+            if lost >= MOST_LOST:
+                raise RecipeError(
+                    f"executor=ray: {lost} workers were lost over {' -> '.join(ended.node)}: {_line(error)} If memory "
+                    "is short, let fewer run (a higher OMP_NUM_THREADS), or use --executor local."
+                ) from error
+            print(f"ray: a worker was lost; {' -> '.join(ended.node)} is measured again", flush=True)
+            running[self._begin(ended.node, ended.keep, again=True)] = replace(ended, lost=lost)
+            return None
         if outcome.problems:
             raise RecipeError(outcome.problems)
-        if not soon(lambda: self._tree.is_known(node)):
+        if not soon(lambda: self._tree.is_known(ended.node)):
             raise RecipeError(not_shared(os.getcwd()))
         self._tree.applications += outcome.applications
         self._tree.seconds += outcome.seconds
+        return ended.node
 
     def _connect(self) -> None:
         if ray.is_initialized():
@@ -170,14 +199,6 @@ class RayExecutor:
 def _machines() -> list[dict[str, float]]:
     """The resources of every machine."""
     return [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
-
-
-def _refuse_many(losses: int, node: Order, error: Exception) -> None:
-    if losses >= MOST_LOSSES:
-        raise RecipeError(
-            f"executor=ray: {losses} workers were lost over {' -> '.join(node)}: {_line(error)} If memory is short, "
-            "let fewer run at a time (a higher OMP_NUM_THREADS), or use --executor local."
-        ) from error
 
 
 def _line(error: Exception) -> str:
