@@ -122,7 +122,8 @@ def check_executor(name: str, trainer: Trainer) -> list[str]:
         return [f"executor='{name}' is none.{suggest(name, EXECUTORS)}"]
     if name == LOCAL:
         return []
-    if find_spec("ray") is None:
+    found = find_spec("ray")
+    if found is None or found.origin is None:  # or it is a folder of that name
         return ['executor=ray: Ray is not installed. Run pip install "pqqp-lightning[ray]", or use --executor local.']
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy):

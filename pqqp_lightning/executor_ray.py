@@ -7,6 +7,7 @@ the store must lie on a file system that all machines share.
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -97,12 +98,12 @@ class RayExecutor:
                     running[self._begin(node, keep)] = Running(node, keep)
                 if not running:
                     return
-                node = self._wait(running)
-                if node is None:
+                ended = self._wait(running)
+                if ended is None:
                     continue
-                done.add(node)
-                if node in unknown:
-                    self._progress.measured(node, self._room())
+                done.add(ended)
+                if ended in unknown:
+                    self._progress.measured(ended, self._room())
         finally:
             for task in running:
                 ray.cancel(task, force=True)
@@ -158,7 +159,7 @@ class RayExecutor:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # no connection, another version, a full disk: each is another class
             where = os.environ.get("RAY_ADDRESS", "this machine")
             raise RecipeError(
