@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -159,6 +160,7 @@ class RayExecutor:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
+            _knock(os.environ.get("RAY_ADDRESS", ""))
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # no connection, another version, a full disk: each is another class
             where = os.environ.get("RAY_ADDRESS", "this machine")
@@ -200,6 +202,17 @@ class RayExecutor:
 def _machines() -> list[dict[str, float]]:
     """The resources of every machine."""
     return [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
+
+
+def _knock(address: str) -> None:
+    """Ray tries for minutes to reach a cluster that is not there: see first whether anything answers.
+
+    Raises:
+        OSError: nothing does.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _line(error: Exception) -> str:

@@ -10,6 +10,8 @@ import pytest
 from lightning.pytorch import Callback
 from tiny import regression_loader, trainer
 
+AGENTS = ("dashboard/agent.py", "runtime_env/agent/main.py")
+
 
 class Died(Exception):
     """Stands for a kill."""
@@ -75,6 +77,7 @@ def run_with_kills(command: Sequence[str], folder: Path, seed: int, kills: int, 
 def _ends_later(process: psutil.Process) -> bool:
     """Ray's two agents report for a minute that their parent is gone, and then end; they hold nothing."""
     try:
-        return any("Agent" in word for word in process.cmdline())
+        words = process.cmdline()
+        return any((word.startswith("ray::") and "Agent" in word) or word.endswith(AGENTS) for word in words)
     except psutil.NoSuchProcess:
         return False

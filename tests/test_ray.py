@@ -209,6 +209,16 @@ def test_bad_executors(command, folder, monkeypatch, capsys):
     assert not (folder / "run").exists()
 
 
+def test_a_cluster_that_is_not_there(folder, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    assert run("order", "--config", "recipe.yaml", "--executor", "ray") == 2
+    (problem,) = capsys.readouterr().err.splitlines()
+    assert "executor=ray: Ray cannot be reached or started on 127.0.0.1:1: [Errno 111] Connection refused." in problem
+    assert not (folder / "run").exists()
+    assert not list(folder.glob("store/*/record.json"))
+
+
 def test_ray_is_imported_where_it_is_asked_for(folder):
     text = "import sys, pqqp_lightning.cli; sys.exit('ray' in sys.modules)"
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", text]) == 0
