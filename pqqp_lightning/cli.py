@@ -24,6 +24,7 @@ from pqqp_lightning.analysis import SAMPLES, analyze_pair
 from pqqp_lightning.analysis_report import ANALYSIS, print_analysis
 from pqqp_lightning.diagnosis import check_sections, diagnose
 from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.executor import LOCAL
 from pqqp_lightning.fingerprint import DECIDING
 from pqqp_lightning.listing import print_methods, summarize
 from pqqp_lightning.order import search_orders
@@ -75,6 +76,7 @@ class CommandTrainer(Trainer):
         comparable_only: bool = False,
         repeats: int = 1,
         store: str | None = None,
+        executor: str = LOCAL,
     ) -> None:
         """Find the best order of the stages, each order from the same dense model.
 
@@ -91,6 +93,8 @@ class CommandTrainer(Trainer):
             comparable_only: leave out orders that end larger than the smallest, or lose a constraint.
             repeats: measure the orders with so many draws of calibration samples.
             store: folder of results that searches share; "store" beside the run folder by default.
+            executor: "local" for this process; "ray" for as many tasks at a time as there are processors, each with as
+                many threads as torch has here (OMP_NUM_THREADS), on this machine or the cluster at RAY_ADDRESS.
         """
         search_orders(
             self,
@@ -105,6 +109,7 @@ class CommandTrainer(Trainer):
             comparable_only=comparable_only,
             repeats=repeats,
             store=store,
+            executor=executor,
         )
 
     def sweep(
@@ -120,6 +125,7 @@ class CommandTrainer(Trainer):
         max_points: int = MOST_POINTS,
         time_limit: float | None = None,
         store: str | None = None,
+        executor: str = LOCAL,
     ) -> None:
         """Measure a grid over knobs and orders, and what it says about the order of compression.
 
@@ -135,6 +141,8 @@ class CommandTrainer(Trainer):
             max_points: refuse a grid of more points.
             time_limit: begin nothing new after so many minutes.
             store: folder of results that searches share; "store" beside the run folder by default.
+            executor: "local" for this process; "ray" for as many tasks at a time as there are processors, each with as
+                many threads as torch has here (OMP_NUM_THREADS), on this machine or the cluster at RAY_ADDRESS.
         """
         sweep_grid(
             self,
@@ -149,6 +157,7 @@ class CommandTrainer(Trainer):
             max_points=max_points,
             time_limit=time_limit,
             store=store,
+            executor=executor,
         )
 
     def analyze(

@@ -41,6 +41,7 @@ OPTIONS_OF: dict[str, dict[str, Any]] = {
         "comparable_only": bool,
         "repeats": int,
         "store": str | None,
+        "executor": str,
     },
     "sweep": {
         "metric": str | None,
@@ -51,6 +52,7 @@ OPTIONS_OF: dict[str, dict[str, Any]] = {
         "max_points": int,
         "time_limit": float | None,
         "store": str | None,
+        "executor": str,
     },
     "analyze": {
         "metric": str | None,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import permutations
@@ -18,6 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.executor import LOCAL, Executor, Progress, TimeLimit, check_executor, executing
 from pqqp_lightning.prediction import PREDICT, Prediction, check_prediction
 from pqqp_lightning.prediction_report import PREDICTION
 from pqqp_lightning.prefix_tree import Order, PrefixTree
@@ -28,7 +28,7 @@ from pqqp_lightning.run import MODEL, check_same_recipe, identity, open_folder
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stage import Stage
 from pqqp_lightning.storage import check_writable, write_json
-from pqqp_lightning.strategies import STRATEGIES, Strategy, prefixes
+from pqqp_lightning.strategies import STRATEGIES, Strategy
 from pqqp_lightning.trainer import Trainer
 from pqqp_lightning.verdict import Judge, Verdict, deciding_metric
 
@@ -51,6 +51,7 @@ def search_orders(
     comparable_only: bool = False,
     repeats: int = 1,
     store: str | Path | None = None,
+    executor: str = LOCAL,
 ) -> None:
     """Find the best order of the trainer's stages, and write ``order.json``.
 
@@ -69,12 +70,13 @@ def search_orders(
         comparable_only: leave orders out that end larger than the smallest, or lose a constraint.
         repeats: measure the orders with so many draws of calibration samples, the recipe's own among them.
         store: folder of results that searches share; ``store`` beside the run folder by default.
+        executor: "local", or "ray" for many nodes at the same time, on this machine or a cluster.
 
     Raises:
         RecipeError: everything that must be put right, before any work.
     """
     results = store_of(trainer, store)
-    search = OrderSearch(trainer, DataSource(module, datamodule=datamodule), trainer.stages, results)
+    search = OrderSearch(trainer, DataSource(module, datamodule=datamodule), trainer.stages, results, executor)
     search.check(strategy, max_runs, time_limit, repeats)
     with alone(trainer, results):
         if strategy == PREDICT:
@@ -89,10 +91,13 @@ def search_orders(
 class OrderSearch:
     """A search over the orders of ``stages``."""
 
-    def __init__(self, trainer: Trainer, data: DataSource, stages: Sequence[Stage], store: ResultStore) -> None:
+    def __init__(
+        self, trainer: Trainer, data: DataSource, stages: Sequence[Stage], store: ResultStore, executor: str = LOCAL
+    ) -> None:
         self._trainer, self._data, self._stages = trainer, data, {stage.name: stage for stage in stages}
         self._folder = Path(trainer.default_root_dir)
         self._store, self._tree = store, PrefixTree(trainer, data, self._stages, store)
+        self._executor, self._progress = executor, Progress("order", trainer, self._tree, bound="at most ")
         self._refused: dict[Order, list[str]] = {}
         self._allowed: list[Order] = []
 
@@ -102,7 +107,7 @@ class OrderSearch:
         Raises:
             RecipeError: too few or too many stages, bad options, or no order passes its checks.
         """
-        problems = check_writable("store", self._store.folder)
+        problems = check_writable("store", self._store.folder) + check_executor(self._executor, self._trainer)
         if strategy not in (*STRATEGIES, PREDICT):
             problems.append(f"strategy='{strategy}' is none.{suggest(strategy, (*STRATEGIES, PREDICT))}")
         if strategy == PREDICT:
@@ -141,12 +146,13 @@ class OrderSearch:
         repeats: int = 1,
     ) -> None:
         """Search what is not searched yet."""
-        judge = open_search(
-            self._trainer, self._data, self._tree, {"command": "order"}, resume=resume, metric=metric, higher=higher
-        )
-        chosen = strategy(list(self._stages), self._allowed, judge)
-        self._announce(chosen, max_runs)
-        measured, notes = self._measure(chosen, max_runs, minutes)
+        with executing(self._executor, self._trainer, self._tree, self._progress) as executor:
+            judge = open_search(
+                self._trainer, self._data, self._tree, {"command": "order"}, resume=resume, metric=metric, higher=higher
+            )
+            chosen = strategy(list(self._stages), self._allowed, judge)
+            self._announce(chosen, max_runs)
+            measured, notes = self._measure(executor, chosen, max_runs, minutes)
         verdict = judge.decide(measured, comparable_only)
         again = Repeats(self._trainer, self._data, self._stages, self._store, self._tree, judge)
         repeated = again.report(verdict.ranked, repeats)
@@ -155,7 +161,7 @@ class OrderSearch:
     def predict(self, *, resume: bool, metric: str | None, higher: bool | None) -> None:
         """Say which order is best without measuring any, and write ``prediction.json``."""
         begin(self._trainer, self._data, {"command": "order", "strategy": PREDICT}, resume=resume)
-        self._tree.prepare()
+        self._tree.identify()
         prediction = Prediction(self._tree, self._stages, self._allowed, self._store.folder)
         report = prediction.report() | {"measured": prediction.measured(self._data.module, metric, higher)}
         self._tree.drop(())
@@ -164,41 +170,33 @@ class OrderSearch:
             write_json(self._folder / PREDICTION, report)
 
     def _measure(
-        self, strategy: Strategy, max_runs: int | None, minutes: float | None
+        self, executor: Executor, strategy: Strategy, max_runs: int | None, minutes: float | None
     ) -> tuple[list[Order], list[str]]:
         """The orders that were measured, and why it are not more."""
-        start, measured = time.monotonic(), list[Order]()
-        for order in strategy.orders():
-            if max_runs is not None and len(measured) >= max_runs:
-                return measured, [f"stopped after {max_runs} orders: max_runs={max_runs}"]
-            if minutes is not None and measured and time.monotonic() - start > 60 * minutes:
+        limit, measured = TimeLimit(self._trainer, minutes), list[Order]()
+        for _ in executor.measure(strategy.first(), lambda: False):
+            pass
+        for round in strategy.rounds():
+            before, done = measured, set[Order]()
+            wanted = round if max_runs is None else round[: max_runs - len(before)]
+            for order in executor.measure(wanted, lambda: bool(measured) and limit.is_over()):  # noqa: B023
+                done.add(order)
+                measured = [*before, *(o for o in wanted if o in done)]  # in the same order, whoever was first
+                for node in strategy.finished(measured):
+                    self._tree.drop(node)
+            if len(done) < len(wanted):
                 return measured, [f"stopped after {len(measured)} orders: time_limit={minutes:g} minutes"]
-            for prefix in prefixes(order):
-                known = self._tree.is_known(prefix)
-                self._tree.measure(prefix)
-                if not known:
-                    self._progress(prefix)
-            measured.append(order)
-            for node in strategy.finished(measured):
-                self._tree.drop(node)
+            if len(wanted) < len(round):
+                return measured, [f"stopped after {max_runs} orders: max_runs={max_runs}"]
         return measured, []
 
     def _announce(self, strategy: Strategy, max_runs: int | None) -> None:
-        self._most = strategy.most_applications(max_runs)
+        most = strategy.most_applications(max_runs)
         known = sum(self._tree.is_known(node) for node in strategy.nodes(max_runs))
-        self._done = known
+        self._progress.most = most - known
         if self._trainer.is_global_zero:
-            words = f"order: {strategy.describe()}: at most {self._most} stage applications"
+            words = f"order: {strategy.describe()}: at most {most} stage applications"
             print(words + (f", {known} of them known from before" if known else ""), flush=True)
-
-    def _progress(self, node: Order) -> None:
-        """One line for a node that was computed, with what the rest may take."""
-        self._done += 1
-        if not self._trainer.is_global_zero or self._trainer.progress_bar_callback is None:
-            return
-        left, each = max(0, self._most - self._done), sum(self._tree.seconds) / max(1, len(self._tree.seconds))
-        rest = f"; at most {left} left, about {duration(each * left)}" if left else ""
-        print(f"order: {' -> '.join(node)} measured{rest}", flush=True)
 
     def _finish(
         self, strategy: Strategy, verdict: Verdict, notes: list[str], repeats: dict[str, Any] | None, more: int
@@ -307,8 +305,3 @@ def _link(source: Any, target: Any) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def duration(seconds: float) -> str:
-    """For people."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -6,9 +6,11 @@ packed checkpoints for as long as something may go on from them. What was measur
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -32,6 +34,11 @@ READABLE = 60
 """Characters of the stages' names in a result's folder name."""
 
 
+def prefixes(order: Order) -> list[Order]:
+    """Every beginning of ``order`` but the empty one."""
+    return [order[:length] for length in range(1, len(order) + 1)]
+
+
 class PrefixTree:
     """Measures sequences of ``stages``.
 
@@ -43,6 +50,7 @@ class PrefixTree:
         store: where results are looked up and kept.
 
     Attributes:
+        base: the digest of all that results depend on besides the stages, once it is identified.
         applications: stages applied so far.
         seconds: what one application with its evaluation took, for each.
     """
@@ -53,20 +61,21 @@ class PrefixTree:
         self._runner = Runner(trainer, data, keep_samples=True)
         self._stages = dict(stages)
         self._results: dict[Order, Result] = {}
-        self._base = ""
+        self.base = ""
         self._at: Order | None = ()
         self.applications = 0
         self.seconds: list[float] = []
 
-    def prepare(self) -> None:
-        """Settle what results depend on; nothing can be looked up before."""
+    def identify(self) -> None:
+        """Find out what results depend on: from here on they can be looked up."""
         with self._without_loggers():
             self._runner.resume()
         self._settle()
 
     def open(self) -> Record:
-        """Measure the dense model, or look it up; nothing can be measured before."""
-        self.prepare()
+        """Measure the dense model, or look it up; nothing else can be measured before."""
+        if not self.base:
+            self.identify()
         with self._without_loggers():
             self._runner.dense = self.measure(()).record
         return self._runner.dense
@@ -78,13 +87,13 @@ class PrefixTree:
 
     def _settle(self) -> None:
         self._runner.describe_dense(list(self._stages.values()))
-        self._base = base_fingerprint(self._trainer, self._data, self._runner.targeted)
+        self.base = base_fingerprint(self._trainer, self._data, self._runner.targeted)
 
     def key(self, order: Order) -> str:
         """The address of a result."""
         stages = [self._stages[name] for name in order]
         readable = "+".join(stage.name for stage in stages) or "dense"
-        return f"{readable[:READABLE]}-{node_fingerprint(self._base, stages)[:24]}"
+        return f"{readable[:READABLE]}-{node_fingerprint(self.base, stages)[:24]}"
 
     def is_known(self, order: Order) -> bool:
         """Whether the result is there already."""
@@ -97,7 +106,7 @@ class PrefixTree:
         for order in orders:
             if not self.is_known(order):
                 found.add(order)
-                while order[:-1] and not self._has_model(order[:-1]):
+                while order[:-1] and not self.has_model(order[:-1]):
                     order = order[:-1]
                     found.add(order)
         return found
@@ -125,10 +134,10 @@ class PrefixTree:
 
     def snapshot(self, order: Order) -> Any:
         """The folder of the compressed model, computed again if it is not there any more."""
-        if not self._has_model(order):
+        if not self.has_model(order):
             self._at = None
             self._go_to(order)
-        return self._store.snapshot(self.key(order))
+        return self._store.snapshot(self._model_key(order))
 
     def bring_to(self, order: Order) -> LightningModule:
         """The one model of the tree, after these stages, until the tree is asked for something else."""
@@ -154,7 +163,7 @@ class PrefixTree:
     def drop(self, order: Order) -> None:
         """Nothing goes on from ``order`` any more."""
         if self._trainer.is_global_zero:
-            self._store.drop_snapshot(self.key(order))
+            self._store.drop_snapshot(self._model_key(order))
         self._trainer.strategy.barrier("dropped")
 
     def _compute(self, order: Order, key: str) -> Result:
@@ -173,6 +182,7 @@ class PrefixTree:
     def _apply(self, order: Order) -> Record:
         start, self._at = time.perf_counter(), None
         record = self._runner.apply(self._stages[order[-1]], self._store.snapshot(self.key(order)))
+        record.pop("logged_steps", None)  # where the loggers were: this process's history, not the result's
         self._at = order
         self.applications += 1
         self.seconds.append(time.perf_counter() - start)
@@ -180,9 +190,9 @@ class PrefixTree:
 
     def _go_to(self, order: Order) -> None:
         """Bring the model to ``order``."""
-        key = self.key(order)
+        key = self._model_key(order)
         with self._locked(key):
-            there = self._has_model(order)
+            there = self.has_model(order)
             if not order and not there:
                 if self._trainer.is_global_zero:
                     save_checkpoint(self._data.module, self._store.snapshot(key))
@@ -197,8 +207,16 @@ class PrefixTree:
                 self._go_to(order[:-1])
                 self._apply(order)
 
-    def _has_model(self, order: Order) -> bool:
-        return self._agreed(lambda: self._store.has_snapshot(self.key(order)))
+    def has_model(self, order: Order) -> bool:
+        """Whether the compressed model is there to go on from."""
+        return self._agreed(lambda: self._store.has_snapshot(self._model_key(order)))
+
+    def _model_key(self, order: Order) -> str:
+        """Where the model lies. The dense one cannot be computed again: another search that ends must not drop it."""
+        if order:
+            return self.key(order)
+        folder = str(Path(self._trainer.default_root_dir).resolve())
+        return f"{self.key(())}-{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
 
     def _agreed(self, ask: Callable[[], Any]) -> Any:
         """The first rank's answer, on every rank."""

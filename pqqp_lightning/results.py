@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +87,8 @@ class ResultStore:
         if self.snapshot(key).is_dir():
             with self.locked(key):
                 shutil.rmtree(self.snapshot(key), ignore_errors=True)
+                with suppress(OSError):
+                    self.path(key).rmdir()  # nothing was measured
 
     @contextmanager
     def locked(self, key: str, taken: str = "") -> Iterator[None]:

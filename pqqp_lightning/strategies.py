@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from pqqp_lightning.prefix_tree import Order
+from pqqp_lightning.prefix_tree import Order, prefixes
 
 
 class Measures(Protocol):
@@ -39,8 +39,12 @@ class Strategy:
     def __init__(self, names: list[str], allowed: list[Order], measures: Measures) -> None:
         self._names, self._allowed, self._measures = names, allowed, measures
 
-    def orders(self) -> Iterator[Order]:
-        """The orders to measure; each is measured before the next is asked for."""
+    def first(self) -> list[Order]:
+        """What is measured before any whole order."""
+        return []
+
+    def rounds(self) -> Iterator[list[Order]]:
+        """The orders to measure, round by round: a whole round before the next is asked for."""
         raise NotImplementedError
 
     def nodes(self, max_runs: int | None) -> list[Order]:
@@ -65,8 +69,8 @@ class Exhaustive(Strategy):
 
     name = "exhaustive"
 
-    def orders(self) -> Iterator[Order]:
-        yield from self._allowed
+    def rounds(self) -> Iterator[list[Order]]:
+        yield self._allowed
 
     def nodes(self, max_runs: int | None) -> list[Order]:
         return _nodes(self._allowed[:max_runs])
@@ -87,23 +91,24 @@ class Progressive(Strategy):
 
     name = "progressive"
 
-    def orders(self) -> Iterator[Order]:
-        for name in self._alone():
-            self._measures.score((name,))
+    def first(self) -> list[Order]:
+        return [(name,) for name in self._alone()]
+
+    def rounds(self) -> Iterator[list[Order]]:
         best = self._sorted()
-        yield best
+        yield [best]
         tried = {best}
         while len(tried) < self._most_runs():
             order = next((o for o in _swaps(best) if o in self._allowed and o not in tried), None)
             if order is None:
                 return
             tried.add(order)
-            yield order
+            yield [order]
             if self._measures.better(order, best):
                 best = order
 
     def nodes(self, max_runs: int | None) -> list[Order]:
-        return [(name,) for name in self._alone()]
+        return self.first()
 
     def most_applications(self, max_runs: int | None) -> int:
         runs = min(max_runs or self._most_runs(), self._most_runs(), len(self._allowed))
@@ -128,11 +133,6 @@ class Progressive(Strategy):
 
 
 STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Exhaustive, Progressive)}
-
-
-def prefixes(order: Order) -> list[Order]:
-    """Every beginning of ``order`` but the empty one."""
-    return [order[:length] for length in range(1, len(order) + 1)]
 
 
 def nearest_order(wanted: Order, allowed: Sequence[Order]) -> Order:

@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule
 
 from pqqp_lightning.errors import RecipeError, suggest
 from pqqp_lightning.metrics.samples import CONFIDENCE, interval
-from pqqp_lightning.prefix_tree import Order, PrefixTree
+from pqqp_lightning.prefix_tree import Order, PrefixTree, prefixes
 from pqqp_lightning.record import Record, hardware, package_versions
-from pqqp_lightning.strategies import nearest_order, prefixes
+from pqqp_lightning.strategies import nearest_order
 
 LOWER_IS_BETTER = ("perplexity", "loss", "error", "mse", "mae", "rmse")
 HIGHER_IS_BETTER = ("top1", "top5", "accuracy", "acc", "f1", "auroc", "precision", "recall", "r2")

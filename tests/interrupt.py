@@ -1,10 +1,17 @@
-"""Runs that die at a training batch and are resumed, next to one that does not: both must end the same."""
+"""Runs that die at a training batch, or by SIGKILL at any moment, and are resumed: they must end as if undisturbed."""
 
+import random
+import subprocess
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from lightning.pytorch import Callback
 from tiny import regression_loader, trainer
+
+AGENTS = ("dashboard/agent.py", "runtime_env/agent/main.py")
 
 
 class Died(Exception):
@@ -38,3 +45,43 @@ def undisturbed_and_resumed(folder: Path, stages, make_module, at, **options):
     with pytest.raises(Died):
         fit("died", [DieAt(*at)])
     return undisturbed, fit("died", [], "last")
+
+
+def run_with_kills(command: Sequence[str], folder: Path, seed: int, kills: int, longest: float) -> int:
+    """Run ``command`` again and again, each time with SIGKILL after a random while, and at last to its end.
+
+    Args:
+        command: the same every time.
+        folder: where.
+        seed: of the moments.
+        kills: at most so many.
+        longest: seconds until a kill, at most.
+
+    Returns:
+        How often it was killed before it came to its end.
+    """
+    chance = random.Random(seed)
+    for killed in range(kills + 1):
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(longest * chance.random() if killed < kills else None) == 0
+            return killed
+        except subprocess.TimeoutExpired:
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            process.wait()
+            until = time.monotonic() + 30
+            while alive := [child for child in started if _stays(child)]:
+                assert time.monotonic() < until, alive
+                time.sleep(0.2)
+    raise AssertionError
+
+
+def _stays(process: psutil.Process) -> bool:
+    """Whether it is there, and none of Ray's two agents, which take a minute to end."""
+    try:
+        words = process.cmdline()  # none of a process that has ended
+    except psutil.NoSuchProcess:
+        return False
+    agent = any((word.startswith("ray::") and "Agent" in word) or word.endswith(AGENTS) for word in words)
+    return bool(words) and not agent

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from itertools import combinations, permutations
@@ -13,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 from command_line import RECIPE, prepare, run, write_recipe
+from interrupt import run_with_kills
 from tiny import RegressionData, Regressor, trainer
 
 import pqqp_lightning
 from pqqp_lightning.callbacks import RTN, Magnitude
 from pqqp_lightning.checkpoint import WEIGHTS
+from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.order import search_orders
+from pqqp_lightning.prefix_tree import PrefixTree
+from pqqp_lightning.results import ResultStore
 from pqqp_lightning.runner import Runner
 
 TWO = RECIPE[RECIPE.index("stages:") :]
@@ -292,7 +295,7 @@ def test_limits_end_a_search_with_what_there_is(folder, capsys):
     report = search(folder, THREE, "--max_runs", "2")
     assert len(report["orders"]) == 2
     assert report["notes"] == ["stopped after 2 orders: max_runs=2"]
-    report = search(folder, THREE, "--time_limit", "0.00001")
+    report = search(folder, THREE, "--time_limit", "0.00001", "--store", "another")
     assert len(report["orders"]) == 1
     assert "time_limit" in report["notes"][0]
     assert "stopped after 1 orders" in capsys.readouterr().out
@@ -322,21 +325,33 @@ def test_two_processes_in_one_folder_do_nothing_twice(folder):
     assert tables[0] == tables[1] == tables[2]
 
 
+def test_another_search_that_ends_takes_nothing_that_is_still_needed(folder):
+    """It drops its dense model; one search that stands elsewhere in its tree must find its own."""
+
+    def tree(name: str, store: str) -> PrefixTree:
+        stages = {"prune": Magnitude(0.5), "round": RTN(3)}
+        engine = trainer(folder / name, *stages.values())
+        found = PrefixTree(
+            engine, DataSource(Regressor(), datamodule=RegressionData()), stages, ResultStore(folder / store)
+        )
+        found.open()
+        return found
+
+    mine, other = tree("mine", "store"), tree("other", "store")
+    mine.measure(("prune",))
+    other.measure(("prune",))
+    other.drop(())
+    alone = tree("alone", "store-of-its-own")
+    assert mine.measure(("round",)).record["metrics"] == alone.measure(("round",)).record["metrics"]
+    mine.drop(())
+    assert [path.name for path in (folder / "store").glob("dense-*") if path.is_dir()] == [mine.key(())]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_moments_the_search_ends_with_the_same_table(seed, finished, folder):
-    """SIGKILL after a while, again and again, until one run is through."""
     write_recipe(folder, {TWO: THREE, "evaluation: ": "train: train.npy, evaluation: "})
     words = [sys.executable, "-m", "pqqp_lightning", "order", "--config", "recipe.yaml", "--run_dir", "search"]
-    chance, wait = random.Random(seed), 8.0
-    for _ in range(20):
-        process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL)
-        try:
-            assert process.wait(wait * chance.random() + 3) == 0
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            wait *= 1.3
+    run_with_kills(words, folder, seed, kills=4, longest=16)
     whole, resumed = (json.loads((f / "order.json").read_text()) for f in (finished, folder / "search"))
     assert [same(e["stages"]) for e in resumed["orders"]] == [same(e["stages"]) for e in whole["orders"]]
     assert (resumed["best"], resumed["advantage"]) == (whole["best"], whole["advantage"])

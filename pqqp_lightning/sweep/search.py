@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +13,14 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.order import alone, check_time_limit, duration, open_search, store_of
-from pqqp_lightning.prefix_tree import Order, PrefixTree
+from pqqp_lightning.executor import LOCAL, Executor, Progress, TimeLimit, check_executor, executing
+from pqqp_lightning.order import alone, check_time_limit, open_search, store_of
+from pqqp_lightning.prefix_tree import PrefixTree, prefixes
 from pqqp_lightning.recipe_check import check_run
 from pqqp_lightning.record import hardware, package_versions
 from pqqp_lightning.results import ResultStore
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.storage import check_writable, write_json
-from pqqp_lightning.strategies import prefixes
 from pqqp_lightning.sweep.pair import PairAnalysis, analyse, pair_notes
 from pqqp_lightning.sweep.plan import Plan, make_plan
 from pqqp_lightning.sweep.variants import Point
@@ -46,6 +45,7 @@ def sweep_grid(
     max_points: int = MOST_POINTS,
     time_limit: float | None = None,
     store: str | Path | None = None,
+    executor: str = LOCAL,
 ) -> None:
     """Measure every point of ``grid`` in every order, and write ``sweep.json``, tables and figures.
 
@@ -62,16 +62,19 @@ def sweep_grid(
         max_points: refuse a grid of more points.
         time_limit: begin nothing new after so many minutes.
         store: folder of results that searches share; ``store`` beside the run folder by default.
+        executor: "local", or "ray" for many nodes at the same time, on this machine or a cluster.
 
     Raises:
         RecipeError: everything that must be put right, before any work.
     """
     results = store_of(trainer, store)
     data = DataSource(module, datamodule=datamodule)
-    plan = check_sweep(trainer, data, results, grid, curve, curve_bits, max_points, time_limit)
+    plan = check_sweep(trainer, data, results, grid, curve, curve_bits, max_points, time_limit, executor)
     data.read(trainer)
     with alone(trainer, results):
-        Sweep(trainer, data, plan, results, grid).go(resume=resume, metric=metric, higher=higher, minutes=time_limit)
+        Sweep(trainer, data, plan, results, grid, executor).go(
+            resume=resume, metric=metric, higher=higher, minutes=time_limit
+        )
 
 
 def check_sweep(
@@ -83,6 +86,7 @@ def check_sweep(
     curve_bits: Sequence[int],
     max_points: int,
     minutes: float | None,
+    executor: str,
 ) -> Plan:
     """What the sweep will measure.
 
@@ -92,7 +96,7 @@ def check_sweep(
     problems = check_run(trainer, data, trainer.stages) + check_writable("store", store.folder)
     if max_points < 1:
         problems.append(f"max_points={max_points} allows no point. Use 1 or more.")
-    problems += check_time_limit(minutes)
+    problems += check_time_limit(minutes) + check_executor(executor, trainer)
     try:
         plan = make_plan(trainer.stages, data, grid, curve, curve_bits, max(1, max_points))
     except RecipeError as error:
@@ -111,24 +115,34 @@ class Sweep:
         plan: what to measure.
         store: where results are looked up and kept.
         grid: as the user gave it, for the record.
+        executor: who measures.
     """
 
     def __init__(
-        self, trainer: Trainer, data: DataSource, plan: Plan, store: ResultStore, grid: Mapping[str, Any]
+        self,
+        trainer: Trainer,
+        data: DataSource,
+        plan: Plan,
+        store: ResultStore,
+        grid: Mapping[str, Any],
+        executor: str = LOCAL,
     ) -> None:
         self._trainer, self._data, self._plan = trainer, data, plan
         self._grid = json.loads(json.dumps(grid, default=str))
         self._folder = Path(trainer.default_root_dir)
         self._tree = PrefixTree(trainer, data, plan.steps, store)
         self._nodes = list(dict.fromkeys(node for sequence in plan.sequences for node in prefixes(sequence)))
-        self._most = 0
+        self._executor, self._progress = executor, Progress("sweep", trainer, self._tree)
 
     def go(self, *, resume: bool, metric: str | None, higher: bool | None, minutes: float | None) -> None:
         """Measure what nobody has measured yet, and write it all."""
         asked = {"command": "sweep", "grid": self._grid}
-        judge = open_search(self._trainer, self._data, self._tree, asked, resume=resume, metric=metric, higher=higher)
-        self._announce()
-        notes = self._measure(minutes)
+        with executing(self._executor, self._trainer, self._tree, self._progress) as executor:
+            judge = open_search(
+                self._trainer, self._data, self._tree, asked, resume=resume, metric=metric, higher=higher
+            )
+            self._announce()
+            notes = self._measure(executor, minutes)
         if self._trainer.is_global_zero:
             report = self._report(judge, notes)
             report["figures"] = _draw(self._folder, report)
@@ -139,48 +153,26 @@ class Sweep:
 
     def _announce(self) -> None:
         known = sum(self._tree.is_known(node) for node in self._nodes)
-        self._most = len(self._tree.missing(self._nodes))
+        self._progress.most = most = len(self._tree.missing(self._nodes))
         if self._trainer.is_global_zero:
             points, orders = len(self._plan.points), sum(len(point.orders) for point in self._plan.points)
             words = f"sweep: {points} points, {orders} orders, {len(self._nodes)} results"
             words += f", {known} of them known from before" if known else ""
-            print(f"{words}: {self._most} stage applications", flush=True)
+            print(f"{words}: {most} stage applications", flush=True)
 
-    def _measure(self, minutes: float | None) -> list[str]:
-        """Measure sequence by sequence; a model is dropped once nothing goes on from it any more."""
-        start, skipped = time.monotonic(), 0
+    def _measure(self, executor: Executor, minutes: float | None) -> list[str]:
+        """Measure every sequence; a model is dropped once nothing goes on from it any more."""
+        limit, left = TimeLimit(self._trainer, minutes), len(self._plan.sequences)
         waiting = Counter(node for sequence in self._plan.sequences for node in prefixes(sequence))
-        for sequence in self._plan.sequences:
-            if self._is_late(start, minutes) and not all(self._tree.is_known(node) for node in prefixes(sequence)):
-                skipped += 1
-                continue
-            for node in prefixes(sequence):
-                known = self._tree.is_known(node)
-                self._tree.measure(node)
-                if not known:
-                    self._progress(node)
+        for sequence in executor.measure(self._plan.sequences, limit.is_over):
+            left -= 1
             for node in prefixes(sequence):
                 waiting[node] -= 1
                 if not waiting[node]:
                     self._tree.drop(node)
-        if not skipped:
+        if not left:
             return []
-        return [f"stopped at time_limit={minutes:g} minutes: {skipped} of {len(self._plan.sequences)} not measured"]
-
-    def _is_late(self, start: float, minutes: float | None) -> bool:
-        """Whether the time is up, by the first process's clock."""
-        if minutes is None:
-            return False
-        late = time.monotonic() - start > 60 * minutes
-        return self._trainer.strategy.broadcast(late) if self._trainer.world_size > 1 else late
-
-    def _progress(self, node: Order) -> None:
-        """One line for a node that was computed, with what the rest may take."""
-        if not self._trainer.is_global_zero or self._trainer.progress_bar_callback is None:
-            return
-        left, each = self._most - self._tree.applications, sum(self._tree.seconds) / max(1, len(self._tree.seconds))
-        rest = f"; {left} left, about {duration(each * left)}" if left > 0 else ""
-        print(f"sweep: {' -> '.join(node)} measured{rest}", flush=True)
+        return [f"stopped at time_limit={minutes:g} minutes: {left} of {len(self._plan.sequences)} not measured"]
 
     def _report(self, judge: Judge, notes: list[str]) -> dict[str, Any]:
         """Plain data for ``sweep.json``."""
