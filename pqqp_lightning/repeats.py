@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from pqqp_lightning.data_source import DataSource
+from pqqp_lightning.executor import LocalExecutor, Progress
 from pqqp_lightning.fingerprint import digest_of
 from pqqp_lightning.prefix_tree import Order, PrefixTree
 from pqqp_lightning.results import ResultStore
@@ -49,7 +50,7 @@ def check_draws(data: DataSource, count: int) -> list[str]:
 
 
 class Repeats:
-    """Measures orders with other draws of calibration samples.
+    """Measures orders with other draws of calibration samples, one after another in this process.
 
     Args:
         trainer: for evaluation and training.
@@ -98,8 +99,8 @@ class Repeats:
             tree.open_with(self._tree.measure(()))
             judge = Judge(tree, self._judge.metric, self._judge.higher)
             strategy, measured = Exhaustive(list(self._stages), list(orders), judge), list[Order]()
-            for order in strategy.orders():
-                judge.score(order)
+            executor = LocalExecutor(tree, Progress("order", self._trainer, tree, len(strategy.nodes(None))))
+            for order in executor.measure(orders, lambda: False):
                 measured.append(order)
                 for node in strategy.finished(measured):
                     tree.drop(node)
