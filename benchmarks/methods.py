@@ -124,7 +124,8 @@ INTRODUCTION = """\
 Each row is one run, without an interval: differences below 1% say nothing (the same algorithm in another order of
 summation moves that much). `python benchmarks/methods.py` makes the runs, `--page` this page from what they recorded.
 Perplexities can be compared within a table and not between the two. Seconds are those of the stages without
-evaluation, on two cores of an AMD EPYC with other work on the machine, up to several times as long as on an idle one.
+evaluation, on two cores of AMD EPYCs of several kinds with other work on the machine, up to many times as long as on an
+idle one (Wanda's and ChannelPruning's): they say little.
 
 ## SmolLM2-135M on WikiText-2 tokens
 
@@ -145,6 +146,10 @@ scikit-learn's digits for images, of which 360 are for evaluation.
 READING = """
 ## What the tables say
 
+- **Pruning.** Half of the weights gone by magnitude alone break this model; Wanda and SparseGPT look at the inputs and
+  do not. Channels cost more than single weights: 10% of them a quarter of what 50% by SparseGPT cost.
+- **4 bits.** NF4, with a scale for every 64 weights and levels where normally distributed weights are, is better than
+  GPTQ with a scale a row, and larger.
 - **Rotation.** QuaRot as published helps GPTQ and spoils RTN on this model: two of its 576 channels hold over 40% of
   the residual stream's mean square, and the norms before the MLPs all but mute one of them; with the norms' gains
   folded into the weights, a rounding error meets that channel in full. GPTQ sees the inputs and avoids it. `gains:
