@@ -153,7 +153,7 @@ def commands_of(path):
     """The commands that open a recipe, each as a list of words, without what the shell would see to."""
     head = path.read_text().split("\nmodel:")[0].replace("\\\n#", " ")
     lines = [line.removeprefix("#").strip() for line in head.splitlines()]
-    words = [shlex.split(line.partition("     #")[0]) for line in lines if line.startswith("pqqp-lightning ")]
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith("pqqp-lightning ")]
     return [command[1:] for command in words]
 
 
