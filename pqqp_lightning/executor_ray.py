@@ -159,14 +159,15 @@ class RayExecutor:
         if ray.is_initialized():
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        where = os.environ.get("RAY_ADDRESS") or "local"  # and not what an earlier `ray start` may have left
         try:
-            _knock(os.environ.get("RAY_ADDRESS", ""))
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            _knock(where)
+            ray.init(where, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # no connection, another version, a full disk: each is another class
-            where = os.environ.get("RAY_ADDRESS", "this machine")
             raise RecipeError(
-                f"executor=ray: Ray cannot be reached or started on {where}: {_line(error)} Put that right, set "
-                "RAY_ADDRESS to a cluster or unset it for this machine alone, or use --executor local."
+                f"executor=ray: Ray cannot be reached or started (RAY_ADDRESS={where}): {_line(error)} Put that right, "
+                "set RAY_ADDRESS to a cluster (and RAY_AUTH_TOKEN, if it wants one) or unset it for this machine, "
+                "or use --executor local."
             ) from error
         self._ours = True
 

@@ -61,7 +61,7 @@ DIFFERENT = {"elapsed_s", "peak_memory_bytes", "hardware"}
 def _ray():
     """One Ray for the module, so that its processes import torch once; the kills start Rays of their own."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 
@@ -214,7 +214,10 @@ def test_a_cluster_that_is_not_there(folder, monkeypatch, capsys):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     assert run("order", "--config", "recipe.yaml", "--executor", "ray") == 2
     (problem,) = capsys.readouterr().err.splitlines()
-    assert "executor=ray: Ray cannot be reached or started on 127.0.0.1:1: [Errno 111] Connection refused." in problem
+    assert (
+        "executor=ray: Ray cannot be reached or started (RAY_ADDRESS=127.0.0.1:1): [Errno 111] Connection refused."
+        in problem
+    )
     assert not (folder / "run").exists()
     assert not list(folder.glob("store/*/record.json"))
 
@@ -231,7 +234,7 @@ def test_a_driver_that_is_killed_again_and_again_ends_with_the_same_table(comman
     words = ["--config", "recipe.yaml", *grid]
     assert run(command, *words, "--run_dir", "local/search") == 0
     ours = [sys.executable, "-m", "pqqp_lightning", command, *words, "--run_dir", "ray/search", "--executor", "ray"]
-    run_with_kills(ours, folder, seed=1, kills=3, longest=20)
+    run_with_kills(ours, folder, seed=1, kills=3, longest=12)
     reports = [plain(json.loads((folder / n / f"search/{command}.json").read_text())) for n in ("local", "ray")]
     for report in reports:
         del report["applications"]  # of the last run alone
