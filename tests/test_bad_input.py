@@ -568,7 +568,7 @@ WRONG = [
         "order with bad options, all at once",
         "command line: store='recipe.yaml/store': cannot be written: FOLDER/recipe.yaml is a file. Choose another "
         "--store.\n"
-        "command line: strategy='greedy' is none. Known: exhaustive, progressive.\n"
+        "command line: strategy='greedy' is none. Known: exhaustive, predict, progressive.\n"
         "command line: max_runs=0 measures no order. Use 1 or more.\n"
         "command line: time_limit=-3.0 is no time. Give minutes above 0.",
         "--strategy greedy --max_runs 0 --time_limit -3 --store recipe.yaml/store",
