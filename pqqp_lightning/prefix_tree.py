@@ -190,22 +190,31 @@ class PrefixTree:
 
     def _go_to(self, order: Order) -> None:
         """Bring the model to ``order``."""
+        self._keep_dense()
+        if self._at == order:
+            return
         key = self._model_key(order)
         with self._locked(key):
-            there = self.has_model(order)
-            if not order and not there:
-                if self._trainer.is_global_zero:
-                    save_checkpoint(self._data.module, self._store.snapshot(key))
-                self._trainer.strategy.barrier("dense")
-            elif self._at == order:
-                return
-            elif there:
+            if self.has_model(order):
                 self._at = None
                 self._runner.load(self._store.snapshot(key))
                 self._at = order
-            else:  # measured once, and dropped since
+            elif order:  # measured once, and dropped since
                 self._go_to(order[:-1])
                 self._apply(order)
+            else:
+                raise RuntimeError("the dense model was dropped before the search's end")
+
+    def _keep_dense(self) -> None:
+        """Save the dense model as long as it is in memory: it cannot be computed again, and another search may have
+        measured all that begins with it, so that the first thing this one does is to load what goes on from there."""
+        if self._at != () or self.has_model(()):
+            return
+        key = self._model_key(())
+        with self._locked(key):
+            if self._trainer.is_global_zero:
+                save_checkpoint(self._data.module, self._store.snapshot(key))
+            self._trainer.strategy.barrier("dense")
 
     def has_model(self, order: Order) -> bool:
         """Whether the compressed model is there to go on from."""

@@ -311,6 +311,25 @@ def test_orders_that_lose_a_constraint_are_marked_and_can_be_left_out(folder):
     assert [e["order"] for e in search(folder, undo, "--comparable_only", "true")["orders"]] == [["quantize", "prune"]]
 
 
+def test_a_search_that_goes_on_from_anothers_model_still_has_the_dense_one(tmp_path):
+    """What begins with the dense model was measured by another search, so that this one never was there itself."""
+
+    def tree(name: str, store: str) -> PrefixTree:
+        stages = {"prune": Magnitude(0.8), "quantize": RTN(2)}
+        data = DataSource(Regressor(), datamodule=RegressionData())
+        found = PrefixTree(trainer(tmp_path / name, *stages.values()), data, stages, ResultStore(tmp_path / store))
+        found.open()
+        return found
+
+    tree("other", "shared").measure(("prune",))
+    second = tree("own", "shared")
+    second.measure(("prune",))
+    assert second.applications == 0
+    second.measure(("prune", "quantize"))
+    expected = tree("alone", "fresh").measure(("quantize",)).record["metrics"]
+    assert second.measure(("quantize",)).record["metrics"] == expected
+
+
 def test_two_processes_in_one_folder_do_nothing_twice(folder):
     write_recipe(folder, {TWO: THREE, "evaluation: ": "train: train.npy, evaluation: "})
     words = [sys.executable, "-m", "pqqp_lightning", "order", "--config", "recipe.yaml", "--run_dir"]
