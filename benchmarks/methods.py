@@ -202,8 +202,9 @@ def _table(rows: dict[str, str], first: str, metric: str) -> list[str]:
     for name, options in rows.items():
         if records := records_of(name):
             last = records[-1]
-            values = [next(iter(r["metrics"].values())) for r in records]
-            walk = [f"{value:.2f}" if "perplexity" in last["metrics"] else f"{value:.3f}" for value in values]
+            measure = next(name for name in ("perplexity", "top1") if name in last["metrics"])
+            values = [r["metrics"][measure] for r in records]
+            walk = [f"{value:.2f}" if measure == "perplexity" else f"{value:.3f}" for value in values]
             cells = [
                 f"`{options}`",
                 " → ".join(walk if name.startswith("recipe-") else walk[-1:]),
