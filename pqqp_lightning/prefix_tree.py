@@ -135,7 +135,8 @@ class PrefixTree:
     def snapshot(self, order: Order) -> Any:
         """The folder of the compressed model, computed again if it is not there any more."""
         if not self.has_model(order):
-            self._at = None
+            if self._at == order:
+                self._at = None  # in memory, but to be written
             self._go_to(order)
         return self._store.snapshot(self._model_key(order))
 
