@@ -15,8 +15,8 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from pqqp_lightning.algorithms.interference import additivity
-from pqqp_lightning.analysis_report import ANALYSIS, LAYERS, PICTURE, layer_rows, order_key, write_rows
-from pqqp_lightning.calibration.compare import Layers, block_changes, first_batches, layer_errors
+from pqqp_lightning.analysis_report import ANALYSIS, LAYERS, PICTURE, layer_rows, order_key
+from pqqp_lightning.calibration.compare import SAMPLES, Layers, block_changes, first_batches, layer_errors
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.layerwise import layers_of, mixed_share
@@ -28,11 +28,10 @@ from pqqp_lightning.results import ResultStore
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.spill import Spill
 from pqqp_lightning.stage import Stage
-from pqqp_lightning.storage import check_writable, write_json
+from pqqp_lightning.storage import check_writable, write_csv, write_json
 from pqqp_lightning.trainer import Trainer
 from pqqp_lightning.verdict import Judge
 
-SAMPLES = 8
 BLOCKWISE = 2
 """Samples for the changes by single blocks, which take a pass for each block."""
 
@@ -128,7 +127,7 @@ class Analysis:
             variants = {order_key(n): layers_of(self._tree.bring_to(n), names, spill) for n in nodes}
             report = self._report(judge, variants)
         if self._trainer.is_global_zero:
-            write_rows(self._folder / LAYERS, layer_rows(report))
+            write_csv(self._folder / LAYERS, layer_rows(report))
             _draw(self._folder / PICTURE, report)
             report["figures"] = [PICTURE]
             write_json(self._folder / ANALYSIS, report)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pqqp_lightning.report import number_text, wide_console
-from pqqp_lightning.storage import read_json, write_text
+from pqqp_lightning.storage import read_json
 
 ANALYSIS, LAYERS, PICTURE = "analysis.json", "layers.csv", "layers.png"
 ADDS_UP = (0.8, 1.25)
@@ -105,15 +103,6 @@ def print_analysis(folder: Path, console: Console | None = None) -> None:
 
 
 CAPTION = "relative squared error of the layers' outputs on the dense model's inputs, and interference (Δ)"
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
 
 
 def _cells(errors: dict[str, float], report: Report) -> Row:

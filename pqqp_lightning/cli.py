@@ -20,8 +20,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import pqqp_lightning
-from pqqp_lightning.analysis import SAMPLES, analyze_pair
+from pqqp_lightning.analysis import analyze_pair
 from pqqp_lightning.analysis_report import ANALYSIS, print_analysis
+from pqqp_lightning.calibration.compare import SAMPLES
 from pqqp_lightning.diagnosis import check_sections, diagnose
 from pqqp_lightning.errors import RecipeError, suggest
 from pqqp_lightning.executor import LOCAL
@@ -273,19 +274,11 @@ class CommandLine(LightningCLI):
             _show(Path(self.trainer.default_root_dir))
 
     def after_order(self) -> None:
-        """The table of the orders."""
+        """The table of what was found; Lightning looks these methods up by the command's name."""
         if self.trainer.is_global_zero:
             _show(Path(self.trainer.default_root_dir))
 
-    def after_sweep(self) -> None:
-        """The table of the points."""
-        if self.trainer.is_global_zero:
-            _show(Path(self.trainer.default_root_dir))
-
-    def after_analyze(self) -> None:
-        """The table of the layers."""
-        if self.trainer.is_global_zero:
-            _show(Path(self.trainer.default_root_dir))
+    after_sweep = after_analyze = after_order
 
     def _resolved_recipe(self) -> str:
         """The recipe with every default written out, runnable again."""

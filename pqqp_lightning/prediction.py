@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from pqqp_lightning.calibration.compare import Layers, first_batches, layer_errors
+from pqqp_lightning.calibration.compare import SAMPLES, Layers, first_batches, layer_errors
 from pqqp_lightning.layerwise import layers_of
 from pqqp_lightning.prefix_tree import Order, PrefixTree
 from pqqp_lightning.record import hardware, package_versions
@@ -23,8 +23,6 @@ from pqqp_lightning.strategies import nearest_order
 from pqqp_lightning.verdict import Judge, deciding_metric
 
 PREDICT = "predict"
-SAMPLES = 8
-"""Calibration samples on which outputs are compared."""
 
 
 def check_prediction(stages: Sequence[Stage]) -> list[str]:
@@ -46,7 +44,7 @@ class Prediction:
     """Foresees the best of ``allowed``.
 
     Args:
-        tree: prepared; of the dense model.
+        tree: identified; of the dense model.
         stages: by name.
         allowed: the orders that can run.
         folder: for the compressed layers' weights, while they are compared.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from rich.table import Table
 
 from pqqp_lightning.hypothesis import Ratio
 from pqqp_lightning.report import number_text, wide_console
-from pqqp_lightning.storage import read_json, write_text
+from pqqp_lightning.storage import read_json, write_csv
 
 SWEEP, POINTS, CURVE = "sweep.json", "sweep.csv", "curve.csv"
 Report = dict[str, Any]
@@ -31,9 +29,9 @@ def read_sweep_report(folder: Path) -> Report:
 
 def write_tables(folder: Path, report: Report) -> None:
     """Write ``sweep.csv``, and ``curve.csv`` where quantization alone was measured."""
-    write_text(folder / POINTS, _csv([point_row(point, report) for point in report["points"]]))
+    write_csv(folder / POINTS, [point_row(point, report) for point in report["points"]])
     if report.get("curves"):
-        write_text(folder / CURVE, _csv(curve_rows(report)))
+        write_csv(folder / CURVE, curve_rows(report))
 
 
 def point_row(point: Row, report: Report) -> Row:
@@ -199,13 +197,3 @@ def _difference_text(pair: Row) -> str:
 
 def _signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.3g}"
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    """With the columns of all rows; what is missing stays empty."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -15,6 +15,9 @@ from pqqp_lightning.calibration.statistics import sum_over_ranks
 from pqqp_lightning.calibration.walk import Walk, calibrating
 from pqqp_lightning.errors import RecipeError
 
+SAMPLES = 8
+"""Calibration samples on which outputs are compared, unless the user says otherwise."""
+
 Layers = Mapping[str, nn.Module | None]
 """A compressed model's layers by their names in the dense one; None for one that is gone."""
 
