@@ -44,7 +44,7 @@ def stage_seconds(module: CausalLM, data: TokenData, stage: Stage) -> tuple[floa
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     runner = Runner(trainer, DataSource(module, datamodule=data))
     before = psutil.Process().memory_info().rss
-    with peak_memory() as peak:
+    with peak_memory(torch.device("cpu")) as peak:
         start = time.perf_counter()
         stage.compress(module, Context(partial(runner.walk, stage.name), progress=False))
         seconds = time.perf_counter() - start

@@ -20,7 +20,7 @@ from pqqp_lightning.calibration.compare import SAMPLES, Layers, block_changes, f
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.layerwise import layers_of, mixed_share
-from pqqp_lightning.order import alone, open_search, store_of
+from pqqp_lightning.order import Show, alone, open_search, store_of
 from pqqp_lightning.prefix_tree import Order, PrefixTree
 from pqqp_lightning.recipe_check import check_places, check_run
 from pqqp_lightning.record import hardware, package_versions
@@ -46,6 +46,7 @@ def analyze_pair(
     higher: bool | None = None,
     samples: int = SAMPLES,
     store: str | Path | None = None,
+    show: Show | None = None,
 ) -> None:
     """Compare the layers after each of two stages and after both orders, and write ``analysis.json``.
 
@@ -58,6 +59,7 @@ def analyze_pair(
         higher: whether more of it is better; known for common metrics.
         samples: calibration samples on which outputs are compared.
         store: folder of results that searches share; ``store`` beside the run folder by default.
+        show: what to do with the run folder at the end, before another process may search there.
 
     Raises:
         RecipeError: everything that must be put right, before any work.
@@ -66,7 +68,7 @@ def analyze_pair(
     data = DataSource(module, datamodule=datamodule)
     orders = check_analysis(trainer, data, results, samples)
     data.read(trainer)
-    with alone(trainer, results):
+    with alone(trainer, results, show):
         Analysis(trainer, data, orders, results, samples).go(resume=resume, metric=metric, higher=higher)
 
 
@@ -137,13 +139,13 @@ class Analysis:
     def _report(self, judge: Judge, variants: Mapping[str, Layers]) -> dict[str, Any]:
         """Plain data for ``analysis.json``."""
         self._tree.bring_to(())
-        walk = self._tree.walk("analyze")
-        batches = walk.batches
-        walk.batches = first_batches(batches, self._samples)
-        errors = layer_errors(walk, variants)
         best = max(self._orders, key=judge.score)
-        walk.batches = first_batches(batches, min(BLOCKWISE, self._samples))
-        adding = None if "" in walk.blocks else additivity(*block_changes(walk, variants[order_key(best)]))
+        with self._tree.walking("analyze") as walk:
+            batches = walk.batches
+            walk.batches = first_batches(batches, self._samples)
+            errors = layer_errors(walk, variants)
+            walk.batches = first_batches(batches, min(BLOCKWISE, self._samples))
+            adding = None if "" in walk.blocks else additivity(*block_changes(walk, variants[order_key(best)]))
         first, second = self._orders[0], self._orders[-1]
         return {
             "status": "finished",

@@ -111,6 +111,7 @@ class CommandTrainer(Trainer):
             repeats=repeats,
             store=store,
             executor=executor,
+            show=_show,
         )
 
     def sweep(
@@ -159,6 +160,7 @@ class CommandTrainer(Trainer):
             time_limit=time_limit,
             store=store,
             executor=executor,
+            show=_show,
         )
 
     def analyze(
@@ -191,6 +193,7 @@ class CommandTrainer(Trainer):
             higher=higher_is_better,
             samples=samples,
             store=store,
+            show=_show,
         )
 
 
@@ -272,13 +275,6 @@ class CommandLine(LightningCLI):
         """The table of the run."""
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             _show(Path(self.trainer.default_root_dir))
-
-    def after_order(self) -> None:
-        """The table of what was found; Lightning looks these methods up by the command's name."""
-        if self.trainer.is_global_zero:
-            _show(Path(self.trainer.default_root_dir))
-
-    after_sweep = after_analyze = after_order
 
     def _resolved_recipe(self) -> str:
         """The recipe with every default written out, runnable again."""

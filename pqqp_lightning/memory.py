@@ -22,17 +22,17 @@ class Peak:
 
 
 @contextmanager
-def peak_memory() -> Iterator[Peak]:
-    """Measure the peak inside. Where the system cannot start anew (not Linux), it is the process's so far."""
-    peak = Peak()
-    if torch.cuda.is_available():
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measure the peak of work on ``device``; where the system cannot start anew (not Linux), the process's so far."""
+    peak, on_gpu = Peak(), device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
         _RESET.write_text("5")
     try:
         yield peak
     finally:
-        peak.size_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident_peak()
+        peak.size_bytes = torch.cuda.max_memory_allocated() if on_gpu else _resident_peak()
 
 
 def _resident_peak() -> int:

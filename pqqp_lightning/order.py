@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import permutations
 from pathlib import Path
@@ -33,6 +33,8 @@ from pqqp_lightning.trainer import Trainer
 from pqqp_lightning.verdict import Judge, Verdict, deciding_metric
 
 ORDER = "order.json"
+Show = Callable[[Path], None]
+"""Shows what a search left in its run folder."""
 MOST_STAGES = 4
 """4 stages have 24 orders; 5 would have 120."""
 
@@ -52,6 +54,7 @@ def search_orders(
     repeats: int = 1,
     store: str | Path | None = None,
     executor: str = LOCAL,
+    show: Show | None = None,
 ) -> None:
     """Find the best order of the trainer's stages, and write ``order.json``.
 
@@ -71,6 +74,7 @@ def search_orders(
         repeats: measure the orders with so many draws of calibration samples, the recipe's own among them.
         store: folder of results that searches share; ``store`` beside the run folder by default.
         executor: "local", or "ray" for many nodes at the same time, on this machine or a cluster.
+        show: what to do with the run folder at the end, before another process may search there.
 
     Raises:
         RecipeError: everything that must be put right, before any work.
@@ -78,7 +82,7 @@ def search_orders(
     results = store_of(trainer, store)
     search = OrderSearch(trainer, DataSource(module, datamodule=datamodule), trainer.stages, results, executor)
     search.check(strategy, max_runs, time_limit, repeats)
-    with alone(trainer, results):
+    with alone(trainer, results, show):
         if strategy == PREDICT:
             search.predict(resume=resume, metric=metric, higher=higher)
             return
@@ -281,14 +285,16 @@ def begin(trainer: Trainer, data: DataSource, asked: dict[str, Any], *, resume: 
 
 
 @contextmanager
-def alone(trainer: Trainer, store: ResultStore) -> Iterator[None]:
-    """One process at a time searches in a run folder; the next one finds everything in the store."""
+def alone(trainer: Trainer, store: ResultStore, show: Show | None) -> Iterator[None]:
+    """One process at a time searches and shows in a run folder; the next one finds everything in the store."""
     if not trainer.is_global_zero:
         yield
         return
     folder = Path(trainer.default_root_dir)
     with store.locked(f"run-{folder.name}", f"{folder}: another process searches here"):
         yield
+        if show is not None:
+            show(folder)
 
 
 def _link_folder(source: Path, target: Path) -> None:

@@ -97,9 +97,9 @@ class Prediction:
                 if name in first and not stage.keeps_function:
                     variants[name] = layers_of(self._tree.compress_alone(name), self._tree.targeted, spill)
             self._tree.bring_to(())
-            walk = self._tree.walk(PREDICT)
-            walk.batches = first_batches(walk.batches, SAMPLES)
-            errors = layer_errors(walk, variants) if variants else {}
+            with self._tree.walking(PREDICT) as walk:
+                walk.batches = first_batches(walk.batches, SAMPLES)
+                errors = layer_errors(walk, variants) if variants else {}
         for name in variants:
             found[name] = sum(error[name] for error in errors.values()) / len(errors)
         return found

@@ -157,9 +157,11 @@ class PrefixTree:
         """The dense model's layers that some stage acts on."""
         return self._runner.targeted
 
-    def walk(self, title: str) -> Walk:
-        """A walk of the model as it is over the calibration data."""
-        return self._runner.walk(title, model_blocks(self._data.module))
+    @contextmanager
+    def walking(self, title: str) -> Iterator[Walk]:
+        """A walk of the model as it is over the calibration data; inside, the model is on the trainer's device."""
+        with self._runner.on_device():
+            yield self._runner.walk(title, model_blocks(self._data.module))
 
     def drop(self, order: Order) -> None:
         """Nothing goes on from ``order`` any more."""

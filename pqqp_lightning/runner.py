@@ -108,7 +108,7 @@ class Runner:
 
     def measure_dense(self, stages: Sequence[Stage]) -> Record:
         """Evaluate the dense model and keep its record as the baseline."""
-        with peak_memory() as peak:
+        with peak_memory(self.trainer.strategy.root_device) as peak:
             metrics = self.evaluate()
         self.describe_dense(stages)
         size = self.size()
@@ -145,7 +145,7 @@ class Runner:
             RecipeError: the stage cannot go on, or broke an earlier stage's constraint.
         """
         start = time.perf_counter()
-        with peak_memory() as peak:
+        with peak_memory(self.trainer.strategy.root_device) as peak:
             notes = self.compress(stage)
         record = self._record(stage, time.perf_counter() - start, peak.size_bytes, notes)
         self.save(folder, record)
@@ -161,7 +161,7 @@ class Runner:
         """
         seed_from(run_seed(), len(self.applied))
         context, promised = self._context(stage), collect_promises(self.module)
-        with self._on_device():
+        with self.on_device():
             plan = stage.compress(self.module, context) if stage.compresses else {}
         self._agree_over_ranks()
         self._verify(stage, promised, context.notes)
@@ -172,10 +172,10 @@ class Runner:
         """Train for the stage's epochs, from ``folder``'s training state if there is one; measure and save."""
         promised, context = collect_promises(self.module), self._context(stage)
         start = time.perf_counter()
-        with peak_memory() as peak:
+        with peak_memory(self.trainer.strategy.root_device) as peak:
             resume_point = folder.parent / RESUME_POINT
             train_segment(self.trainer, self.data, stage, len(self.applied), resume_point, self.teacher)
-            with self._on_device():
+            with self.on_device():
                 plan = stage.finish(self.module, context, self.applied[-1].plan)
             self._agree_over_ranks()
             self._verify(stage, promised, context.notes)
@@ -253,8 +253,8 @@ class Runner:
             self.module.validation_step(batch, 0)
 
     @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """The model on the strategy's device while it is compressed."""
+    def on_device(self) -> Iterator[None]:
+        """The model on the strategy's device while it is compressed, or walked over."""
         home = self.module.device
         self.module.to(self.trainer.strategy.root_device)
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tiny import ACCELERATOR
 
 from pqqp_lightning.__main__ import main
 
@@ -26,7 +27,7 @@ run_dir: run
 stages:
   prune: {class_path: Magnitude, init_args: {sparsity: 0.5}}
   quantize: {class_path: RTN, init_args: {bits: 4}}
-"""
+""".replace("accelerator: cpu", f"accelerator: {ACCELERATOR}")
 
 
 def prepare(folder: Path, monkeypatch: Any) -> Path:

@@ -121,9 +121,10 @@ def test_recipes_by_theme_run_on_a_small_llama(folder, name):
 
 
 @needs_smollm2
-def test_the_recipe_with_questions_measures_both(folder, capsys):
+def test_the_recipe_with_questions_measures_both(folder, capsys, monkeypatch):
     if not (PQQP_DATA / "ai2_arc").is_dir() or not (PQQP_DATA / "wikitext").is_dir():
         pytest.skip(f"ai2_arc and wikitext are not in {PQQP_DATA}: set PQQP_DATA")
+    monkeypatch.setenv("PQQP_DATA", str(PQQP_DATA.resolve()))
     options = [*LITTLE, *SMALL, "--data.questions.samples", "9"]
     stages, module = check_run(run("smollm2-135m-arc", *options))
     assert [set(stage["metrics"]) for stage in stages] == [{"perplexity", "acc", "acc_norm"}] * 3

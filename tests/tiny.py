@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from pqqp_lightning import Stage, Trainer
 from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.models import CausalLM, ImageClassifier
 from pqqp_lightning.stages import knobs
+
+ACCELERATOR = os.environ.get("TEST_ACCELERATOR", "cpu")
+"""``TEST_ACCELERATOR=gpu`` runs the tests that use :func:`trainer` or the recipe of ``command_line`` on a GPU."""
 
 LLAMA = {
     "model_type": "llama",
@@ -158,9 +162,9 @@ class RegressionData(LightningDataModule):
 
 
 def trainer(folder: Path, *stages: Any, **options: Any) -> Trainer:
-    """A quiet Trainer on the CPU with ``stages``; further callbacks come after them."""
+    """A quiet Trainer with ``stages``; further callbacks come after them."""
     callbacks = [*stages, *options.pop("callbacks", [])]
-    quiet = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "log_every_n_steps": 1}
+    quiet = {"accelerator": ACCELERATOR, "devices": 1, "enable_progress_bar": False, "log_every_n_steps": 1}
     return Trainer(callbacks=callbacks, default_root_dir=str(folder), **(quiet | options))
 
 

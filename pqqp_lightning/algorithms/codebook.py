@@ -52,8 +52,8 @@ def bounds_of(codebook: Codebook, like: Tensor) -> Tensor:
 @torch.inference_mode(False)
 def _tables(codebook: Codebook, device: torch.device) -> tuple[Tensor, Tensor]:
     if codebook == "nf4":
-        levels = torch.tensor([*_NF4_BELOW, 0.0, *_NF4_ABOVE], device="cpu")
+        levels = torch.tensor([*_NF4_BELOW, 0.0, *_NF4_ABOVE], dtype=torch.float32, device="cpu")
     else:
-        above = torch.tensor(_FP4_ABOVE, device="cpu") / 12.0
+        above = torch.tensor(_FP4_ABOVE, dtype=torch.float32, device="cpu") / 12.0
         levels = torch.cat([-above.flip(0), above.new_zeros(1), above])
     return levels.to(device), ((levels[:-1] + levels[1:]) / 2).to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -42,7 +43,7 @@ def layer_errors(walk: Walk, variants: Mapping[str, Layers]) -> dict[str, dict[s
         def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             row[0] += _square(output)
             for i, variant in enumerate(variants.values(), start=1):
-                module = variant[name]
+                module = _placed(variant[name], device)
                 row[i] += _square(output if module is None else _change(name, module, args, kwargs, output))
 
         return see
@@ -116,15 +117,23 @@ class _Silent(nn.Module):
         return torch.zeros_like(self._layer[0](*args, **kwargs))
 
 
+def _placed(module: nn.Module | None, device: torch.device) -> nn.Module | None:
+    """``module``, or a copy of it if it is not on ``device``: its own weights, in a file perhaps, stay there."""
+    if module is None or all(parameter.device == device for parameter in module.parameters()):
+        return module
+    return copy.deepcopy(module).to(device)
+
+
 @contextmanager
 def _swapped(model: nn.Module, variant: Layers, names: Sequence[str]) -> Iterator[None]:
     """Inside, the layers ``names`` of ``model`` are those of ``variant``."""
+    device = next(model.parameters()).device
     with ExitStack() as stack:
         for name in names:
             parent, _, child = name.rpartition(".")
             modules, own = model.get_submodule(parent)._modules, model.get_submodule(name)
             stack.callback(modules.__setitem__, child, own)
-            modules[child] = variant[name] or _Silent(own)
+            modules[child] = _placed(variant[name], device) or _Silent(own)
         yield
 
 

@@ -57,7 +57,7 @@ class Hessian(Statistic):
     """X^T X per group: [groups, I, I] (SparseGPT, GPTQ)."""
 
     def empty(self, groups: int, columns: int, device: torch.device) -> Tensor:
-        return torch.zeros(groups, columns, columns, device=device)
+        return torch.zeros(groups, columns, columns, dtype=torch.float32, device=device)
 
     def accumulate(self, rows: Tensor) -> None:
         for total, group in zip(self.total, rows, strict=True):
@@ -73,7 +73,7 @@ class SquaredNorm(Statistic):
     """The squared l2 norm of every input column: [groups, I] (Wanda)."""
 
     def empty(self, groups: int, columns: int, device: torch.device) -> Tensor:
-        return torch.zeros(groups, columns, device=device)
+        return torch.zeros(groups, columns, dtype=torch.float32, device=device)
 
     def accumulate(self, rows: Tensor) -> None:
         self.total += rows.float().square().sum(dim=1)

@@ -56,8 +56,8 @@ class Walk:
         Raises:
             RecipeError: a layer that no forward pass reaches, or numbers that cannot be used, with the layer named.
         """
-        with calibrating(self.model), self.forward_context():
-            chained, same = (False, False) if "" in self.blocks else is_chain(self.blocks, self.run, self.probe)
+        with calibrating(self.model):
+            chained, same = (False, False) if "" in self.blocks else is_chain(self.blocks, self._forward, self.probe)
             if not chained and "" not in self.blocks:
                 self.notes.append("the blocks do not feed one another directly: calibrated as one block")
             inside = {n: layer for n, layer in layers.items() if chained and self._block_of(n) is not None}
@@ -67,10 +67,14 @@ class Walk:
             if outside:
                 self._whole_model(outside, kind, compress)
 
+    def _forward(self, batch: Any) -> object:
+        with self.forward_context():
+            return self.run(batch)
+
     def _blocks_in_turn(
         self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, *, every_block: bool
     ) -> None:
-        calls = capture_calls(self.blocks, self.run, self.batches, every_block=every_block)
+        calls = capture_calls(self.blocks, self._forward, self.batches, every_block=every_block)
         hidden = [state for batch in calls if (state := batch[0].hidden) is not None]
         calls = [[call.without_hidden() for call in batch] for batch in calls]
         names = list(self.blocks)
@@ -82,7 +86,8 @@ class Walk:
 
             def replay(i: int, block: nn.Module = block, position: int = index) -> Tensor:
                 call: Call = calls[i][position if every_block else 0].with_hidden(hidden[i])
-                output = first_output(block(*call.args, **call.kwargs))
+                with self.forward_context():
+                    output = first_output(block(*call.args, **call.kwargs))
                 assert output is not None
                 return output
 
@@ -93,7 +98,7 @@ class Walk:
                     hidden[i] = replay(i)
 
     def _whole_model(self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
-        self._collect(layers, kind, compress, lambda i: self.run(self.batches[i]))
+        self._collect(layers, kind, compress, lambda i: self._forward(self.batches[i]))
 
     def _collect(
         self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, forward: Callable[[int], object]

@@ -146,6 +146,7 @@ def _record(metric: Metric, rows: list[Tensor]) -> None:
         if count == 1:
             rows.append(_joined(metric) - before)
             return
+        probe.to(metric.device)
         for i in range(count):
             probe.reset()
             probe.update(*(_row(x, i) for x in args), **{k: _row(x, i) for k, x in kwargs.items()})

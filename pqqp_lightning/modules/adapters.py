@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -131,7 +132,7 @@ class ThroughMerge:
     """
 
     def __init__(self) -> None:
-        self._read: tuple[Constraints, Tensor | None, Grid | None] | None = None
+        self._read: tuple[Constraints, torch.device, Tensor | None, Grid | None] | None = None
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **ignored: Any) -> Tensor:
         """``result`` of the layers below, and what the adapter adds to it; the interface of PEFT's variants."""
@@ -150,10 +151,10 @@ class ThroughMerge:
     def _constraints(self, layer: Layer) -> tuple[Tensor | None, Grid | None]:
         """Mask and grid on the layer's device."""
         constraints, device = constraints_of(layer), layer.weight.device
-        if self._read is None or self._read[0] is not constraints:
+        if self._read is None or self._read[0] is not constraints or self._read[1] != device:
             grid = None if constraints.grid is None else constraints.grid.to(device)
-            self._read = constraints, constraints.mask(device), grid
-        return self._read[1:]
+            self._read = constraints, device, constraints.mask(device), grid
+        return self._read[2:]
 
 
 def remove(model: nn.Module, adapters: Adapters) -> None:

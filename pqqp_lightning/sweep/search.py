@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.executor import LOCAL, Executor, Progress, TimeLimit, check_executor, executing
-from pqqp_lightning.order import alone, check_time_limit, open_search, store_of
+from pqqp_lightning.order import Show, alone, check_time_limit, open_search, store_of
 from pqqp_lightning.prefix_tree import PrefixTree, prefixes
 from pqqp_lightning.recipe_check import check_run
 from pqqp_lightning.record import hardware, package_versions
@@ -46,6 +46,7 @@ def sweep_grid(
     time_limit: float | None = None,
     store: str | Path | None = None,
     executor: str = LOCAL,
+    show: Show | None = None,
 ) -> None:
     """Measure every point of ``grid`` in every order, and write ``sweep.json``, tables and figures.
 
@@ -63,6 +64,7 @@ def sweep_grid(
         time_limit: begin nothing new after so many minutes.
         store: folder of results that searches share; ``store`` beside the run folder by default.
         executor: "local", or "ray" for many nodes at the same time, on this machine or a cluster.
+        show: what to do with the run folder at the end, before another process may search there.
 
     Raises:
         RecipeError: everything that must be put right, before any work.
@@ -71,7 +73,7 @@ def sweep_grid(
     data = DataSource(module, datamodule=datamodule)
     plan = check_sweep(trainer, data, results, grid, curve, curve_bits, max_points, time_limit, executor)
     data.read(trainer)
-    with alone(trainer, results):
+    with alone(trainer, results, show):
         Sweep(trainer, data, plan, results, grid, executor).go(
             resume=resume, metric=metric, higher=higher, minutes=time_limit
         )

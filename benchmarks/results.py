@@ -1,0 +1,128 @@
+"""The experiments of Kim et al. in their small size: one command of recipes/paper for each section of docs/results.md.
+
+    PQQP_DATA=... python benchmarks/results.py [name ...] [--jobs N] [-- options of every command]
+    python benchmarks/results.py --page > docs/results.md     # the page, from what the runs recorded
+
+What has its table already is not run again. The runs lie in runs/results, one folder for each. With
+`--jobs 6 -- --trainer.accelerator gpu` all of them take some minutes on one GPU; on two cores they take most of a day.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+RUNS, PICTURES = REPOSITORY / "runs" / "results", REPOSITORY / "docs" / "results"
+PAIR = "sweep --config recipes/paper/prune-quantize.yaml"
+ARC = "--data.questions '{source: $PQQP_DATA/ai2_arc, config_name: ARC-Challenge, samples: 300}'"
+REFERENCE = (
+    "sweep --config recipes/reference/smollm2-135m.yaml --stages.prune SparseGPT --stages.quantize GPTQ "
+    "--grid.prune.sparsity [0.5,0.6,0.7] --grid.quantize.bits [8,4,3]"
+)
+INT8 = "order --config recipes/paper/finetuned-int8.yaml"
+GRANULARITY = "analyze --config recipes/paper/granularity.yaml"
+TWO_OF_FOUR = "--stages.prune.sparsity null --stages.prune.pattern 2:4"
+SHOWN = ("Points", "Orders", "Pairs", "Layers", "Orders that cannot run")
+"""Sections of a run's own page that are shown."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One command.
+
+    Attributes:
+        title: of its section.
+        command: what follows ``pqqp-lightning``.
+        needs: another experiment's name that must have run, if any.
+    """
+
+    title: str
+    command: str
+    needs: str | None = None
+
+
+EXPERIMENTS = {
+    "reference-plain": Experiment(
+        "SparseGPT and GPTQ as REFERENCE measured them: no search of the range",
+        f"{REFERENCE} --stages.quantize.clip false",
+    ),
+    "reference": Experiment("SparseGPT and GPTQ on the same tokens, with our defaults", REFERENCE),
+    "sparsegpt-gptq": Experiment("SparseGPT and GPTQ", f"{PAIR} {ARC}"),
+    "wanda-gptq": Experiment("Wanda and GPTQ", f"{PAIR} --stages.prune Wanda {ARC}"),
+    "sparsegpt-rtn": Experiment("SparseGPT and RTN", f"{PAIR} --stages.quantize RTN {ARC}"),
+    "wanda-rtn": Experiment("Wanda and RTN", f"{PAIR} --stages.prune Wanda --stages.quantize RTN {ARC}"),
+    "magnitude-rtn": Experiment("Magnitude and RTN", f"{PAIR} --stages.prune Magnitude --stages.quantize RTN {ARC}"),
+    "sleb-rtn": Experiment("Blocks: SLEB and RTN", "sweep --config recipes/paper/block-pruning.yaml"),
+    "sleb-gptq": Experiment(
+        "Blocks: SLEB and GPTQ", "sweep --config recipes/paper/block-pruning.yaml --stages.quantize GPTQ"
+    ),
+    "rotation": Experiment("QuaRot, SparseGPT and GPTQ", "order --config recipes/paper/rotation.yaml"),
+    "rotation-rtn": Experiment(
+        "QuaRot, SparseGPT and RTN", "order --config recipes/paper/rotation.yaml --stages.quantize RTN"
+    ),
+    "granularity": Experiment("Interference: single weights", GRANULARITY),
+    "granularity-2-4": Experiment("Interference: 2:4", f"{GRANULARITY} {TWO_OF_FOUR}"),
+    "granularity-blocks": Experiment(
+        "Interference: blocks",
+        "analyze --config recipes/paper/block-pruning.yaml --stages.prune.amount 3 --stages.quantize.bits 4",
+    ),
+    "resnet-train": Experiment("", "fit --config recipes/paper/resnet-train.yaml --run_dir runs/resnet-train"),
+    "deit-train": Experiment("", "fit --config recipes/paper/deit-train.yaml --run_dir runs/deit-train"),
+    "resnet": Experiment("ResNet-18 on CIFAR-10", "sweep --config recipes/paper/resnet.yaml", "resnet-train"),
+    "resnet-magnitude": Experiment(
+        "ResNet-18 with magnitude pruning",
+        "sweep --config recipes/paper/resnet.yaml --stages.prune Magnitude",
+        "resnet-train",
+    ),
+    "deit": Experiment("DeiT on CIFAR-10", "sweep --config recipes/paper/deit.yaml", "deit-train"),
+    "deit-magnitude": Experiment(
+        "DeiT with magnitude pruning", "sweep --config recipes/paper/deit.yaml --stages.prune Magnitude", "deit-train"
+    ),
+    "multi-stage": Experiment("P1 -> Q -> P2", "order --config recipes/paper/multi-stage.yaml"),
+    "peft": Experiment("SparseGPT against QLoRA", "order --config recipes/paper/peft.yaml"),
+    "peft-wanda": Experiment(
+        "Wanda against QLoRA",
+        "order --config recipes/paper/peft.yaml --stages.prune Wanda --stages.prune.sparsity 0.5",
+    ),
+    "basis-sharing": Experiment("Basis Sharing and SparseGPT", "order --config recipes/paper/basis-sharing.yaml"),
+    "mixed-precision": Experiment(
+        "Mixed precision, many bits first or few",
+        "sweep --config recipes/paper/mixed-precision.yaml --grid.quantize.average_bits [4,3.5,3]",
+    ),
+    "finetuned-int8": Experiment("Finetuned magnitude 50% and INT8", INT8),
+    "finetuned-int8-2-4": Experiment("Finetuned magnitude 2:4 and INT8", f"{INT8} {TWO_OF_FOUR}"),
+}
+
+
+def folder_of(name: str) -> Path:
+    """The run folder of an experiment."""
+    words = shlex.split(EXPERIMENTS[name].command)
+    return REPOSITORY / words[words.index("--run_dir") + 1] if "--run_dir" in words else RUNS / name / "run"
+
+
+def is_done(name: str) -> bool:
+    """Whether its page was written, which comes last."""
+    return (folder_of(name) / "report.html").is_file()
+
+
+def run(name: str, options: list[str]) -> str:
+    """Run the experiment's command, with what it prints in a file, and say how it went."""
+    experiment, folder = EXPERIMENTS[name], folder_of(name)
+    if is_done(name):
+        return f"{name}: known"
+    if experiment.needs and not is_done(experiment.needs):
+        print(run(experiment.needs, options), flush=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    words = [os.path.expandvars(word) for word in shlex.split(experiment.command)]
+    words += ["--run_dir", str(folder), "--trainer.enable_progress_bar", "false", *options]
+    with (RUNS / f"{name}.log").open("w") as log:
+        command = [sys.executable, "-m", "pqqp_lightning", *words]
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+    shutil.rmtree(RUNS / name / "store", ignore_errors=True)
+    return f"{name}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}"
