@@ -123,9 +123,9 @@ INTRODUCTION = """\
 
 Each row is one run, without an interval: differences below 1% say nothing (the same algorithm in another order of
 summation moves that much). `python benchmarks/methods.py` makes the runs, `--page` this page from what they recorded.
-Perplexities can be compared within a table and not between the two. Seconds are those of the stages without
-evaluation, on two cores of AMD EPYCs of several kinds with other work on the machine, up to many times as long as on an
-idle one (Wanda's and ChannelPruning's): they say little.
+Perplexities can be compared within a table and not between the two. Most rows ran on two cores of AMD EPYCs of several
+kinds, some on an NVIDIA H100 (SparseGPT 60%, GradualPruning, QAT and 4-bit activations alone); the dense model's
+perplexity is the same on both to four digits. Times are in [benchmarks/README.md](../benchmarks/README.md).
 
 ## SmolLM2-135M on WikiText-2 tokens
 
@@ -158,8 +158,7 @@ READING = """
 - **The range of the scales.** Searching it pays for GPTQ at 8, 4 and 3 bits, after a rotation and after pruning, and
   is its default; it pays for RTN on rotated weights only.
 - **Mixed precision** at 3 bits on average is clearly better than 3 bits everywhere (both without the search of the
-  range). Quantizing the most bits first or last makes no difference here: 17.48 and 17.45. (The latter was paused,
-  hence its seconds.)
+  range). Quantizing the most bits first or last makes no difference here: 17.48 and 17.45.
 - **LoRA** that trains through its merge ends no better than plain LoRA that is masked once, and a step costs more.
 - **Order.** Pruning before GPTQ is better than after it (the quickstart: by 2.68, 95% interval 2.02 to 3.28). SLEB
   before RTN is worse than after it here: it removes other blocks. SparseGPT before QLoRA is better than after it,
@@ -198,7 +197,7 @@ def page() -> str:
 
 
 def _table(rows: dict[str, str], first: str, metric: str) -> list[str]:
-    lines = [f"| {first} | {metric} | zeros | bits/weight | size | seconds |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [f"| {first} | {metric} | zeros | bits/weight | size |", "| --- | --- | --- | --- | --- |"]
     for name, options in rows.items():
         if records := records_of(name):
             last = records[-1]
@@ -213,7 +212,6 @@ def _table(rows: dict[str, str], first: str, metric: str) -> list[str]:
                 f"{last['size_bytes'] / 1e6:.1f} MB"
                 if last["size_bytes"] > 1e6
                 else f"{last['size_bytes'] / 1e3:.1f} kB",
-                f"{sum(r['elapsed_s'] for r in records):.0f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -9,13 +9,20 @@ What has its table already is not run again. The runs lie in runs/results, one f
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from pqqp_lightning.page import read_page
+from pqqp_lightning.page.blocks import Section
+from pqqp_lightning.page.markdown import to_markdown
 
 REPOSITORY = Path(__file__).parents[1]
 RUNS, PICTURES = REPOSITORY / "runs" / "results", REPOSITORY / "docs" / "results"
@@ -49,10 +56,14 @@ class Experiment:
 
 EXPERIMENTS = {
     "reference-plain": Experiment(
-        "SparseGPT and GPTQ as REFERENCE measured them: no search of the range",
+        "SparseGPT and GPTQ with the plain range of the scales, on other windows",
         f"{REFERENCE} --stages.quantize.clip false",
     ),
-    "reference": Experiment("SparseGPT and GPTQ on the same tokens, with our defaults", REFERENCE),
+    "reference-plain-60": Experiment(
+        "SparseGPT 60% and GPTQ with the plain range of the scales, on other windows",
+        f"{REFERENCE} --stages.quantize.clip false --grid.prune.sparsity [0.6]",
+    ),
+    "reference": Experiment("SparseGPT and GPTQ on the same windows, the range searched", REFERENCE),
     "sparsegpt-gptq": Experiment("SparseGPT and GPTQ", f"{PAIR} {ARC}"),
     "wanda-gptq": Experiment("Wanda and GPTQ", f"{PAIR} --stages.prune Wanda {ARC}"),
     "sparsegpt-rtn": Experiment("SparseGPT and RTN", f"{PAIR} --stages.quantize RTN {ARC}"),
@@ -126,3 +137,60 @@ def run(name: str, options: list[str]) -> str:
         done = subprocess.run(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
     shutil.rmtree(RUNS / name / "store", ignore_errors=True)
     return f"{name}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}"
+
+
+def page() -> str:
+    """docs/results.md, with the runs' own pictures beside it."""
+    parts = [INTRODUCTION.strip()]
+    for name, experiment in EXPERIMENTS.items():
+        if experiment.title and is_done(name):
+            parts += [f"## {experiment.title}", f"```\npqqp-lightning {experiment.command}\n```", *_section(name)]
+    return "\n\n".join([*parts, READING.strip()]) + "\n"
+
+
+def _section(name: str) -> Iterator[str]:
+    """What the run's own page says, a level deeper, and its pictures."""
+    whole = read_page(folder_of(name))
+    shown = [Section(section.title, section.blocks) for section in whole.sections if section.title in SHOWN]
+    text = to_markdown(replace(whole, sections=shown))
+    yield text.split("\n\n", 2)[2].replace("\n## ", "\n### ").strip()
+    PICTURES.mkdir(exist_ok=True)
+    for picture in sorted(folder_of(name).glob("*.png")):
+        copy = PICTURES / f"{name}-{picture.name}"
+        shutil.copyfile(picture, copy)
+        yield f"![{experiment_words(name)}](results/{copy.name})"
+
+
+def experiment_words(name: str) -> str:
+    """What a picture shows, for those who do not see it."""
+    return f"{EXPERIMENTS[name].title}: drawn from the table above"
+
+
+INTRODUCTION = """
+# The paper's experiments, in a small size
+"""
+
+READING = """
+## What agrees with the paper, and what does not
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="experiments to run; all by default")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    parser.add_argument("--page", action="store_true", help="print the page instead")
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, more = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    if options.page:
+        print(page(), end="")
+        return
+    if unknown := [name for name in options.names if name not in EXPERIMENTS]:
+        parser.error(f"no experiments: {', '.join(unknown)}. There are {', '.join(EXPERIMENTS)}.")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for words in pool.map(lambda name: run(name, more), options.names or EXPERIMENTS):
+            print(words, flush=True)
+
+
+if __name__ == "__main__":
+    main()

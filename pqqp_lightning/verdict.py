@@ -129,6 +129,15 @@ class Verdict:
 
     def sentence(self) -> str:
         """The verdict for people."""
+        return self._lead() + self._caveat()
+
+    def _caveat(self) -> str:
+        """Why the best order's lead is not the order's alone, where others stand without a mark."""
+        if not (marks := self.marks[self.best]) or all(self.marks[order] for order in self.ranked):
+            return ""
+        return f" But it cannot be compared: {'; '.join(marks)}. --comparable_only true leaves such orders out."
+
+    def _lead(self) -> str:
         best, metric = " -> ".join(self.best), self.judge.metric
         value = self.judge.tree.measure(self.best).record["metrics"][metric]
         shown = f"{best} ({metric} {number_words(value)})"

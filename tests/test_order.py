@@ -308,6 +308,8 @@ def test_orders_that_lose_a_constraint_are_marked_and_can_be_left_out(folder):
     marks = {tuple(e["order"]): e["marks"] for e in report["orders"]}
     assert "lost a constraint" in marks["prune", "quantize"]
     assert "lost a constraint" not in marks["quantize", "prune"]
+    assert report["best"] == ["prune", "quantize"]
+    assert report["verdict"].endswith("lost a constraint. --comparable_only true leaves such orders out.")
     assert [e["order"] for e in search(folder, undo, "--comparable_only", "true")["orders"]] == [["quantize", "prune"]]
 
 
