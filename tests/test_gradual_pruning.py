@@ -35,7 +35,7 @@ class Zeros(Callback):
         self.layer, self.training, self.validation = layer, [], []
 
     def _seen(self, module):
-        return weight_matrix(module.get_submodule(self.layer)).clone() == 0
+        return weight_matrix(module.get_submodule(self.layer)).cpu().clone() == 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.training.append((trainer.global_step, self._seen(pl_module)))

@@ -126,9 +126,10 @@ def seen(monkeypatch):
     finish = LoRA.finish
 
     def watched(self, model, context, plan):
-        found["trained"], found["before"] = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
+        found["before"] = copy.deepcopy(model).cpu()
+        found["trained"] = found["before"].state_dict()
         plan = finish(self, model, context, plan)
-        found["after"] = copy.deepcopy(model)
+        found["after"] = copy.deepcopy(model).cpu()
         return plan
 
     monkeypatch.setattr(LoRA, "finish", watched)

@@ -310,6 +310,7 @@ def test_orders_that_lose_a_constraint_are_marked_and_can_be_left_out(folder):
     assert "lost a constraint" not in marks["quantize", "prune"]
     assert report["best"] == ["prune", "quantize"]
     assert report["verdict"].endswith("lost a constraint. --comparable_only true leaves such orders out.")
+    assert "on disk (" in (folder / "search" / "report.md").read_text()
     assert [e["order"] for e in search(folder, undo, "--comparable_only", "true")["orders"]] == [["quantize", "prune"]]
 
 

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from pqqp_lightning.checkpoint import checkpoint_bytes
 from pqqp_lightning.page.blocks import Block, Figure, Notes, Page, Section, Table, Words
 from pqqp_lightning.page.fit import stage_notes
 from pqqp_lightning.page.order_verdict import advantages, bounds, difference_text, interval_text, order_verdict
@@ -22,7 +23,7 @@ from pqqp_lightning.page.sections import (
     size_figure,
     walk_blocks,
 )
-from pqqp_lightning.report import SIZE_COLUMNS, metric_names, number_text, size_columns
+from pqqp_lightning.report import SIZE_COLUMNS, human_bytes, metric_names, number_text, size_columns
 
 WARNINGS = {
     "running": "This search is not finished: here are the orders done so far.",
@@ -174,14 +175,13 @@ def _size_blocks(folder: Path, report: Report) -> list[Block]:
     best = next((order for order in report["orders"] if order["order"] == report["best"]), None)
     if best is None or not best["stages"]:
         return []
-    checkpoint = report.get("checkpoint")
-    figure = size_figure(best["stages"], " of the best order", checkpoint["file_bytes"] if checkpoint else None)
-    if not (folder / "model").is_dir():
-        return [figure]
-    return [
-        figure,
-        Words([f"{folder / 'model'}: the best order's. Load it with pqqp_lightning.load({str(folder)!r})."]),
-    ]
+    model = folder / "model"
+    if not model.is_dir():
+        return [size_figure(best["stages"], " of the best order")]
+    on_disk, counted = checkpoint_bytes(model), best["size_bytes"]
+    words = f"{model}: the best order's, {human_bytes(on_disk)} on disk ({human_bytes(counted)} counted). "
+    words += f"Load it with pqqp_lightning.load({str(folder)!r})."
+    return [size_figure(best["stages"], " of the best order", on_disk), Words([words])]
 
 
 def _refused_blocks(report: Report) -> list[Block]:
