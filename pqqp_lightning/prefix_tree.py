@@ -61,6 +61,7 @@ class PrefixTree:
         self._runner = Runner(trainer, data, keep_samples=True)
         self._stages = dict(stages)
         self._results: dict[Order, Result] = {}
+        self._samples: dict[tuple[Order, str], Samples | None] = {}
         self.base = ""
         self._at: Order | None = ()
         self.applications = 0
@@ -128,9 +129,13 @@ class PrefixTree:
 
     def samples(self, order: Order, metric: str) -> Samples | None:
         """What each evaluation sample adds to ``metric``, if that can be said."""
-        result = self._results[order]
-        value, states = result.record["metrics"].get(metric), result.samples.get(metric)
-        return None if value is None or states is None else restored(self._data.module, states, value)
+        if (order, metric) not in self._samples:
+            result = self._results[order]
+            value, states = result.record["metrics"].get(metric), result.samples.get(metric)
+            self._samples[order, metric] = (
+                None if value is None or states is None else restored(self._data.module, states, value)
+            )
+        return self._samples[order, metric]
 
     def snapshot(self, order: Order) -> Any:
         """The folder of the compressed model, computed again if it is not there any more."""

@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def write_report(folder: Path, *, status: str, records: Sequence[Record], **more
     write_json(folder / REPORT, report)
 
 
+@cache
 def package_versions() -> dict[str, str]:
     """Versions of Python and of what decides the numbers."""
     found = {"python": platform.python_version()}

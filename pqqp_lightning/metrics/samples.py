@@ -11,13 +11,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-RESAMPLES = 2000
+RESAMPLES, AT_ONCE = 2000, 50
 CONFIDENCE = 0.95
 
 
@@ -36,11 +37,31 @@ class Samples:
     def value(self, counts: Tensor | None = None) -> float:
         """The metric where sample n counts ``counts[n]`` times; each once by default."""
         summed = self.states.sum(0) if counts is None else counts.to(self.states) @ self.states
-        self.metric.reset()
-        for name, part in _split(self.metric, summed).items():
-            setattr(self.metric, name, part)
-        self.metric._update_count = 1
-        return float(self.metric.compute())
+        return float(self._computed(summed[None]))
+
+    @cached_property
+    def draws(self) -> Tensor:
+        """The metric of :data:`RESAMPLES` draws of N samples with replacement, float64 [R].
+
+        Draw r is the same choice of samples for every metric and every model that were measured on N samples.
+        """
+        size, generator = len(self.states), torch.Generator().manual_seed(0)
+        summed = []
+        for _ in range(RESAMPLES // AT_ONCE):
+            chosen = torch.stack([torch.randint(size, (size,), generator=generator) for _ in range(AT_ONCE)])
+            counts = torch.zeros(AT_ONCE, size, dtype=torch.float64)
+            counts.scatter_add_(1, chosen, torch.ones_like(counts))
+            summed.append(counts @ self.states)
+        return self._computed(torch.cat(summed))
+
+    def _computed(self, summed: Tensor) -> Tensor:
+        """The metric of each row of states [R, S], float64 [R], by its class's own ``compute``."""
+        parts, metric = _split(self.metric, summed), self.metric
+        values = []
+        for row in range(len(summed)):
+            vars(metric).update({name: part[row] for name, part in parts.items()})
+            values.append(float(type(metric).compute(metric)))
+        return torch.tensor(values, dtype=torch.float64)
 
 
 @contextmanager
@@ -101,7 +122,7 @@ def restored(model: nn.Module, states: Tensor, value: float) -> Samples | None:
 
 
 def interval(
-    a: Samples, b: Samples | None = None, *, sign: float = 1.0, confidence: float = CONFIDENCE, seed: int = 0
+    a: Samples, b: Samples | None = None, *, sign: float = 1.0, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
     """The bootstrap interval of ``sign`` times the metric of ``a``, or of its difference from that of ``b``.
 
@@ -114,14 +135,9 @@ def interval(
     size = len(a.states)
     if b is not None and len(b.states) != size:
         raise ValueError(f"{size} samples cannot be paired with {len(b.states)}.")
-    generator = torch.Generator().manual_seed(seed)
-    draws = []
-    for _ in range(RESAMPLES):
-        chosen = torch.randint(size, (size,), generator=generator)
-        counts = torch.bincount(chosen, minlength=size)
-        draws.append(sign * (a.value(counts) - (b.value(counts) if b is not None else 0.0)))
+    draws = sign * (a.draws if b is None else a.draws - b.draws)
     tail = (1 - confidence) / 2
-    low, high = torch.tensor(draws, dtype=torch.float64).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    low, high = draws.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return float(low), float(high)
 
 
@@ -183,8 +199,9 @@ def _joined(metric: Metric) -> Tensor:
 
 
 def _split(metric: Metric, joined: Tensor) -> dict[str, Tensor]:
+    """The states by name, each [R, *its shape], of rows that hold all of them [R, S]."""
     parts = {}
     for name, default in _defaults(metric).items():
-        part, joined = joined[: default.numel()], joined[default.numel() :]
-        parts[name] = part.reshape(default.shape).to(default.dtype)
+        part, joined = joined[:, : default.numel()], joined[:, default.numel() :]
+        parts[name] = part.reshape(len(part), *default.shape).to(default.dtype)
     return parts
