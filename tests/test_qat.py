@@ -9,6 +9,7 @@ import torch
 from interrupt import undisturbed_and_resumed
 from lightning.pytorch import Callback
 from tiny import Regressor, make_data, make_model, regression_loader, trainer
+from torch import nn
 
 from pqqp_lightning import load
 from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
@@ -21,8 +22,8 @@ from pqqp_lightning.callbacks.rtn import RTN
 from pqqp_lightning.checkpoint import read_manifest, restore
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
-from pqqp_lightning.modules.fake_quantize import attach, detach, quantizer_of
-from pqqp_lightning.modules.layers import weight_matrix
+from pqqp_lightning.modules.fake_quantize import FakeQuantize, attach, detach, quantizer_of
+from pqqp_lightning.modules.layers import to_weight, weight_matrix
 from pqqp_lightning.record import read_records
 
 OPTIMIZERS = {
@@ -346,3 +347,15 @@ def test_what_cannot_hold_is_refused_before_any_work(tmp_path, stages, message):
 def test_an_earlier_grid_may_be_replaced_on_request(tmp_path):
     module = fit(tmp_path, RTN(8), QAT(4, allow_undo=True))
     assert {c.grid.bits for c in collect_constraints(module).values()} == {4}
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 1, 1), (4, 4, 3, 3), (5, 3, 1, 2)])
+def test_a_convolution_s_weight_comes_back_in_plain_strides(shape):
+    """A permuted 1x1 kernel counts as contiguous and as channels_last, and oneDNN's backward pass of it with stride 2
+    wrote beyond its buffers: the process was aborted some tests later."""
+    layer = nn.Conv2d(shape[1], shape[0], shape[2:])
+    weight = to_weight(weight_matrix(layer), layer.weight.shape)
+    assert torch.equal(weight, layer.weight)
+    assert weight.stride() == layer.weight.stride()
+    rounded = FakeQuantize(4, (shape[0], 1), True, False, torch.device("cpu"))(layer.weight)
+    assert rounded.stride() == layer.weight.stride()

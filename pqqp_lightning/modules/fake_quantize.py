@@ -40,7 +40,7 @@ class FakeQuantize(nn.Module):
         """``weight`` [O, I] or [O, C, kh, kw] on the grid, in the same layout."""
         matrix = weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
         rounded = fake_quantize(matrix, stored_scale(self._scale()), self.zero, self.bits)
-        return to_weight(rounded, weight.shape).contiguous()
+        return to_weight(rounded, weight.shape)
 
     def grid(self, columns: int) -> Grid:
         """The grid that weights of ``columns`` columns are rounded to now."""

@@ -36,11 +36,16 @@ def weight_matrix(layer: Layer) -> Tensor:
 
 
 def to_weight(matrix: Tensor, shape: torch.Size | list[int]) -> Tensor:
-    """The matrix [O, I] in the layout of a weight of ``shape``: the inverse of :func:`weight_matrix`."""
+    """The matrix [O, I] in the layout of a weight of ``shape``: the inverse of :func:`weight_matrix`.
+
+    A convolution's has the strides of a weight that was made in this shape: with a permuted 1x1 kernel, which torch
+    calls contiguous and takes for channels_last, oneDNN's strided backward pass writes beyond its buffers (torch 2.15
+    on AVX2).
+    """
     if len(shape) == 2:
         return matrix
     out, channels, height, width = shape
-    return matrix.view(out, height, width, channels).permute(0, 3, 1, 2)
+    return matrix.view(out, height, width, channels).permute(0, 3, 1, 2).flatten().view(shape)
 
 
 def is_packed(layer: Layer) -> bool:
