@@ -173,12 +173,12 @@ def experiment_words(name: str) -> str:
 INTRODUCTION = """
 # The paper's experiments, in a small size
 
-What Kim et al. (*Prune-then-Quantize or Quantize-then-Prune?*, ICLR 2026) measured on LLaMA, ResNet and DeiT, on models
-that two cores can carry: SmolLM2-135M on WikiText-2 (32 windows of 512 tokens for calibration, 40 for evaluation), a small
-ResNet-18 and a small DeiT on CIFAR-10. Each section is one command: its verdict, its table, its pictures. All intervals are
-95% paired bootstrap intervals over evaluation samples; none is over seeds. `python benchmarks/results.py` makes the runs,
-`--page` this page from what they recorded. The language models ran on an NVIDIA H100 (float32), the networks for CIFAR-10
-were trained there and compressed on two cores of an AMD EPYC.
+What Kim et al. (*Prune-then-Quantize or Quantize-then-Prune?*, ICLR 2026) measured on LLaMA, ResNet and DeiT, on
+models that two cores can carry: SmolLM2-135M on WikiText-2 (32 windows of 512 tokens for calibration, 40 for
+evaluation), a small ResNet-18 and a small DeiT on CIFAR-10. Each section is one command: its verdict, its table, its
+pictures. All intervals are 95% paired bootstrap intervals over evaluation samples; none is over seeds. `python
+benchmarks/results.py` makes the runs, `--page` this page from what they recorded. The language models ran on an
+NVIDIA H100 (float32), the networks for CIFAR-10 were trained there and compressed on two cores of an AMD EPYC.
 """
 
 READING = """
