@@ -189,9 +189,9 @@ READING = """
   page says so.
 - **The hypothesis in sign** does not hold on this model: pruning first is better at every point, also where pruning
   is by far the stronger of the two. The same with RTN in place of GPTQ, and with QLoRA.
-- **ResNet-18 on CIFAR-10** says the same more strongly: SparseGPT first is better at 10 of 12 points and nowhere clearly
-  worse, and A falls with G, against the hypothesis. Half the weights cost this network more than 3 bits, so that
-  C*_P lies before the end of the curve nowhere.
+- **ResNet-18 on CIFAR-10** says the same more strongly: SparseGPT first is better at 10 of 12 points and nowhere
+  clearly worse, and A falls with G, against the hypothesis. Half the weights cost this network more than 3 bits, so
+  that C*_P lies before the end of the curve nowhere.
 - **Why pruning first.** The layers show it: after SparseGPT then RTN their errors add up to 15% less than the parts,
   the other way round to 15% more. A pruned weight is 0, which is on every grid, and is not rounded any more; a weight
   that was rounded before has its error already when the pruning makes up for it. So interference itself prefers
