@@ -127,8 +127,6 @@ def run(name: str, options: list[str]) -> str:
     experiment, folder = EXPERIMENTS[name], folder_of(name)
     if is_done(name):
         return f"{name}: known"
-    if experiment.needs and not is_done(experiment.needs):
-        print(run(experiment.needs, options), flush=True)
     RUNS.mkdir(parents=True, exist_ok=True)
     words = [os.path.expandvars(word) for word in shlex.split(experiment.command)]
     words += ["--run_dir", str(folder), "--trainer.enable_progress_bar", "false", *options]
@@ -162,12 +160,7 @@ def _section(name: str) -> Iterator[str]:
     for picture in sorted(folder_of(name).glob("*.png")):
         copy = PICTURES / f"{name}-{picture.name}"
         shutil.copyfile(picture, copy)
-        yield f"![{experiment_words(name)}](results/{copy.name})"
-
-
-def experiment_words(name: str) -> str:
-    """What a picture shows, for those who do not see it."""
-    return f"{EXPERIMENTS[name].title}: drawn from the table above"
+        yield f"![{EXPERIMENTS[name].title}: drawn from the table above](results/{copy.name})"
 
 
 INTRODUCTION = """
@@ -229,9 +222,12 @@ def main() -> None:
         return
     if unknown := [name for name in options.names if name not in EXPERIMENTS]:
         parser.error(f"no experiments: {', '.join(unknown)}. There are {', '.join(EXPERIMENTS)}.")
+    names = options.names or list(EXPERIMENTS)
+    needed = list(dict.fromkeys(need for name in names if (need := EXPERIMENTS[name].needs)))
     with ThreadPoolExecutor(options.jobs) as pool:
-        for words in pool.map(lambda name: run(name, more), options.names or EXPERIMENTS):
-            print(words, flush=True)
+        for some in (needed, [name for name in names if name not in needed]):
+            for words in pool.map(lambda name: run(name, more), some):
+                print(words, flush=True)
 
 
 if __name__ == "__main__":

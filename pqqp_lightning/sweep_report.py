@@ -186,10 +186,8 @@ def _orders(report: Report) -> list[list[str]]:
 def _advantage_text(advantage: Row | None) -> str:
     if advantage is None or advantage["value"] is None:
         return "-"
-    value, low, high = (
-        bound if bound is None else bound + 0.0 for bound in map(advantage.get, ("value", "low", "high"))
-    )
-    return f"{value:+.3g}" + ("" if low is None else f" ({low:.3g} to {high:.3g})")  # no "-0"
+    low, high = advantage["low"], advantage["high"]
+    return f"{advantage['value']:+z.3g}" + ("" if low is None else f" ({low:z.3g} to {high:z.3g})")  # z: no "-0"
 
 
 def _difference_text(pair: Row) -> str:
