@@ -70,7 +70,10 @@ LAYERS = {
     "__main__": 13,
     "__init__": 13,
 }
-PURE = ("torch", "math", "functools", "dataclasses", "collections", "typing", "__future__", "pqqp_lightning")
+PURE = (
+    *("torch", "triton", "math", "functools", "dataclasses", "collections", "importlib", "typing", "__future__"),
+    "pqqp_lightning",
+)
 LOWER_MODELS = {("models", "metrics"), ("models", "checkpoint")}  # a torchmetrics Metric; a run's weights, on demand
 
 

@@ -70,29 +70,26 @@ def quantize_gptq(
     if not follow:
         static = fit_grid(fitted, group_size=groups, per_tensor=per_tensor, importance=importance, **options)
     columns_of_mask = None if mask is None else mask[:, turn].T.contiguous()
-    rounder = _Rounder(options, ColumnGrid(weight.shape[1], groups, order), importance, static, columns_of_mask)
-
-    def decide(i: int, column: Tensor) -> Tensor:
-        value = rounder.round(i, column)
-        return value if columns_of_mask is None else value * columns_of_mask[i]
-
+    columns = ColumnGrid(weight.shape[1], groups, order)
+    fitter = _Fitter(options, columns, importance, static, columns_of_mask)
     swept = sweep_columns(
         live,
         hessian.factor,
-        decide,
         block_size=groups * max(1, block_size // groups) if follow and groups else block_size,
         step=groups if follow and groups else STEP,
-        on_step=rounder.fit if follow else None,
+        mask=columns_of_mask,
+        grid=columns,
+        on_step=fitter.fit if follow else None,
     )
     if order is not None:
         swept = swept[:, order.argsort()]
-    grid = rounder.grid()
+    grid = fitter.grid()
     rounded = round_to_grid(swept.to(weight.dtype), grid)
     return Quantized(rounded if mask is None else rounded.masked_fill(~mask, 0.0), grid)
 
 
-class _Rounder:
-    """Rounds column by column to a grid that is given, or fitted group by group as the sweep reaches it."""
+class _Fitter:
+    """Gives the sweep's ``columns`` their grid: one that is given, or fitted group by group as the sweep reaches it."""
 
     def __init__(
         self,
@@ -105,7 +102,6 @@ class _Rounder:
         self._options, self._columns, self._static = options, columns, static
         self._importance, self._kept = importance, kept  # [I], [I, O]
         self._fitted: list[Grid] = []
-        self.round = columns.round
         if static is not None:
             columns.add(static)
 

@@ -207,6 +207,24 @@ class ColumnGrid:
             zeros = grid.zero.float().T.contiguous().unbind(0)
         self._groups.extend((grid, scale, zero) for scale, zero in zip(scales, zeros, strict=True))
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the levels are the integers; only codebooks' grids are not, and they come at once."""
+        return not self._groups or self._groups[0][0].codebook is None
+
+    def uniform(self, first: int, last: int, rows: int) -> tuple[Tensor, Tensor | float, int]:
+        """Scales [last - first, rows], zero points likewise or the one zero point, and the highest code of columns."""
+        groups = [self._groups[group] for group in self._group_of[first:last]]
+        grid, _, origin = groups[0]
+        scale = self._of_columns([scale for _, scale, _ in groups], rows)
+        zeros = [zero for *_, zero in groups if isinstance(zero, Tensor)]
+        return scale, self._of_columns(zeros, rows) if zeros else origin, grid.levels
+
+    @staticmethod
+    def _of_columns(rows_of: list[Tensor], rows: int) -> Tensor:
+        same = all(row is rows_of[0] for row in rows_of)
+        return (rows_of[0][None] if same else torch.stack(rows_of)).expand(len(rows_of), rows)
+
     def round(self, i: int, column: Tensor) -> Tensor:
         """The nearest points of the grid for the i-th column that comes up, [O]."""
         grid, scale, zero = self._groups[self._group_of[i]]

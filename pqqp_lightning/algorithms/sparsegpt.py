@@ -61,25 +61,21 @@ def prune_sparsegpt(
     scale_of = inverse.factor.diagonal().square()  # [I]
     chosen = _Chooser(kept, scale_of, sparsity, pattern)
     block = block_size if pattern is None else max(pattern[1], block_size // pattern[1] * pattern[1])
-    columns_of_mask = chosen.columns
     to_grid = None if grid is None else ColumnGrid(grid.columns, grid.group_size)
     if to_grid is not None and grid is not None:
         to_grid.add(grid)
 
-    def decide(i: int, column: Tensor) -> Tensor:
-        value = column if to_grid is None else to_grid.round(i, column)
-        return value * columns_of_mask[i]
-
     swept = sweep_columns(
         live,
         inverse.factor,
-        decide,
         block_size=block,
         step=STEP if pattern is None else pattern[1],
+        mask=chosen.columns,
+        grid=to_grid,
         on_block=chosen.choose if pattern is None else None,
         on_step=None if pattern is None else chosen.choose,
     )
-    kept = columns_of_mask.T.contiguous()
+    kept = chosen.columns.T.contiguous()
     if grid is not None:
         swept = round_to_grid(swept, grid)
     return Pruned(swept.masked_fill_(~kept, 0.0).to(weight.dtype), kept)

@@ -10,9 +10,13 @@ The weights are held transposed, so that a column is contiguous.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from pqqp_lightning.algorithms.grid import ColumnGrid
 
 Prepare = Callable[[int, int, Tensor], None]
 """Called with (start, stop, columns [stop - start, O]) when these columns hold every earlier column's feedback."""
@@ -21,10 +25,11 @@ Prepare = Callable[[int, int, Tensor], None]
 def sweep_columns(
     weight: Tensor,
     factor: Tensor,
-    decide: Callable[[int, Tensor], Tensor],
     *,
     block_size: int,
     step: int,
+    mask: Tensor | None = None,
+    grid: ColumnGrid | None = None,
     on_block: Prepare | None = None,
     on_step: Prepare | None = None,
 ) -> Tensor:
@@ -33,15 +38,16 @@ def sweep_columns(
     Args:
         weight: [O, I].
         factor: U [I, I].
-        decide: (index, column [O]) -> the column's final values [O]; must not change its argument.
         block_size: columns a block.
         step: columns a step within a block.
+        mask: keep-mask [I, O], contiguous; its columns are read after ``on_block`` and ``on_step``.
+        grid: what the kept entries are rounded to; None leaves them as they are.
         on_block: called at the start of each block.
         on_step: called at the start of each step.
     """
     columns = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # [I, O]
     width = columns.shape[0]
-    diagonal = factor.diagonal().tolist()
+    sweep_step = step_for(columns, grid)
     errors = torch.empty(min(block_size, width), columns.shape[1], dtype=columns.dtype, device=columns.device)
     for start in range(0, width, block_size):
         stop = min(start + block_size, width)
@@ -53,7 +59,7 @@ def sweep_columns(
                 columns[first:last].addmm_(factor[start:first, first:last].T, errors[: first - start], alpha=-1)
             if on_step is not None:
                 on_step(first, last, columns[first:last])
-            _sweep_step(columns, factor, errors[first - start :], diagonal, decide, first, last)
+            sweep_step(columns, factor, errors[first - start :], mask, grid, first, last)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     return columns.T.contiguous()
 
@@ -62,18 +68,33 @@ def _sweep_step(
     columns: Tensor,
     factor: Tensor,
     errors: Tensor,
-    diagonal: list[float],
-    decide: Callable[[int, Tensor], Tensor],
+    mask: Tensor | None,
+    grid: ColumnGrid | None,
     first: int,
     last: int,
 ) -> None:
     """One step: ``errors[k]`` becomes the error of column ``first + k``."""
+    diagonal = factor.diagonal()[first:last].tolist()
     for i in range(first, last):
-        column = columns[i]
+        column, error = columns[i], errors[i - first]
         if i > first:
             column.addmv_(errors[: i - first].T, factor[first:i, i], alpha=-1)
-        decided = decide(i, column)
-        error = errors[i - first]
+        decided = column if grid is None else grid.round(i, column)
+        decided = decided if mask is None else decided * mask[i]
         torch.sub(column, decided, out=error)
-        error.div_(diagonal[i])
+        error.div_(diagonal[i - first])
         column.copy_(decided)
+
+
+def step_for(columns: Tensor, grid: ColumnGrid | None) -> Callable[..., None]:
+    """What sweeps one step: one kernel on a GPU, if torch came with Triton, and tensor by tensor elsewhere."""
+    if columns.is_cuda and (grid is None or grid.is_uniform) and _has_triton():
+        from pqqp_lightning.algorithms import sweep_kernel
+
+        return sweep_kernel.sweep_step
+    return _sweep_step
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
