@@ -80,8 +80,7 @@ EXPERIMENTS = {
     "granularity": Experiment("Interference: single weights", GRANULARITY),
     "granularity-2-4": Experiment("Interference: 2:4", f"{GRANULARITY} {TWO_OF_FOUR}"),
     "granularity-blocks": Experiment(
-        "Interference: blocks",
-        "analyze --config recipes/paper/block-pruning.yaml --stages.prune.amount 3 --stages.quantize.bits 4",
+        "Interference: blocks", f"{GRANULARITY} --stages.prune SLEB --stages.prune.amount 3"
     ),
     "resnet-train": Experiment("", "fit --config recipes/paper/resnet-train.yaml --run_dir runs/resnet-train"),
     "deit-train": Experiment("", "fit --config recipes/paper/deit-train.yaml --run_dir runs/deit-train"),

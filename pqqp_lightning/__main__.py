@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +33,8 @@ any option of a recipe can be set on the command line:
 
 pqqp-lightning COMMAND --help lists every option. Environment variables set options too: PQQP_FIT__RUN_DIR=DIR.
 """
+
+STOPPED = "stopped. What was finished is kept: the same command with --ckpt_path last goes on from there."
 
 COMMANDS = ("fit", "order", "sweep", "analyze", "validate", "test", "report", "methods")
 
@@ -63,6 +66,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         for problem in error.problems:
             print(problem, file=sys.stderr)
         sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        status = _signalled(stop)
+        if status is None:
+            raise
+        print(STOPPED, file=sys.stderr)
+        sys.exit(status)
+
+
+def _signalled(stop: BaseException) -> int | None:
+    """128 + the signal that ended a command, if one did; Lightning would exit with 1 after SIGINT and 0 after SIGTERM."""
+    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return 128 + signal.SIGTERM if type(stop).__name__ == "SIGTERMException" else None
 
 
 def _print_help(arguments: list[str]) -> None:

@@ -5,6 +5,7 @@ Which orders are measured is a strategy's choice (:mod:`pqqp_lightning.strategie
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -291,7 +292,8 @@ def alone(trainer: Trainer, store: ResultStore, show: Show | None) -> Iterator[N
         yield
         return
     folder = Path(trainer.default_root_dir)
-    with store.locked(f"run-{folder.name}", f"{folder}: another process searches here"):
+    whose = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    with store.locked(f"run-{whose}", f"{folder}: another process searches here"):
         yield
         if show is not None:
             show(folder)

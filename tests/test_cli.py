@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import pqqp_lightning
 from pqqp_lightning import help_cache
 from pqqp_lightning.__main__ import COMMANDS
 from pqqp_lightning.checkpoint import WEIGHTS
+from pqqp_lightning.runner import Runner
 
 TOKENS = re.compile(r"perplexity +│ +([0-9.]+)")
 
@@ -179,6 +181,36 @@ def test_fragments_are_found_beside_the_recipe(folder):
     assert results(folder / "run") == results(folder / "plain")
     assert run("fit", "--config", "run/recipe.yaml", "--run_dir", "again") == 0  # without the fragment's file
     assert results(folder / "again") == results(folder / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_its_own_status(number, folder, monkeypatch, capsys):
+    """Lightning ends with 1 after SIGINT and with 0, success, after SIGTERM."""
+    whole = Runner.apply
+
+    def applying(runner, stage, place):
+        if stage.name == "quantize":
+            step = runner.data.module.validation_step
+
+            def stopped(*arguments):
+                signal.raise_signal(number)
+                return step(*arguments)
+
+            monkeypatch.setattr(runner.data.module, "validation_step", stopped)
+        return whole(runner, stage, place)
+
+    monkeypatch.setattr(Runner, "apply", applying)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run("fit", "--config", "recipe.yaml") == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "--ckpt_path last" in capsys.readouterr().err
+    monkeypatch.setattr(Runner, "apply", whole)
+    measured = [json.loads(line)["name"] for line in (folder / "run/records.jsonl").read_text().splitlines()]
+    assert measured == ["dense", "prune"]
+    assert run("fit", "--config", "recipe.yaml", "--ckpt_path", "last") == 0
 
 
 def test_a_second_run_moves_the_first_aside(folder, capsys):

@@ -20,7 +20,7 @@ from pqqp_lightning.callbacks import RTN, Magnitude
 from pqqp_lightning.checkpoint import WEIGHTS
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.order import search_orders
+from pqqp_lightning.order import alone, search_orders
 from pqqp_lightning.prefix_tree import PrefixTree
 from pqqp_lightning.results import ResultStore
 from pqqp_lightning.runner import Runner
@@ -345,6 +345,17 @@ def test_two_processes_in_one_folder_do_nothing_twice(folder):
     assert sum(report["applications"] for report in reports) == 15
     tables = [[same(e["stages"]) for e in report["orders"]] for report in reports]
     assert tables[0] == tables[1] == tables[2]
+
+
+@pytest.mark.timeout(60)
+def test_run_folders_of_one_name_share_a_store_without_waiting(tmp_path):
+    """a/run and b/run are two searches: only the second process in one folder has to wait."""
+    store = ResultStore(tmp_path / "store")
+    with (
+        alone(trainer(tmp_path / "a/run", RTN(4)), store, None),
+        alone(trainer(tmp_path / "b/run", RTN(4)), store, None),
+    ):
+        pass
 
 
 def test_another_search_that_ends_takes_nothing_that_is_still_needed(folder):

@@ -163,9 +163,9 @@ def test_a_recipe_opens_with_its_commands_and_all_of_them_parse(path, capsys, mo
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PQQP_DATA", "data")
     assert all(line.startswith("#") for line in path.read_text().splitlines()[:3])
-    own = [command for command in commands_of(path) if command[2] == str(path.relative_to(ROOT))]
-    assert own
-    for command in own:
+    commands = commands_of(path)
+    assert any(command[2] == str(path.relative_to(ROOT)) for command in commands)
+    for command in commands:
         with pytest.raises(SystemExit) as stop:
             main([*command, "--print_config"])
         assert not stop.value.code, command
