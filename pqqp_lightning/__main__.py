@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _signalled(stop: BaseException) -> int | None:
-    """128 + the signal that ended a command, if one did; Lightning would exit with 1 after SIGINT and 0 after SIGTERM."""
+    """128 + the signal that ended a command, if one did; Lightning gives 1 after SIGINT, 0 after SIGTERM."""
     if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
         return 128 + signal.SIGINT
     return 128 + signal.SIGTERM if type(stop).__name__ == "SIGTERMException" else None
