@@ -1,5 +1,7 @@
 """The experiments of Kim et al. in their small size: one command of recipes/paper for each section of docs/results.md.
 
+A pair on a language model is a sweep for each sparsity, which run side by side over one store, and one section.
+
     PQQP_DATA=... python benchmarks/results.py [name ...] [--jobs N] [-- options of every command]
     python benchmarks/results.py --page > docs/results.md     # the page, from what the runs recorded
 
@@ -10,6 +12,7 @@ What has its table already is not run again. The runs lie in runs/results, one f
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -19,10 +22,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pqqp_lightning.page import read_page
 from pqqp_lightning.page.blocks import Section
 from pqqp_lightning.page.markdown import to_markdown
+from pqqp_lightning.storage import write_json
+from pqqp_lightning.sweep.figures import draw_figures
+from pqqp_lightning.sweep.pair import analyse, pair_notes
+from pqqp_lightning.sweep.plan import Curve
+from pqqp_lightning.sweep_report import SWEEP, point_name, read_sweep_report
 
 REPOSITORY = Path(__file__).parents[1]
 RUNS, PICTURES = REPOSITORY / "runs" / "results", REPOSITORY / "docs" / "results"
@@ -30,11 +39,13 @@ PAIR = "sweep --config recipes/paper/prune-quantize.yaml"
 ARC = "--data.questions '{source: $PQQP_DATA/ai2_arc, config_name: ARC-Challenge, samples: 300}'"
 REFERENCE = (
     "sweep --config recipes/reference/smollm2-135m.yaml --stages.prune SparseGPT --stages.quantize GPTQ "
-    "--grid.prune.sparsity [0.5,0.6,0.7] --grid.quantize.bits [8,4,3]"
+    "--grid.quantize.bits [8,4,3]"
 )
+SPARSITIES = (0.5, 0.6, 0.7)
 INT8 = "order --config recipes/paper/finetuned-int8.yaml"
 GRANULARITY = "analyze --config recipes/paper/granularity.yaml"
 TWO_OF_FOUR = "--stages.prune.sparsity null --stages.prune.pattern 2:4"
+NO_GRID = " --grid.prune.sparsity []"
 SHOWN = ("Points", "Orders", "What the layers say", "Errors")
 """Sections of a run's own page that are shown."""
 
@@ -47,28 +58,33 @@ class Experiment:
         title: of its section.
         command: what follows ``pqqp-lightning``.
         needs: another experiment's name that must have run, if any.
+        sparsities: the command is run for each of them by itself, and what they found is put together.
     """
 
     title: str
     command: str
     needs: str | None = None
+    sparsities: tuple[float, ...] = ()
 
 
 EXPERIMENTS = {
     "reference-plain": Experiment(
         "SparseGPT and GPTQ, without the search of the range",
         f"{REFERENCE} --stages.quantize.clip false",
+        sparsities=SPARSITIES,
     ),
-    "reference-plain-60": Experiment(
-        "SparseGPT 60% and GPTQ, without the search of the range",
-        f"{REFERENCE} --stages.quantize.clip false --grid.prune.sparsity [0.6]",
+    "reference": Experiment(
+        "SparseGPT and GPTQ on the same windows, the range searched", REFERENCE, sparsities=SPARSITIES
     ),
-    "reference": Experiment("SparseGPT and GPTQ on the same windows, the range searched", REFERENCE),
-    "sparsegpt-gptq": Experiment("SparseGPT and GPTQ", f"{PAIR} {ARC}"),
-    "wanda-gptq": Experiment("Wanda and GPTQ", f"{PAIR} --stages.prune Wanda {ARC}"),
-    "sparsegpt-rtn": Experiment("SparseGPT and RTN", f"{PAIR} --stages.quantize RTN {ARC}"),
-    "wanda-rtn": Experiment("Wanda and RTN", f"{PAIR} --stages.prune Wanda --stages.quantize RTN {ARC}"),
-    "magnitude-rtn": Experiment("Magnitude and RTN", f"{PAIR} --stages.prune Magnitude --stages.quantize RTN {ARC}"),
+    "sparsegpt-gptq": Experiment("SparseGPT and GPTQ", f"{PAIR} {ARC}", sparsities=SPARSITIES),
+    "wanda-gptq": Experiment("Wanda and GPTQ", f"{PAIR} --stages.prune Wanda {ARC}", sparsities=SPARSITIES),
+    "sparsegpt-rtn": Experiment("SparseGPT and RTN", f"{PAIR} --stages.quantize RTN {ARC}", sparsities=SPARSITIES),
+    "wanda-rtn": Experiment(
+        "Wanda and RTN", f"{PAIR} --stages.prune Wanda --stages.quantize RTN {ARC}", sparsities=SPARSITIES
+    ),
+    "magnitude-rtn": Experiment(
+        "Magnitude and RTN", f"{PAIR} --stages.prune Magnitude --stages.quantize RTN {ARC}", sparsities=SPARSITIES
+    ),
     "sleb-rtn": Experiment("Blocks: SLEB and RTN", "sweep --config recipes/paper/block-pruning.yaml"),
     "sleb-gptq": Experiment(
         "Blocks: SLEB and GPTQ", "sweep --config recipes/paper/block-pruning.yaml --stages.quantize GPTQ"
@@ -116,32 +132,67 @@ def folder_of(name: str) -> Path:
     return REPOSITORY / words[words.index("--run_dir") + 1] if "--run_dir" in words else RUNS / name / "run"
 
 
-def is_done(name: str) -> bool:
+def parts_of(name: str) -> dict[float, Path]:
+    """The run folder for each sparsity of an experiment that is run so."""
+    return {sparsity: RUNS / f"{name}-{sparsity:.0%}".strip("%") / "run" for sparsity in EXPERIMENTS[name].sparsities}
+
+
+def is_done(folder: Path) -> bool:
     """Whether its page was written, which comes last."""
-    return (folder_of(name) / "report.html").is_file()
+    return (folder / "report.html").is_file()
 
 
-def run(name: str, options: list[str]) -> str:
-    """Run the experiment's command, with what it prints in a file, and say how it went."""
-    experiment, folder = EXPERIMENTS[name], folder_of(name)
-    if is_done(name):
+def jobs(names: list[str]) -> Iterator[tuple[Path, list[str]]]:
+    """The run folder and the command of all that is to be run."""
+    for name in names:
+        command, parts = shlex.split(os.path.expandvars(EXPERIMENTS[name].command)), parts_of(name)
+        for sparsity, folder in parts.items():
+            yield folder, [*command, "--grid.prune.sparsity", f"[{sparsity}]", "--store", str(RUNS / name / "store")]
+        if not parts:
+            yield folder_of(name), command
+
+
+def run(folder: Path, command: list[str], options: list[str]) -> str:
+    """Run a command, with what it prints in a file, and say how it went."""
+    name = folder.parent.name if folder.name == "run" else folder.name
+    if is_done(folder):
         return f"{name}: known"
     RUNS.mkdir(parents=True, exist_ok=True)
-    words = [os.path.expandvars(word) for word in shlex.split(experiment.command)]
-    words += ["--run_dir", str(folder), "--trainer.enable_progress_bar", "false", *options]
+    words = [*command, "--run_dir", str(folder), "--trainer.enable_progress_bar", "false", *options]
     with (RUNS / f"{name}.log").open("w") as log:
-        command = [sys.executable, "-m", "pqqp_lightning", *words]
-        done = subprocess.run(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
-    shutil.rmtree(RUNS / name / "store", ignore_errors=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "pqqp_lightning", *words], cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT
+        )
+    shutil.rmtree(folder.parent / "store", ignore_errors=True)
     return f"{name}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}"
+
+
+def put_together(name: str) -> list[float]:
+    """Make one sweep, in the experiment's run folder, of those for its sparsities; those that have been run."""
+    done = {sparsity: folder for sparsity, folder in parts_of(name).items() if is_done(folder)}
+    if done:
+        reports = [read_sweep_report(folder) for folder in done.values()]
+        points = [point for report in reports for point in report["points"]]
+        alone = {entry["step"]: entry for report in reports for entry in report["alone"]}
+        whole = reports[0] | {"points": points, "alone": list(alone.values())}
+        stages = Curve(whole["quantizing"], whole["pruning"], frozenset(), [])
+        whole |= {"hypothesis": analyse(points, stages), "notes": pair_notes(points, whole["curves"], stages)}
+        folder = folder_of(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_figures(folder, whole)
+        write_json(folder / SWEEP, whole)
+        shutil.copy(next(iter(done.values())) / "recipe.yaml", folder)
+    return list(done)
 
 
 def page() -> str:
     """docs/results.md, with the runs' own pictures beside it."""
     parts = [INTRODUCTION.strip()]
     for name, experiment in EXPERIMENTS.items():
-        if experiment.title and is_done(name):
-            parts += [f"## {experiment.title}", f"```\npqqp-lightning {experiment.command}\n```", *_section(name)]
+        sparsities = put_together(name)
+        if experiment.title and (sparsities or is_done(folder_of(name))):
+            command = f"{experiment.command} --grid.prune.sparsity {json.dumps(sparsities)}".removesuffix(NO_GRID)
+            parts += [f"## {experiment.title}", f"```\npqqp-lightning {command}\n```", *_section(name)]
     return "\n\n".join([*parts, READING.strip()]) + "\n"
 
 
@@ -155,11 +206,31 @@ def _section(name: str) -> Iterator[str]:
     ]
     text = to_markdown(replace(whole, sections=shown))
     yield text.split("\n\n", 2)[2].replace("\n## ", "\n### ").strip()
+    if (folder_of(name) / SWEEP).is_file():
+        yield from _accuracies(read_sweep_report(folder_of(name)))
     PICTURES.mkdir(exist_ok=True)
     for picture in sorted(folder_of(name).glob("*.png")):
         copy = PICTURES / f"{name}-{picture.name}"
         shutil.copyfile(picture, copy)
         yield f"![{EXPERIMENTS[name].title}: drawn from the table above](results/{copy.name})"
+
+
+def _accuracies(report: dict[str, Any]) -> Iterator[str]:
+    """The questions that each model of a sweep of a pair answers rightly."""
+    dense = report["dense"]["metrics"].get("acc_norm")
+    if dense is None:
+        return
+    p, q = report["pruning"], report["quantizing"]
+    alone = {entry["step"]: entry["record"] for entry in report["alone"]}
+    lines = [f"| point | {p} | {q} | {p} -> {q} | {q} -> {p} |", "| --- | ---: | ---: | ---: | ---: |"]
+    for point in report["points"]:
+        orders = {tuple(order["order"]): order["record"] for order in point["orders"]}
+        records = [alone[point["steps"][p]], alone[point["steps"][q]], orders[p, q], orders[q, p]]
+        lines.append(
+            " | ".join([f"| {point_name(point)}", *(f"{r['metrics']['acc_norm']:.1%}" for r in records)]) + " |"
+        )
+    yield f"### ARC-Challenge\n\nacc_norm, 300 questions; the dense model's is {dense:.1%}:"
+    yield "\n".join(lines)
 
 
 INTRODUCTION = """
@@ -225,7 +296,7 @@ def main() -> None:
     needed = list(dict.fromkeys(need for name in names if (need := EXPERIMENTS[name].needs)))
     with ThreadPoolExecutor(options.jobs) as pool:
         for some in (needed, [name for name in names if name not in needed]):
-            for words in pool.map(lambda name: run(name, more), some):
+            for words in pool.map(lambda job: run(*job, more), jobs(some)):
                 print(words, flush=True)
 
 
