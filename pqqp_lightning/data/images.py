@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pqqp_lightning.data import pictures, sources
-from pqqp_lightning.data.loaders import check_positive, draw, fixed_loader, require, train_loader
+from pqqp_lightning.data.loaders import check_positive, draw, evaluation_loader, fixed_loader, require, train_loader
 from pqqp_lightning.data.transforms import Spec, build_pipeline, normalization
 from pqqp_lightning.errors import RecipeError
 
@@ -134,7 +134,7 @@ class ImageData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The evaluation images."""
-        return fixed_loader(self._evaluation_view(), self.batch_size, self.num_workers, pictures.collate)
+        return evaluation_loader(self._evaluation_view(), self.batch_size, self.num_workers, pictures.collate)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The evaluation images."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pqqp_lightning.data.samplers import EpochSampler
 from pqqp_lightning.errors import RecipeError
@@ -20,10 +21,21 @@ def train_loader(
     return DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate)
 
 
-def fixed_loader(data: Any, batch_size: int, num_workers: int, collate: Callable | None = None) -> DataLoader[Any]:
+def fixed_loader(
+    data: Any, batch_size: int, num_workers: int, collate: Callable | None = None, sampler: Sampler[int] | None = None
+) -> DataLoader[Any]:
     """Batches in the order of the data; iterating draws nothing from the global random state."""
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(data, batch_size, num_workers=num_workers, collate_fn=collate, generator=generator)
+    return DataLoader(
+        data, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate, generator=generator
+    )
+
+
+def evaluation_loader(data: Any, batch_size: int, num_workers: int, collate: Callable | None = None) -> DataLoader[Any]:
+    """As :func:`fixed_loader`; in a distributed run each process gets its share, and no sample counts twice."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    share = UnrepeatedDistributedSampler(data, shuffle=False) if distributed else None
+    return fixed_loader(data, batch_size, num_workers, collate, share)
 
 
 def draw(count: int, samples: int, seed: int) -> list[int]:

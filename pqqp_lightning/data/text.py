@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pqqp_lightning.data import corpora, sources
-from pqqp_lightning.data.loaders import Windows, check_positive, draw, fixed_loader, require, train_loader
+from pqqp_lightning.data.loaders import (
+    Windows,
+    check_positive,
+    draw,
+    evaluation_loader,
+    fixed_loader,
+    require,
+    train_loader,
+)
 from pqqp_lightning.data.questions import Question, Questions
 from pqqp_lightning.data.tokens import check_vocabulary
 from pqqp_lightning.errors import RecipeError
@@ -124,7 +132,7 @@ class TextData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The evaluation windows, and the questions if there are any."""
-        windows = fixed_loader(self._evaluation_windows(), self.batch_size, self.num_workers)
+        windows = evaluation_loader(self._evaluation_windows(), self.batch_size, self.num_workers)
         if self.questions is None:
             return windows
         ranks = getattr(self.trainer, "world_size", 1)

@@ -9,7 +9,15 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from pqqp_lightning.data.loaders import Windows, check_positive, draw, fixed_loader, require, train_loader
+from pqqp_lightning.data.loaders import (
+    Windows,
+    check_positive,
+    draw,
+    evaluation_loader,
+    fixed_loader,
+    require,
+    train_loader,
+)
 from pqqp_lightning.data.sources import expand
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models.loading import third_party_errors
@@ -96,7 +104,7 @@ class TokenData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The evaluation windows."""
-        return fixed_loader(self._evaluation_windows(), self.batch_size, self.num_workers)
+        return evaluation_loader(self._evaluation_windows(), self.batch_size, self.num_workers)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The evaluation windows."""
