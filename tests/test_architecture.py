@@ -71,7 +71,8 @@ LAYERS = {
     "__init__": 13,
 }
 PURE = (
-    *("torch", "triton", "math", "functools", "dataclasses", "collections", "importlib", "typing", "__future__"),
+    *("torch", "triton", "math", "functools", "dataclasses", "collections", "importlib", "typing", "warnings"),
+    "__future__",
     "pqqp_lightning",
 )
 LOWER_MODELS = {("models", "metrics"), ("models", "checkpoint")}  # a torchmetrics Metric; a run's weights, on demand

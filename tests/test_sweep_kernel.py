@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from pqqp_lightning import algorithms
 from pqqp_lightning.algorithms import sweep
 from pqqp_lightning.algorithms.gptq import quantize_gptq
 from pqqp_lightning.algorithms.grid import ColumnGrid, fit_grid
@@ -99,3 +100,13 @@ def test_both_methods_end_where_they_do_without_it(kernel, layer, monkeypatch, o
 def test_a_gpu_gets_the_kernel(kernel, layer):
     grid = ColumnGrid(COLUMNS, None)
     assert sweep.step_for(layer[0], grid).__module__ == kernel.__name__
+
+
+def test_where_triton_cannot_build_it_the_sweep_goes_on_without(kernel, monkeypatch):
+    def build():
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(kernel, "build", build)
+    monkeypatch.setattr(algorithms, "sweep_kernel", kernel, raising=False)
+    with pytest.warns(UserWarning, match="slower here.*Failed to find C compiler"):
+        assert sweep._kernel.__wrapped__() is None

@@ -9,6 +9,7 @@ The weights are held transposed, so that a column is contiguous.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -87,14 +88,23 @@ def _sweep_step(
 
 
 def step_for(columns: Tensor, grid: ColumnGrid | None) -> Callable[..., None]:
-    """What sweeps one step: one kernel on a GPU, if torch came with Triton, and tensor by tensor elsewhere."""
-    if columns.is_cuda and (grid is None or grid.is_uniform) and _has_triton():
-        from pqqp_lightning.algorithms import sweep_kernel
-
-        return sweep_kernel.sweep_step
+    """What sweeps one step: one kernel on a GPU where Triton can build it, and tensor by tensor elsewhere."""
+    if columns.is_cuda and (grid is None or grid.is_uniform):
+        return _kernel() or _sweep_step
     return _sweep_step
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _kernel() -> Callable[..., None] | None:
+    if find_spec("triton") is None:
+        return None
+    from pqqp_lightning.algorithms import sweep_kernel
+
+    try:
+        sweep_kernel.build()
+    except Exception as error:  # Triton's own, among them that there is no C compiler
+        warnings.warn(
+            f"column sweeps on the GPU are slower here, as Triton cannot build their kernel: {error}", stacklevel=2
+        )
+        return None
+    return sweep_kernel.sweep_step

@@ -116,3 +116,14 @@ def sweep_step(
             BLOCK=ROWS,
             num_warps=ROWS // 32,  # a thread a row: it reads no error but its own
         )
+
+
+def build() -> None:
+    """Compile the kernel and run it once.
+
+    Raises:
+        Exception: whatever Triton raises where it cannot.
+    """
+    columns = torch.ones(2, 2, device="cuda")
+    sweep_step(columns, torch.eye(2, device="cuda"), torch.zeros_like(columns), None, None, 0, 2)
+    torch.cuda.synchronize()
