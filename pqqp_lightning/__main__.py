@@ -34,9 +34,10 @@ any option of a recipe can be set on the command line:
 pqqp-lightning COMMAND --help lists every option. Environment variables set options too: PQQP_FIT__RUN_DIR=DIR.
 """
 
-STOPPED = "stopped. What was finished is kept: the same command with --ckpt_path last goes on from there."
+GO_ON = "What was finished is kept: the same command with --ckpt_path last goes on from there."
 
 COMMANDS = ("fit", "order", "sweep", "analyze", "validate", "test", "report", "methods")
+RESUMABLE = COMMANDS[:4]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = _signalled(stop)
         if status is None:
             raise
-        print(STOPPED, file=sys.stderr)
+        print("stopped.", GO_ON if arguments[0] in RESUMABLE else "", file=sys.stderr)
         sys.exit(status)
 
 

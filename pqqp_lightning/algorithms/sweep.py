@@ -98,9 +98,9 @@ def step_for(columns: Tensor, grid: ColumnGrid | None) -> Callable[..., None]:
 def _kernel() -> Callable[..., None] | None:
     if find_spec("triton") is None:
         return None
-    from pqqp_lightning.algorithms import sweep_kernel
-
     try:
+        from pqqp_lightning.algorithms import sweep_kernel
+
         sweep_kernel.build()
     except Exception as error:  # Triton's own, among them that there is no C compiler
         warnings.warn(
