@@ -20,6 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from pqqp_lightning.checkpoint import class_path, origin_of, skeleton_of
+from pqqp_lightning.data.loaders import whole
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.modules.constraints import constrained_layers
 from pqqp_lightning.record import package_versions
@@ -98,7 +99,7 @@ def _samples(data: DataSource) -> Iterator[Any]:
         batches, _ = data.calibration_batches(0, 1, None)
         yield from batches
     for loader in _loaders(data.evaluation_loaders()):
-        yield from _first(loader)
+        yield from _first(whole(loader))
     if data.has_training_data():
         for loader in _loaders(data.training_loaders()):
             dataset: Any = getattr(loader, "dataset", None)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import RECIPE, prepare, run, write_recipe
-from interrupt import run_with_kills
+from interrupt import Died, run_with_kills
 from tiny import RegressionData, Regressor, trainer
 
 import pqqp_lightning
@@ -211,12 +211,12 @@ def test_a_search_that_broke_off_goes_on_where_it_was(stop, finished, folder, ap
 
     def broken(self, stage, node):
         if len(applied) == stop - 1:
-            raise KeyboardInterrupt
+            raise Died
         return watched(self, stage, node)
 
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "apply", broken)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Died):
             search(folder, THREE)
     assert len(applied) == stop - 1
     assert not (folder / "search/order.json").exists()

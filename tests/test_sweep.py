@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import RECIPE, prepare, run, write_recipe
+from interrupt import Died
 from tiny import RegressionData, Regressor, trainer
 
 from pqqp_lightning.callbacks import RTN, Magnitude
@@ -137,12 +138,12 @@ def test_after_a_kill_the_same_command_goes_on(stop, folder, applied, monkeypatc
 
     def broken(self, stage, node):
         if len(applied) == stop - 1:
-            raise KeyboardInterrupt
+            raise Died
         return watched(self, stage, node)
 
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "apply", broken)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Died):
             sweep(folder)
     assert not (folder / "sweep/sweep.json").exists()
     resumed = sweep(folder, *(["--ckpt_path", "last"] if stop == 4 else []))

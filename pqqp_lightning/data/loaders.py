@@ -38,6 +38,13 @@ def evaluation_loader(data: Any, batch_size: int, num_workers: int, collate: Cal
     return fixed_loader(data, batch_size, num_workers, collate, share)
 
 
+def whole(loader: Any) -> Any:
+    """The loader of all processes' shares together, the same on each of them, of one by :func:`evaluation_loader`."""
+    if not isinstance(getattr(loader, "sampler", None), UnrepeatedDistributedSampler):
+        return loader
+    return fixed_loader(loader.dataset, loader.batch_size, loader.num_workers, loader.collate_fn)
+
+
 def draw(count: int, samples: int, seed: int) -> list[int]:
     """``samples`` distinct indices below ``count``, in ascending order, the same for the same seed."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
