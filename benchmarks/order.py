@@ -42,7 +42,7 @@ class Cost:
     peak: int
 
 
-class Refused(Exception):
+class Refused(SystemExit):
     """A command that did not end well; what it said."""
 
 

@@ -45,8 +45,6 @@ SPARSITIES = (0.5, 0.6, 0.7)
 INT8 = "order --config recipes/paper/finetuned-int8.yaml"
 GRANULARITY = "analyze --config recipes/paper/granularity.yaml"
 TWO_OF_FOUR = "--stages.prune.sparsity null --stages.prune.pattern 2:4"
-NO_GRID = " --grid.prune.sparsity []"
-"""What a command of one run ends with, and is cut off."""
 SHOWN = ("Points", "Orders", "What the layers say", "Errors")
 """Sections of a run's own page that are shown."""
 
@@ -164,7 +162,7 @@ def run(folder: Path, command: list[str], options: list[str]) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "pqqp_lightning", *words], cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT
         )
-    shutil.rmtree(folder.parent / "store", ignore_errors=True)
+    shutil.rmtree(RUNS / name / "store", ignore_errors=True)
     return f"{name}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}"
 
 
@@ -192,8 +190,9 @@ def page() -> str:
     for name, experiment in EXPERIMENTS.items():
         sparsities = put_together(name)
         if experiment.title and (sparsities or is_done(folder_of(name))):
-            command = f"{experiment.command} --grid.prune.sparsity {json.dumps(sparsities)}".removesuffix(NO_GRID)
-            parts += [f"## {experiment.title}", f"```\npqqp-lightning {command}\n```", _machines(name), *_section(name)]
+            grid = f" --grid.prune.sparsity {json.dumps(sparsities)}" if sparsities else ""
+            command = f"```\npqqp-lightning {experiment.command}{grid}\n```"
+            parts += [f"## {experiment.title}", command, _machines(name), *_section(name)]
     return "\n\n".join([*parts, READING.strip()]) + "\n"
 
 
