@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 from torch import Tensor
 
@@ -13,18 +15,17 @@ def packed_bytes(count: int, bits: int) -> int:
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 ``codes`` [n] below 2^bits into a uint8 tensor of ``ceil(n * bits / 8)`` bytes."""
-    count = codes.numel()
-    if 8 % bits == 0:
-        return _pack_whole_bytes(codes.flatten(), bits)
-    padded = torch.zeros((count + 7) // 8 * 8, dtype=torch.uint8, device=codes.device)
+    count, lanes = codes.numel(), 8 // gcd(bits, 8)  # so many codes fill whole bytes
+    groups = -(-count // lanes)
+    padded = torch.zeros(groups * lanes, dtype=torch.uint8, device=codes.device)
     padded[:count] = codes.flatten()
-    lanes = padded.view(-1, 8)  # eight codes fill exactly `bits` bytes
-    packed = torch.zeros(lanes.shape[0], bits, dtype=torch.uint8, device=codes.device)
-    for lane in range(8):
+    source = padded.view(groups, lanes)
+    packed = torch.zeros(groups, lanes * bits // 8, dtype=torch.uint8, device=codes.device)
+    for lane in range(lanes):
         byte, offset = divmod(lane * bits, 8)
-        packed[:, byte] |= lanes[:, lane] << offset
+        packed[:, byte] |= source[:, lane] << offset
         if offset + bits > 8:
-            packed[:, byte + 1] |= lanes[:, lane] >> (8 - offset)
+            packed[:, byte + 1] |= source[:, lane] >> (8 - offset)
     return packed.flatten()[: packed_bytes(count, bits)]
 
 
@@ -47,17 +48,6 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     return lanes.flatten()[:count]
 
 
-def _pack_whole_bytes(codes: Tensor, bits: int) -> Tensor:
-    """:func:`pack_bits` for codes of which a whole number fits in a byte."""
-    padded = torch.zeros(packed_bytes(len(codes), bits) * 8 // bits, dtype=torch.uint8, device=codes.device)
-    padded[: len(codes)] = codes
-    lanes = padded.view(-1, 8 // bits)
-    packed = lanes[:, 0].clone()
-    for lane in range(1, 8 // bits):
-        packed |= lanes[:, lane] << (lane * bits)
-    return packed
-
-
 def pack_mask(mask: Tensor) -> Tensor:
     """A bool mask of any shape as bits."""
     return pack_bits(mask.flatten().to(torch.uint8), 1)
@@ -66,12 +56,6 @@ def pack_mask(mask: Tensor) -> Tensor:
 def unpack_mask(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """The bool mask of ``shape`` that :func:`pack_mask` packed."""
     return unpack_bits(packed, 1, torch.Size(shape).numel()).bool().view(shape)
-
-
-def count_mask(packed: Tensor) -> int:
-    """How many entries of the mask that :func:`pack_mask` packed are True."""
-    ones = torch.tensor([bin(byte).count("1") for byte in range(256)], device=packed.device)
-    return int(ones[packed.int()].sum())
 
 
 def position_bits(size: int) -> int:

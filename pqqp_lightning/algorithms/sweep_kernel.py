@@ -90,8 +90,8 @@ def sweep_step(
     count, rows = last - first, columns.shape[1]
     step = columns[first:last]
     scale, origin, levels = (step, 0.0, 0) if grid is None else grid.uniform(first, last, rows)
-    asymmetric = isinstance(origin, Tensor)
-    zero = origin if isinstance(origin, Tensor) else step
+    zero, middle = (origin, 0.0) if isinstance(origin, Tensor) else (None, origin)
+    at = step if zero is None else zero
     with torch.cuda.device_of(columns):
         _sweep[(triton.cdiv(rows, ROWS),)](
             step,
@@ -99,19 +99,19 @@ def sweep_step(
             factor[first:, first:],
             step if mask is None else mask[first:last].view(torch.uint8),
             scale,
-            zero,
+            at,
             count,
             rows,
             factor.stride(0),
             factor.stride(1),
             scale.stride(0),
             scale.stride(1),
-            zero.stride(0),
-            zero.stride(1),
-            0.0 if asymmetric else origin,
+            at.stride(0),
+            at.stride(1),
+            middle,
             float(levels),
             ROUNDED=grid is not None,
-            ASYMMETRIC=asymmetric,
+            ASYMMETRIC=zero is not None,
             MASKED=mask is not None,
             BLOCK=ROWS,
             num_warps=ROWS // 32,  # a thread a row: it reads no error but its own

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pqqp_lightning.algorithms.grid import Grid, round_to_grid
-from pqqp_lightning.algorithms.packing import count_mask, pack_mask, unpack_mask
+from pqqp_lightning.algorithms.packing import pack_mask, unpack_mask
 from pqqp_lightning.algorithms.selection import Pattern
 from pqqp_lightning.modules.layers import LAYER_TYPES, Layer, columns_of, weight_matrix
 
@@ -69,7 +69,7 @@ class Constraints:
     def kept(self) -> int:
         """Entries that the mask keeps."""
         entries = self.shape[0] * self.shape[1]
-        return entries if self.mask_bits is None else count_mask(self.mask_bits)
+        return entries if self.mask_bits is None else int(unpack_mask(self.mask_bits, self.shape).sum())
 
     def without_broken(self, matrix: Tensor, earlier: Constraints) -> Constraints:
         """Without those parts of ``earlier`` that are still promised here but that ``matrix`` [O, I] breaks."""
