@@ -21,7 +21,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import pqqp_lightning
 from pqqp_lightning.analysis import analyze_pair
-from pqqp_lightning.analysis_report import ANALYSIS, print_analysis
 from pqqp_lightning.calibration.compare import SAMPLES
 from pqqp_lightning.diagnosis import check_sections, diagnose
 from pqqp_lightning.errors import RecipeError, suggest
@@ -30,8 +29,7 @@ from pqqp_lightning.fingerprint import DECIDING
 from pqqp_lightning.listing import print_methods, summarize
 from pqqp_lightning.order import search_orders
 from pqqp_lightning.page import write_pages
-from pqqp_lightning.prediction_report import PREDICTION, print_prediction
-from pqqp_lightning.report import print_order_report, print_report
+from pqqp_lightning.page.kinds import kind_of
 from pqqp_lightning.run import RECIPE
 from pqqp_lightning.settings import (
     COMMAND_LINE,
@@ -50,7 +48,6 @@ from pqqp_lightning.stage import Stage
 from pqqp_lightning.stages import import_from_working_folder, import_working_folder, known_stages, load_installed
 from pqqp_lightning.storage import not_written
 from pqqp_lightning.sweep.search import MOST_POINTS, sweep_grid
-from pqqp_lightning.sweep_report import SWEEP, print_sweep_report
 from pqqp_lightning.trainer import Trainer
 
 NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -354,13 +351,7 @@ def _report(arguments: list[str]) -> None:
 
 def _show(folder: Path) -> None:
     """Print what a run, a search or a sweep found, and write it as a page."""
-    printers = {
-        SWEEP: print_sweep_report,
-        "order.json": print_order_report,
-        ANALYSIS: print_analysis,
-        PREDICTION: print_prediction,
-    }
-    next((printers[name] for name in printers if (folder / name).is_file()), print_report)(folder)
+    kind_of(folder).show(folder)
     html, markdown = write_pages(folder)
     print(f"{html}: the same with plots, for a browser. {markdown}: as text.")
 

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from pqqp_lightning.analysis_report import ANALYSIS, read_analysis
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.page.analysis import analysis_page
 from pqqp_lightning.page.blocks import Page
-from pqqp_lightning.page.fit import fit_page
+from pqqp_lightning.page.kinds import kind_of
 from pqqp_lightning.page.markdown import to_markdown
-from pqqp_lightning.page.order import order_page
-from pqqp_lightning.page.prediction import prediction_page
-from pqqp_lightning.page.sweep import sweep_page
-from pqqp_lightning.prediction_report import PREDICTION, read_prediction
-from pqqp_lightning.report import read_order_report, read_report
 from pqqp_lightning.storage import write_text
-from pqqp_lightning.sweep_report import SWEEP, read_sweep_report
 
 HTML, MARKDOWN = "report.html", "report.md"
 
@@ -40,15 +30,8 @@ def write_pages(folder: Path) -> list[Path]:
 
 def read_page(folder: Path) -> Page:
     """The page of a run, of a search for the best order, of a sweep, of an analysis, or of a prediction."""
-    kinds: dict[str, tuple[Callable[[Path, Any], Page], Callable[[Path], Any]]] = {
-        SWEEP: (sweep_page, read_sweep_report),
-        "order.json": (order_page, read_order_report),
-        ANALYSIS: (analysis_page, read_analysis),
-        PREDICTION: (prediction_page, read_prediction),
-    }
-    found = next((kinds[name] for name in kinds if (folder / name).is_file()), (fit_page, read_report))
-    draw, read = found
-    return draw(folder, read(folder))
+    kind = kind_of(folder)
+    return kind.draw(folder, kind.read(folder))
 
 
 def to_html(page: Page) -> str:
