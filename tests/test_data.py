@@ -14,7 +14,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 import pqqp_lightning.data as data
 from pqqp_lightning.data import TokenData
-from pqqp_lightning.data.loaders import Windows, draw, fixed_loader, train_loader
+from pqqp_lightning.data.loaders import Windows, draw, evaluation_loader, fixed_loader, train_loader
 from pqqp_lightning.data.samplers import EpochSampler
 from pqqp_lightning.errors import RecipeError
 
@@ -66,6 +66,19 @@ def test_loaders_of_evaluation_and_calibration_leave_the_global_random_state_alo
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(rows, torch.arange(12).view(6, 2))
     assert sorted(gather(train_loader(windows, 4, 0, 0))[:, 0].tolist()) == [0, 2, 4, 6, 8, 10]
+
+
+def test_evaluation_samples_are_shared_out_once_each(monkeypatch):
+    windows = Windows(torch.arange(10).view(5, 2))
+    shares = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda *_: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda *_, rank=rank: rank)
+        shares.append(gather(evaluation_loader(windows, 2, 0))[:, 0].tolist())
+    assert shares == [[0, 4, 8], [2, 6]]
+    with pytest.raises(RecipeError, match=r"1 evaluation samples do not go round 2 processes\. Use more samples\."):
+        evaluation_loader(Windows(torch.zeros(1, 2)), 2, 0)
 
 
 def test_what_is_drawn_is_distinct_and_follows_the_seed():

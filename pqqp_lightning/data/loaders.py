@@ -32,10 +32,16 @@ def fixed_loader(
 
 
 def evaluation_loader(data: Any, batch_size: int, num_workers: int, collate: Callable | None = None) -> DataLoader[Any]:
-    """As :func:`fixed_loader`; in a distributed run each process gets its share, and no sample counts twice."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    share = UnrepeatedDistributedSampler(data, shuffle=False) if distributed else None
-    return fixed_loader(data, batch_size, num_workers, collate, share)
+    """As :func:`fixed_loader`; in a distributed run each process gets its share, and no sample counts twice.
+
+    Raises:
+        RecipeError: there are fewer samples than processes.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return fixed_loader(data, batch_size, num_workers, collate)
+    if len(data) < (ranks := torch.distributed.get_world_size()):
+        raise RecipeError(f"data: {len(data)} evaluation samples do not go round {ranks} processes. Use more samples.")
+    return fixed_loader(data, batch_size, num_workers, collate, UnrepeatedDistributedSampler(data, shuffle=False))
 
 
 def whole(loader: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from pqqp_lightning.data import sources
-from pqqp_lightning.data.loaders import check_positive, fixed_loader, require
+from pqqp_lightning.data.loaders import check_positive, evaluation_loader, require
 from pqqp_lightning.data.tokens import check_vocabulary
 from pqqp_lightning.errors import RecipeError
 
@@ -28,7 +28,7 @@ COLUMNS = ("question", "choices", "answerKey")
 PROMPT = "Question: {}\nAnswer:"
 DELIMITER = " "  # between the prompt and a choice
 IGNORED = -100
-"""A target or an answer that is not counted, as torch's losses have it."""
+"""A target that is not counted, as torch's losses have it."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,9 @@ class Questions:
         check_vocabulary(tokens, model, "data.tokenizer")
         return sorted(questions, key=lambda q: max(len(c.tokens) for c in q.choices))
 
-    def loader(self, questions: Sequence[Question], ranks: int) -> DataLoader[Any]:
-        """Batches as :func:`collate` makes them, the same number on each of ``ranks`` processes.
-
-        What fills the last one up is not counted, so that every question counts once.
-        """
-        filling = [replace(questions[0], answer=IGNORED)] * (-len(questions) % ranks)
-        return fixed_loader([*questions, *filling], self.batch_size, 0, collate)
+    def loader(self, questions: Sequence[Question]) -> DataLoader[Any]:
+        """Batches as :func:`collate` makes them, shared out to the processes."""
+        return evaluation_loader(questions, self.batch_size, 0, collate)
 
     def _where(self) -> str:
         return f"data: {INSIDE}source={self.source!r}, split {self.split!r}"
@@ -154,7 +150,7 @@ class Question:
 
     Attributes:
         choices: in their order.
-        answer: which of them is right; :data:`IGNORED` for a question that is not counted.
+        answer: which of them is right.
     """
 
     choices: list[Choice]

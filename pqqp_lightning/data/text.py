@@ -135,8 +135,7 @@ class TextData(LightningDataModule):
         windows = evaluation_loader(self._evaluation_windows(), self.batch_size, self.num_workers)
         if self.questions is None:
             return windows
-        ranks = getattr(self.trainer, "world_size", 1)
-        return [windows, self.questions.loader(self._read_questions(self.questions), ranks)]
+        return [windows, self.questions.loader(self._read_questions(self.questions))]
 
     def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """As in validation."""

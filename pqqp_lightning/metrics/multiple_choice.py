@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import Metric
 
 IGNORED = -100
-"""A target or an answer that is not counted, as torch's losses have it."""
+"""A target that is not counted, as torch's losses have it."""
 
 
 def log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
@@ -55,15 +55,14 @@ class ChoiceAccuracy(Metric):
             self.add_state(state, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, scores: Tensor, answers: Tensor) -> None:
-        """Count ``answers`` [Q] against ``scores`` [Q, C]; those that are :data:`IGNORED` are left out."""
+        """Count ``answers`` [Q] against ``scores`` [Q, C]."""
         if scores.ndim != 2 or scores.shape[:1] != answers.shape:
             raise ValueError(
                 f"Expected `scores` [Q, C] and `answers` [Q], but got {list(scores.shape)} and {list(answers.shape)}."
             )
-        counted = answers != IGNORED
-        self.correct = self.correct + (scores.argmax(1) == answers).sum()  # no index is IGNORED
-        self.undefined = self.undefined + (scores.isnan().any(1) & counted).sum()
-        self.count = self.count + counted.sum()
+        self.correct = self.correct + (scores.argmax(1) == answers).sum()
+        self.undefined = self.undefined + scores.isnan().any(1).sum()
+        self.count = self.count + len(answers)
 
     def compute(self) -> Tensor:
         """The accuracy, a float64 scalar; NaN if nothing was counted or a score was NaN."""

@@ -68,8 +68,8 @@ class Samples:
 def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
     """Note what every sample adds to the metrics of ``model``; in the result, by their names, after the block.
 
-    A sample is a row of the tensors that a metric is updated with, and adds something to its states: what is not
-    counted, as filling under DDP, is none. Metrics whose states are no sums are left out.
+    A sample is a row of the tensors that a metric is updated with, and adds something to its states: padding that is
+    not counted is none. Metrics whose states are no sums are left out.
     """
     metrics = {name: m for name, m in model.named_modules() if isinstance(m, Metric) and _adds_up(m)}
     rows: dict[str, list[Tensor]] = {name: [] for name in metrics}
