@@ -1,27 +1,22 @@
 """What a result depends on, as one digest: the model's content, the data's, the seed, the trainer, and the code.
 
 Two searches that ask for the same stages on the same model and data get the same address, whatever their names and
-folders are; a changed weight, sample, knob, or line of code gets another one.
+folders are; a changed weight, sample, knob, or file of code gets another one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 
 from pqqp_lightning.checkpoint import class_path, origin_of, skeleton_of
 from pqqp_lightning.data.loaders import whole
 from pqqp_lightning.data_source import DataSource
+from pqqp_lightning.digest import digest_of, own_settings, package_sources, sources_of, tensor_bytes
 from pqqp_lightning.modules.constraints import constrained_layers
 from pqqp_lightning.record import package_versions
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
@@ -30,68 +25,83 @@ from pqqp_lightning.stage import Stage
 DECIDING = ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches", "limit_val_batches")
 """Options of the trainer that decide the numbers: a run is not resumed with others."""
 
+TRAINING = ("max_steps", "min_steps", "min_epochs", "gradient_clip_algorithm", "overfit_batches")
+"""Further ones that decide what finetuning does."""
+
 SAMPLES = 1024
-"""So many evaluation samples and training samples are read in full; of more, the first ones and the number count."""
+"""So many evaluation samples are read in full; of more, the first ones and the number count."""
+
+TRAINING_SAMPLES = 64
+"""Of the training samples so many count, taken at equal distances."""
 
 
 def base_fingerprint(trainer: Trainer, data: DataSource, targeted: Sequence[str]) -> str:
-    """The digest of everything that results depend on besides the stages.
+    """The digest of everything that results depend on besides the stages, and besides what training alone depends on.
 
     Args:
         trainer: its precision, limits and processes.
         data: the dense model, and data that is set up.
         targeted: the layers that fractions are taken of.
     """
-    settings = {name: str(getattr(trainer, name, None)) for name in DECIDING}
+    settings = {name: str(getattr(trainer, name, None)) for name in (*DECIDING, "fast_dev_run")}
     settings |= {"ranks": str(trainer.world_size), "device": trainer.strategy.root_device.type}
-    parts = [_model(data.module), _data(data), run_seed(), settings, list(targeted), package_versions(), _sources()]
-    return _digest(parts)
+    module = data.module
+    code = [package_sources(), sources_of([type(m) for m in module.modules()])]
+    return digest_of([_model(module), _data(data), run_seed(), settings, list(targeted), package_versions(), code])
 
 
-def node_fingerprint(base: str, stages: Sequence[Stage]) -> str:
+def training_fingerprint(trainer: Trainer, data: DataSource) -> str:
+    """The digest of what finetuning depends on besides: optimizer, schedule, training data, and further callbacks."""
+    settings = {name: str(getattr(trainer, name, None)) for name in TRAINING}
+    bare = vars(LightningModule())
+    module = {name: value for name, value in vars(data.module).items() if name not in bare}
+    idle = (Stage, Checkpoint, ModelSummary, ProgressBar)
+    callbacks = [c for c in getattr(trainer, "callbacks", []) if not isinstance(c, idle)]
+    given = getattr(trainer, "recipe", {}).get("model")
+    code = sources_of([type(callback) for callback in callbacks])
+    return digest_of([settings, module, given, callbacks, code, _sampled(_training_samples(data))])
+
+
+def node_fingerprint(base: str, training: str, stages: Sequence[Stage]) -> str:
     """The digest of these stages, in this order, on that base."""
-    described = [(class_path(s), s.name, s.options(), _source_of(type(s))) for s in stages]
-    return _digest([base, described])
+    described = [(class_path(s), s.name, s.options(), _not_kept(s), sources_of([type(s)])) for s in stages]
+    return digest_of([base, training if any(stage.epochs for stage in stages) else "", described])
 
 
-def digest_of(value: Any) -> str:
-    """The digest of tensors, arrays and plain values, nested in any way."""
-    digest = hashlib.sha256()
-    _update(digest, value)
-    return digest.hexdigest()
-
-
-def _digest(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+def _not_kept(stage: Stage) -> dict[str, Any]:
+    """Arguments that the stage keeps under another name, if at all."""
+    kept = stage.options()
+    return {name: value for name, value in stage.given.items() if name not in kept}
 
 
 def _model(module: LightningModule) -> str:
     """Weights, their constraints, and what a loaded model was built from."""
-    digest = hashlib.sha256(class_path(module).encode() + _source_of(type(module)).encode())
+    digest = hashlib.sha256(class_path(module).encode())
     for name, value in module.state_dict().items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(_bytes(value))
+        digest.update(tensor_bytes(value))
     for name, _, constraints in constrained_layers(module):
         grid = constraints.grid
         digest.update(f"{name} {constraints.pattern} {grid and (grid.bits, grid.codebook)}".encode())
         for part in (constraints.mask_bits, *((grid.scale, grid.zero) if grid else ())):
-            digest.update(b"-" if part is None else _bytes(part))
+            digest.update(b"-" if part is None else tensor_bytes(part))
     origin = origin_of(module)
     for item in origin.applied if origin else ():
         digest.update(item.stage.__qualname__.encode())
-        _update(digest, item.plan)
+        digest.update(digest_of(item.plan).encode())
     digest.update(str(origin.skeleton if origin else skeleton_of(module)).encode())
     return digest.hexdigest()
 
 
 def _data(data: DataSource) -> str:
+    return _sampled(_samples(data))
+
+
+def _sampled(parts: Iterable[Any]) -> str:
     """The samples themselves, as they come out of the loaders."""
-    digest = hashlib.sha256()
     with keep_random_state():
         seed_from(run_seed())  # what is drawn anew for every sample is drawn the same
-        for part in _samples(data):
-            _update(digest, part)
-    return digest.hexdigest()
+        return digest_of([digest_of(part) for part in parts])
 
 
 def _samples(data: DataSource) -> Iterator[Any]:
@@ -100,13 +110,16 @@ def _samples(data: DataSource) -> Iterator[Any]:
         yield from batches
     for loader in _loaders(data.evaluation_loaders()):
         yield from _first(whole(loader))
-    if data.has_training_data():
-        for loader in _loaders(data.training_loaders()):
-            dataset: Any = getattr(loader, "dataset", None)
-            if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-                yield len(dataset)
-                yield from (dataset[i] for i in range(min(len(dataset), 16)))  # may be augmented: a few will do
-            yield getattr(loader, "batch_size", None)
+
+
+def _training_samples(data: DataSource) -> Iterator[Any]:
+    for loader in _loaders(data.training_loaders()):
+        dataset: Any = getattr(loader, "dataset", None)
+        yield [getattr(loader, name, None) for name in ("batch_size", "drop_last", "collate_fn")]
+        yield own_settings(getattr(loader, "sampler", None))  # not its samples: to draw them may move it on
+        if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+            yield len(dataset)
+            yield from (dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // TRAINING_SAMPLES)))
 
 
 def _first(loader: Any) -> Iterator[Any]:
@@ -126,45 +139,3 @@ def _loaders(given: Any) -> Iterable[Any]:
     if isinstance(given, dict):
         return given.values()
     return given if isinstance(given, list | tuple) else [given]
-
-
-def _update(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(f"{value.dtype} {list(value.shape)}".encode() + _bytes(value))
-    elif isinstance(value, np.ndarray):
-        _update(digest, torch.from_numpy(np.ascontiguousarray(value)))
-    elif isinstance(value, dict):
-        for key in value:
-            digest.update(str(key).encode())
-            _update(digest, value[key])
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _update(digest, item)
-    else:
-        digest.update(str(value).encode())
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """The tensor's memory, without a copy where it lies on the processor in one piece."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
-
-
-@cache
-def _sources() -> str:
-    """The digest of this package's code, stages included."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for file in sorted([*package.rglob("*.py"), *(package / "callbacks").glob("*.py")]):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def _source_of(found: type) -> str:
-    """The code of a class that is not ours, as far as it can be read; ours is in :func:`_sources`."""
-    if found.__module__.startswith("pqqp_lightning."):
-        return ""
-    try:
-        return inspect.getsource(found)
-    except (OSError, TypeError):
-        return ""

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.checkpoint import save_checkpoint
 from pqqp_lightning.data_source import DataSource
-from pqqp_lightning.fingerprint import base_fingerprint, node_fingerprint
+from pqqp_lightning.fingerprint import base_fingerprint, node_fingerprint, training_fingerprint
 from pqqp_lightning.layerwise import mark_blocks
 from pqqp_lightning.metrics.samples import Samples, restored
 from pqqp_lightning.modules.blocks import model_blocks
@@ -50,7 +50,8 @@ class PrefixTree:
         store: where results are looked up and kept.
 
     Attributes:
-        base: the digest of all that results depend on besides the stages, once it is identified.
+        base: the digests of all that results depend on besides the stages, and of what training does, once it is
+            identified.
         applications: stages applied so far.
         seconds: what one application with its evaluation took, for each.
     """
@@ -62,7 +63,7 @@ class PrefixTree:
         self._stages = dict(stages)
         self._results: dict[Order, Result] = {}
         self._samples: dict[tuple[Order, str], Samples | None] = {}
-        self.base = ""
+        self.base: tuple[str, str] | None = None
         self._at: Order | None = ()
         self.applications = 0
         self.seconds: list[float] = []
@@ -75,7 +76,7 @@ class PrefixTree:
 
     def open(self) -> Record:
         """Measure the dense model, or look it up; nothing else can be measured before."""
-        if not self.base:
+        if self.base is None:
             self.identify()
         with self._without_loggers():
             self._runner.dense = self.measure(()).record
@@ -88,13 +89,16 @@ class PrefixTree:
 
     def _settle(self) -> None:
         self._runner.describe_dense(list(self._stages.values()))
-        self.base = base_fingerprint(self._trainer, self._data, self._runner.targeted)
+        trains = any(stage.epochs for stage in self._stages.values())
+        base = base_fingerprint(self._trainer, self._data, self._runner.targeted)
+        self.base = base, training_fingerprint(self._trainer, self._data) if trains else ""
 
     def key(self, order: Order) -> str:
         """The address of a result."""
+        assert self.base is not None, "not identified yet"
         stages = [self._stages[name] for name in order]
         readable = "+".join(stage.name for stage in stages) or "dense"
-        return f"{readable[:READABLE]}-{node_fingerprint(self.base, stages)[:24]}"
+        return f"{readable[:READABLE]}-{node_fingerprint(*self.base, stages)[:24]}"
 
     def is_known(self, order: Order) -> bool:
         """Whether the result is there already."""

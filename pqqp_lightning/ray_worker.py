@@ -34,7 +34,7 @@ class Settings:
 
     Attributes:
         search: the one that a task is of.
-        base: the driver's digest of all that results depend on besides the stages.
+        base: the driver's digests of all that results depend on besides the stages.
         folder: the working folder.
         path: where modules are imported from.
         environment: those of :data:`DECIDING` that are set.
@@ -43,7 +43,7 @@ class Settings:
     """
 
     search: str
-    base: str
+    base: tuple[str, str] | None
     folder: str
     path: list[str]
     environment: dict[str, str]
@@ -75,7 +75,7 @@ def pack(trainer: Trainer, tree: PrefixTree) -> bytes:
     return cloudpickle.dumps((trainer, tree))
 
 
-def settings_of(search: str, base: str) -> Settings:
+def settings_of(search: str, base: tuple[str, str] | None) -> Settings:
     """This process's."""
     environment = {name: os.environ[name] for name in DECIDING if name in os.environ}
     path = [entry or os.getcwd() for entry in sys.path]

@@ -19,7 +19,10 @@ from pqqp_lightning.storage import append_line, read_lines, write_json
 
 Record = dict[str, Any]
 RUN, RECORDS, REPORT = "run.json", "records.jsonl", "report.json"
-PACKAGES = ("pqqp-lightning", "torch", "lightning", "torchmetrics", "transformers", "timm", "datasets", "safetensors")
+PACKAGES = (
+    *("pqqp-lightning", "torch", "lightning", "torchmetrics", "transformers", "timm", "datasets", "safetensors"),
+    *("peft", "bitsandbytes", "torch-pruning", "torchvision", "scipy"),
+)
 
 
 def make_record(

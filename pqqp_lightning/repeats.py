@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from pqqp_lightning.data_source import DataSource
+from pqqp_lightning.digest import digest_of
 from pqqp_lightning.executor import LocalExecutor, Progress
-from pqqp_lightning.fingerprint import digest_of
 from pqqp_lightning.prefix_tree import Order, PrefixTree
 from pqqp_lightning.results import ResultStore
 from pqqp_lightning.stage import Stage

@@ -42,6 +42,7 @@ LAYERS = {
     "recipe_check": 8,
     "run": 9,
     "trainer": 10,
+    "digest": 0,
     "fingerprint": 8,
     "results": 8,
     "layerwise": 6,

@@ -180,7 +180,9 @@ def test_progressive_and_limits_with_a_module_of_ones_own(folder, capsys):
 
 
 def test_a_worker_that_would_measure_something_else_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(executor_ray, "settings_of", lambda search, base: ray_worker.settings_of(search, "another"))
+    monkeypatch.setattr(
+        executor_ray, "settings_of", lambda search, base: ray_worker.settings_of(search, ("another", ""))
+    )
     with pytest.raises(RecipeError, match="the model, the data, the packages or the code are not the driver's"):
         search_orders(trainer(folder / "run", Magnitude(0.5), RTN(3)), Regressor(), RegressionData(), executor="ray")
 

@@ -153,10 +153,14 @@ def _products(lists: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:
-    """The stage with these knobs; its name stays, and with it the address of what it gives."""
-    changed = copy.deepcopy(stage)
-    for knob, value in chosen.items():
-        setattr(changed, knob, copy.deepcopy(value))
+    """The stage made anew with these knobs, and with those that were set on it since; its name stays, and with it the
+    address of what it gives."""
+    made = type(stage)(**copy.deepcopy(stage.given))
+    changed = type(stage)(**copy.deepcopy(stage.given | chosen))
+    for knob, value in stage.options().items():
+        if knob not in chosen and value != made.options()[knob]:
+            setattr(changed, knob, copy.deepcopy(vars(stage)[knob]))
+    changed.name = stage.name
     return Variant(changed, chosen)
 
 
