@@ -25,6 +25,8 @@ from pqqp_lightning.second_order import check_hessian_knobs
 from pqqp_lightning.sensitivity import Sensitivity, measure_costs
 from pqqp_lightning.stage import Context, Plan, Stage
 
+DEFAULT_BITS = 4.0
+
 
 class MixedPrecision(QuantizationStage):
     """Gives each layer its bits, by measured sensitivity under one budget, and quantizes bit width by bit width.
@@ -80,7 +82,7 @@ class MixedPrecision(QuantizationStage):
     ) -> None:
         super().__init__(group_size=group_size, symmetric=symmetric, clip=clip, **kwargs)
         self.bits = list(bits)  # type: ignore[assignment]
-        self.average_bits = 4.0 if average_bits is None and size_bytes is None else average_bits
+        self.average_bits = average_bits
         self.size_bytes, self.schedule, self.method, self.sensitivity = size_bytes, schedule, method, sensitivity
         self.block_size, self.damping, self.activation_order = block_size, damping, activation_order
 
@@ -95,9 +97,9 @@ class MixedPrecision(QuantizationStage):
                 f"average_bits={self.average_bits} and size_bytes={self.size_bytes} are both given. Set one budget."
             )
         least, most = self._widths[0], self._widths[-1]
-        if self.average_bits is not None and not least <= self.average_bits <= most:
+        if self.size_bytes is None and not least <= self._average <= most:
             problems.append(
-                f"average_bits={self.average_bits} is outside of bits={self._widths}: it can be {least} to {most}. "
+                f"average_bits={self._average} is outside of bits={self._widths}: it can be {least} to {most}. "
                 "Change it, or add a bit width."
             )
         if self.size_bytes is not None and self.size_bytes < 1:
@@ -130,6 +132,11 @@ class MixedPrecision(QuantizationStage):
         """The bit widths to choose from, each once, the fewest first."""
         widths: Any = self.bits
         return sorted(set(widths))
+
+    @property
+    def _average(self) -> float:
+        """Bits a weight, where they are the budget."""
+        return DEFAULT_BITS if self.average_bits is None else self.average_bits
 
     def _stage(self, bits: int) -> GPTQ | RTN:
         """The stage that quantizes the layers of one bit width."""
@@ -169,10 +176,9 @@ class MixedPrecision(QuantizationStage):
             rest = whole.size_bytes - sum(layer.size_bytes for layer in whole.layers)
             amounts, budget = sizes, self.size_bytes - rest
         else:
-            assert self.average_bits is not None
             kept = {name: constraints_of(layer).kept() for name, layer in layers.items()}
             amounts = {name: [bits * kept[name] for bits in self._widths] for name in layers}
-            rest, budget = 0, int(self.average_bits * sum(kept.values()) + 1e-6)
+            rest, budget = 0, int(self._average * sum(kept.values()) + 1e-6)
         least = sum(map(min, amounts.values()))
         if least > budget:
             raise RecipeError(

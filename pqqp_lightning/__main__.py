@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 HELP = """\
 usage: pqqp-lightning COMMAND [options]
@@ -60,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             _print_help(arguments)
             return
         sys.path.insert(0, os.getcwd())  # a stage or model in the working folder is importable
-        from pqqp_lightning.cli import run_command
+        with _heeding_sigterm():
+            from pqqp_lightning.cli import run_command
 
-        run_command(arguments)
+            run_command(arguments)
     except RecipeError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
@@ -75,11 +78,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(status)
 
 
+class Terminated(SystemExit):
+    """SIGTERM, wherever the command is: Lightning heeds it in its loops alone."""
+
+
+@contextmanager
+def _heeding_sigterm() -> Iterator[None]:
+    """Raise :class:`Terminated` at SIGTERM, which only the main thread can be told."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def _signalled(stop: BaseException) -> int | None:
     """128 + the signal that ended a command, if one did; Lightning gives 1 after SIGINT, 0 after SIGTERM."""
     if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    return 128 + signal.SIGTERM if type(stop).__name__ == "SIGTERMException" else None
+    terminated = isinstance(stop, Terminated) or type(stop).__name__ == "SIGTERMException"
+    return 128 + signal.SIGTERM if terminated else None
 
 
 def _print_help(arguments: list[str]) -> None:

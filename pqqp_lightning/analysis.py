@@ -16,11 +16,11 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from pqqp_lightning.algorithms.interference import additivity
 from pqqp_lightning.analysis_report import ANALYSIS, LAYERS, PICTURE, layer_rows, order_key
-from pqqp_lightning.calibration.compare import SAMPLES, Layers, block_changes, first_batches, layer_errors
+from pqqp_lightning.calibration.compare import SAMPLES, Layers, block_changes, first_batches, layer_errors, samples_in
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.layerwise import layers_of, mixed_share
-from pqqp_lightning.order import Show, alone, open_search, store_of
+from pqqp_lightning.order import Show, alone, check_store, open_search, store_of
 from pqqp_lightning.prefix_tree import Order, PrefixTree
 from pqqp_lightning.recipe_check import check_places, check_run
 from pqqp_lightning.record import hardware, package_versions
@@ -28,7 +28,7 @@ from pqqp_lightning.results import ResultStore
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.spill import Spill
 from pqqp_lightning.stage import Stage
-from pqqp_lightning.storage import check_writable, write_csv, write_json
+from pqqp_lightning.storage import write_csv, write_json
 from pqqp_lightning.trainer import Trainer
 from pqqp_lightning.verdict import Judge
 
@@ -79,7 +79,7 @@ def check_analysis(trainer: Trainer, data: DataSource, store: ResultStore, sampl
         RecipeError: everything that must be put right.
     """
     stages: Sequence[Stage] = trainer.stages
-    problems = check_run(trainer, data, stages) + check_writable("store", store.folder)
+    problems = check_run(trainer, data, stages) + check_store(trainer, store)
     if samples < 1:
         problems.append(f"samples={samples} compares nothing. Use 1 or more.")
     if len(stages) != 2:
@@ -143,6 +143,7 @@ class Analysis:
         with self._tree.walking("analyze") as walk:
             batches = walk.batches
             walk.batches = first_batches(batches, self._samples)
+            compared = sum(map(samples_in, walk.batches))
             errors = layer_errors(walk, variants)
             walk.batches = first_batches(batches, min(BLOCKWISE, self._samples))
             adding = None if "" in walk.blocks else additivity(*block_changes(walk, variants[order_key(best)]))
@@ -156,7 +157,7 @@ class Analysis:
             "higher_is_better": judge.higher,
             "stages": list(self._stages),
             "orders": [list(order) for order in self._orders],
-            "samples": self._samples,
+            "samples": compared,
             "records": {order_key(node): result.record for node, result in self._tree.results().items()},
             "advantage": None if first == second else judge.difference(first, second).plain(),
             "best": list(best),

@@ -83,6 +83,7 @@ def verdict(report: Report) -> str:
         return f"A({_arrow(first)}) is unknown: a metric is not finite."
     between = "" if found["low"] is None else f" ({number_text(found['low'])} to {number_text(found['high'])})"
     words = f"{_arrow(report['best'])} is better" if _is_clear(found) else "no evidence that the order matters"
+    words += ", without an interval" if found["value"] and found["low"] is None else ""
     return f"A({_arrow(first)}) = {found['value']:+.4g}{between} in {metric}: {words}."
 
 
@@ -117,6 +118,9 @@ def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 def _order_line(report: Report, whole: dict[str, float]) -> str:
     if len(report["orders"]) < 2:
         return f"mean error of the layers: {number_text(whole[order_key(report['orders'][0])])}"
+    first, second = (whole[order_key(order)] for order in report["orders"])
+    if first == second:
+        return f"the layers' mean error is the same in both orders: {number_text(first)}"
     less = min(report["orders"], key=lambda order: whole[order_key(order)])
     words = f"the layers' mean error is smaller after {_arrow(less)}"
     if not _is_clear(report["advantage"]):

@@ -19,10 +19,9 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import pqqp_lightning
 from pqqp_lightning.analysis import analyze_pair
 from pqqp_lightning.calibration.compare import SAMPLES
-from pqqp_lightning.diagnosis import check_sections, diagnose
+from pqqp_lightning.diagnosis import check_sections, diagnose, refuse_nulls
 from pqqp_lightning.errors import RecipeError, suggest
 from pqqp_lightning.executor import LOCAL
 from pqqp_lightning.fingerprint import DECIDING
@@ -30,14 +29,13 @@ from pqqp_lightning.listing import print_methods, summarize
 from pqqp_lightning.order import search_orders
 from pqqp_lightning.page import write_pages
 from pqqp_lightning.page.kinds import kind_of
-from pqqp_lightning.run import RECIPE
+from pqqp_lightning.saved_recipe import bundled, with_saved_recipe
 from pqqp_lightning.settings import (
     COMMAND_LINE,
     ENVIRONMENT,
     Setting,
     load_yaml,
     merged_section,
-    option,
     place,
     read_settings,
     recipe_name,
@@ -48,7 +46,7 @@ from pqqp_lightning.stage import Stage
 from pqqp_lightning.stages import import_from_working_folder, import_working_folder, known_stages, load_installed
 from pqqp_lightning.storage import not_written
 from pqqp_lightning.sweep.search import MOST_POINTS, sweep_grid
-from pqqp_lightning.trainer import Trainer
+from pqqp_lightning.trainer import Trainer, goes_on
 
 NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 SEARCHES = ("order", "sweep", "analyze")
@@ -98,7 +96,7 @@ class CommandTrainer(Trainer):
             self,
             model,
             datamodule,
-            resume=ckpt_path == "last",
+            resume=goes_on(ckpt_path, "order"),
             metric=metric,
             higher=higher_is_better,
             strategy=strategy,
@@ -148,7 +146,7 @@ class CommandTrainer(Trainer):
             model,
             datamodule,
             grid,
-            resume=ckpt_path == "last",
+            resume=goes_on(ckpt_path, "sweep"),
             metric=metric,
             higher=higher_is_better,
             curve=curve,
@@ -185,7 +183,7 @@ class CommandTrainer(Trainer):
             self,
             model,
             datamodule,
-            resume=ckpt_path == "last",
+            resume=goes_on(ckpt_path, "analyze"),
             metric=metric,
             higher=higher_is_better,
             samples=samples,
@@ -236,7 +234,8 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         config.run_dir = str(run_folder(config, self.subcommand or "fit"))
         config.trainer.default_root_dir = config.run_dir
-        config.stages = ordered(config.stages, config.stage_order)
+        stages = {str(name): stage for name, stage in config.stages.items()}  # 1 and yes are no texts in YAML
+        config.stages = ordered(stages, config.stage_order)
         config.stage_order = None
 
     def instantiate_classes(self) -> None:
@@ -260,7 +259,7 @@ class CommandLine(LightningCLI):
             config["logger"] = False  # the run's own logs stay as they are
         try:
             trainer = self.trainer_class(**config)
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, TypeError, ValueError) as error:
             raise RecipeError(_refused(error) or f"trainer: {error} Change the option, or leave it out.") from error
         trainer.recipe_text = self._resolved_recipe()
         resolved = yaml.safe_load(trainer.recipe_text)
@@ -358,12 +357,14 @@ def _show(folder: Path) -> None:
 
 def _recipe_command(command: str, arguments: list[str]) -> None:
     _import_models_and_data()
-    arguments = _with_saved_recipe(command, [_bundled(argument) for argument in arguments])
+    arguments = with_saved_recipe(command, [bundled(argument) for argument in arguments])
     set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
-    settings, _ = read_settings(command, arguments)
+    settings, unread = read_settings(command, arguments)
     for name in stage_class_names(settings):
         if name not in known_stages():
             import_from_working_folder(name)
+    if not unread:
+        refuse_nulls(command, settings)
     given = _with_one_grid(arguments, settings) if command == "sweep" else arguments
     sys.argv[1:] = [command, *given]  # also what the processes of a distributed run are started with
     try:
@@ -412,24 +413,3 @@ def _with_one_grid(arguments: list[str], settings: list[Setting]) -> list[str]:
     if not grid or not isinstance(grid, dict):
         return arguments
     return [*without_section(arguments, "grid"), f"--grid={json.dumps(grid, default=str)}"]
-
-
-def _with_saved_recipe(command: str, arguments: list[str]) -> list[str]:
-    """``validate`` and ``test`` of a run need its folder alone: the recipe and the checkpoint are in it."""
-    run = option(arguments, "run_dir")
-    if command not in ("validate", "test") or run is None or option(arguments, "config") is not None:
-        return arguments
-    if not (Path(run) / RECIPE).is_file():
-        raise RecipeError(f"{run}: holds no {RECIPE}. Name the folder of a run, or give --config.")
-    extra = [] if option(arguments, "ckpt_path") else ["--ckpt_path", "last"]
-    return ["--config", str(Path(run) / RECIPE), *arguments, *extra]
-
-
-def _bundled(argument: str) -> str:
-    """A recipe that is not in the working folder, but in the package: ``recipes/quickstart.yaml`` works anywhere."""
-    key, equals, value = argument.rpartition("=")
-    if value.startswith(("recipes/", "configs/")) and value.endswith(".yaml") and not Path(value).exists():
-        packaged = Path(pqqp_lightning.__file__).parent / value
-        if packaged.is_file():
-            return f"{key}{equals}{packaged}"
-    return argument

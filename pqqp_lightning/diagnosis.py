@@ -66,6 +66,25 @@ OPTIONS_OF: dict[str, dict[str, Any]] = {
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 
 
+def refuse_nulls(command: str, settings: Sequence[Setting]) -> None:
+    """Where something is null, see whether that is meant: the parser takes it for any value.
+
+    Raises:
+        RecipeError: with every problem of the sections and options.
+    """
+    if not any(_holds_null(setting.value) for setting in settings):
+        return
+    options = OPTIONS | OPTIONS_OF[command]
+    problems = _check_options([s for s in settings if s.key in options], options) + check_sections(settings)
+    if problems:
+        raise RecipeError(dict.fromkeys(problems))
+
+
+def _holds_null(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is None or any(map(_holds_null, inner))
+
+
 def diagnose(command: str, arguments: Sequence[str], error: ArgumentError) -> list[str]:
     """Every problem of the command line and its recipes; the parser's own words if none is found."""
     settings, problems = read_settings(command, arguments)
@@ -102,7 +121,7 @@ def check_sections(settings: Sequence[Setting]) -> list[str]:
     """Every problem of the sections that can be seen without building the model."""
     problems = _check_stages(settings)
     for section, base in (("model", LightningModule), ("data", LightningDataModule)):
-        own = [s for s in settings if s.key.split(".")[0] == section]
+        own = [s for s in settings if s.key.split(".")[0] == section and (s.value is not None or section == "model")]
         ours = {c.__name__: c for c in _subclasses(base) if c.__module__.startswith("pqqp_lightning.")}
         problems += _check_class(own, section, (base,), ours) if own else []
     return problems + _check_trainer(settings)
@@ -114,7 +133,8 @@ def _check_options(settings: Iterable[Setting], options: dict[str, Any]) -> list
         parser.add_argument(f"--{name}", type=kind)
     problems = []
     for setting in settings:
-        if not _accepts(parser, setting):
+        null = setting.value is None and NoneType not in _parts(options[setting.key])
+        if null or not _accepts(parser, setting):
             expected = _in_words(options[setting.key])
             problems.append(f"{setting.where}: {setting.key}={setting.value!r}: expected {expected}.")
     return problems
@@ -280,7 +300,10 @@ def knob_value(cls: type, knob: str, value: Any) -> Any:
     Raises:
         ValueError: it does not take it; the words say what it expects.
     """
-    kind = {action.dest: getattr(action, "_typehint", None) for action in _parser_of(cls)._actions}.get(knob)
+    (action,) = (action for action in _parser_of(cls)._actions if action.dest == knob)
+    kind = getattr(action, "_typehint", None)
+    if value is None and not _takes_null(action):
+        raise ValueError(f"{_in_words(kind)}.")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     try:
@@ -296,11 +319,21 @@ def _parser_of(cls: type) -> ArgumentParser:
 
 
 def _accepts(parser: ArgumentParser, setting: Setting) -> bool:
+    action = next((action for action in parser._actions if action.dest == setting.key), None)
+    if setting.value is None and action is not None and not _takes_null(action):
+        return False
     try:
         parser.parse_object({setting.key: copy.deepcopy(setting.value)})  # which changes what it is given
     except ArgumentError as error:
         return f'"{setting.key}"' not in str(error)
     return True
+
+
+def _takes_null(action: Any) -> bool:
+    """Whether a knob may be null: its type or its default says so. The parser itself takes null for anything."""
+    kind = getattr(action, "_typehint", None)
+    optional = action.default is None and not getattr(action, "required", False)
+    return optional or kind in (None, Any) or any(part in (None, NoneType) for part in _parts(kind))
 
 
 def _required(cls: type) -> list[str]:

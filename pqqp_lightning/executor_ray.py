@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -160,9 +162,12 @@ class RayExecutor:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         where = os.environ.get("RAY_ADDRESS") or "local"  # and not what an earlier `ray start` may have left
+        heeded = signal.getsignal(signal.SIGTERM)
         try:
             _knock(where)
             ray.init(where, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, heeded)  # Ray's own ends the command with 15, and without a word
         except Exception as error:  # no connection, another version, a full disk: each is another class
             raise RecipeError(
                 f"executor=ray: Ray cannot be reached or started (RAY_ADDRESS={where}): {_line(error)} Put that right, "

@@ -21,6 +21,7 @@ from pqqp_lightning.modules.constraints import constrained_layers
 from pqqp_lightning.record import package_versions
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stage import Stage
+from pqqp_lightning.stages import knobs
 
 DECIDING = ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches", "limit_val_batches")
 """Options of the trainer that decide the numbers: a run is not resumed with others."""
@@ -62,16 +63,19 @@ def training_fingerprint(trainer: Trainer, data: DataSource) -> str:
     return digest_of([settings, module, given, callbacks, code, _sampled(_training_samples(data))])
 
 
-def node_fingerprint(base: str, training: str, stages: Sequence[Stage]) -> str:
-    """The digest of these stages, in this order, on that base."""
-    described = [(class_path(s), s.name, s.options(), _not_kept(s), sources_of([type(s)])) for s in stages]
-    return digest_of([base, training if any(stage.epochs for stage in stages) else "", described])
+def stage_fingerprint(stage: Stage) -> str:
+    """The digest of a stage that has done nothing yet: its knobs, its name and its code.
+
+    Where it keeps an argument under another name than its constructor's, everything that it holds counts.
+    """
+    options = stage.options()
+    held = {} if options.keys() >= knobs(type(stage)).keys() else vars(stage)
+    return digest_of([class_path(stage), stage.name, options, held, sources_of([type(stage)])])
 
 
-def _not_kept(stage: Stage) -> dict[str, Any]:
-    """Arguments that the stage keeps under another name, if at all."""
-    kept = stage.options()
-    return {name: value for name, value in stage.given.items() if name not in kept}
+def node_fingerprint(base: str, training: str, stages: Sequence[str]) -> str:
+    """The digest of these stages, by their own digests, in this order, on that base; ``training`` if one trains."""
+    return digest_of([base, training, list(stages)])
 
 
 def _model(module: LightningModule) -> str:

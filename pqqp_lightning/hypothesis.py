@@ -86,9 +86,9 @@ def equivalent_ratio(curve: Curve, score: float | None) -> Ratio:
     """C* with M(Q; C*) = ``score``: linear in C between neighbours on the curve, never beyond its ends.
 
     Where a curve that is not monotone passes the score several times, the largest C counts: as far as quantization
-    alone can go and be no worse.
+    alone can go and be no worse. Of several scores at one C the best counts.
     """
-    points = sorted(curve)
+    points = sorted(dict(sorted(curve)).items())  # the last of one C, which is the best
     if not points or score is None:
         return Ratio(None, "no curve")
     reached = [i for i, (_, m) in enumerate(points) if m >= score]

@@ -22,10 +22,10 @@ from pqqp_lightning.executor import LOCAL, Executor, Progress, TimeLimit, check_
 from pqqp_lightning.prediction import PREDICT, Prediction, check_prediction
 from pqqp_lightning.prediction_report import PREDICTION
 from pqqp_lightning.prefix_tree import Order, PrefixTree
-from pqqp_lightning.recipe_check import check_recipe
+from pqqp_lightning.recipe_check import check_places, check_run
 from pqqp_lightning.repeats import Repeats, check_draws, check_repeats
 from pqqp_lightning.results import ResultStore
-from pqqp_lightning.run import MODEL, check_same_recipe, identity, open_folder
+from pqqp_lightning.run import MODEL, check_same_recipe, identity, keep_recipe, open_folder
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stage import Stage
 from pqqp_lightning.storage import check_writable, write_json
@@ -82,7 +82,7 @@ def search_orders(
     """
     results = store_of(trainer, store)
     search = OrderSearch(trainer, DataSource(module, datamodule=datamodule), trainer.stages, results, executor)
-    search.check(strategy, max_runs, time_limit, repeats)
+    search.check(strategy, max_runs, time_limit, repeats, comparable_only)
     with alone(trainer, results, show):
         if strategy == PREDICT:
             search.predict(resume=resume, metric=metric, higher=higher)
@@ -106,34 +106,47 @@ class OrderSearch:
         self._refused: dict[Order, list[str]] = {}
         self._allowed: list[Order] = []
 
-    def check(self, strategy: str, max_runs: int | None, minutes: float | None, repeats: int = 1) -> None:
+    def check(
+        self, strategy: str, max_runs: int | None, minutes: float | None, repeats: int, comparable_only: bool
+    ) -> None:
         """Which orders can run; refuse if none can.
 
         Raises:
             RecipeError: too few or too many stages, bad options, or no order passes its checks.
         """
-        problems = check_writable("store", self._store.folder) + check_executor(self._executor, self._trainer)
+        problems = check_store(self._trainer, self._store) + check_executor(self._executor, self._trainer)
         if strategy not in (*STRATEGIES, PREDICT):
             problems.append(f"strategy='{strategy}' is none.{suggest(strategy, (*STRATEGIES, PREDICT))}")
         if strategy == PREDICT:
             problems += check_prediction(list(self._stages.values()))
+            given: dict[str, Any] = {
+                "max_runs": max_runs,
+                "time_limit": minutes,
+                "repeats": repeats if repeats != 1 else None,
+            }
+            given |= {"comparable_only": comparable_only or None, "executor": self._executor}
+            problems += [
+                f"{option}={value} has no effect with strategy={PREDICT}, which measures no order. Leave it out."
+                for option, value in given.items()
+                if value not in (None, LOCAL)
+            ]
         if max_runs is not None and max_runs < 1:
             problems.append(f"max_runs={max_runs} measures no order. Use 1 or more.")
         problems += check_time_limit(minutes) + check_repeats(repeats, self._data, list(self._stages.values()))
+        problems += check_run(self._trainer, self._data, list(self._stages.values()))
         if not 2 <= len(self._stages) <= MOST_STAGES:
             problems.append(
                 f"order: needs 2 to {MOST_STAGES} stages, but the recipe has {len(self._stages)}. Change the stages."
             )
-        if problems:
-            raise RecipeError(problems)
-        for names in permutations(self._stages):
-            try:
-                check_recipe(self._trainer, self._data, [self._stages[name] for name in names])
+        for names in permutations(self._stages) if len(self._stages) <= MOST_STAGES else ():
+            if found := check_places([self._stages[name] for name in names], self._data):
+                self._refused[names] = found
+            else:
                 self._allowed.append(names)
-            except RecipeError as error:
-                self._refused[names] = error.problems
         if not self._allowed:
-            raise RecipeError(dict.fromkeys(p for problems in self._refused.values() for p in problems))
+            problems += [problem for found in self._refused.values() for problem in found]
+        if problems:
+            raise RecipeError(dict.fromkeys(problems))
         self._data.read(self._trainer)
         if self._trainer.is_global_zero and (problems := check_draws(self._data, repeats)):
             raise RecipeError(problems)
@@ -156,11 +169,16 @@ class OrderSearch:
                 self._trainer, self._data, self._tree, {"command": "order"}, resume=resume, metric=metric, higher=higher
             )
             chosen = strategy(list(self._stages), self._allowed, judge)
-            self._announce(chosen, max_runs)
-            measured, notes = self._measure(executor, chosen, max_runs, minutes)
+            self._announce(chosen, max_runs, repeats)
+            limit = TimeLimit(self._trainer, minutes)
+            measured, notes = self._measure(executor, chosen, max_runs, limit)
         verdict = judge.decide(measured, comparable_only)
+        if comparable_only and all(verdict.marks.values()):
+            notes.append("comparable_only leaves no order: every one is marked, and so all of them compete")
         again = Repeats(self._trainer, self._data, self._stages, self._store, self._tree, judge)
-        repeated = again.report(verdict.ranked, repeats)
+        repeated = again.report(verdict.ranked, repeats, limit)
+        if repeated and len(repeated["seeds"]) < repeats:
+            notes.append(f"stopped after {len(repeated['seeds'])} of {repeats} draws: time_limit={minutes:g} minutes")
         self._finish(chosen, verdict, notes, repeated, again.applications)
 
     def predict(self, *, resume: bool, metric: str | None, higher: bool | None) -> None:
@@ -175,40 +193,47 @@ class OrderSearch:
             write_json(self._folder / PREDICTION, report)
 
     def _measure(
-        self, executor: Executor, strategy: Strategy, max_runs: int | None, minutes: float | None
+        self, executor: Executor, strategy: Strategy, max_runs: int | None, limit: TimeLimit
     ) -> tuple[list[Order], list[str]]:
         """The orders that were measured, and why it are not more."""
-        limit, measured = TimeLimit(self._trainer, minutes), list[Order]()
+        measured = list[Order]()
         for _ in executor.measure(strategy.first(), lambda: False):
             pass
         for round in strategy.rounds():
             before, done = measured, set[Order]()
-            wanted = round if max_runs is None else round[: max_runs - len(before)]
+            most = len(round) if max_runs is None else max_runs - len(before)
+            wanted = [order for i, order in enumerate(round) if i < most or self._tree.is_known(order)]
             for order in executor.measure(wanted, lambda: bool(measured) and limit.is_over()):  # noqa: B023
                 done.add(order)
                 measured = [*before, *(o for o in wanted if o in done)]  # in the same order, whoever was first
                 for node in strategy.finished(measured):
                     self._tree.drop(node)
             if len(done) < len(wanted):
-                return measured, [f"stopped after {len(measured)} orders: time_limit={minutes:g} minutes"]
+                return measured, [f"stopped after {len(measured)} orders: time_limit={limit.minutes:g} minutes"]
             if len(wanted) < len(round):
                 return measured, [f"stopped after {max_runs} orders: max_runs={max_runs}"]
+        if left := strategy.untried():
+            words = ", ".join(" -> ".join(order) for order in left)
+            return measured, [f"stopped after {len(measured)} orders, as many as this strategy tries; untried: {words}"]
         return measured, []
 
-    def _announce(self, strategy: Strategy, max_runs: int | None) -> None:
-        most = strategy.most_applications(max_runs)
-        known = sum(self._tree.is_known(node) for node in strategy.nodes(max_runs))
+    def _announce(self, strategy: Strategy, max_runs: int | None, repeats: int) -> None:
+        most, sure = strategy.most_applications(max_runs), set(strategy.nodes(max_runs))
+        known = len(sure - self._tree.missing(sure))
         self._progress.most = most - known
         if self._trainer.is_global_zero:
             words = f"order: {strategy.describe()}: at most {most} stage applications"
-            print(words + (f", {known} of them known from before" if known else ""), flush=True)
+            words += f", {known} of them known from before" if known else ""
+            words += (
+                f"; as many again for each of {repeats - 1} further draws of calibration samples" if repeats > 1 else ""
+            )
+            print(words, flush=True)
 
     def _finish(
         self, strategy: Strategy, verdict: Verdict, notes: list[str], repeats: dict[str, Any] | None, more: int
     ) -> None:
-        model = self._tree.snapshot(verdict.best)
+        self._tree.take_model(verdict.best, lambda model: _link_folder(model, self._folder / MODEL))
         if self._trainer.is_global_zero:
-            _link_folder(model, self._folder / MODEL)
             write_json(
                 self._folder / ORDER,
                 {
@@ -229,7 +254,18 @@ class OrderSearch:
 
 def store_of(trainer: Trainer, store: str | Path | None) -> ResultStore:
     """The results in ``store``, or beside the run folder."""
-    return ResultStore(Path(store) if store is not None else Path(trainer.default_root_dir).parent / "store")
+    return ResultStore(Path(store) if store else Path(trainer.default_root_dir).parent / "store")
+
+
+def check_store(trainer: Trainer, store: ResultStore) -> list[str]:
+    """Problems of where results are kept."""
+    problems, folder = check_writable("store", store.folder), Path(trainer.default_root_dir)
+    if store.folder.resolve().is_relative_to(folder.resolve()):
+        problems.append(
+            f"store='{store.folder}': lies in run_dir='{folder}', which the next search there moves aside. Choose "
+            "another --store."
+        )
+    return problems
 
 
 def check_time_limit(minutes: float | None) -> list[str]:
@@ -281,6 +317,8 @@ def begin(trainer: Trainer, data: DataSource, asked: dict[str, Any], *, resume: 
     folder, started = Path(trainer.default_root_dir), identity(trainer, data, trainer.stages) | asked
     if resume:
         check_same_recipe(folder, started)
+        if trainer.is_global_zero:
+            keep_recipe(folder, trainer.recipe_text)
     elif trainer.is_global_zero:
         open_folder(folder, started, trainer.recipe_text)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from pqqp_lightning.calibration.compare import SAMPLES, Layers, first_batches, layer_errors
+from pqqp_lightning.calibration.compare import SAMPLES, Layers, first_batches, layer_errors, samples_in
 from pqqp_lightning.layerwise import layers_of
 from pqqp_lightning.prefix_tree import Order, PrefixTree
 from pqqp_lightning.record import hardware, package_versions
@@ -52,6 +52,7 @@ class Prediction:
 
     def __init__(self, tree: PrefixTree, stages: Mapping[str, Stage], allowed: Sequence[Order], folder: Path) -> None:
         self._tree, self._stages, self._allowed, self._folder = tree, stages, allowed, folder
+        self._samples = 0
 
     def report(self) -> dict[str, Any]:
         """The intensities and the order that follows from them: plain data for ``prediction.json``."""
@@ -68,7 +69,7 @@ class Prediction:
             "predicted": list(order),
             "exactly": order == wanted,
             "intensity": intensity,
-            "samples": SAMPLES,
+            "samples": self._samples,
             "layers": len(self._tree.targeted),
         }
 
@@ -99,6 +100,7 @@ class Prediction:
             self._tree.bring_to(())
             with self._tree.walking(PREDICT) as walk:
                 walk.batches = first_batches(walk.batches, SAMPLES)
+                self._samples = sum(map(samples_in, walk.batches))
                 errors = layer_errors(walk, variants) if variants else {}
         for name in variants:
             found[name] = sum(error[name] for error in errors.values()) / len(errors)

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.checkpoint import save_checkpoint
 from pqqp_lightning.data_source import DataSource
-from pqqp_lightning.fingerprint import base_fingerprint, node_fingerprint, training_fingerprint
+from pqqp_lightning.fingerprint import base_fingerprint, node_fingerprint, stage_fingerprint, training_fingerprint
 from pqqp_lightning.layerwise import mark_blocks
 from pqqp_lightning.metrics.samples import Samples, restored
 from pqqp_lightning.modules.blocks import model_blocks
@@ -61,6 +61,7 @@ class PrefixTree:
         mark_blocks(model_blocks(data.module))
         self._runner = Runner(trainer, data, keep_samples=True)
         self._stages = dict(stages)
+        self._digests = {name: stage_fingerprint(stage) for name, stage in stages.items()}
         self._results: dict[Order, Result] = {}
         self._samples: dict[tuple[Order, str], Samples | None] = {}
         self.base: tuple[str, str] | None = None
@@ -96,9 +97,12 @@ class PrefixTree:
     def key(self, order: Order) -> str:
         """The address of a result."""
         assert self.base is not None, "not identified yet"
+        base, training = self.base
         stages = [self._stages[name] for name in order]
         readable = "+".join(stage.name for stage in stages) or "dense"
-        return f"{readable[:READABLE]}-{node_fingerprint(*self.base, stages)[:24]}"
+        trained = training if any(stage.epochs for stage in stages) else ""
+        digest = node_fingerprint(base, trained, [self._digests[name] for name in order])
+        return f"{readable[:READABLE]}-{digest[:24]}"
 
     def is_known(self, order: Order) -> bool:
         """Whether the result is there already."""
@@ -127,6 +131,11 @@ class PrefixTree:
             self._results[order] = found
         return self._results[order]
 
+    @property
+    def names(self) -> list[str]:
+        """What orders call the stages, as the tree was given them."""
+        return list(self._stages)
+
     def results(self) -> dict[Order, Result]:
         """All that was measured or looked up, dense model included."""
         return dict(self._results)
@@ -148,6 +157,17 @@ class PrefixTree:
                 self._at = None  # in memory, but to be written
             self._go_to(order)
         return self._store.snapshot(self._model_key(order))
+
+    def take_model(self, order: Order, take: Callable[[Path], None]) -> None:
+        """Call ``take`` with the folder of the compressed model, which no other search drops meanwhile."""
+        key, taken = self._model_key(order), False
+        while not taken:
+            self.snapshot(order)
+            with self._locked(key):
+                if taken := self.has_model(order):
+                    if self._trainer.is_global_zero:
+                        take(self._store.snapshot(key))
+                    self._trainer.strategy.barrier("taken")
 
     def bring_to(self, order: Order) -> LightningModule:
         """The one model of the tree, after these stages, until the tree is asked for something else."""

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.modules.structure import weightless_copy
+from pqqp_lightning.record import RECORDS, RUN
 from pqqp_lightning.stage import Stage
 from pqqp_lightning.storage import check_folder
 
@@ -30,7 +31,7 @@ def check_recipe(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) ->
 
 def check_run(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) -> list[str]:
     """The problems of all but the stages' places: the folder, the data, the model, names and epochs."""
-    folder = [] if trainer.fast_dev_run else check_folder(Path(trainer.default_root_dir))
+    folder = [] if trainer.fast_dev_run else check_folder(Path(trainer.default_root_dir), (RUN, RECORDS))
     problems = folder + data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
     return problems + _check_strategy(trainer) + _check_teacher(stages)
 

@@ -10,12 +10,12 @@ from lightning.pytorch import Trainer
 
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.digest import digest_of
-from pqqp_lightning.executor import LocalExecutor, Progress
+from pqqp_lightning.executor import LocalExecutor, Progress, TimeLimit
 from pqqp_lightning.prefix_tree import Order, PrefixTree
 from pqqp_lightning.results import ResultStore
 from pqqp_lightning.stage import Stage
 from pqqp_lightning.strategies import Exhaustive
-from pqqp_lightning.verdict import Judge, number_words
+from pqqp_lightning.verdict import Judge, finite_or_none, number_words
 
 SEED = "calibration_seed"
 """The attribute of a datamodule by which its calibration samples are drawn."""
@@ -74,25 +74,30 @@ class Repeats:
         self._store, self._tree, self._judge = store, tree, judge
         self.applications = 0
 
-    def report(self, ranked: Sequence[Order], count: int) -> dict[str, Any] | None:
-        """Each order's metric with every draw, and how often the best one is best; None for a single draw."""
+    def report(self, ranked: Sequence[Order], count: int, limit: TimeLimit) -> dict[str, Any] | None:
+        """Each order's metric with every draw, and how often the best one is best; None for a single draw.
+
+        A draw that the time limit ends before all orders are measured does not count; what it measured is kept.
+        """
         if count < 2:
             return None
         first: int = getattr(self._data.datamodule, SEED)
-        seeds = [first + i for i in range(count)]
         scores = [{order: self._judge.score(order) for order in ranked}]
-        for seed in seeds[1:]:
+        for seed in range(first + 1, first + count):
             if self._trainer.is_global_zero:
                 print(f"order: again with calibration seed {seed}", flush=True)
-            scores.append(self._scores(ranked, seed))
+            drawn = self._scores(ranked, seed, limit)
+            if drawn is None:
+                break
+            scores.append(drawn)
         sign = 1 if self._judge.higher else -1
         return {
-            "seeds": seeds,
-            "orders": [{"order": list(o), "values": [_finite(sign * row[o]) for row in scores]} for o in ranked],
+            "seeds": [first + i for i in range(len(scores))],
+            "orders": [{"order": list(o), "values": [finite_or_none(sign * row[o]) for row in scores]} for o in ranked],
             "verdict": _sentence(ranked, scores),
         }
 
-    def _scores(self, orders: Sequence[Order], seed: int) -> dict[Order, float]:
+    def _scores(self, orders: Sequence[Order], seed: int, limit: TimeLimit) -> dict[Order, float] | None:
         self._tree.bring_to(())
         with _drawn_by(self._data, seed):
             tree = PrefixTree(self._trainer, self._data, self._stages, self._store)
@@ -100,11 +105,12 @@ class Repeats:
             judge = Judge(tree, self._judge.metric, self._judge.higher)
             strategy, measured = Exhaustive(list(self._stages), list(orders), judge), list[Order]()
             executor = LocalExecutor(tree, Progress("order", self._trainer, tree, len(strategy.nodes(None))))
-            for order in executor.measure(orders, lambda: False):
+            for order in executor.measure(orders, limit.is_over):
                 measured.append(order)
                 for node in strategy.finished(measured):
                     tree.drop(node)
-            scores = {order: judge.score(order) for order in orders}
+            whole = len(measured) == len(orders)
+            scores = {order: judge.score(order) for order in orders} if whole else None
             tree.bring_to(())  # as the other tree left it
             for node in tree.results():
                 tree.drop(node)
@@ -132,7 +138,3 @@ def _sentence(ranked: Sequence[Order], scores: Sequence[Mapping[Order, float]]) 
     leads = [row[best] - row[ranked[1]] for row in scores]
     between = f"{number_words(min(leads))} to {number_words(max(leads))}"
     return f"{words}; its lead over {' -> '.join(ranked[1])} is {between}."
-
-
-def _finite(value: float) -> float | None:
-    return value if abs(value) < float("inf") else None

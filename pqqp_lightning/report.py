@@ -14,6 +14,7 @@ from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.record import REPORT, RUN, Record
 from pqqp_lightning.storage import read_json
 
+Bounds = tuple[float, float] | tuple[None, None]
 SIZE_COLUMNS = ("zeros", "bits/weight", "nominal C", "size", "C")
 
 SEARCHES = {"order": "search for the best order", "sweep": "sweep", "analyze": "analysis"}
@@ -63,17 +64,16 @@ def print_order_report(folder: Path, console: Console | None = None) -> None:
     report = read_order_report(folder)
     console = console or wide_console()
     console.print(_order_table(report))
-    lines = [f"{' -> '.join(o['order'])}: {'; '.join(o['marks'])}" for o in report["orders"] if o.get("marks")]
+    lines = marked_lines(report["orders"])
+    lines += [f"left out: {line}" for line in marked_lines(report.get("left_out", []))]
     lines += [f"{' -> '.join(r['order'])} cannot run: {'; '.join(r['problems'])}" for r in report["refused"]]
     lines += report.get("notes", [])
     metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
     for pair, advantage in report["advantage"].items():
         if advantage["value"] is not None and advantage["value"] >= 0:
             lines.append(f"A({pair}) = {advantage['value']:+.4g}{_range(advantage)} in {metric}")
-    if hypothesis := report.get("hypothesis"):
-        behind = hypothesis["behind"]
-        words = "is the best" if hypothesis["order"] == report["best"] else f"is {behind['value']:.4g} behind the best"
-        lines.append(f"weakest first, strongest last ({' -> '.join(hypothesis['order'])}) {words}{_range(behind)}")
+    if sentence := hypothesis_sentence(report):
+        lines.append(sentence)
     if repeats := report.get("repeats"):
         lines.append(repeats["verdict"])
     if (folder / "model").is_dir():
@@ -100,6 +100,26 @@ def _order_table(report: dict[str, Any]) -> Table:
             style="bold" if best else None,
         )
     return table
+
+
+def marked_lines(orders: Sequence[dict[str, Any]]) -> list[str]:
+    """Of those orders that are marked: why they cannot be compared."""
+    return [f"{' -> '.join(order['order'])}: {'; '.join(order['marks'])}" for order in orders if order.get("marks")]
+
+
+def hypothesis_sentence(report: dict[str, Any]) -> str:
+    """How the order from the weakest stage to the strongest did; empty if that was not asked."""
+    if not (asked := report.get("hypothesis")):
+        return ""
+    words = "Weakest first, strongest last"
+    words = f"{words if asked.get('exactly', True) else f'As near as was measured to {words.lower()}'} "
+    words += f"({' -> '.join(asked['order'])})"
+    equal = f" {' and '.join(asked['equal'])} are equally strong alone." if asked.get("equal") else ""
+    if asked["order"] == report["best"]:
+        return f"{words} is the best.{equal}"
+    if asked["behind"]["value"] is None:
+        return f"{words} has no finite {report['metric']}.{equal}"
+    return f"{words} is behind the best by {difference_text(asked['behind'])} in {report['metric']}.{equal}"
 
 
 def _range(difference: dict[str, float | None]) -> str:
@@ -131,6 +151,26 @@ def read_order_report(folder: Path) -> dict[str, Any]:
         RecipeError: it is damaged.
     """
     return read_json(folder / "order.json", "orders", "best", "metric", "higher_is_better", "advantage", "refused")
+
+
+def difference_text(difference: dict[str, float | None] | None) -> str:
+    """``"2.10 (0.50 to 3.40)"``, without an interval where there is none, ``-`` where there is no difference."""
+    value = (difference or {}).get("value")
+    low, high = bounds(((difference or {}).get("low"), (difference or {}).get("high")))
+    if low is None or low == high:
+        return number_text(value)
+    return f"{number_text(value)} ({interval_text(low, high)})"
+
+
+def interval_text(low: float | None, high: float | None) -> str:
+    """``"0.50 to 3.40"``; empty where there is no interval."""
+    return "" if low is None else f"{number_text(low)} to {number_text(high)}"
+
+
+def bounds(interval: Sequence[float | None] | None) -> Bounds:
+    """An interval's ends; None twice unless both are there."""
+    low, high = interval or (None, None)
+    return (None, None) if low is None or high is None else (low, high)
 
 
 def metric_names(measured: Sequence[dict[str, Any]]) -> list[str]:

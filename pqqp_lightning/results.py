@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pqqp_lightning.checkpoint import MANIFEST
+from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.record import Record
 from pqqp_lightning.storage import read_json, sync, write_json
 
@@ -56,12 +58,16 @@ class ResultStore:
         return (self.path(key) / RECORD).is_file()
 
     def read(self, key: str) -> Result | None:
-        """The result, if it is there."""
+        """The result, if it is there; one whose files are damaged is none, and is measured again."""
         if not self.has(key):
             return None
         record = self.path(key) / RECORD
         samples = self.path(key) / SAMPLES
-        return Result(read_json(record, "name", "metrics"), load_file(samples) if samples.is_file() else {})
+        try:
+            return Result(read_json(record, "name", "metrics"), load_file(samples) if samples.is_file() else {})
+        except (RecipeError, SafetensorError):
+            print(f"{self.path(key)}: is damaged, and is measured again.", flush=True)
+            return None
 
     def write(self, key: str, result: Result) -> None:
         """Keep the result; its record comes last, so that it is whole where there is one."""

@@ -47,10 +47,12 @@ class Run:
 
     def go(self, *, resume: bool) -> list[Record]:
         """Do what is not done yet, and return the records of all stages, baseline first."""
+        recipe = getattr(self._trainer, "recipe_text", "")
         if resume:
             self._records = finished_records(self._folder, self._identity)
+            if self._trainer.is_global_zero:
+                keep_recipe(self._folder, recipe)
         elif self._trainer.is_global_zero:
-            recipe = getattr(self._trainer, "recipe_text", "")
             self._reopen_loggers(open_folder(self._folder, self._identity, recipe))
         try:
             self._measure_dense()
@@ -166,10 +168,15 @@ def open_folder(folder: Path, identity: dict[str, Any], recipe_text: str = "") -
         aside = folder.with_name(f"{folder.name}.{number}")
         folder.rename(aside)
         print(f"{folder} held an earlier run; it is now {aside}.", flush=True)
-    if recipe_text:
-        write_text(folder / RECIPE, recipe_text)
-    write_json(folder / RUN, identity)  # last: from here on there is a run to go on with
+    write_json(folder / RUN, identity)  # from here on there is a run to go on with
+    keep_recipe(folder, recipe_text)
     return occupied
+
+
+def keep_recipe(folder: Path, recipe_text: str) -> None:
+    """Write the recipe into the run folder, unless it is there or there is none."""
+    if recipe_text and not (folder / RECIPE).exists():
+        write_text(folder / RECIPE, recipe_text)
 
 
 def finished_records(folder: Path, identity: dict[str, Any]) -> list[Record]:

@@ -56,7 +56,7 @@ def read_settings(command: str, arguments: Sequence[str]) -> tuple[list[Setting]
         if key in ("config", "c") and value is not None:
             settings += _settings_of_file(Path(value), problems)
         elif key == "" and value is not None:
-            problems.append(f"{COMMAND_LINE}: '{value}' belongs to no option. Options start with --.")
+            problems.append(f"{COMMAND_LINE}: '{value}' belongs to no option. {_instead(value)}")
         elif value is None:
             settings.append(Setting(COMMAND_LINE, key, NO_VALUE))
         else:
@@ -200,17 +200,34 @@ def _settings_of_file(path: Path, problems: list[str]) -> Iterator[Setting]:
 
 
 def _read_yaml(path: Path, problems: list[str]) -> Any:
+    if path.is_dir():
+        inside = [f.name for f in sorted(path.glob("*.yaml"))]
+        hint = f"Name a file in it: {path / inside[0]}." if inside else "It holds no recipe."
+        problems.append(f"{path}: is a folder. {hint}")
+        return None
     if not path.is_file():
         near = suggest(path.name, [f.name for f in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
         problems.append(f"{path}: there is no such file.{near}")
         return None
     try:
         return load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(f"{path}: cannot be read: {error.strerror}. Make it readable.")
+        return None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problems.append(f"{path}: {at}{problem if isinstance(error, DuplicateKey) else f'is not YAML: {problem}'}.")
         return None
+
+
+def _instead(word: str) -> str:
+    """How a word that stands alone may have been meant."""
+    if word.endswith((".yaml", ".yml")):
+        return f"A recipe is given with --config {word}."
+    if word.endswith(("]", "}", ",")):
+        return "Quote a value that holds blanks, as in '[0.5, 0.7]'."
+    return "Options start with --."
 
 
 def _refuse_duplicates(node: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
@@ -92,14 +92,6 @@ class Stage(Callback):
     compresses: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = False
     comparable_layers: ClassVar[bool] = True
-
-    given: dict[str, Any]
-    """The arguments that this stage was made with, by the names of its constructor's parameters."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        stage = super().__new__(cls)
-        stage.given = _arguments(cls, args, kwargs)
-        return stage
 
     def __init__(
         self,
@@ -263,18 +255,3 @@ class Stage(Callback):
                 f"targets={self.targets} and ignore={self.ignore} leave no layer. The model has {shorten(candidates)}."
             )
         return problems
-
-
-def _arguments(cls: type[Stage], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of ``cls`` by name; none where they do not fit, which the constructor then says."""
-    try:
-        bound = inspect.signature(cls.__init__).bind(None, *args, **kwargs)
-    except TypeError:
-        return {}
-    _, *named = bound.signature.parameters.values()
-    found: dict[str, Any] = {}
-    for parameter in named:
-        if parameter.name in bound.arguments:
-            value = bound.arguments[parameter.name]
-            found |= value if parameter.kind is inspect.Parameter.VAR_KEYWORD else {parameter.name: value}
-    return found

@@ -87,18 +87,33 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
         return content
 
 
-def check_folder(path: Path) -> list[str]:
-    """A problem if ``path``, which need not exist, cannot be a run folder: not writable, or the folder one works in.
+def check_folder(path: Path, marks: Sequence[str]) -> list[str]:
+    """A problem if ``path``, which need not exist, cannot be a run folder.
 
-    A run folder is moved aside as a whole when another run takes its place.
+    A run folder is moved aside as a whole when another run takes its place. So it must neither hold the folder one
+    works in, nor files that are no run's.
+
+    Args:
+        path: of the run folder.
+        marks: files of which a folder that holds a run has one.
     """
     if Path.cwd().resolve().is_relative_to(path.resolve()):
-        return [f"run_dir={path}: is the folder you work in. Give the run one of its own: --run_dir runs/NAME."]
-    return check_writable("run_dir", path)
+        return [f"run_dir={path}: holds the folder you work in. Give the run one of its own: --run_dir runs/NAME."]
+    if problems := check_writable("run_dir", path):
+        return problems
+    if not path.is_dir() or any((path / mark).exists() for mark in marks):
+        return []
+    foreign = [f.name for f in sorted(path.iterdir()) if f.name[0] != "." and (f.is_file() or f.name == "model")]
+    if not foreign:
+        return []
+    named = ", ".join(foreign[:3]) + (", ..." if foreign[3:] else "")
+    return [f"run_dir={path}: holds files that are no run's ({named}). Give the run its own: --run_dir runs/NAME."]
 
 
 def check_writable(option: str, path: Path) -> list[str]:
     """A problem if the folder ``path`` of that option, which need not exist, cannot be written to."""
+    if path.is_symlink() and not path.exists():
+        return [f"{option}='{path}': is a link to {path.readlink()}, which is not there. Choose another --{option}."]
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if nearest.is_dir() and os.access(nearest, os.W_OK):
         return []

@@ -6,7 +6,7 @@ sort them from the weakest perturbation to the strongest, and try from there whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Protocol
 
 from pqqp_lightning.prefix_tree import Order, prefixes
@@ -59,6 +59,10 @@ class Strategy:
         """For people."""
         raise NotImplementedError
 
+    def untried(self) -> list[Order]:
+        """Orders that it would have gone on with, had it not measured as many as it may."""
+        return []
+
     def finished(self, measured: list[Order]) -> list[Order]:
         """Nodes that nothing goes on from any more."""
         return []
@@ -91,21 +95,30 @@ class Progressive(Strategy):
 
     name = "progressive"
 
+    def __init__(self, names: list[str], allowed: list[Order], measures: Measures) -> None:
+        super().__init__(names, allowed, measures)
+        self._left: list[Order] = []
+
     def first(self) -> list[Order]:
         return [(name,) for name in self._alone()]
 
     def rounds(self) -> Iterator[list[Order]]:
         best = self._sorted()
         yield [best]
-        tried = {best}
-        while len(tried) < self._most_runs():
-            order = next((o for o in _swaps(best) if o in self._allowed and o not in tried), None)
-            if order is None:
-                return
+        tried, self._left = {best}, self._untried_swaps(best, {best})
+        while self._left and len(tried) < self._most_runs():
+            order = self._left[0]
             tried.add(order)
             yield [order]
             if self._measures.better(order, best):
                 best = order
+            self._left = self._untried_swaps(best, tried)
+
+    def untried(self) -> list[Order]:
+        return self._left
+
+    def _untried_swaps(self, order: Order, tried: Set[Order]) -> list[Order]:
+        return [swapped for swapped in _swaps(order) if swapped in self._allowed and swapped not in tried]
 
     def nodes(self, max_runs: int | None) -> list[Order]:
         return self.first()

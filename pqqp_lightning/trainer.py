@@ -85,6 +85,7 @@ class Trainer(pl.Trainer):
         """
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
+        goes_on(ckpt_path, "fit")
         data = DataSource(model, train_dataloaders, val_dataloaders, datamodule)
         stages = self.stages or self._plain_training()
         check_recipe(self, data, stages)
@@ -96,9 +97,7 @@ class Trainer(pl.Trainer):
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return
-        if ckpt_path not in (None, "last"):
-            raise RecipeError(f"ckpt_path={ckpt_path}: fit goes on with the run in --run_dir. Use --ckpt_path last.")
-        Run(self, data, stages, Path(self.default_root_dir)).go(resume=ckpt_path == "last")
+        Run(self, data, stages, Path(self.default_root_dir)).go(resume=goes_on(ckpt_path, "fit"))
 
     def validate(
         self,
@@ -145,6 +144,17 @@ class Trainer(pl.Trainer):
         if not epochs:
             return []
         return [Training(epochs=epochs)]
+
+
+def goes_on(ckpt_path: Any, command: str) -> bool:
+    """Whether ``ckpt_path`` asks to go on with what is in the run folder.
+
+    Raises:
+        RecipeError: it asks for something else.
+    """
+    if ckpt_path not in (None, "last"):
+        raise RecipeError(f"ckpt_path={ckpt_path}: {command} goes on with the run in --run_dir. Use --ckpt_path last.")
+    return ckpt_path is not None
 
 
 def name_stages(stages: Sequence[Stage]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.errors import RecipeError, suggest
-from pqqp_lightning.metrics.samples import CONFIDENCE, interval
+from pqqp_lightning.metrics.samples import CONFIDENCE, interval, joint_confidence
 from pqqp_lightning.prefix_tree import Order, PrefixTree, prefixes
 from pqqp_lightning.record import Record, hardware, package_versions
 from pqqp_lightning.strategies import nearest_order
@@ -69,28 +69,30 @@ class Judge:
         x, y = self.tree.samples(a, self.metric), self.tree.samples(b, self.metric)
         if x is None or y is None:
             return Difference(first - second)
-        low, high = interval(x, y, sign=1.0 if self.higher else -1.0, confidence=confidence)
-        return Difference(first - second, low, high)
+        found = interval(x, y, sign=1.0 if self.higher else -1.0, confidence=confidence)
+        return Difference(first - second, *(found or ()))
 
     def interval(self, order: Order) -> list[float] | None:
         """The metric's own interval."""
         samples = self.tree.samples(order, self.metric)
-        return None if samples is None else list(interval(samples))
+        found = interval(samples) if samples is not None else None
+        return list(found) if found else None
 
     def decide(self, measured: Sequence[Order], comparable_only: bool = False) -> Verdict:
-        """The verdict on the orders that were measured.
-
-        Raises:
-            RecipeError: none of them is comparable.
-        """
+        """The verdict on the orders that were measured; with ``comparable_only`` on those without a mark, if any."""
         marks = self.marks(measured)
-        left = [order for order in measured if not (comparable_only and marks[order])]
-        if not left:
-            raise RecipeError("comparable_only: every order is marked. Leave it out, and read the marks.")
+        left = [order for order in measured if not (comparable_only and marks[order])] or list(measured)
         ranked = sorted(left, key=self.score, reverse=True)
-        others = ranked[1:]
-        confidence = 1 - (1 - CONFIDENCE) / max(1, len(others))  # all comparisons together hold with 95%
-        return Verdict(self, ranked, marks, {order: self.difference(ranked[0], order, confidence) for order in others})
+        confidence = self._joint_confidence(ranked)
+        leads = {order: self.difference(ranked[0], order, confidence) for order in ranked[1:]}
+        return Verdict(self, ranked, marks, leads, [order for order in measured if order not in left])
+
+    def _joint_confidence(self, orders: Sequence[Order]) -> float:
+        """At which all comparisons together hold with 95%, although the best was chosen on the same samples."""
+        found = [self.tree.samples(order, self.metric) for order in orders]
+        known = [samples for samples in found if samples is not None and bool(samples.draws.isfinite().all())]
+        same = {len(samples.states) for samples in known}
+        return joint_confidence(known) if len(known) > 1 and len(same) == 1 else CONFIDENCE
 
     def marks(self, measured: Sequence[Order]) -> dict[Order, list[str]]:
         """Why an order cannot be compared with the others, in a few words."""
@@ -115,12 +117,14 @@ class Verdict:
         ranked: the orders, best first.
         marks: why some cannot be compared.
         leads: M of the best minus that of each other one; their intervals hold together with 95%.
+        left_out: measured orders that do not compete, because they are marked.
     """
 
     judge: Judge
     ranked: list[Order]
     marks: dict[Order, list[str]]
     leads: dict[Order, Difference]
+    left_out: list[Order]
 
     @property
     def best(self) -> Order:
@@ -141,21 +145,29 @@ class Verdict:
         best, metric = " -> ".join(self.best), self.judge.metric
         value = self.judge.tree.measure(self.best).record["metrics"][metric]
         shown = f"{best} ({metric} {number_words(value)})"
+        if value is None:
+            return f"No order has a finite {metric}."
         if not self.leads:
-            return f"{shown} is the only order that was measured."
-        if any(lead.low is None for lead in self.leads.values()):
-            return f"{shown} is best; its lead has no interval, since the metric does not add up over samples."
-        tied = [order for order, lead in self.leads.items() if not lead.is_clear]
-        if len(tied) == len(self.leads):
-            return (
-                f"No evidence that the order matters here: {shown} is best, but its lead over no other order is clear."
-            )
+            return f"{shown} is the only order that {'is comparable' if self.left_out else 'was measured'}."
+        finite = {order: lead for order, lead in self.leads.items() if lead.value is not None}
+        broken = [order for order in self.leads if order not in finite]
+        also = f"; {metric} is not finite after {_listed(broken)}" if broken else ""
+        if not finite:
+            return f"{shown} is best{also}."
+        if any(lead.low is None for lead in finite.values()):
+            equal = [order for order, lead in finite.items() if lead.value == 0]
+            beside = f", and so is {_listed(equal)}" if equal else ""
+            unsure = "its lead has no interval, which takes a torchmetrics metric that adds up over two samples or more"
+            return f"{shown} is best{beside}; {unsure}{also}."
+        tied = [order for order, lead in finite.items() if not lead.is_clear]
+        if len(tied) == len(finite):
+            words = f"{shown} is best, but its lead over no other order is clear"
+            return f"No evidence that the order matters here: {words}{also}."
         first = next(order for order in self.ranked[1:] if order not in tied)
         lead = self.leads[first]
-        value, low, high = map(number_words, (lead.value, lead.low, lead.high))
-        ahead = f"ahead of {' -> '.join(first)} by {value} ({low} to {high})"
-        also = f"; no evidence that it beats {_listed(tied)}" if tied else ""
-        return f"{shown} is best, {ahead}{also}."
+        ahead, low, high = map(number_words, (lead.value, lead.low, lead.high))
+        beaten = f"; no evidence that it beats {_listed(tied)}" if tied else ""
+        return f"{shown} is best, ahead of {' -> '.join(first)} by {ahead} ({low} to {high}){beaten}{also}."
 
     def report(self) -> dict[str, Any]:
         """Plain data for ``order.json``."""
@@ -171,9 +183,14 @@ class Verdict:
             "best": list(self.best),
             "lead": None if second is None else {"over": list(second), **self.leads[second].plain()},
             "advantage": self._advantages(),
-            "intensity": judge.intensities(sorted({name for order in self.ranked for name in order})),
+            "intensity": {name: finite_or_none(value) for name, value in self._intensities().items()},
             "hypothesis": self._hypothesis(),
+            "left_out": [{"order": list(order), "marks": self.marks[order]} for order in self.left_out],
         }
+
+    def _intensities(self) -> dict[str, float]:
+        """In the recipe's order, whichever order is best."""
+        return self.judge.intensities([name for name in self.judge.tree.names if name in self.best])
 
     def _entry(self, order: Order, dense: Record) -> dict[str, Any]:
         records = [self.judge.tree.measure(prefix).record for prefix in prefixes(order)]
@@ -196,15 +213,19 @@ class Verdict:
         return found
 
     def _hypothesis(self) -> dict[str, Any] | None:
-        """The order from the weakest stage to the strongest, and how far it is from the best one."""
-        names = self.best
-        intensity = self.judge.intensities(names)
-        if len(intensity) < len(names):
+        """The order from the weakest stage to the strongest, and how far it is from the best one.
+
+        Of stages that are equally strong the recipe's first stands first, so that the best order has no say in it.
+        """
+        intensity = self._intensities()
+        if len(intensity) < len(self.best) or len(self.ranked) < 2:
             return None
-        wanted = tuple(sorted(names, key=lambda name: intensity[name]))
-        order = nearest_order(wanted, self.ranked)
+        wanted = tuple(sorted(intensity, key=lambda name: intensity[name]))
+        order = nearest_order(wanted, sorted(self.ranked, key=lambda order: [*map(wanted.index, order)]))
         behind = Difference(0.0, 0.0, 0.0) if order == self.best else self.leads[order]
-        return {"order": list(order), "exactly": order == wanted, "behind": behind.plain()}
+        strengths = list(intensity.values())
+        equal = [name for name, value in intensity.items() if strengths.count(value) > 1]
+        return {"order": list(order), "exactly": order == wanted, "equal": equal, "behind": behind.plain()}
 
 
 def deciding_metric(
@@ -223,6 +244,8 @@ def deciding_metric(
     """
     own = getattr(module, "primary_metric", None)
     chosen = metric or own or next(iter(metrics), "")
+    if not metrics:
+        raise RecipeError("trainer: the evaluation measured nothing. Look at limit_val_batches and validation_step.")
     if chosen not in metrics:
         raise RecipeError(f"metric='{chosen}' is not measured.{suggest(chosen, metrics)}")
     if higher is None and chosen == own:
@@ -235,6 +258,11 @@ def deciding_metric(
     if higher is None:
         raise RecipeError(f"metric='{chosen}': is more of it better? Say --higher_is_better true or false.")
     return chosen, higher
+
+
+def finite_or_none(value: float) -> float | None:
+    """The value where it is finite, for JSON."""
+    return value if abs(value) < float("inf") else None
 
 
 def number_words(value: float | None) -> str:

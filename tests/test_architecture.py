@@ -66,6 +66,7 @@ LAYERS = {
     "listing": 7,
     "settings": 7,
     "diagnosis": 11,
+    "saved_recipe": 11,
     "cli": 12,
     "help_cache": 12,
     "__main__": 13,

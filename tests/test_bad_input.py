@@ -592,7 +592,93 @@ WRONG = [
         "--metric perplexty",
         command="order --config recipe.yaml",
     ),
+    Wrong(
+        "options of a search and a stage, all at once",
+        "command line: max_runs=0 measures no order. Use 1 or more.\n"
+        "command line: stages.prune (Magnitude): sparsity=50.0 is not in (0, 1). 0.5 removes half of the weights.",
+        "--max_runs 0 --stages.prune.sparsity 50",
+        command="order --config recipe.yaml",
+    ),
+    Wrong(
+        "options that predict does not heed",
+        "command line: max_runs=2 has no effect with strategy=predict, which measures no order. Leave it out.\n"
+        "command line: executor=ray has no effect with strategy=predict, which measures no order. Leave it out.",
+        "--strategy predict --max_runs 2 --executor ray",
+        command="order --config recipe.yaml",
+    ),
+    Wrong(
+        "search to go on with by another name",
+        "command line: ckpt_path=Last: order goes on with the run in --run_dir. Use --ckpt_path last.",
+        "--ckpt_path Last",
+        command="order --config recipe.yaml",
+    ),
+    Wrong(
+        "store in the run folder",
+        "command line: store='found/store': lies in run_dir='found', which the next search there moves aside. Choose "
+        "another --store.",
+        "--run_dir found --store found/store",
+        command="order --config recipe.yaml",
+    ),
+    Wrong(
+        "misspelt value of a model",
+        "recipe.yaml: model: 'vocab_sise' is no value of llama. Did you mean 'vocab_size'?",
+        recipe={"vocab_size": "vocab_sise"},
+    ),
+    # nulls
+    Wrong(
+        "sections that are empty",
+        "recipe.yaml: stages: expected a mapping of names to stages, got None. " + WRITE_STAGES + "\n"
+        "recipe.yaml: trainer: expected options, as in {precision: 32}, got None.",
+        recipe={
+            RECIPE[RECIPE.index("stages:") :]: "stages:\n",
+            "trainer: {accelerator: cpu, devices: 1, enable_progress_bar: false}": "trainer:",
+        },
+    ),
+    Wrong(
+        "knobs and options that are null",
+        "command line: repeats=None: expected a whole number.\n"
+        "recipe.yaml: stages.prune (Magnitude): epochs=None: expected a whole number.\n"
+        "recipe.yaml: stages.quantize (RTN): bits=None: expected a whole number or {name: a whole number}.",
+        "--repeats null",
+        command="order --config recipe.yaml",
+        recipe={"bits: 4": "bits: null", "sparsity: 0.5": "sparsity: 0.5, epochs: null"},
+    ),
+    Wrong(
+        "value of a grid that is null",
+        "command line: grid.quantize (RTN): bits=None: expected a whole number or {name: a whole number}.",
+        "--grid.quantize.bits [null,4]",
+        command=SWEEP,
+    ),
+    Wrong(
+        "devices that Lightning cannot count",
+        "command line: trainer: `devices` selected with `CPUAccelerator` should be an int > 0. Change the option, or "
+        "leave it out.",
+        "--trainer.devices -3",
+    ),
+    # words that stand alone
+    Wrong(
+        "recipe without --config",
+        "command line: 'recipe.yaml' belongs to no option. A recipe is given with --config recipe.yaml.",
+        command="fit recipe.yaml",
+    ),
+    Wrong(
+        "list with a blank",
+        "command line: '0.7]' belongs to no option. Quote a value that holds blanks, as in '[0.5, 0.7]'.",
+        "--grid.prune.sparsity [0.5, 0.7]",
+        command=SWEEP,
+    ),
+    Wrong(
+        "folder for a recipe",
+        ".: is a folder. Name a file in it: recipe.yaml.",
+        command="fit --config .",
+    ),
     # grids
+    Wrong(
+        "curve of a stage that prunes",
+        "command line: curve='prune' (Magnitude) does not quantize. Name the stage that does.",
+        "--grid.prune.sparsity [0.5] --curve prune",
+        command=SWEEP,
+    ),
     Wrong(
         "sweep without a grid",
         "recipe.yaml: grid: is missing. Add --grid.STAGE.KNOB [a,b], where STAGE is prune or quantize.",

@@ -183,6 +183,14 @@ def test_fragments_are_found_beside_the_recipe(folder):
     assert results(folder / "again") == results(folder / "run")
 
 
+def test_sigterm_is_heeded_outside_of_lightnings_loops_too(folder, monkeypatch, capsys):
+    monkeypatch.setattr(Runner, "compress", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("order", "--config", "recipe.yaml") == 128 + signal.SIGTERM
+    assert "stopped. " in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_with_its_own_status(number, folder, monkeypatch, capsys):
     """Lightning ends with 1 after SIGINT and with 0, success, after SIGTERM."""

@@ -23,7 +23,7 @@ from pqqp_lightning.one_shot import OneShotPruning
 def scores(weight):
     return weight.abs()
 
-class Mine(OneShotPruning):
+class _Beside(OneShotPruning):
     source = "here"
     def __init__(self, sparsity=0.5, amount=1.0, **kwargs):
         super().__init__(sparsity, **kwargs)
@@ -104,8 +104,8 @@ def mixed(rows):
 
 
 def test_a_function_beside_the_stage_counts(folder):
-    before = keys(folder, [defined(folder, STAGE, "Mine")()])
-    after = keys(folder, [defined(folder, STAGE.replace("abs()", "square()"), "Mine")()])
+    before = keys(folder, [defined(folder, STAGE, "_Beside")()])
+    after = keys(folder, [defined(folder, STAGE.replace("abs()", "square()"), "_Beside")()])
     assert before[0] == after[0]
     assert before[1] != after[1]
 
@@ -121,7 +121,7 @@ def test_the_code_of_a_network_inside_counts(folder):
 
 
 def test_a_knob_that_is_kept_under_another_name_counts(folder):
-    cls = defined(folder, STAGE, "Mine")
+    cls = defined(folder, STAGE, "_Beside")
     assert keys(folder, [cls(amount=0.1)])[1] != keys(folder, [cls(amount=0.9)])[1]
 
 

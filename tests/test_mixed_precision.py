@@ -61,9 +61,8 @@ def test_the_record_says_how_many_layers_got_which_bits(tmp_path):
     options = read_records(tmp_path / "run")[-1]["options"]
     assert options["bits"] == [2, 3, 4, 8]
     assert options["average_bits"] == 3.5
-    default = MixedPrecision()
-    assert default.average_bits == 4.0
-    assert MixedPrecision(size_bytes=1).average_bits is None
+    assert MixedPrecision().average_bits is None  # as given, so that a sweep can set size_bytes instead
+    assert 3.85 < average(fit(tmp_path, MixedPrecision(group_size=16), folder="default")) <= 4.0
 
 
 def test_schedules_give_the_same_bits_and_different_weights(tmp_path):

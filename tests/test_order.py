@@ -311,7 +311,10 @@ def test_orders_that_lose_a_constraint_are_marked_and_can_be_left_out(folder):
     assert report["best"] == ["prune", "quantize"]
     assert report["verdict"].endswith("lost a constraint. --comparable_only true leaves such orders out.")
     assert "on disk (" in (folder / "search" / "report.md").read_text()
-    assert [e["order"] for e in search(folder, undo, "--comparable_only", "true")["orders"]] == [["quantize", "prune"]]
+    report = search(folder, undo, "--comparable_only", "true")
+    assert [e["order"] for e in report["orders"]] == [["quantize", "prune"]]
+    assert report["left_out"] == [{"order": ["prune", "quantize"], "marks": marks["prune", "quantize"]}]
+    assert "Left out: prune → quantize: " in (folder / "search" / "report.md").read_text()
 
 
 def test_a_search_that_goes_on_from_anothers_model_still_has_the_dense_one(tmp_path):
@@ -461,6 +464,11 @@ def test_repeats_are_the_same_orders_with_other_calibration_samples(folder, caps
     again = run("order", "--config", "recipe.yaml", "--run_dir", "again", "--repeats", "3")
     assert again == 0
     assert json.loads((folder / "again/order.json").read_text())["repeats"] == repeats
+    short = ["--run_dir", "short", "--store", "another", "--repeats", "3", "--time_limit", "0.00001"]
+    assert run("order", "--config", "recipe.yaml", *short) == 0
+    report = json.loads((folder / "short/order.json").read_text())
+    assert report["repeats"]["seeds"] == [0]
+    assert report["notes"][-1].startswith("stopped after 1 of 3 draws: time_limit=1e-05 minutes")
 
 
 @pytest.mark.parametrize(

@@ -262,21 +262,17 @@ def all_orders_of_four(order: Path) -> None:
     records(order, **searched(report, lead=(0.5, 0.25, 0.75)))
 
 
-def orders(count: int, status: str):
-    def change(order: Path) -> None:
-        report = records(order)
-        done = report["orders"][:count]
-        best = done[0]["order"] if done else []
-        records(
-            order,
-            status=status,
-            orders=done,
-            best=best,
-            advantage={"prune->tune": {"value": None, "low": None, "high": None}},
-            refused=[],
-        )
+def one_order(order: Path) -> None:
+    done = records(order)["orders"][:1]
+    advantage = {"prune->tune": {"value": None, "low": None, "high": None}}
+    records(order, orders=done, best=done[0]["order"], advantage=advantage, refused=[])
 
-    return change
+
+def nothing_but_overflow(order: Path) -> None:
+    report = records(order)
+    for entry in report["orders"]:
+        entry["metrics"], entry["interval"], entry["behind"] = {"perplexity": 1.797e308}, None, None
+    records(order, orders=report["orders"], verdict="Nothing is left.", hypothesis=None)
 
 
 ODD = {
@@ -294,8 +290,8 @@ ODD = {
     ),
     "a fit whose metric is never finite": ("fit", no_metric, "2.44x smaller, perplexity from - to -."),
     "twenty-four orders of long names": ("order", all_orders_of_four, f"{LONG} → aaa"),
-    "one order": ("order", orders(1, "finished"), "prune → tune → quantize (perplexity 308.7) is best"),
-    "a search that goes on": ("order", orders(0, "running"), "No order is finished yet."),
+    "one order": ("order", one_order, "prune → tune → quantize (perplexity 308.7) is best"),
+    "perplexities that overflow": ("order", nothing_but_overflow, "Nothing is left."),
 }
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -170,7 +171,9 @@ def test_progressive_and_limits_with_a_module_of_ones_own(folder, capsys):
         return plain(json.loads((folder / name / "run/order.json").read_text()))
 
     options = {"strategy": "progressive", "max_runs": 2}
+    heeded = signal.getsignal(signal.SIGTERM)
     assert search("ray", executor="ray", **options) == search("local", **options)
+    assert signal.getsignal(signal.SIGTERM) == heeded  # Ray would take it, and end the process with 15
     printed = capsys.readouterr().out
     assert "ray: 2 at a time, each with " in printed
     assert "order: magnitude measured; at most " in printed

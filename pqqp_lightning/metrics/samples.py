@@ -8,15 +8,16 @@ choices: their difference has a much narrower interval than each of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 RESAMPLES, AT_ONCE = 2000, 50
 CONFIDENCE = 0.95
@@ -68,8 +69,7 @@ class Samples:
 def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
     """Note what every sample adds to the metrics of ``model``; in the result, by their names, after the block.
 
-    A sample is a row of the tensors that a metric is updated with, and adds something to its states: padding that is
-    not counted is none. Metrics whose states are no sums are left out.
+    A sample is a row of the tensors that a metric is updated with. Metrics whose states are no sums are left out.
     """
     metrics = {name: m for name, m in model.named_modules() if isinstance(m, Metric) and _adds_up(m)}
     rows: dict[str, list[Tensor]] = {name: [] for name in metrics}
@@ -81,10 +81,11 @@ def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
     finally:
         for metric in metrics.values():
             metric.update = metric.update.recorded  # type: ignore[method-assign,attr-defined]
+            del metric.forward
+    leaders = _leaders(model)
     for name, metric in metrics.items():
-        if rows[name]:
-            states = torch.stack(rows[name])
-            found[name] = Samples(_pristine(metric), states[states.any(1)])
+        if own := rows[leaders.get(name, name)]:
+            found[name] = Samples(_pristine(metric), torch.stack(own))
 
 
 def over_ranks(found: dict[str, Samples]) -> dict[str, Samples]:
@@ -123,22 +124,41 @@ def restored(model: nn.Module, states: Tensor, value: float) -> Samples | None:
 
 def interval(
     a: Samples, b: Samples | None = None, *, sign: float = 1.0, confidence: float = CONFIDENCE
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """The bootstrap interval of ``sign`` times the metric of ``a``, or of its difference from that of ``b``.
 
     Percentiles of :data:`RESAMPLES` draws of N samples with replacement (Efron and Tibshirani 1993, chapter 13); ``a``
     and ``b`` are drawn together, sample by sample.
 
-    Raises:
-        ValueError: the two were measured on different numbers of samples.
+    Returns:
+        Its ends; None where there is one sample alone, where the two were measured on different numbers of samples, or
+        where the metric of some draw is not finite.
     """
-    size = len(a.states)
-    if b is not None and len(b.states) != size:
-        raise ValueError(f"{size} samples cannot be paired with {len(b.states)}.")
+    if len(a.states) < 2 or (b is not None and len(b.states) != len(a.states)):
+        return None
     draws = sign * (a.draws if b is None else a.draws - b.draws)
+    if not bool(draws.isfinite().all()):
+        return None
     tail = (1 - confidence) / 2
     low, high = draws.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return float(low), float(high)
+
+
+def joint_confidence(found: Sequence[Samples], confidence: float = CONFIDENCE) -> float:
+    """The confidence at which the intervals of the differences of *all* pairs hold together with ``confidence``.
+
+    For two it is ``confidence`` itself. That all pairs count, and not those with the best alone, makes up for the best
+    having been chosen on the same samples. From the draws themselves, balanced over the pairs (Beran 1988, "Balanced
+    simultaneous confidence sets"): so correlated differences cost less than Bonferroni's correction.
+    """
+    differences = torch.stack([a.draws - b.draws for a, b in combinations(found, 2)])  # [pairs, draws]
+    middle = (differences.shape[1] - 1) / 2
+    ordered = differences.sort(dim=1).values
+    first = torch.searchsorted(ordered, differences).double()  # equal values share the most central of their places
+    last = torch.searchsorted(ordered, differences, right=True).double() - 1
+    depth = torch.maximum(first - middle, middle - last).clamp(min=0)
+    farthest = float(depth.amax(0).quantile(confidence))
+    return min(1.0, max(confidence, farthest / middle))
 
 
 def _same(a: float, b: float) -> bool:
@@ -149,12 +169,38 @@ def _width(metric: Metric) -> int:
     return sum(default.numel() for default in _defaults(metric).values())
 
 
+def _leaders(model: nn.Module) -> dict[str, str]:
+    """Metrics of a collection that share another one's states, which alone is updated, with that one's name."""
+    found: dict[str, str] = {}
+    for name, collection in model.named_modules():
+        if isinstance(collection, MetricCollection):
+            names = {id(metric): path for path, metric in collection.named_modules(prefix=name)}
+            for group in collection.compute_groups.values():
+                leader, *others = (names[id(collection[member])] for member in group)
+                found |= dict.fromkeys(others, leader)
+    return found
+
+
 def _record(metric: Metric, rows: list[Tensor]) -> None:
-    update, probe = metric.update, _pristine(metric)
+    update, forward, probe = metric.update, metric.forward, _pristine(metric)
+    noted: bool | None = None  # whether this call's update was; None outside of a call
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        """A metric may update itself twice in a call: for all batches so far, and for the value of this one."""
+        nonlocal noted
+        noted = False
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            noted = None
 
     def recorded(*args: Any, **kwargs: Any) -> None:
+        nonlocal noted
         before = _joined(metric)
         update(*args, **kwargs)
+        if noted:
+            return
+        noted = None if noted is None else True
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
         count = min((len(x) for x in tensors), default=0)
         if any(len(x) != count for x in tensors):
@@ -169,7 +215,7 @@ def _record(metric: Metric, rows: list[Tensor]) -> None:
             rows.append(_joined(probe))
 
     recorded.recorded = update  # type: ignore[attr-defined]
-    metric.update = recorded  # type: ignore[method-assign]
+    metric.update, metric.forward = recorded, called  # type: ignore[method-assign]
 
 
 def _row(value: Any, i: int) -> Any:

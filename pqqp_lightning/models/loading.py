@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -128,6 +129,7 @@ def build_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel
         raise RecipeError(f"model: {{model_type: {name!r}}} is not a causal language model of transformers.{known}")
     if settings.pop("quantization_config", None):
         raise RecipeError("model: quantization_config is set. Remove it: a compressed checkpoint carries its own plan.")
+    _refuse_misspelt(name, settings)
     with quiet_transformers():
         way_out = "Change the values named; the rest has the defaults of the architecture."
         with third_party_errors(f"model: no {name} model has this configuration", way_out):
@@ -135,6 +137,21 @@ def build_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         model.tie_weights()
     return model
+
+
+def _refuse_misspelt(name: str, settings: dict[str, Any]) -> None:
+    """transformers takes any name and heeds those it knows. One that is unknown, while a name much like it is not
+    given, is misspelt; a model's own further values are not."""
+    from transformers import CONFIG_MAPPING
+
+    default = CONFIG_MAPPING[name]()
+    left = default.to_dict().keys() - settings.keys()
+    unknown = [key for key in settings if not hasattr(default, key)]
+    near = {key: difflib.get_close_matches(key, left, n=1, cutoff=0.8) for key in unknown}
+    if problems := [
+        f"model: '{key}' is no value of {name}. Did you mean '{like[0]}'?" for key, like in near.items() if like
+    ]:
+        raise RecipeError(problems)
 
 
 def plain_config(config: PretrainedConfig) -> dict[str, Any]:

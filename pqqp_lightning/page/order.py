@@ -10,7 +10,7 @@ from typing import Any
 from pqqp_lightning.checkpoint import checkpoint_bytes
 from pqqp_lightning.page.blocks import Block, Figure, Notes, Page, Section, Table, Words
 from pqqp_lightning.page.fit import stage_notes
-from pqqp_lightning.page.order_verdict import advantages, bounds, difference_text, interval_text, order_verdict
+from pqqp_lightning.page.order_verdict import advantages, order_verdict
 from pqqp_lightning.page.plots import Dot, draw_dots
 from pqqp_lightning.page.sections import (
     Report,
@@ -23,13 +23,17 @@ from pqqp_lightning.page.sections import (
     size_figure,
     walk_blocks,
 )
-from pqqp_lightning.report import SIZE_COLUMNS, human_bytes, metric_names, number_text, size_columns
+from pqqp_lightning.report import (
+    SIZE_COLUMNS,
+    bounds,
+    difference_text,
+    human_bytes,
+    interval_text,
+    metric_names,
+    number_text,
+    size_columns,
+)
 
-WARNINGS = {
-    "running": "This search is not finished: here are the orders done so far.",
-    "failed": "This search failed: here are the orders done before.",
-}
-NO_SIZES = ["-"] * len(SIZE_COLUMNS)
 Order = dict[str, Any]
 
 
@@ -52,17 +56,13 @@ def order_page(folder: Path, report: Report) -> Page:
         about=about(report),
         verdict=verdict,
         remarks=[*remarks, *report.get("notes", [])],
-        warning=WARNINGS.get(report.get("status", "finished"), ""),
         sections=[section for section in sections if section.blocks],
     )
 
 
 def _order_blocks(report: Report) -> list[Block]:
-    orders = report["orders"]
-    if not orders:
-        return []
     metric = report["metric"]
-    dots = [_dot(order, report) for order in orders]
+    dots = [_dot(order, report) for order in report["orders"]]
     better = "more" if report["higher_is_better"] else "less"
     caption = f"{metric} of each order{scale_note(v for dot in dots for v in (dot.value, dot.low, dot.high))}: "
     caption += f"{better} is better."
@@ -127,7 +127,7 @@ def _order_table(report: Report) -> Table:
                 *(number_text(order["metrics"].get(name)) for name in metrics),
                 *([f"{number_text(low)} to {number_text(high)}"] if intervals else []),
                 *([difference_text(order.get("behind"))] if compared else []),
-                *(size_columns(stages[-1]) if stages else NO_SIZES),
+                *size_columns(stages[-1]),
                 f"{sum(stage['elapsed_s'] for stage in stages):.1f}",
                 *(["; ".join(order.get("marks") or [])] if marked else []),
             ]
@@ -136,7 +136,7 @@ def _order_table(report: Report) -> Table:
     interval = [f"95% interval{of_which}"] if intervals else []
     behind = ["behind the best"] if compared else []
     head = ["order", *metrics, *interval, *behind, *SIZE_COLUMNS, "seconds", *(["remark"] if marked else [])]
-    best = next((i for i, order in enumerate(orders) if order["order"] == report["best"]), None)
+    best = next(i for i, order in enumerate(orders) if order["order"] == report["best"])
     return Table("Every order, best first", head, rows, best, words=(0, len(head) - 1) if marked else (0,))
 
 
@@ -162,19 +162,15 @@ def _pair_blocks(report: Report) -> list[Block]:
 
 
 def _walk_blocks(report: Report) -> list[Block]:
-    walks: list[Walk] = [(names_text(o["order"]), o["stages"]) for o in report["orders"] if o["stages"]]
-    if not walks:
-        return []
+    walks: list[Walk] = [(names_text(o["order"]), o["stages"]) for o in report["orders"]]
     longest = max(len(records) for _, records in walks)
     columns = ["dense", *(f"stage {i}" for i in range(1, longest))]
-    best = next((i for i, (name, _) in enumerate(walks) if name == names_text(report["best"] or [])), 0)
+    best = next(i for i, order in enumerate(report["orders"]) if order["order"] == report["best"])
     return walk_blocks(report["metric"], walks, columns, best)
 
 
 def _size_blocks(folder: Path, report: Report) -> list[Block]:
-    best = next((order for order in report["orders"] if order["order"] == report["best"]), None)
-    if best is None or not best["stages"]:
-        return []
+    best = next(order for order in report["orders"] if order["order"] == report["best"])
     model = folder / "model"
     if not model.is_dir():
         return [size_figure(best["stages"], " of the best order")]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pqqp_lightning.page.sections import Report, names_text
-from pqqp_lightning.report import number_text
-
-Bounds = tuple[float, float] | tuple[None, None]
+from pqqp_lightning.page.sections import Report
+from pqqp_lightning.report import bounds, hypothesis_sentence, marked_lines, number_text
 
 
 @dataclass(frozen=True)
@@ -39,30 +36,16 @@ class Advantage:
         if self.value is None:
             return "unknown: a metric is not finite"
         if self.low is None:
-            return "no difference" if self.value == 0 else f"{self.first} first is better"
+            return "no difference" if self.value == 0 else f"{self.first} first is better, without an interval"
         return f"{self.first} first is better" if self.is_clear else "no evidence that the order matters"
 
 
 def order_verdict(report: Report) -> list[str]:
     """The verdict, and what one must know to read it."""
-    if not report["orders"] or not report["best"]:
-        return ["No order is finished yet."]
     repeats = [report["repeats"]["verdict"].replace("->", "→")] if report.get("repeats") else []
-    return [report["verdict"].replace("->", "→"), *repeats, *_hypothesis(report), _measured(report)]
-
-
-def difference_text(difference: dict[str, float | None] | None) -> str:
-    """``"2.10 (0.50 to 3.40)"``, without an interval where there is none, ``-`` where there is no difference."""
-    value = (difference or {}).get("value")
-    low, high = bounds(((difference or {}).get("low"), (difference or {}).get("high")))
-    if low is None or low == high:
-        return number_text(value)
-    return f"{number_text(value)} ({interval_text(low, high)})"
-
-
-def interval_text(low: float | None, high: float | None) -> str:
-    """``"0.50 to 3.40"``; empty where there is no interval."""
-    return "" if low is None else f"{number_text(low)} to {number_text(high)}"
+    hypothesis = [sentence.replace("->", "→")] if (sentence := hypothesis_sentence(report)) else []
+    left_out = [f"Left out: {line}".replace("->", "→") for line in marked_lines(report.get("left_out", []))]
+    return [report["verdict"].replace("->", "→"), *repeats, *hypothesis, *left_out, _measured(report)]
 
 
 def advantages(report: Report) -> list[Advantage]:
@@ -76,26 +59,10 @@ def advantages(report: Report) -> list[Advantage]:
     return found
 
 
-def bounds(interval: Sequence[float | None] | None) -> Bounds:
-    """An interval's ends; None twice unless both are there."""
-    low, high = interval or (None, None)
-    return (None, None) if low is None or high is None else (low, high)
-
-
-def _hypothesis(report: Report) -> list[str]:
-    """How the order from the weakest stage to the strongest did, if that was asked."""
-    if not (asked := report.get("hypothesis")):
-        return []
-    words = f"Weakest first, strongest last ({names_text(asked['order'])})"
-    if asked["order"] == report["best"]:
-        return [f"{words} is the best."]
-    return [f"{words} is behind the best by {difference_text(asked['behind'])} in {report['metric']}."]
-
-
 def _measured(report: Report) -> str:
     orders, refused = report["orders"], report["refused"]
     count = f"{len(orders)} order{'s' if len(orders) != 1 else ''}"
     words = f"{report['strategy'].capitalize()} search: {count}" if report.get("strategy") else count.capitalize()
-    dense = orders[0]["stages"][0]["metrics"].get(report["metric"]) if orders[0]["stages"] else None
+    dense = orders[0]["stages"][0]["metrics"].get(report["metric"])
     words += f", {len(refused)} cannot run" if refused else ""
     return words + (f"; the dense model's {report['metric']} is {number_text(dense)}." if dense is not None else ".")

@@ -8,6 +8,8 @@ from typing import TypeGuard
 
 MARGIN = 0.04
 """Left free at both ends, as a fraction of the axis."""
+LARGEST = 1e300
+"""What is not below has no place on an axis."""
 MANY_TIMES = 20
 """From this ratio of the largest to the smallest value on, the axis is logarithmic."""
 
@@ -63,5 +65,5 @@ def round_step(rough: float) -> float:
 
 
 def is_number(value: float | None) -> TypeGuard[float]:
-    """Whether there is a value to draw."""
-    return value is not None and math.isfinite(value)
+    """Whether there is a value to draw; one that fills float64, as a perplexity that overflows, is none."""
+    return value is not None and abs(value) < LARGEST

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pqqp_lightning.page.blocks import Block, Figure, Notes, Page, Section, Table, Words
-from pqqp_lightning.page.order_verdict import interval_text
 from pqqp_lightning.page.plots import Dot, draw_dots
 from pqqp_lightning.page.sections import Report, about, recipe_of, repeat_section, scale_note
-from pqqp_lightning.report import number_text
+from pqqp_lightning.report import interval_text, number_text
 from pqqp_lightning.sweep_report import point_cells, point_marks, point_name, refusals
 
 STOPPED = "The sweep ended before all was measured: here is what there is."

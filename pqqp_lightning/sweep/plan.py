@@ -108,6 +108,9 @@ def _find_curve(variants: Variants, named: str | None, bits: Sequence[int], prob
     if named is not None and named not in variants:
         problems.append(f"curve='{named}' is no stage.{suggest(named, variants)}")
         return None
+    if named is not None and "grid" not in (stage := variants[named][0].stage).promises:
+        problems.append(f"curve='{named}' ({type(stage).__name__}) does not quantize. Name the stage that does.")
+        return None
     if len(variants) != 2:
         if named is not None or bits:
             asked = f"curve='{named}'" if named is not None else f"curve_bits={list(bits)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,19 +13,19 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.executor import LOCAL, Executor, Progress, TimeLimit, check_executor, executing
-from pqqp_lightning.order import Show, alone, check_time_limit, open_search, store_of
+from pqqp_lightning.order import Show, alone, check_store, check_time_limit, open_search, store_of
 from pqqp_lightning.prefix_tree import PrefixTree, prefixes
 from pqqp_lightning.recipe_check import check_run
 from pqqp_lightning.record import hardware, package_versions
 from pqqp_lightning.results import ResultStore
 from pqqp_lightning.seeding import run_seed
-from pqqp_lightning.storage import check_writable, write_json
+from pqqp_lightning.storage import write_json
 from pqqp_lightning.sweep.pair import PairAnalysis, analyse, pair_notes
 from pqqp_lightning.sweep.plan import Plan, make_plan
 from pqqp_lightning.sweep.variants import Point
 from pqqp_lightning.sweep_report import SWEEP, write_tables
 from pqqp_lightning.trainer import Trainer
-from pqqp_lightning.verdict import Judge
+from pqqp_lightning.verdict import Judge, finite_or_none
 
 MOST_POINTS = 200
 
@@ -95,7 +94,7 @@ def check_sweep(
     Raises:
         RecipeError: everything that must be put right.
     """
-    problems = check_run(trainer, data, trainer.stages) + check_writable("store", store.folder)
+    problems = check_run(trainer, data, trainer.stages) + check_store(trainer, store)
     if max_points < 1:
         problems.append(f"max_points={max_points} allows no point. Use 1 or more.")
     problems += check_time_limit(minutes) + check_executor(executor, trainer)
@@ -214,7 +213,7 @@ class Sweep:
                 "step": step,
                 "stage": variant.name,
                 "knobs": variant.plain,
-                "intensity": _finite(judge.score(()) - judge.score((step,))),
+                "intensity": finite_or_none(judge.score(()) - judge.score((step,))),
                 "record": known[(step,)].record,
             }
             for step, variant in variants.items()
@@ -247,7 +246,3 @@ def _draw(folder: Path, report: dict[str, Any]) -> list[str]:
     from pqqp_lightning.sweep.figures import draw_figures
 
     return draw_figures(folder, report)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -153,13 +153,19 @@ def _products(lists: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:
-    """The stage made anew with these knobs, and with those that were set on it since; its name stays, and with it the
-    address of what it gives."""
-    made = type(stage)(**copy.deepcopy(stage.given))
-    changed = type(stage)(**copy.deepcopy(stage.given | chosen))
-    for knob, value in stage.options().items():
-        if knob not in chosen and value != made.options()[knob]:
-            setattr(changed, knob, copy.deepcopy(vars(stage)[knob]))
+    """The stage made anew with these knobs, so that what its constructor derives from them follows; its name stays, and
+    with it the address of what it gives.
+
+    Raises:
+        RecipeError: it cannot be made anew.
+    """
+    if lost := [knob for knob in knobs(type(stage)) if knob not in vars(stage)]:
+        raise RecipeError(
+            f"grid.{stage.name} ({type(stage).__name__}): cannot be made anew, since it keeps no attribute "
+            f"{', '.join(lost)}. Have its constructor keep every argument under its own name."
+        )
+    kept = {knob: vars(stage)[knob] for knob in knobs(type(stage))}
+    changed = type(stage)(**copy.deepcopy(kept | chosen))
     changed.name = stage.name
     return Variant(changed, chosen)
 
