@@ -99,7 +99,12 @@ class ResultStore:
     @contextmanager
     def locked(self, key: str, taken: str = "") -> Iterator[None]:
         """Hold the lock of this name; says what is ``taken`` where another process has it, and waits."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(
+                f"store='{self.folder}': cannot be made: {error.strerror}. Choose another --store."
+            ) from error
         lock = FileLock(self.folder / f"{key}.lock")
         try:
             lock.acquire(timeout=0)
