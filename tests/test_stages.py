@@ -116,6 +116,14 @@ def test_a_stage_keeps_its_promises_and_its_checkpoint_loads(tmp_path, name, kin
 
 
 @pytest.mark.parametrize("name", STAGES)
+def test_a_stage_keeps_its_arguments_as_they_are(name):
+    """So that a sweep can make it anew with other knobs, and a record repeats it."""
+    stage = make(name)
+    again = type(stage)(**{knob: vars(stage)[knob] for knob in knobs(type(stage))})
+    assert again.options() == stage.options()
+
+
+@pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_deterministic(tmp_path, name):
     first, _ = run(tmp_path, "llama", make(name), folder="a")
     second, _ = run(tmp_path, "llama", make(name), folder="b")

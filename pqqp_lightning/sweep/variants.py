@@ -159,6 +159,8 @@ def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:
     Raises:
         RecipeError: it cannot be made anew.
     """
+    if not chosen:
+        return Variant(copy.deepcopy(stage), chosen)
     if lost := [knob for knob in knobs(type(stage)) if knob not in vars(stage)]:
         raise RecipeError(
             f"grid.{stage.name} ({type(stage).__name__}): cannot be made anew, since it keeps no attribute "
