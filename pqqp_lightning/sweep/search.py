@@ -173,7 +173,8 @@ class Sweep:
                     self._tree.drop(node)
         if not left:
             return []
-        return [f"stopped at time_limit={minutes:g} minutes: {left} of {len(self._plan.sequences)} sequences of stages not measured"]
+        of_all = f"{left} of {len(self._plan.sequences)} sequences of stages"
+        return [f"stopped at time_limit={minutes:g} minutes: {of_all} not measured"]
 
     def _report(self, judge: Judge, notes: list[str]) -> dict[str, Any]:
         """Plain data for ``sweep.json``."""
