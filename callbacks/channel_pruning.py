@@ -241,7 +241,7 @@ class ChannelPruning(Stage):
         if has_attention(model):
             return []
         copy = weightless_copy(model).eval()
-        rebuild_narrowed(copy, self.expected_plan(copy))
+        rebuild_narrowed(copy, self.expected_plan(model))
         try:
             with torch.no_grad():
                 run_example(copy, example_input(copy))

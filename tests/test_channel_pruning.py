@@ -20,6 +20,7 @@ from pqqp_lightning.callbacks import GPTQ, NF4, RTN, ChannelPruning, Magnitude, 
 from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM, ImageClassifier
+from pqqp_lightning.modules import dependency
 from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
 from pqqp_lightning.modules.coupling import built_groups
 from pqqp_lightning.modules.dependency import traced_groups
@@ -214,6 +215,23 @@ def test_concatenated_depthwise_and_flattened_channels_are_followed():
     assert (small.depthwise.groups, small.c.in_channels, small.grouped.groups) == (5, 5, 2)
     assert small.fc.in_features == 3 * 16
     assert any("grouped convolution" in note for note in context.all_notes())
+
+
+def test_a_network_is_traced_once_for_each_structure(monkeypatch):
+    traced = []
+    trace = dependency._trace
+    monkeypatch.setattr(dependency, "_trace", lambda model: traced.append(model) or trace(model))
+    module = ImageClassifier(**RESNET, num_classes=4, pretrained=False)
+    stage = ChannelPruning(0.5)
+    assert stage.check(module, None, []) == []
+    plan = stage.expected_plan(module)
+    assert traced == [module]
+    stage.restructure(module, plan)
+    widths = [group.width for group in traced_groups(module).groups]
+    assert traced == [module] * 2
+    assert widths == [
+        group.width // 2 for group in trace(ImageClassifier(**RESNET, num_classes=4, pretrained=False)).groups
+    ]
 
 
 def test_groups_of_mlps_are_those_that_torch_pruning_finds():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,26 @@ from pqqp_lightning.modules.structure import weightless_copy
 IMAGE_SIZE = 224
 
 
+_known: WeakKeyDictionary[nn.Module, tuple[list[Any], Coupling]] = WeakKeyDictionary()
+"""The groups of each model, with the structure that they were found in."""
+
+
 def traced_groups(model: nn.Module) -> Coupling:
-    """The coupled groups of ``model``.
+    """The coupled groups of ``model``, traced once as long as its modules and their shapes stay as they are.
 
     Raises:
         RecipeError: torch-pruning is not installed, or the model cannot be run on an example input.
     """
+    structure = [
+        (name, type(module), [(key, p.shape) for key, p in module._parameters.items() if p is not None])
+        for name, module in model.named_modules()
+    ]
+    if model not in _known or _known[model][0] != structure:
+        _known[model] = structure, _trace(model)
+    return _known[model][1]
+
+
+def _trace(model: nn.Module) -> Coupling:
     try:
         import torch_pruning as tp
     except ImportError as error:
