@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass
@@ -91,6 +92,11 @@ def diagnose(command: str, arguments: Sequence[str], error: ArgumentError) -> li
     options = OPTIONS | OPTIONS_OF[command]
     known = {*SECTIONS, *options}
     problems += [problem for setting in settings for problem in _check_name(setting, known)]
+    problems += [
+        f"{COMMAND_LINE}: '{word}' has one dash. Write -{word}."
+        for word in arguments
+        if re.match(r"-[a-z]\w", word) and word.partition("=")[0].partition(".")[0].lstrip("-") in known
+    ]
     settings = [setting for setting in settings if setting.value is not NO_VALUE]
     if not problems and not any(s.key.split(".")[0] == "model" for s in settings):
         place_of_it = recipe_name(arguments) or COMMAND_LINE
@@ -104,6 +110,8 @@ def _check_name(setting: Setting, known: set[str]) -> list[str]:
     section = setting.key.split(".")[0]
     if section in FLAGS:
         return []
+    if section in ("config", "c"):
+        return [f"{setting.where}: --config has no value. Write --config recipe.yaml."]
     if section not in known and (owners := [name for name, own in OPTIONS_OF.items() if section in own]):
         given = f"--{section}" if setting.where == COMMAND_LINE else section
         whose = " and ".join(owners)
@@ -172,6 +180,8 @@ def _check_class(
     depth, first = len(key.split(".")), settings[0].where
     knobs: list[Setting] = []
     for setting in settings:
+        if setting.key == key and setting.value is None:
+            problems.append(f"{setting.where}: {key}: is null. Give a class, or leave it out.")
         name, arguments = _class_and_knobs(setting.key.split(".")[depth:], setting.value)
         if name is not None:
             found = _resolve(name, bases, known)

@@ -214,7 +214,10 @@ def _read_yaml(path: Path, problems: list[str]) -> Any:
     except OSError as error:
         problems.append(f"{path}: cannot be read: {error.strerror}. Make it readable.")
         return None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        problems.append(f"{path}: is no UTF-8 text (byte {error.start + 1}). Save it as UTF-8.")
+        return None
+    except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problems.append(f"{path}: {at}{problem if isinstance(error, DuplicateKey) else f'is not YAML: {problem}'}.")

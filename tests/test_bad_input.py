@@ -243,7 +243,7 @@ WRONG = [
     ),
     Wrong(
         "recipe that is no text",
-        "bad.yaml: is not YAML: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte.",
+        "bad.yaml: is no UTF-8 text (byte 1). Save it as UTF-8.",
         command="fit --config bad.yaml",
         files={"bad.yaml": b"\xff\xfe\x00"},
     ),
@@ -655,7 +655,19 @@ WRONG = [
         "leave it out.",
         "--trainer.devices -3",
     ),
+    Wrong(
+        "classes that are null",
+        "command line: stages.prune: is null. Give a class, or leave it out.\n"
+        "command line: model: is null. Give a class, or leave it out.",
+        "--model null --stages.prune null",
+    ),
     # words that stand alone
+    Wrong(
+        "option with one dash, and one without its value",
+        "command line: --config has no value. Write --config recipe.yaml.\n"
+        "command line: '-max_runs' has one dash. Write --max_runs.",
+        command="order -max_runs 1 --config",
+    ),
     Wrong(
         "recipe without --config",
         "command line: 'recipe.yaml' belongs to no option. A recipe is given with --config recipe.yaml.",
