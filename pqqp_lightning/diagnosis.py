@@ -71,14 +71,14 @@ def refuse_nulls(command: str, settings: Sequence[Setting]) -> None:
     """Where something is null, see whether that is meant: the parser takes it for any value.
 
     Raises:
-        RecipeError: with every problem of the sections and options.
+        RecipeError: with every null that is not.
     """
     if not any(_holds_null(setting.value) for setting in settings):
         return
     options = OPTIONS | OPTIONS_OF[command]
     problems = _check_options([s for s in settings if s.key in options], options) + check_sections(settings)
-    if problems:
-        raise RecipeError(dict.fromkeys(problems))
+    if of_null := [problem for problem in problems if re.search(r"\bNone\b|: is null\.", problem)]:
+        raise RecipeError(dict.fromkeys(of_null))
 
 
 def _holds_null(value: Any) -> bool:

@@ -98,7 +98,8 @@ def check_folder(path: Path, marks: Sequence[str]) -> list[str]:
         marks: files of which a folder that holds a run has one.
     """
     if Path.cwd().resolve().is_relative_to(path.resolve()):
-        return [f"run_dir={path}: holds the folder you work in. Give the run one of its own: --run_dir runs/NAME."]
+        what = "is" if Path.cwd().resolve() == path.resolve() else "holds"
+        return [f"run_dir={path}: {what} the folder you work in. Give the run one of its own: --run_dir runs/NAME."]
     if problems := check_writable("run_dir", path):
         return problems
     if not path.is_dir() or any((path / mark).exists() for mark in marks):
