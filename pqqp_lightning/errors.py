@@ -27,10 +27,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return near_miss(name, known) or (f" Known: {', '.join(known)}." if known else "")
 
 
-def near_miss(name: str, known: Iterable[str]) -> str:
-    """``" Did you mean 'GPTQ'?"`` for a near miss, else nothing."""
+def near_miss(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """``" Did you mean 'GPTQ'?"`` for a near miss, else nothing; ``cutoff`` is difflib's."""
     lowered = {k.lower(): k for k in known}
-    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=cutoff)
     return f" Did you mean '{lowered[near[0]]}'?" if near else ""
 
 

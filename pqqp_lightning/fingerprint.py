@@ -48,7 +48,9 @@ def base_fingerprint(trainer: Trainer, data: DataSource, targeted: Sequence[str]
     settings |= {"ranks": str(trainer.world_size), "device": trainer.strategy.root_device.type}
     module = data.module
     code = [package_sources(), sources_of([type(m) for m in module.modules()])]
-    return digest_of([_model(module), _data(data), run_seed(), settings, list(targeted), package_versions(), code])
+    return digest_of(
+        [_model(module), _sampled(_samples(data)), run_seed(), settings, list(targeted), package_versions(), code]
+    )
 
 
 def training_fingerprint(trainer: Trainer, data: DataSource) -> str:
@@ -95,10 +97,6 @@ def _model(module: LightningModule) -> str:
         digest.update(digest_of(item.plan).encode())
     digest.update(str(origin.skeleton if origin else skeleton_of(module)).encode())
     return digest.hexdigest()
-
-
-def _data(data: DataSource) -> str:
-    return _sampled(_samples(data))
 
 
 def _sampled(parts: Iterable[Any]) -> str:

@@ -119,16 +119,17 @@ class OrderSearch:
             problems.append(f"strategy='{strategy}' is none.{suggest(strategy, (*STRATEGIES, PREDICT))}")
         if strategy == PREDICT:
             problems += check_prediction(list(self._stages.values()))
-            given: dict[str, Any] = {
-                "max_runs": max_runs,
-                "time_limit": minutes,
-                "repeats": repeats if repeats != 1 else None,
+            given: dict[str, tuple[Any, Any]] = {
+                "max_runs": (max_runs, None),
+                "time_limit": (minutes, None),
+                "repeats": (repeats, 1),
+                "comparable_only": (comparable_only, False),
+                "executor": (self._executor, LOCAL),
             }
-            given |= {"comparable_only": comparable_only or None, "executor": self._executor}
             problems += [
                 f"{option}={value} has no effect with strategy={PREDICT}, which measures no order. Leave it out."
-                for option, value in given.items()
-                if value not in (None, LOCAL)
+                for option, (value, default) in given.items()
+                if value != default
             ]
         if max_runs is not None and max_runs < 1:
             problems.append(f"max_runs={max_runs} measures no order. Use 1 or more.")

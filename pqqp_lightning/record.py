@@ -59,7 +59,7 @@ def make_record(
         "name": name,
         "method": method,
         "options": options,
-        "metrics": {k: v if math.isfinite(v) else None for k, v in metrics.items()},
+        "metrics": {k: finite_or_none(v) for k, v in metrics.items()},
         "nominal_rate": round(size.nominal_rate(original_bits), 6),
         "size_bytes": size.size_bytes,
         "compression_rate": (dense["size_bytes"] if dense else size.size_bytes) / size.size_bytes,
@@ -71,6 +71,11 @@ def make_record(
         "constraints_verified": constraints_verified,
         "notes": [*notes, *odd],
     }
+
+
+def finite_or_none(value: float) -> float | None:
+    """The value where it is finite, for JSON."""
+    return value if math.isfinite(value) else None
 
 
 def layer_table(size: ModelSize) -> list[dict[str, Any]]:

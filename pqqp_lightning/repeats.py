@@ -12,10 +12,11 @@ from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.digest import digest_of
 from pqqp_lightning.executor import LocalExecutor, Progress, TimeLimit
 from pqqp_lightning.prefix_tree import Order, PrefixTree
+from pqqp_lightning.record import finite_or_none
 from pqqp_lightning.results import ResultStore
 from pqqp_lightning.stage import Stage
 from pqqp_lightning.strategies import Exhaustive
-from pqqp_lightning.verdict import Judge, finite_or_none, number_words
+from pqqp_lightning.verdict import Judge, number_words
 
 SEED = "calibration_seed"
 """The attribute of a datamodule by which its calibration samples are drawn."""

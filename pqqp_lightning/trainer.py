@@ -85,7 +85,7 @@ class Trainer(pl.Trainer):
         """
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
-        goes_on(ckpt_path, "fit")
+        resume = goes_on(ckpt_path, "fit")
         data = DataSource(model, train_dataloaders, val_dataloaders, datamodule)
         stages = self.stages or self._plain_training()
         check_recipe(self, data, stages)
@@ -97,7 +97,7 @@ class Trainer(pl.Trainer):
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return
-        Run(self, data, stages, Path(self.default_root_dir)).go(resume=goes_on(ckpt_path, "fit"))
+        Run(self, data, stages, Path(self.default_root_dir)).go(resume=resume)
 
     def validate(
         self,

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from pqqp_lightning.errors import RecipeError, suggest
 from pqqp_lightning.metrics.samples import CONFIDENCE, interval, joint_confidence
 from pqqp_lightning.prefix_tree import Order, PrefixTree, prefixes
-from pqqp_lightning.record import Record, hardware, package_versions
+from pqqp_lightning.record import Record, finite_or_none, hardware, package_versions
 from pqqp_lightning.strategies import nearest_order
 
 LOWER_IS_BETTER = ("perplexity", "loss", "error", "mse", "mae", "rmse")
@@ -258,11 +258,6 @@ def deciding_metric(
     if higher is None:
         raise RecipeError(f"metric='{chosen}': is more of it better? Say --higher_is_better true or false.")
     return chosen, higher
-
-
-def finite_or_none(value: float) -> float | None:
-    """The value where it is finite, for JSON."""
-    return value if abs(value) < float("inf") else None
 
 
 def number_words(value: float | None) -> str:

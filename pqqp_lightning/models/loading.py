@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pqqp_lightning.errors import RecipeError, shorten, suggest
+from pqqp_lightning.errors import RecipeError, near_miss, shorten, suggest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -147,10 +146,8 @@ def _refuse_misspelt(name: str, settings: dict[str, Any]) -> None:
     default = CONFIG_MAPPING[name]()
     left = default.to_dict().keys() - settings.keys()
     unknown = [key for key in settings if not hasattr(default, key)]
-    near = {key: difflib.get_close_matches(key, left, n=1, cutoff=0.8) for key in unknown}
-    if problems := [
-        f"model: '{key}' is no value of {name}. Did you mean '{like[0]}'?" for key, like in near.items() if like
-    ]:
+    near = {key: near_miss(key, left, cutoff=0.8) for key in unknown}
+    if problems := [f"model: '{key}' is no value of {name}.{meant}" for key, meant in near.items() if meant]:
         raise RecipeError(problems)
 
 

@@ -42,10 +42,10 @@ class Advantage:
 
 def order_verdict(report: Report) -> list[str]:
     """The verdict, and what one must know to read it."""
-    repeats = [report["repeats"]["verdict"].replace("->", "→")] if report.get("repeats") else []
-    hypothesis = [sentence.replace("->", "→")] if (sentence := hypothesis_sentence(report)) else []
-    left_out = [f"Left out: {line}".replace("->", "→") for line in marked_lines(report.get("left_out", []))]
-    return [report["verdict"].replace("->", "→"), *repeats, *hypothesis, *left_out, _measured(report)]
+    repeats = (report.get("repeats") or {}).get("verdict", "")
+    left_out = [f"Left out: {line}" for line in marked_lines(report.get("left_out", []))]
+    sentences = [report["verdict"], repeats, hypothesis_sentence(report), *left_out]
+    return [*(sentence.replace("->", "→") for sentence in sentences if sentence), _measured(report)]
 
 
 def advantages(report: Report) -> list[Advantage]:

@@ -16,7 +16,7 @@ from pqqp_lightning.executor import LOCAL, Executor, Progress, TimeLimit, check_
 from pqqp_lightning.order import Show, alone, check_store, check_time_limit, open_search, store_of
 from pqqp_lightning.prefix_tree import PrefixTree, prefixes
 from pqqp_lightning.recipe_check import check_run
-from pqqp_lightning.record import hardware, package_versions
+from pqqp_lightning.record import finite_or_none, hardware, package_versions
 from pqqp_lightning.results import ResultStore
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.storage import write_json
@@ -25,7 +25,7 @@ from pqqp_lightning.sweep.plan import Plan, make_plan
 from pqqp_lightning.sweep.variants import Point
 from pqqp_lightning.sweep_report import SWEEP, write_tables
 from pqqp_lightning.trainer import Trainer
-from pqqp_lightning.verdict import Judge, finite_or_none
+from pqqp_lightning.verdict import Judge
 
 MOST_POINTS = 200
 
