@@ -41,6 +41,7 @@ REFERENCE = (
     "sweep --config recipes/reference/smollm2-135m.yaml --stages.prune SparseGPT --stages.quantize GPTQ "
     "--grid.quantize.bits [8,4,3]"
 )
+FEWER = "--data.calibration_samples 16 --data.evaluation_samples 20"
 SPARSITIES = (0.5, 0.6, 0.7)
 INT8 = "order --config recipes/paper/finetuned-int8.yaml"
 GRANULARITY = "analyze --config recipes/paper/granularity.yaml"
@@ -72,18 +73,11 @@ EXPERIMENTS = {
         f"{REFERENCE} --stages.quantize.clip false",
         sparsities=SPARSITIES,
     ),
-    "reference": Experiment(
-        "SparseGPT and GPTQ on the same windows, the range searched", REFERENCE, sparsities=SPARSITIES
-    ),
     "sparsegpt-gptq": Experiment("SparseGPT and GPTQ", f"{PAIR} {ARC}", sparsities=SPARSITIES),
     "wanda-gptq": Experiment("Wanda and GPTQ", f"{PAIR} --stages.prune Wanda {ARC}", sparsities=SPARSITIES),
     "sparsegpt-rtn": Experiment("SparseGPT and RTN", f"{PAIR} --stages.quantize RTN {ARC}", sparsities=SPARSITIES),
-    "wanda-rtn": Experiment(
-        "Wanda and RTN", f"{PAIR} --stages.prune Wanda --stages.quantize RTN {ARC}", sparsities=SPARSITIES
-    ),
-    "magnitude-rtn": Experiment(
-        "Magnitude and RTN", f"{PAIR} --stages.prune Magnitude --stages.quantize RTN {ARC}", sparsities=SPARSITIES
-    ),
+    "wanda-rtn": Experiment("Wanda and RTN", f"{PAIR} --stages.prune Wanda --stages.quantize RTN {FEWER}"),
+    "magnitude-rtn": Experiment("Magnitude and RTN", f"{PAIR} --stages.prune Magnitude --stages.quantize RTN {FEWER}"),
     "sleb-rtn": Experiment("Blocks: SLEB and RTN", "sweep --config recipes/paper/block-pruning.yaml"),
     "sleb-gptq": Experiment(
         "Blocks: SLEB and GPTQ", "sweep --config recipes/paper/block-pruning.yaml --stages.quantize GPTQ"
@@ -95,7 +89,8 @@ EXPERIMENTS = {
     "granularity": Experiment("Interference: single weights", GRANULARITY),
     "granularity-2-4": Experiment("Interference: 2:4", f"{GRANULARITY} {TWO_OF_FOUR}"),
     "granularity-blocks": Experiment(
-        "Interference: blocks", f"{GRANULARITY} --stages.prune SLEB --stages.prune.amount 3"
+        "Interference: blocks",
+        f"{GRANULARITY} --stages.prune SLEB --stages.prune.amount 3 --data.calibration_samples 4",
     ),
     "resnet-train": Experiment("", "fit --config recipes/paper/resnet-train.yaml --run_dir runs/resnet-train"),
     "deit-train": Experiment("", "fit --config recipes/paper/deit-train.yaml --run_dir runs/deit-train"),
@@ -113,7 +108,7 @@ EXPERIMENTS = {
     "peft": Experiment("SparseGPT against QLoRA", "order --config recipes/paper/peft.yaml"),
     "peft-wanda": Experiment(
         "Wanda against QLoRA",
-        "order --config recipes/paper/peft.yaml --stages.prune Wanda --stages.prune.sparsity 0.5",
+        f"order --config recipes/paper/peft.yaml --stages.prune Wanda --stages.prune.sparsity 0.5 {FEWER}",
     ),
     "basis-sharing": Experiment("Basis Sharing and SparseGPT", "order --config recipes/paper/basis-sharing.yaml"),
     "mixed-precision": Experiment(
@@ -121,7 +116,7 @@ EXPERIMENTS = {
         "sweep --config recipes/paper/mixed-precision.yaml --grid.quantize.average_bits [4,3.5,3]",
     ),
     "finetuned-int8": Experiment("Finetuned magnitude 50% and INT8", INT8),
-    "finetuned-int8-2-4": Experiment("Finetuned magnitude 2:4 and INT8", f"{INT8} {TWO_OF_FOUR}"),
+    "finetuned-int8-2-4": Experiment("Finetuned magnitude 2:4 and INT8", f"{INT8} {TWO_OF_FOUR} {FEWER}"),
 }
 
 
