@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pqqp_lightning.hypothesis import leaves_zero_out
 from pqqp_lightning.report import number_text, wide_console
 from pqqp_lightning.storage import read_json
 
@@ -159,10 +160,10 @@ def _additivity_line(report: Report) -> str:
 
 
 def _is_clear(advantage: Row | None) -> bool:
-    """Whether one order is better: its interval holds no 0, or there is none and the two differ."""
+    """Whether one order is better: its interval leaves 0 out, or there is none and the two differ."""
     if advantage is None or not advantage["value"]:
         return False
-    return advantage["low"] is None or not advantage["low"] <= 0 <= advantage["high"]
+    return advantage["low"] is None or leaves_zero_out(advantage["low"], advantage["high"])
 
 
 def _arrow(order: Sequence[str]) -> str:

@@ -25,6 +25,11 @@ Curve = Sequence[tuple[float, float]]
 """(C, M) of quantization alone."""
 
 
+def leaves_zero_out(low: float | None, high: float | None) -> bool:
+    """Whether an interval says that a difference is one; where there is no interval, nothing does."""
+    return low is not None and high is not None and not low <= 0 <= high
+
+
 @dataclass(frozen=True)
 class Ratio:
     """A compression equivalent ratio, or on which side of the curve it would be.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pqqp_lightning.hypothesis import leaves_zero_out
 from pqqp_lightning.page.sections import Report
 from pqqp_lightning.report import bounds, hypothesis_sentence, marked_lines, number_text
 
@@ -26,18 +27,14 @@ class Advantage:
     low: float | None
     high: float | None
 
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
-
     def reading(self) -> str:
         """The number in words."""
         if self.value is None:
             return "unknown: a metric is not finite"
         if self.low is None:
             return "no difference" if self.value == 0 else f"{self.first} first is better, without an interval"
-        return f"{self.first} first is better" if self.is_clear else "no evidence that the order matters"
+        clear = leaves_zero_out(self.low, self.high)
+        return f"{self.first} first is better" if clear else "no evidence that the order matters"
 
 
 def order_verdict(report: Report) -> list[str]:
