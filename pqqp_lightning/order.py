@@ -212,7 +212,7 @@ class OrderSearch:
             if len(done) < len(wanted):
                 return measured, [f"stopped after {len(measured)} orders: time_limit={limit.minutes:g} minutes"]
             if len(wanted) < len(round):
-                return measured, [f"stopped after {max_runs} orders: max_runs={max_runs}"]
+                return measured, [f"stopped after {len(measured)} orders: max_runs={max_runs}"]
         if left := strategy.untried():
             words = ", ".join(" -> ".join(order) for order in left)
             return measured, [f"stopped after {len(measured)} orders, as many as this strategy tries; untried: {words}"]
@@ -302,7 +302,7 @@ def open_search(
     """
     if resume:
         begin(trainer, data, asked, resume=True)
-    dense = tree.open()
+    dense = tree.open(lambda names: deciding_metric(data.module, names, metric, higher))
     judge = Judge(tree, *deciding_metric(data.module, dense["metrics"], metric, higher))
     if not resume:
         begin(trainer, data, asked, resume=False)

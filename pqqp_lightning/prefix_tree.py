@@ -75,11 +75,17 @@ class PrefixTree:
             self._runner.resume()
         self._settle()
 
-    def open(self) -> Record:
-        """Measure the dense model, or look it up; nothing else can be measured before."""
+    def open(self, check: Callable[[Iterable[str]], object] = lambda names: None) -> Record:
+        """Measure the dense model, or look it up; nothing else can be measured before.
+
+        Args:
+            check: is shown the metrics' names, before all of the work.
+        """
         if self.base is None:
             self.identify()
         with self._without_loggers():
+            if not self.is_known(()):
+                check(self._runner.metric_names())
             self._runner.dense = self.measure(()).record
         return self._runner.dense
 

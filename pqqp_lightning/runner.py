@@ -83,9 +83,17 @@ class Runner:
 
     def resume(self) -> None:
         """Do what evaluating the dense model does besides: start the processes, convert the model, set up the data."""
-        limit, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
+        self._evaluate_little(0)
+
+    def metric_names(self) -> list[str]:
+        """What the evaluation measures, from one batch of it."""
+        return list(self._evaluate_little(1))
+
+    def _evaluate_little(self, batches: int) -> dict[str, float]:
+        limit = self.trainer.limit_val_batches
+        self.trainer.limit_val_batches = batches if limit else limit
         try:
-            self.evaluate()
+            return self.evaluate()
         finally:
             self.trainer.limit_val_batches = limit
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.hypothesis import leaves_zero_out
 from pqqp_lightning.metrics.samples import CONFIDENCE, interval, joint_confidence
 from pqqp_lightning.prefix_tree import Order, PrefixTree, prefixes
 from pqqp_lightning.record import Record, finite_or_none, hardware, package_versions
@@ -32,7 +33,7 @@ class Difference:
     @property
     def is_clear(self) -> bool:
         """Whether the interval holds no 0."""
-        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+        return leaves_zero_out(self.low, self.high)
 
     def plain(self) -> dict[str, float | None]:
         """For the report."""
@@ -229,20 +230,20 @@ class Verdict:
 
 
 def deciding_metric(
-    module: LightningModule, metrics: dict[str, float | None], metric: str | None, higher: bool | None
+    module: LightningModule, metrics: Iterable[str], metric: str | None, higher: bool | None
 ) -> tuple[str, bool]:
     """The metric that decides, and whether more of it is better.
 
     Args:
         module: may say both (``primary_metric``, ``higher_is_better``).
-        metrics: what is measured.
+        metrics: the names of what is measured.
         metric: what the user wants.
         higher: what the user says.
 
     Raises:
         RecipeError: it is not measured, or its direction is not known.
     """
-    own = getattr(module, "primary_metric", None)
+    own, metrics = getattr(module, "primary_metric", None), list(metrics)
     chosen = metric or own or next(iter(metrics), "")
     if not metrics:
         raise RecipeError("trainer: the evaluation measured nothing. Look at limit_val_batches and validation_step.")
