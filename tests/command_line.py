@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forked import run_forked
 from tiny import ACCELERATOR
 
 from pqqp_lightning.__main__ import main
@@ -75,3 +76,8 @@ def run_process(folder: Path, *arguments: str, **environment: str) -> subprocess
         timeout=120,
         check=False,
     )
+
+
+def run_command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in a process that does not import the libraries anew."""
+    return run_forked(["-m", "pqqp_lightning", *arguments], folder)

@@ -1,11 +1,11 @@
 """Runs that die at a training batch, or by SIGKILL at any moment, and are resumed: they must end as if undisturbed."""
 
 import random
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 from lightning.pytorch import Callback
@@ -47,11 +47,11 @@ def undisturbed_and_resumed(folder: Path, stages, make_module, at, **options):
     return undisturbed, fit("died", [], "last")
 
 
-def run_with_kills(command: Sequence[str], folder: Path, seed: int, kills: int, longest: float) -> int:
-    """Run ``command`` again and again, each time with SIGKILL after a random while, and at last to its end.
+def run_with_kills(words: Sequence[str], folder: Path, seed: int, kills: int, longest: float) -> int:
+    """Run ``python WORDS`` again and again, each time with SIGKILL after a random while, and at last to its end.
 
     Args:
-        command: the same every time.
+        words: the same every time.
         folder: where.
         seed: of the moments.
         kills: at most so many.
@@ -62,18 +62,18 @@ def run_with_kills(command: Sequence[str], folder: Path, seed: int, kills: int, 
     """
     chance = random.Random(seed)
     for killed in range(kills + 1):
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
-        try:
-            assert process.wait(longest * chance.random() if killed < kills else None) == 0
+        process = forked.start(words, folder)
+        process.join(longest * chance.random() if killed < kills else None)
+        if process.exitcode is not None:
+            assert process.exitcode == 0
             return killed
-        except subprocess.TimeoutExpired:
-            started = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            process.wait()
-            until = time.monotonic() + 30
-            while alive := [child for child in started if _stays(child)]:
-                assert time.monotonic() < until, alive
-                time.sleep(0.2)
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.join()
+        until = time.monotonic() + 30
+        while alive := [child for child in started if _stays(child)]:
+            assert time.monotonic() < until, alive
+            time.sleep(0.2)
     raise AssertionError
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from command_line import RECIPE, prepare, run, run_process, write_recipe
+from command_line import RECIPE, prepare, run, run_command, run_process, write_recipe
 
 import pqqp_lightning
 from pqqp_lightning import help_cache
@@ -361,7 +361,7 @@ DOTTED = DOTTED.replace("Theirs", "their_package.Theirs")
 @pytest.mark.parametrize("names", [BARE, DOTTED], ids=["bare", "dotted"])
 def test_stages_from_elsewhere_fit(names, with_stages):
     write_recipe(with_stages, {RECIPE[RECIPE.index("stages:") :]: ""})
-    done = run_process(with_stages, "fit", "--config", "recipe.yaml", *names.split())
+    done = run_command(with_stages, "fit", "--config", "recipe.yaml", *names.split())
     assert (done.returncode, done.stderr) == (0, "")
     records = stages_of(with_stages / "run")
     assert [stage["method"] for stage in records] == ["", "Mine", "Other", "Theirs"]
@@ -370,7 +370,7 @@ def test_stages_from_elsewhere_fit(names, with_stages):
 
 def test_stages_from_elsewhere_in_every_order(with_stages):
     write_recipe(with_stages, {RECIPE[RECIPE.index("  quantize:") :]: "  mine: {class_path: Mine}\n"})
-    done = run_process(with_stages, "order", "--config", "recipe.yaml", "--stages.theirs", "Theirs")
+    done = run_command(with_stages, "order", "--config", "recipe.yaml", "--stages.theirs", "Theirs")
     assert (done.returncode, done.stderr) == (0, "")
     orders = json.loads((with_stages / "run/order.json").read_text())["orders"]
     assert len(orders) == 6
@@ -380,7 +380,7 @@ def test_methods_lists_stages_from_everywhere_with_their_knobs(with_stages):
     (with_stages / "broken.py").write_text(
         "from pqqp_lightning import Stage\n\nclass Broken(Stage):\n    pass\n\n1 / 0\n"
     )
-    done = run_process(with_stages, "methods")
+    done = run_command(with_stages, "methods")
     assert done.returncode == 0
     assert done.stderr == (
         "broken.py: cannot be imported: ZeroDivisionError: division by zero. Put it right: it defines Broken.\n"
@@ -397,7 +397,7 @@ def test_methods_lists_stages_from_everywhere_with_their_knobs(with_stages):
 
 def test_a_package_that_cannot_be_imported_does_no_harm(with_stages):
     (with_stages / "site/their_package/__init__.py").write_text("import nothing\n")
-    done = run_process(with_stages, "fit", "--config", "recipe.yaml")
+    done = run_command(with_stages, "fit", "--config", "recipe.yaml")
     assert done.returncode == 0
     expected = "the stages of 'their_package' cannot be imported: ModuleNotFoundError: No module named 'nothing'\n"
     assert done.stderr == expected

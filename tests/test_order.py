@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import combinations, permutations
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -338,12 +337,11 @@ def test_a_search_that_goes_on_from_anothers_model_still_has_the_dense_one(tmp_p
 
 def test_two_processes_in_one_folder_do_nothing_twice(folder):
     write_recipe(folder, {TWO: THREE, "evaluation: ": "train: train.npy, evaluation: "})
-    words = [sys.executable, "-m", "pqqp_lightning", "order", "--config", "recipe.yaml", "--run_dir"]
-    running = [
-        subprocess.Popen([*words, name], cwd=folder, stdout=subprocess.PIPE, text=True) for name in ("a", "a", "b")
-    ]
-    printed = [process.communicate()[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0], printed
+    words = ["-m", "pqqp_lightning", "order", "--config", "recipe.yaml", "--run_dir"]
+    running = [forked.start([*words, name], folder) for name in ("a", "a", "b")]
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0, 0, 0]
     reports = [json.loads((folder / name / "order.json").read_text()) for name in ("a", "b", "a.1")]
     assert sum(report["applications"] for report in reports) == 15
     tables = [[same(e["stages"]) for e in report["orders"]] for report in reports]
@@ -386,8 +384,8 @@ def test_another_search_that_ends_takes_nothing_that_is_still_needed(folder):
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_moments_the_search_ends_with_the_same_table(seed, finished, folder):
     write_recipe(folder, {TWO: THREE, "evaluation: ": "train: train.npy, evaluation: "})
-    words = [sys.executable, "-m", "pqqp_lightning", "order", "--config", "recipe.yaml", "--run_dir", "search"]
-    run_with_kills(words, folder, seed, kills=4, longest=16)
+    words = ["-m", "pqqp_lightning", "order", "--config", "recipe.yaml", "--run_dir", "search"]
+    run_with_kills(words, folder, seed, kills=4, longest=6)
     whole, resumed = (json.loads((f / "order.json").read_text()) for f in (finished, folder / "search"))
     assert [same(e["stages"]) for e in resumed["orders"]] == [same(e["stages"]) for e in whole["orders"]]
     assert (resumed["best"], resumed["advantage"]) == (whole["best"], whole["advantage"])
@@ -409,13 +407,17 @@ def test_a_module_of_ones_own(folder):
 
 
 def test_a_metric_whose_direction_is_unknown(folder, monkeypatch):
+    seen = []
+
     def validation_step(self, batch, batch_idx):
+        seen.append(batch_idx)
         self.log("oddness", self(batch[0]).sum())
 
     monkeypatch.setattr(Regressor, "validation_step", validation_step)
     words = "metric='oddness': is more of it better"
     with pytest.raises(RecipeError, match=words):
         regression_search(folder / "run", Magnitude(0.5), RTN(3))
+    assert seen == [0]  # and not a whole evaluation
     assert not (folder / "run/run.json").exists()
     assert regression_search(folder / "run", Magnitude(0.5), RTN(3), higher=True)["higher_is_better"] is True
 

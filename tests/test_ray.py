@@ -238,7 +238,7 @@ def test_a_driver_that_is_killed_again_and_again_ends_with_the_same_table(comman
     grid = ["--grid.prune.sparsity", "[0.5,0.8]"] if command == "sweep" else []
     words = ["--config", "recipe.yaml", *grid]
     assert run(command, *words, "--run_dir", "local/search") == 0
-    ours = [sys.executable, "-m", "pqqp_lightning", command, *words, "--run_dir", "ray/search", "--executor", "ray"]
+    ours = ["-m", "pqqp_lightning", command, *words, "--run_dir", "ray/search", "--executor", "ray"]
     run_with_kills(ours, folder, seed=1, kills=3, longest=12)
     reports = [plain(json.loads((folder / n / f"search/{command}.json").read_text())) for n in ("local", "ray")]
     for report in reports:

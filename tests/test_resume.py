@@ -1,7 +1,6 @@
 """A run that is killed with SIGKILL goes on with ``--ckpt_path last`` and ends as if nothing had happened."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import run_forked
 from safetensors.torch import load_file
 from tiny import LLAMA, write_tokens
 
-import pqqp_lightning
 from pqqp_lightning.__main__ import main
 
 KILLER = """
@@ -102,9 +101,7 @@ def run_command(folder: Path, *arguments: str, kill: tuple[str, int, str] | None
     if kill:
         (folder / "killer.py").write_text(KILLER)
         launcher = ["killer.py", *map(str, kill)]
-    command = [sys.executable, *launcher, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(Path(pqqp_lightning.__file__).parents[1])}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=120)
+    return run_forked([*launcher, *arguments], folder)
 
 
 def finish(folder: Path, *arguments: str) -> str:
