@@ -24,8 +24,8 @@ CLIP_FACTORS = tuple(1 - step / 40 for step in range(-3, 21) if step)
 """Fractions of a group's range that a clipping search tries beside the whole of it: 1.075 down to 0.5."""
 
 CLIP_NORM = 2.4
-PIECE = 2**20
-"""Weights that the clipping search looks at a time."""
+PIECE, GPU_PIECE = 2**18, 2**24
+"""Weights times trials that the clipping search looks at at once: what a cache holds, and what keeps a GPU busy."""
 
 SMALLEST_SCALE = 1e-38
 """A codebook's scale is taken as this at least, where it is divided by: a block of zeros has scale 0."""
@@ -134,11 +134,9 @@ def fit_grid(
         return grid
     if importance is not None:
         importance = importance.expand_as(w).reshape(grouped.shape) if per_tensor else importance.view_as(grouped[:1])
-    best, least = torch.ones_like(lowest), _clip_error(grouped, grid, importance)
-    for factor in CLIP_FACTORS:
-        trial = _spanning(lowest * factor, highest * factor, bits, symmetric, columns, grid.scale.dtype)
-        error = _clip_error(grouped, trial, importance)
-        best, least = torch.where(error < least, factor, best), torch.minimum(error, least)
+    factors = torch.tensor((1.0, *CLIP_FACTORS), device=w.device)[:, None, None]  # of equal errors the first one's wins
+    trials = _spanning(lowest * factors, highest * factors, bits, symmetric, columns, grid.scale.dtype)
+    best = factors.view(-1)[_clip_errors(grouped.contiguous(), trials, importance).argmin(0)]
     return _spanning(lowest * best, highest * best, bits, symmetric, columns, grid.scale.dtype)
 
 
@@ -248,25 +246,31 @@ def _spanning(
     return Grid(bits, scale, zero, columns)
 
 
-def _clip_error(grouped: Tensor, grid: Grid, importance: Tensor | None) -> Tensor:
-    """The sum that the clipping search looks at, for each group of ``grouped`` [O, G, size]: [O, G]; piece by piece.
+def _clip_errors(grouped: Tensor, trials: Grid, importance: Tensor | None) -> Tensor:
+    """The sums that the clipping search looks at, for each group of ``grouped`` [O, G, size]: [T, O, G].
 
-    ``importance`` [1, G, size].
+    All scales [T, O, G] of ``trials`` are tried at once, piece by piece of the weights. ``importance`` [1, G, size].
     """
-    scale = grid.scale.float()[..., None]
-    zero = torch.full_like(scale, grid.middle) if grid.zero is None else grid.zero.float()[..., None]
+    scale = trials.scale.float()[..., None]
+    zero = None if trials.zero is None else trials.zero.float()[..., None]
+    most = max(1, (PIECE if scale.device.type == "cpu" else GPU_PIECE) // len(scale))
     if len(grouped) == 1:
-        parts = grouped.split(PIECE, dim=-1)
-        weights = [None] * len(parts) if importance is None else importance.split(PIECE, dim=-1)
-        errors = [_piece_error(grid, p, scale, zero, i) for p, i in zip(parts, weights, strict=True)]
+        parts = grouped.split(most, dim=-1)
+        weights = [None] * len(parts) if importance is None else importance.split(most, dim=-1)
+        errors = [_piece_errors(trials, p, scale, zero, i) for p, i in zip(parts, weights, strict=True)]
         return torch.stack(errors).sum(0)
-    rows = max(1, PIECE // grouped[0].numel())
-    pieces = zip(grouped.split(rows), scale.split(rows), zero.split(rows), strict=True)
-    return torch.cat([_piece_error(grid, *piece, importance) for piece in pieces])
+    rows = max(1, most // grouped[0].numel())
+    scales, count = scale.split(rows, dim=1), -(-len(grouped) // rows)
+    zeros = [None] * count if zero is None else zero.split(rows, dim=1)
+    pieces = zip(grouped.split(rows), scales, zeros, strict=True)
+    return torch.cat([_piece_errors(trials, *piece, importance) for piece in pieces], dim=1)
 
 
-def _piece_error(grid: Grid, grouped: Tensor, scale: Tensor, zero: Tensor, importance: Tensor | None) -> Tensor:
-    error = grid.values(grid.nearest(grouped, scale, zero), scale, zero).sub_(grouped)
+def _piece_errors(
+    trials: Grid, grouped: Tensor, scale: Tensor, zero: Tensor | None, importance: Tensor | None
+) -> Tensor:
+    origin = trials.middle if zero is None else zero
+    error = trials.values(trials.nearest(grouped, scale, origin), scale, origin).sub_(grouped)
     error = error.abs_().pow_(CLIP_NORM) if importance is None else error.square_().mul_(importance)
     return error.sum(-1)
 
