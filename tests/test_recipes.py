@@ -191,6 +191,8 @@ def test_recipes_for_the_hub_run_dry(folder, path, capsys):
         options = [*TINY_IMAGES, "--model.pretrained", "false", "--model.num_classes", "10"]
         if "imagenet" in path.stem:
             options += ["--data.image_size", "64", "--data.train_transforms", "[]"]
+        if "resnet" in path.stem:
+            options += ["--model.model_args", "{stem_width: 16, channels: [16, 32, 64, 128]}"]
         if "deit" in path.stem:
             options += ["--model.image_size", "64" if "imagenet" in path.stem else "32"]
             options += ["--model.model_args", "{depth: 2, patch_size: 16}"]
