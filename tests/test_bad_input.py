@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import RECIPE, prepare, run, run_process, write_recipe
+from command_line import RECIPE, prepare, run, run_command, run_process, write_recipe
 
 from pqqp_lightning import Trainer
 from pqqp_lightning.callbacks import RTN, Magnitude
@@ -976,7 +976,7 @@ def test_a_bug_shows_its_traceback(folder):
     write_recipe(folder, {"CausalLM": "odd_models.Buggy"})
     with pytest.raises(KeyError, match="a bug of ours"):
         run("fit", "--config", "recipe.yaml")
-    done = run_process(folder, "fit", "--config", "recipe.yaml", "--run_dir", "other")
+    done = run_command(folder, "fit", "--config", "recipe.yaml", "--run_dir", "other")
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
     assert "KeyError: 'a bug of ours'" in done.stderr

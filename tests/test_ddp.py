@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forked import run_forked
 from safetensors.torch import load_file
 from tiny import LLAMA, write_tokens
 
@@ -98,11 +99,10 @@ def folder(tmp_path_factory) -> Path:
 
 def run(folder: Path, *arguments: str, script: bool = False) -> subprocess.CompletedProcess:
     """The command line: ``python -m pqqp_lightning``, or with ``script`` the installed console script."""
-    launcher = [str(Path(sys.executable).with_name("pqqp-lightning"))]
     if not script:
-        launcher = [sys.executable, "-m", "pqqp_lightning"]
+        return run_forked(["-m", "pqqp_lightning", *arguments], folder, timeout=150)
+    command = [str(Path(sys.executable).with_name("pqqp-lightning")), *arguments]
     environment = os.environ | {"PYTHONPATH": str(Path(pqqp_lightning.__file__).parents[1])}
-    command = [*launcher, *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=150)
 
 
@@ -134,11 +134,24 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_compress_as_one_does(folder, here):
-    main(["fit", "--config", "compress.yaml", "--run_dir", "one", "--trainer.devices", "1"])
+@pytest.fixture(scope="module")
+def one(folder) -> Path:
+    """The run folder of one process."""
+    finish(folder, "fit", "--config", "compress.yaml", "--run_dir", "one", "--trainer.devices", "1")
+    return folder / "one"
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> Path:
+    """The run folder of two processes that nothing disturbed."""
     finish(folder, *on_two("compress.yaml", "two"), script=True)
+    return folder / "two"
+
+
+def test_two_processes_compress_as_one_does(folder, one, two):
     assert [[line["world"] for line in rank] for rank in digests(folder, "two")] == [[2] * 3] * 2
-    one, two = load_weights(folder / "one"), load_weights(folder / "two")
+    a, b = records(one), records(two)
+    one, two = load_weights(one), load_weights(two)
     assert list(one) == list(two)
     for name in one:
         if ".layers." in name and name.endswith("proj.weight"):
@@ -146,7 +159,6 @@ def test_two_processes_compress_as_one_does(folder, here):
             assert float((one[name] - two[name]).norm() / one[name].norm()) < 0.05, name
         else:
             assert torch.equal(one[name], two[name])
-    a, b = records(folder / "one"), records(folder / "two")
     assert [r["name"] for r in b] == ["dense", "prune", "quantize"]
     dense = [run[0]["metrics"]["perplexity"] for run in (a, b)]
     assert dense[0] == pytest.approx(dense[1], rel=1e-6)  # of five windows none counts twice
@@ -155,13 +167,13 @@ def test_two_processes_compress_as_one_does(folder, here):
         assert ours["size_bytes"] == theirs["size_bytes"]
 
 
-def test_half_of_the_calibration_set_gives_other_weights(folder, here):
+def test_half_of_the_calibration_set_gives_other_weights(folder, here, one):
     """What the test above compares is no accident."""
     arguments = ["fit", "--config", "compress.yaml", "--run_dir", "half", "--trainer.devices", "1"]
     main([*arguments, "--data.calibration_samples", "4"])
-    one, half = load_weights(folder / "one"), load_weights(folder / "half")
+    whole, half = load_weights(one), load_weights(folder / "half")
     name = "model.model.layers.0.mlp.down_proj.weight"
-    assert float((one[name] - half[name]).norm() / one[name].norm()) > 0.05
+    assert float((whole[name] - half[name]).norm() / whole[name].norm()) > 0.05
 
 
 def test_processes_end_with_equal_weights_also_after_finetuning(folder):
@@ -198,13 +210,13 @@ def test_processes_that_end_a_stage_with_different_weights_are_stopped(folder):
     assert [r["name"] for r in records(folder / "differ")] == ["dense"]
 
 
-def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder):
+def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder, two):
     write_recipe(folder, "die.yaml", {"prune": PRUNE, "die": {"class_path": "watcher.Die"}, "quantize": QUANTIZE})
     killed = run(folder, *on_two("die.yaml", "killed"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [r["name"] for r in records(folder / "killed")] == ["dense", "prune"]
     finish(folder, *on_two("die.yaml", "killed"), "--ckpt_path", "last")
-    ours, theirs = load_weights(folder / "killed"), load_weights(folder / "two")
+    ours, theirs = load_weights(folder / "killed"), load_weights(two)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [[line["world"] for line in rank] for rank in digests(folder, "killed")] == [[2] * 4] * 2
 

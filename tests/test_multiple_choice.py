@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from command_line import run, run_process
+from command_line import run, run_command
 from safetensors.torch import load_file
 from tiny import LLAMA, trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -266,7 +266,7 @@ def test_two_processes_count_every_question_once(folder):
     """13 questions do not go round two processes; one that is counted twice would show."""
     assert run("fit", "--config", "recipe.yaml", "--run_dir", "one") == 0
     two = ["--run_dir", "two", "--trainer.strategy", "ddp", "--trainer.devices", "2", "--metric", "acc"]
-    done = run_process(folder, "order", "--config", "recipe.yaml", *two)
+    done = run_command(folder, "order", "--config", "recipe.yaml", *two)
     assert done.returncode == 0, done.stderr
     (dense,) = (
         f for f in (json.loads(p.read_text()) for p in folder.glob("store/*/record.json")) if f["name"] == "dense"

@@ -2,23 +2,19 @@
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import yaml
+from forked import run_forked
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-import pqqp_lightning
 from pqqp_lightning import load
 from pqqp_lightning.__main__ import main
 from pqqp_lightning.algorithms.sleb import count_evaluations, remove_greedily
@@ -521,11 +517,9 @@ def recipe(tmp_path, monkeypatch):
 def test_two_processes_choose_as_one_does(recipe):
     """Four sequences each: their mean losses, added up, are those of all eight."""
     main(["fit", "--config", "recipe.yaml", "--run_dir", "one"])
-    environment = os.environ | {"PYTHONPATH": str(Path(pqqp_lightning.__file__).parents[1])}
     arguments = ["fit", "--config", "recipe.yaml", "--run_dir", "two"]
     arguments += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    command = [sys.executable, "-m", "pqqp_lightning", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150)
+    result = run_forked(["-m", "pqqp_lightning", *arguments], recipe)
     assert result.returncode == 0, result.stderr
     found = [json.loads((recipe / run / "report.json").read_text())["stages"][1]["notes"] for run in ("one", "two")]
     assert choices(found[0])[0] == choices(found[1])[0]
