@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import Namespace, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pqqp_lightning.analysis import analyze_pair
@@ -39,6 +40,7 @@ from pqqp_lightning.settings import (
     place,
     read_settings,
     recipe_name,
+    replaced_stages,
     stage_class_names,
     without_section,
 )
@@ -365,6 +367,8 @@ def _recipe_command(command: str, arguments: list[str]) -> None:
             import_from_working_folder(name)
     if not unread:
         refuse_nulls(command, settings)
+        for note in replaced_stages(settings):
+            rank_zero_only(print)(note)
     given = _with_one_grid(arguments, settings) if command == "sweep" else arguments
     sys.argv[1:] = [command, *given]  # also what the processes of a distributed run are started with
     try:

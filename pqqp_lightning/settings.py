@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,18 @@ def without_section(arguments: Sequence[str], section: str) -> list[str]:
         if key.split(".")[0] != section or value is None:
             kept += words
     return kept
+
+
+def replaced_stages(settings: Iterable[Setting]) -> list[str]:
+    """A note for every recipe whose ``stages`` take the place of an earlier recipe's."""
+    named: dict[str, list[str]] = {}
+    for setting in settings:
+        if setting.key.startswith("stages.") and setting.where.endswith((".yaml", ".yml")):
+            named.setdefault(setting.where, []).append(setting.key.split(".")[1])
+    return [
+        f"{later}: its stages ({', '.join(named[later])}) replace those of {earlier} ({', '.join(named[earlier])})."
+        for earlier, later in pairwise(named)
+    ]
 
 
 def stage_class_names(settings: Iterable[Setting]) -> list[str]:

@@ -57,6 +57,15 @@ def test_it_answers_at_once_without_torch(arguments, folder):
     assert not re.search(r"\| +(torch|lightning|jsonargparse)$", done.stderr, re.MULTILINE)
 
 
+def test_stages_of_a_second_recipe_replace_those_of_the_first_and_say_so(folder, capfd):
+    (folder / "more.yaml").write_text("stages:\n  quantize: {class_path: RTN, init_args: {bits: 3}}\n")
+    assert run("fit", "--config", "recipe.yaml", "--config", "more.yaml") == 0
+    assert "more.yaml: its stages (quantize) replace those of recipe.yaml (prune, quantize)." in capfd.readouterr().out
+    assert [stage["method"] for stage in stages_of(folder / "run")] == ["", "RTN"]
+    assert run("fit", "--config", "recipe.yaml", "--stages.prune.sparsity", "0.3") == 0
+    assert "replace" not in capfd.readouterr().out
+
+
 def test_help_names_every_command(folder, capsys):
     run("--help")
     printed = capsys.readouterr().out
