@@ -85,7 +85,7 @@ class CommandTrainer(Trainer):
             metric: what decides; the model's own by default.
             higher_is_better: whether more of it is better; known for common metrics.
             strategy: "exhaustive" for all orders; "progressive" for the order from the weakest stage to the strongest
-                and swaps of neighbours; "predict" to measure none, and only say which order calibration speaks for.
+                and moves of one stage; "predict" to measure none, and only say which order calibration speaks for.
             max_runs: at most so many whole orders.
             time_limit: begin no further order after so many minutes.
             comparable_only: leave out orders that end larger than the smallest, or lose a constraint.

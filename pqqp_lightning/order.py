@@ -67,7 +67,7 @@ def search_orders(
         metric: what decides; the module's ``primary_metric`` or the first metric by default.
         higher: whether more of it is better; known for common metrics.
         strategy: "exhaustive" for all orders that the stages' checks allow; "progressive" for the order of growing
-            intensity and swaps of neighbours from there; "predict" to measure nothing, and only say which order the
+            intensity and moves of one stage from there; "predict" to measure nothing, and only say which order the
             layers' errors on calibration data speak for.
         max_runs: at most so many whole orders.
         time_limit: begin no further order after so many minutes.

@@ -1,7 +1,9 @@
 """Which orders of the stages to measure, and in which sequence.
 
 "progressive" is the Progressive Intensity Hypothesis at work (Kim et al., arXiv 2603.18426): measure each stage alone,
-sort them from the weakest perturbation to the strongest, and try from there whether a swap of neighbours helps.
+sort them from the weakest perturbation to the strongest, and try from there whether another place for one stage helps:
+swaps of neighbours first, then longer moves (the insertion neighbourhood of the linear ordering problem, Schiavinotto
+and Stuetzle 2004), since an order may be best of its neighbours and not of all.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ class Exhaustive(Strategy):
 
 
 class Progressive(Strategy):
-    """From the weakest stage to the strongest, then swaps of neighbours until none helps."""
+    """From the weakest stage to the strongest, then swaps of neighbours and longer moves until none helps."""
 
     name = "progressive"
 
@@ -105,20 +107,20 @@ class Progressive(Strategy):
     def rounds(self) -> Iterator[list[Order]]:
         best = self._sorted()
         yield [best]
-        tried, self._left = {best}, self._untried_swaps(best, {best})
+        tried, self._left = {best}, self._untried_moves(best, {best})
         while self._left and len(tried) < self._most_runs():
             order = self._left[0]
             tried.add(order)
             yield [order]
             if self._measures.better(order, best):
                 best = order
-            self._left = self._untried_swaps(best, tried)
+            self._left = self._untried_moves(best, tried)
 
     def untried(self) -> list[Order]:
         return self._left
 
-    def _untried_swaps(self, order: Order, tried: Set[Order]) -> list[Order]:
-        return [swapped for swapped in _swaps(order) if swapped in self._allowed and swapped not in tried]
+    def _untried_moves(self, order: Order, tried: Set[Order]) -> list[Order]:
+        return [moved for moved in _moves(order) if moved in self._allowed and moved not in tried]
 
     def nodes(self, max_runs: int | None) -> list[Order]:
         return self.first()
@@ -128,10 +130,11 @@ class Progressive(Strategy):
         return len(self._alone()) + runs * (len(self._names) - 1)  # the first stage of each is measured alone
 
     def describe(self) -> str:
-        return f"from the weakest stage to the strongest, and swaps of neighbours ({len(self._allowed)} orders can run)"
+        return f"from the weakest stage to the strongest, and moves of one stage ({len(self._allowed)} orders can run)"
 
     def _most_runs(self) -> int:
-        return 2 * (len(self._names) - 1) + 1
+        """With the stages alone, as many applications as n + 2(n - 1) whole orders of n stages."""
+        return 3 * len(self._names)
 
     def _alone(self) -> list[str]:
         """Stages that some order begins with."""
@@ -158,9 +161,14 @@ def nearest_order(wanted: Order, allowed: Sequence[Order]) -> Order:
     return min(allowed, key=inversions)
 
 
-def _swaps(order: Order) -> Iterator[Order]:
-    for i in range(len(order) - 1):
-        yield (*order[:i], order[i + 1], order[i], *order[i + 2 :])
+def _moves(order: Order) -> Iterator[Order]:
+    """The orders in which one stage has another place, the nearest places first: swaps of neighbours."""
+    for distance in range(1, len(order)):
+        for i in range(len(order) - distance):
+            low, moved, high = order[:i], order[i : i + distance + 1], order[i + distance + 1 :]
+            yield (*low, *moved[1:], moved[0], *high)
+            if distance > 1:
+                yield (*low, moved[-1], *moved[:-1], *high)
 
 
 def _nodes(orders: Sequence[Order]) -> list[Order]:
