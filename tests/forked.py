@@ -18,6 +18,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+LIBRARIES = [path for path in sys.path if path not in ("", str(TESTS), str(TESTS.parent))]  # no test's own folder yet
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["pqqp_lightning.cli", "pqqp_lightning.models", "pqqp_lightning.data"])
 
@@ -33,7 +34,9 @@ def start(
         out: a file for what it prints.
         err: a file for its errors; the tests' own otherwise.
     """
-    process = _SERVER.Process(target=_become, args=(list(words), folder, dict(os.environ), out, err))
+    more = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = [str(folder), *more, *LIBRARIES]
+    process = _SERVER.Process(target=_become, args=(list(words), folder, dict(os.environ), path, out, err))
     process.start()
     return process
 
@@ -50,18 +53,21 @@ def run_forked(words: Sequence[str], folder: Path, timeout: float = 120) -> subp
 
 
 def _become(
-    words: list[str], folder: Path, environment: Mapping[str, str], out: str | Path, err: str | Path | None
+    words: list[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    path: list[str],
+    out: str | Path,
+    err: str | Path | None,
 ) -> None:
     """Be that command: what a fresh interpreter would be once it had imported the libraries."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    for number, path in ((1, out), (2, err)):
-        if path is not None:
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    of_pytest = {"", str(TESTS), str(TESTS.parent)}
-    more = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
-    sys.path[:] = [str(folder), *more, *(path for path in sys.path if path not in of_pytest)]
+    for number, file in ((1, out), (2, err)):
+        if file is not None:
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.path[:] = path
     sys.argv = words[words[0] == "-m" :]
     os._exit(_exit_code(words))
 
