@@ -53,6 +53,7 @@ class Prediction:
     def __init__(self, tree: PrefixTree, stages: Mapping[str, Stage], allowed: Sequence[Order], folder: Path) -> None:
         self._tree, self._stages, self._allowed, self._folder = tree, stages, allowed, folder
         self._samples = 0
+        self._gone: dict[str, int] = {}  # layers that each stage removes
 
     def report(self) -> dict[str, Any]:
         """The intensities and the order that follows from them: plain data for ``prediction.json``."""
@@ -71,6 +72,7 @@ class Prediction:
             "intensity": intensity,
             "samples": self._samples,
             "layers": len(self._tree.targeted),
+            "gone": self._gone,
         }
 
     def measured(self, module: LightningModule, metric: str | None, higher: bool | None) -> dict[str, Any] | None:
@@ -97,6 +99,7 @@ class Prediction:
             for name, stage in self._stages.items():
                 if name in first and not stage.keeps_function:
                     variants[name] = layers_of(self._tree.compress_alone(name), self._tree.targeted, spill)
+                    self._gone[name] = sum(layer is None for layer in variants[name].values())
             self._tree.bring_to(())
             with self._tree.walking(PREDICT) as walk:
                 walk.batches = first_batches(walk.batches, SAMPLES)

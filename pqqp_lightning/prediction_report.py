@@ -38,6 +38,12 @@ def prediction_sentence(report: Report) -> str:
 def prediction_lines(report: Report) -> list[str]:
     """What else there is to know."""
     lines = [f"{' -> '.join(r['order'])} cannot run: {'; '.join(r['problems'])}" for r in report["refused"]]
+    for name, gone in report.get("gone", {}).items():
+        if gone:
+            lines.append(
+                f"{name} removes {gone} of {report['layers']} layers, each of which counts as wholly wrong: it may be "
+                "weaker than that, beside stages that change every layer."
+            )
     if measured := report["measured"]:
         behind = measured["behind"].get(" -> ".join(report["predicted"]))
         if measured["best"] == report["predicted"]:

@@ -9,8 +9,9 @@ from command_line import RECIPE, prepare, run, write_recipe
 from test_analysis import fitted, named, slow_errors
 from tiny import make_data, make_model, trainer
 
-from pqqp_lightning.callbacks import GPTQ, RTN, BasisSharing, QuaRot, SparseGPT
+from pqqp_lightning.callbacks import GPTQ, RTN, SLEB, BasisSharing, QuaRot, SparseGPT
 from pqqp_lightning.order import search_orders
+from pqqp_lightning.prediction_report import print_prediction
 from pqqp_lightning.runner import Runner
 
 TWO = RECIPE[RECIPE.index("stages:") :]
@@ -48,6 +49,15 @@ def test_a_rotation_has_no_intensity_and_orders_that_cannot_run_are_left_out(tmp
     assert report["intensity"]["rotate"] == 0
     assert report["predicted"] == ["rotate", "quantize"]
     assert [refused["order"] for refused in report["refused"]] == [["quantize", "rotate"]]
+
+
+def test_layers_that_go_count_as_wholly_wrong_and_that_is_said(tmp_path, capsys):
+    report = predict(tmp_path, *named(shorten=SLEB(1), quantize=RTN(8)), show=print_prediction)
+    assert report["intensity"]["shorten"] == pytest.approx(0.5)  # one block of two
+    assert report["gone"] == {"shorten": report["layers"] // 2, "quantize": 0}
+    printed = capsys.readouterr().out
+    assert f"shorten removes {report['layers'] // 2} of {report['layers']} layers, each of which counts" in printed
+    assert "quantize removes" not in printed
 
 
 def test_factors_have_the_intensity_of_what_they_compute(tmp_path):
