@@ -196,7 +196,10 @@ def _machines(name: str) -> str:
     done = [folder for folder in parts_of(name).values() if is_done(folder)] or [folder_of(name)]
     found = [json.loads(file.read_text()) for folder in done for file in folder.glob("*.json")]
     machines = [report["hardware"] for report in found if "hardware" in report]
-    words = [machine["gpu"] or f"{machine['threads']} CPU threads" for machine in machines]
+    words = [
+        machine["gpu"] or f"{machine['threads']} CPU thread{'s' if machine['threads'] != 1 else ''}"
+        for machine in machines
+    ]
     return f"Measured on {' and '.join(dict.fromkeys(words))}."
 
 
@@ -242,9 +245,10 @@ INTRODUCTION = """
 
 What Kim et al. (*Prune-then-Quantize or Quantize-then-Prune?*, ICLR 2026) measured on LLaMA, ResNet and DeiT, on
 models that two cores can carry: SmolLM2-135M on WikiText-2 (32 windows of 512 tokens for calibration, 40 for
-evaluation), a small ResNet-18 and a small DeiT on CIFAR-10. Each section is one command: its verdict, its table, its
-pictures. All intervals are 95% paired bootstrap intervals over evaluation samples, of more than two orders corrected
-for the comparisons with the best (Bonferroni); none is over seeds. `python benchmarks/results.py` makes the runs,
+evaluation, where the command does not say otherwise), a small ResNet-18 and a small DeiT on CIFAR-10. Each section is
+one command: its verdict, its table, its pictures. All intervals are 95% paired bootstrap intervals over evaluation
+samples, of more than two orders corrected for the comparisons with the best (Bonferroni); none is over seeds.
+`python benchmarks/results.py` makes the runs,
 `--page` this page from what they recorded. CPUs are those of an AMD EPYC; all is in float32.
 """
 
@@ -269,12 +273,15 @@ READING = """
 - **The hypothesis in rank.** Over nine points of SparseGPT (50, 60, 70%) and GPTQ (8, 4, 3 bits) A(Q→P) grows with
   C*_P - C_Q: Spearman 0.65 (0.05 to 0.93), and pruning first is better at eight of nine. The methods' original
   implementations, chained on the same windows so that both constraints hold, give 0.6 to 0.7 and eight of nine.
-  With the intensities themselves, G, there is no such evidence: 0.40 (-0.44 to 0.86). (50% ran on the CPU, where
+  With the intensities themselves, G, there is no such evidence: 0.40 (-0.44 to 0.86); nor over nine points of Wanda and
+  RTN with either, 0.23 (-0.78 to 0.74) and 0.43 (-0.51 to 0.90). (50% ran on the CPU, where
   GPTQ alone gives 28.61, 51.78 and 278.8; the table's column is the GPU's, while A, G and C* are each run's own.)
 - **The hypothesis in sign** holds at 8 bits for moderate pruning, where quantization is by far the weaker of the
-  two: before SparseGPT 50% it gains 0.72 (0.34 to 1.14), before Wanda 60% 3.4 (2.2 to 4.7). With more pruning and
-  with fewer bits it does not: at every other point of SparseGPT or Wanda whose interval leaves 0 out pruning first
-  is better, also where pruning is by far the stronger, and by more, the more of both there is.
+  two: before SparseGPT 50% it gains 0.72 (0.34 to 1.14), before Wanda 60% 3.4 (2.2 to 4.7), and 2.2 (0.06 to
+  4.35) with RTN. With more pruning and with fewer bits it does not: at every other point of SparseGPT or Wanda whose
+  interval leaves 0 out pruning first is better, also where pruning is by far the stronger, and by more, the more of
+  both there is. One point is against that, where nothing is left of the model: Wanda 70% and RTN at 3 bits
+  (perplexity 62,000 and 108,000).
 - **Noise of the method.** The same sweep at 60% in another order of summation (the column sweep tensor by tensor
   instead of as one kernel) gave A = -4.3 (-6.3 to -2.9), -51 (-70 to -38), -601 (-874 to -401) at 8, 4 and 3 bits,
   where the table has -0.7, -58 and -243: rounding errors that grow from block to block move A by more than the
@@ -322,8 +329,9 @@ READING = """
 - **Accuracy on ARC-Challenge** says nothing: the dense model answers 28% of 300 questions, guessing 25%, and the
   standard error is 2.6%.
 
-Not run in this size yet: the sparsities that a table below lacks, Wanda and magnitude with RTN, and the layers of
-block pruning. Their commands stand in `benchmarks/results.py`.
+Not run in this size: SparseGPT and GPTQ with the search of the range at 60 and 70% (without it all nine points are
+below), Wanda and GPTQ at 50%, SparseGPT and RTN at 50 and 60%, magnitude with RTN, Wanda against QLoRA, 2:4 finetuned
+and rounded to INT8, and the layers of block pruning. Their commands stand in `benchmarks/results.py`.
 """
 
 
