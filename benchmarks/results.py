@@ -37,10 +37,6 @@ REPOSITORY = Path(__file__).parents[1]
 RUNS, PICTURES = REPOSITORY / "runs" / "results", REPOSITORY / "docs" / "results"
 PAIR = "sweep --config recipes/paper/prune-quantize.yaml"
 ARC = "--data.questions '{source: $PQQP_DATA/ai2_arc, config_name: ARC-Challenge, samples: 300}'"
-REFERENCE = (
-    "sweep --config recipes/reference/smollm2-135m.yaml --stages.prune SparseGPT --stages.quantize GPTQ "
-    "--grid.quantize.bits [8,4,3]"
-)
 FEWER = "--data.calibration_samples 16 --data.evaluation_samples 20"
 SPARSITIES = (0.5, 0.6, 0.7)
 INT8 = "order --config recipes/paper/finetuned-int8.yaml"
@@ -70,7 +66,8 @@ class Experiment:
 EXPERIMENTS = {
     "reference-plain": Experiment(
         "SparseGPT and GPTQ, without the search of the range",
-        f"{REFERENCE} --stages.quantize.clip false",
+        "sweep --config recipes/reference/smollm2-135m.yaml --stages.prune SparseGPT --stages.quantize GPTQ "
+        "--grid.quantize.bits [8,4,3] --stages.quantize.clip false",
         sparsities=SPARSITIES,
     ),
     "sparsegpt-gptq": Experiment("SparseGPT and GPTQ", f"{PAIR} {ARC}", sparsities=SPARSITIES),
@@ -248,8 +245,8 @@ models that two cores can carry: SmolLM2-135M on WikiText-2 (32 windows of 512 t
 evaluation, where the command does not say otherwise), a small ResNet-18 and a small DeiT on CIFAR-10. Each section is
 one command: its verdict, its table, its pictures. All intervals are 95% paired bootstrap intervals over evaluation
 samples, of more than two orders corrected for the comparisons with the best (Bonferroni); none is over seeds.
-`python benchmarks/results.py` makes the runs,
-`--page` this page from what they recorded. CPUs are those of an AMD EPYC; all is in float32.
+`python benchmarks/results.py` makes the runs, `--page` this page from what they recorded. CPUs are those of an AMD
+EPYC; all is in float32.
 """
 
 READING = """
