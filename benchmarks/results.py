@@ -6,7 +6,8 @@ A pair on a language model is a sweep for each sparsity, which run side by side 
     python benchmarks/results.py --page > docs/results.md     # the page, from what the runs recorded
 
 What has its table already is not run again. The runs lie in runs/results, one folder for each. With
-`--jobs 6 -- --trainer.accelerator gpu` all of them take some minutes on one GPU; on two cores they take most of a day.
+`--jobs 15 -- --trainer.accelerator gpu` all of them take about a quarter of an hour on one GPU; on two cores they
+take most of a day.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pqqp_lightning.hypothesis import leaves_zero_out
 from pqqp_lightning.page import read_page
 from pqqp_lightning.page.blocks import Section
 from pqqp_lightning.page.markdown import to_markdown
@@ -37,7 +39,6 @@ REPOSITORY = Path(__file__).parents[1]
 RUNS, PICTURES = REPOSITORY / "runs" / "results", REPOSITORY / "docs" / "results"
 PAIR = "sweep --config recipes/paper/prune-quantize.yaml"
 ARC = "--data.questions '{source: $PQQP_DATA/ai2_arc, config_name: ARC-Challenge, samples: 300}'"
-FEWER = "--data.calibration_samples 16 --data.evaluation_samples 20"
 SPARSITIES = (0.5, 0.6, 0.7)
 INT8 = "order --config recipes/paper/finetuned-int8.yaml"
 GRANULARITY = "analyze --config recipes/paper/granularity.yaml"
@@ -73,8 +74,12 @@ EXPERIMENTS = {
     "sparsegpt-gptq": Experiment("SparseGPT and GPTQ", f"{PAIR} {ARC}", sparsities=SPARSITIES),
     "wanda-gptq": Experiment("Wanda and GPTQ", f"{PAIR} --stages.prune Wanda {ARC}", sparsities=SPARSITIES),
     "sparsegpt-rtn": Experiment("SparseGPT and RTN", f"{PAIR} --stages.quantize RTN {ARC}", sparsities=SPARSITIES),
-    "wanda-rtn": Experiment("Wanda and RTN", f"{PAIR} --stages.prune Wanda --stages.quantize RTN {FEWER}"),
-    "magnitude-rtn": Experiment("Magnitude and RTN", f"{PAIR} --stages.prune Magnitude --stages.quantize RTN {FEWER}"),
+    "wanda-rtn": Experiment(
+        "Wanda and RTN", f"{PAIR} --stages.prune Wanda --stages.quantize RTN", sparsities=SPARSITIES
+    ),
+    "magnitude-rtn": Experiment(
+        "Magnitude and RTN", f"{PAIR} --stages.prune Magnitude --stages.quantize RTN", sparsities=SPARSITIES
+    ),
     "sleb-rtn": Experiment("Blocks: SLEB and RTN", "sweep --config recipes/paper/block-pruning.yaml"),
     "sleb-gptq": Experiment(
         "Blocks: SLEB and GPTQ", "sweep --config recipes/paper/block-pruning.yaml --stages.quantize GPTQ"
@@ -86,8 +91,7 @@ EXPERIMENTS = {
     "granularity": Experiment("Interference: single weights", GRANULARITY),
     "granularity-2-4": Experiment("Interference: 2:4", f"{GRANULARITY} {TWO_OF_FOUR}"),
     "granularity-blocks": Experiment(
-        "Interference: blocks",
-        f"{GRANULARITY} --stages.prune SLEB --stages.prune.amount 3 --data.calibration_samples 4",
+        "Interference: blocks", f"{GRANULARITY} --stages.prune SLEB --stages.prune.amount 3"
     ),
     "resnet-train": Experiment("", "fit --config recipes/paper/resnet-train.yaml --run_dir runs/resnet-train"),
     "deit-train": Experiment("", "fit --config recipes/paper/deit-train.yaml --run_dir runs/deit-train"),
@@ -105,7 +109,7 @@ EXPERIMENTS = {
     "peft": Experiment("SparseGPT against QLoRA", "order --config recipes/paper/peft.yaml"),
     "peft-wanda": Experiment(
         "Wanda against QLoRA",
-        f"order --config recipes/paper/peft.yaml --stages.prune Wanda --stages.prune.sparsity 0.5 {FEWER}",
+        "order --config recipes/paper/peft.yaml --stages.prune Wanda --stages.prune.sparsity 0.5",
     ),
     "basis-sharing": Experiment("Basis Sharing and SparseGPT", "order --config recipes/paper/basis-sharing.yaml"),
     "mixed-precision": Experiment(
@@ -113,7 +117,7 @@ EXPERIMENTS = {
         "sweep --config recipes/paper/mixed-precision.yaml --grid.quantize.average_bits [4,3.5,3]",
     ),
     "finetuned-int8": Experiment("Finetuned magnitude 50% and INT8", INT8),
-    "finetuned-int8-2-4": Experiment("Finetuned magnitude 2:4 and INT8", f"{INT8} {TWO_OF_FOUR} {FEWER}"),
+    "finetuned-int8-2-4": Experiment("Finetuned magnitude 2:4 and INT8", f"{INT8} {TWO_OF_FOUR}"),
 }
 
 
@@ -178,14 +182,38 @@ def put_together(name: str) -> list[float]:
 
 def page() -> str:
     """docs/results.md, with the runs' own pictures beside it."""
-    parts = [INTRODUCTION.strip(), READING.strip()]
+    found = {name: put_together(name) for name in EXPERIMENTS}
+    parts = [INTRODUCTION.strip(), READING.strip(), "\n".join(_pairs())]
     for name, experiment in EXPERIMENTS.items():
-        sparsities = put_together(name)
+        sparsities = found[name]
         if experiment.title and (sparsities or is_done(folder_of(name))):
             grid = f" --grid.prune.sparsity {json.dumps(sparsities)}" if sparsities else ""
             command = f"```\npqqp-lightning {experiment.command}{grid}\n```"
             parts += [f"## {experiment.title}", command, _machines(name), *_section(name)]
     return "\n\n".join(parts) + "\n"
+
+
+def _pairs() -> Iterator[str]:
+    """The hypothesis for each sweep of a pruning and a quantization, a line each."""
+    yield "## Pairs at a glance\n"
+    yield "How many points' intervals say that pruning first is better, or quantization, and the rank correlations:\n"
+    yield "| pair | points | P → Q better | Q → P better | ρ(A, C\\*_P - C_Q) | ρ(A, G) |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
+    for name, experiment in EXPERIMENTS.items():
+        if (file := folder_of(name) / SWEEP).is_file() and (report := read_sweep_report(file.parent)).get("hypothesis"):
+            advantages = [point["pair"]["advantage"] for point in report["points"]]
+            clear = [a["value"] > 0 for a in advantages if leaves_zero_out(a["low"], a["high"])]
+            ranks = [_rank(report["hypothesis"][which]) for which in ("ratio_difference", "gap")]
+            counts = [str(len(advantages)), str(clear.count(False)), str(clear.count(True))]
+            yield f"| {' | '.join([experiment.title, *counts, *ranks])} |"
+
+
+def _rank(correlation: dict[str, Any]) -> str:
+    """Spearman's with its interval, and of how many points."""
+    if correlation["value"] is None:
+        return "-"
+    interval = f"{correlation['low']:.2f} to {correlation['high']:.2f}"
+    return f"{correlation['value']:.2f} ({interval}; {correlation['points']})"
 
 
 def _machines(name: str) -> str:
@@ -254,39 +282,42 @@ READING = """
 
 | the paper | here | |
 | --- | --- | --- |
-| A(Q→P) grows with C\\*_P - C_Q | SmolLM2, SparseGPT, GPTQ: Spearman 0.65 (0.05 to 0.93) over nine points | agrees |
+| A(Q→P) grows with C\\*_P - C_Q | SmolLM2, SparseGPT and GPTQ: Spearman 0.68 (0.02 to 0.98) | agrees |
+| | SmolLM2, SparseGPT and RTN: 0.85 (0.46 to 0.97) | agrees |
+| | Wanda and magnitude with RTN: 0.45 and 0.54, no evidence | open |
 | | ResNet-18, DeiT: A falls with G, or there is no trend | does not |
 | the weaker perturbation goes first | at 8 bits and moderate pruning | agrees |
 | | at fewer bits, or more pruning, pruning first is better whatever is stronger | does not |
 | whole blocks: A is 0 while the same ones go | 0 with RTN, -0.03 with GPTQ | agrees |
-| the blocks' errors add up | to 0.93 times their sum | agrees, roughly |
+| the blocks' errors add up | to 0.93 to 1.08 times their sum | agrees, roughly |
 | disjoint selectivity | holds with whole blocks, nowhere with single weights or 2:4 | in part |
 | rotated weights are harder to prune | 96 against 69 | agrees |
 | P1 → Q → P2, weakest first | both prunings before the quantization are better | does not |
 | many bits first | no difference | does not |
 | the weaker of pruning and QLoRA first | QLoRA last is better, which makes up for the pruning | does not |
-| Harma et al.: prune, finetune, INT8 | best by far | agrees |
+| Harma et al.: prune, finetune, INT8 | best by far, at 50% and with 2:4 | agrees |
 
 - **The hypothesis in rank.** Over nine points of SparseGPT (50, 60, 70%) and GPTQ (8, 4, 3 bits) A(Q→P) grows with
-  C*_P - C_Q: Spearman 0.65 (0.05 to 0.93), and pruning first is better at eight of nine. The methods' original
-  implementations, chained on the same windows so that both constraints hold, give 0.6 to 0.7 and eight of nine.
-  With the intensities themselves, G, there is no such evidence: 0.40 (-0.44 to 0.86); nor over nine points of Wanda and
-  RTN with either, 0.23 (-0.78 to 0.74) and 0.43 (-0.51 to 0.90). (50% ran on the CPU, where
-  GPTQ alone gives 28.61, 51.78 and 278.8; the table's column is the GPU's, while A, G and C* are each run's own.)
+  C\\*_P - C_Q: Spearman 0.68 (0.02 to 0.98), and pruning first is better at all nine. The methods' original
+  implementations, chained on the same windows so that both constraints hold, give 0.6 to 0.7 and eight of nine. With
+  RTN it is clearer, 0.85 (0.46 to 0.97). With the intensities themselves, G, there is no evidence for any pair; nor
+  with either for Wanda or magnitude with RTN. Where GPTQ searches the range, 3 bits cost so little (73) that
+  most prunings are worse than the end of its curve, and C\\*_P can be told of three points only.
 - **The hypothesis in sign** holds at 8 bits for moderate pruning, where quantization is by far the weaker of the
-  two: before SparseGPT 50% it gains 0.72 (0.34 to 1.14), before Wanda 60% 3.4 (2.2 to 4.7), and 2.2 (0.06 to
-  4.35) with RTN. With more pruning and with fewer bits it does not: at every other point of SparseGPT or Wanda whose
-  interval leaves 0 out pruning first is better, also where pruning is by far the stronger, and by more, the more of
-  both there is. One point is against that, where nothing is left of the model: Wanda 70% and RTN at 3 bits
-  (perplexity 62,000 and 108,000).
+  two: before SparseGPT 50% it gains 0.72 (0.34 to 1.14) with GPTQ and 1.34 (0.83 to 1.92) with RTN, before Wanda 60%
+  3.4 (2.2 to 4.7) and 1.5 (0.4 to 2.6). With more pruning and with fewer bits it does not: at 4 and 3 bits pruning
+  first is better at 29 of the 30 points of SparseGPT and Wanda (the last, where nothing is left of the model, is open),
+  also where pruning is by far the stronger, and by more, the more of both there is; before Wanda 70% even 8 bits lose
+  102 (63 to 151). Magnitude and RTN at 50% and 4 bits is the one point against that, by 36 (5 to 66) of 638.
 - **Noise of the method.** The same sweep at 60% in another order of summation (the column sweep tensor by tensor
   instead of as one kernel) gave A = -4.3 (-6.3 to -2.9), -51 (-70 to -38), -601 (-874 to -401) at 8, 4 and 3 bits,
-  where the table has -0.7, -58 and -243: rounding errors that grow from block to block move A by more than the
-  intervals, which are over evaluation samples alone. Signs and ranks stayed. SparseGPT 50% by itself came out at
-  53.7 and 53.8 on the GPU, 54.5 and 54.8 on CPUs, and at 53.4 and 53.7 in the original implementation. `order
-  --repeats` is for that.
+  where the table has -0.7, -58 and -243, and at 50% on two cores +0.5 (0.0 to 0.9), -7 (-10 to -5) and -115 (-163 to
+  -78) where it has -0.9, -16 and -56: rounding errors that grow from block to block move A by more than the
+  intervals, which are over evaluation samples alone. All signs stayed but the one whose interval held 0 on the two
+  cores. SparseGPT 50% by itself came out at 53.7 and 53.8 on the GPU, 54.5 and 54.8 on CPUs, and at 53.4 and 53.7 in
+  the original implementation. `order --repeats` is for that.
 - **ResNet-18 on CIFAR-10** is against the hypothesis: SparseGPT first is better at 10 of 12 points and nowhere
-  clearly worse, and A falls with G. Half the weights cost this network more than 3 bits, so that C*_P lies before
+  clearly worse, and A falls with G. Half the weights cost this network more than 3 bits, so that C\\*_P lies before
   the end of the curve nowhere.
 - **DeiT on CIFAR-10** is, too: A falls with G (Spearman -0.78, -0.90 to -0.41). At 50% neither order matters; at 70 and
   80% SparseGPT first is better everywhere, by more with fewer bits, and already at 8 bits (by 5 points at 80%). There
@@ -294,20 +325,22 @@ READING = """
   weights that stay. 13.5% of them end at their row's largest magnitude, against 4.0% in the other order.
 - **Magnitude pruning**, which adds nothing, bears that out: on the DeiT no order matters at 8 bits; pruning first is
   better at 3 bits (70 and 80%), quantization first by half a point at 70% and 6 bits. On ResNet-18 there is no trend: a
-  gain for quantization first at 70% and 8 bits, losses at 3 bits at 50 and 70%.
+  gain for quantization first at 70% and 8 bits, losses at 3 bits at 50 and 70%. On SmolLM2 it breaks the model at 50%
+  already (484), and there is no trend either, as with the original implementations.
 - **Why pruning first.** The layers show it: after SparseGPT then RTN their errors add up to 15% less than the
   parts, the other way round to 15% more. A pruned weight is 0, which is on every grid, and is not rounded any more;
   a weight that was rounded before has its error already when the pruning makes up for it. So interference itself
   prefers pruning first here, whatever is stronger. Every quantization unit is pruned in part: disjoint selectivity,
   which the theorems assume, holds nowhere with single weights.
 - **Granularity.** 2:4 is as single weights are: 10% less than the parts in the one order, 19% more in the other, and
-  pruning first worth 90 (70 to 114) at 4 bits. With whole blocks disjoint selectivity holds: at 8 bits SLEB and RTN
-  remove the same blocks in both orders, and A is exactly 0, as the paper says. At 4 bits other blocks look least
+  pruning first worth 90 (70 to 114) at 4 bits. With whole blocks disjoint selectivity holds: no unit is pruned in
+  part, the layers' mean error is its parts' sum within 2% in both orders, and at 8 bits SLEB and RTN remove the same
+  blocks in both orders, so that A is exactly 0, as the paper says. At 4 bits other blocks look least
   useful, and A is not 0, but no interval leaves 0 out. GPTQ reads its statistics from what the removal left, so that
   A is near 0 (-0.03, three blocks at 8 bits, the same ones in both orders) and not 0; where the 8-bit model loses
   block 17 instead of 14, A is -1.3.
-- **Independence of the blocks' errors** holds roughly: together they move the output 0.93 times as far as the sum
-  of each alone.
+- **Independence of the blocks' errors** holds roughly: together they move the output 0.93 (single weights), 0.95 (2:4)
+  and 1.08 (blocks) times as far as the sum of each alone.
 - **Rotation and pruning.** QuaRot, SparseGPT and GPTQ together are worse than SparseGPT and GPTQ alone (96 against
   69 on the same windows), while QuaRot helps GPTQ alone ([methods.md](methods.md)): rotated weights are harder to
   prune, as the paper found. With RTN, pruning before it is worth 350.
@@ -316,19 +349,19 @@ READING = """
   order of all three, which ends with pruning, is behind by 9.7.
 - **Mixed precision.** Many bits first or few makes no difference here: 31.99 and 31.97 at 4 bits on average, 34.97
   and 35.37 at 3.5, 43.94 and 43.90 at 3.
-- **PEFT.** SparseGPT before QLoRA is better than after it, by 3.77: adapters that are trained last make up for the
-  pruning, too. The hypothesis would have the weaker perturbation, QLoRA, first.
-- **Finetuning and INT8.** Magnitude pruning, finetuning, INT8 is the best order by far, as in Harma et al.:
-  training after pruning is worth more than which of the two perturbations comes first (378 and 389 where it comes
-  before both).
+- **PEFT.** Pruning before QLoRA is better than after it, SparseGPT by 3.77 and Wanda, which makes up for nothing
+  itself, by 9.98: adapters that are trained last make up for the pruning, too. The hypothesis would have the weaker
+  perturbation, QLoRA, first.
+- **Finetuning and INT8.** Magnitude pruning, finetuning, INT8 is the best order by far, as in Harma et al., at 50% and
+  with 2:4: training after pruning is worth more than which of the two perturbations comes first. How far the other two
+  orders of 2:4 are apart (930 and 6195) is chance: this model was 4 bits once, in 18% of its groups of four the second
+  and the third magnitude are equal, and which of them goes decides more than any order. Keeping the first or the last
+  of two equal ones gives 3364 or 1361 without any training (six windows); finetuning breaks the ties, INT8 ties them
+  again.
 - **Shared bases.** Pruning before Basis Sharing looks better, but loses its zeros in the factorization and ends
   larger: the two orders cannot be compared, and the report marks it.
 - **Accuracy on ARC-Challenge** says nothing: the dense model answers 28% of 300 questions, guessing 25%, and the
   standard error is 2.6%.
-
-Not run in this size: SparseGPT and GPTQ with the search of the range at 60 and 70% (without it all nine points are
-below), Wanda and GPTQ at 50%, SparseGPT and RTN at 50 and 60%, magnitude with RTN, Wanda against QLoRA, 2:4 finetuned
-and rounded to INT8, and the layers of block pruning. Their commands stand in `benchmarks/results.py`.
 """
 
 
