@@ -219,12 +219,18 @@ class PrefixTree:
 
     def _apply(self, order: Order) -> Record:
         start, self._at = time.perf_counter(), None
-        record = self._runner.apply(self._stages[order[-1]], self._store.snapshot(self.key(order)))
+        record = self._runner.apply(self._stages[order[-1]], self._store.snapshot(self.key(order)), half=False)
         record.pop("logged_steps", None)  # where the loggers were: this process's history, not the result's
         self._at = order
         self.applications += 1
         self.seconds.append(time.perf_counter() - start)
         return record
+
+    def _apply_again(self, order: Order, measured: Result) -> None:
+        self._at = None
+        self._runner.apply_again(self._stages[order[-1]], self._store.snapshot(self.key(order)), measured.record)
+        self._at = order
+        self.applications += 1
 
     def _go_to(self, order: Order) -> None:
         """Bring the model to ``order``."""
@@ -237,9 +243,13 @@ class PrefixTree:
                 self._at = None
                 self._runner.load(self._store.snapshot(key))
                 self._at = order
-            elif order:  # measured once, and dropped since
+            elif order:  # dropped since it was measured
+                measured = self._results.get(order) or self._agreed(lambda: self._store.read(key))
                 self._go_to(order[:-1])
-                self._apply(order)
+                if measured is None:
+                    self._apply(order)
+                else:
+                    self._apply_again(order, measured)
             else:
                 raise RuntimeError("the dense model was dropped before the search's end")
 

@@ -146,8 +146,13 @@ class Runner:
         if asking and self.teacher is None:
             self.teacher = make_teacher(self.module, asking[0].teacher_dtype)
 
-    def apply(self, stage: Stage, folder: Path) -> Record:
-        """Apply ``stage``: compress, verify, measure, save to ``folder``; then finetune, measure and save again.
+    def apply(self, stage: Stage, folder: Path, half: bool = True) -> Record:
+        """Apply ``stage``: compress, verify and measure, then finetune and measure again; save to ``folder``.
+
+        Args:
+            stage: what to apply.
+            folder: of the checkpoint.
+            half: save before finetuning, too, for a run that goes on from there.
 
         Raises:
             RecipeError: the stage cannot go on, or broke an earlier stage's constraint.
@@ -156,10 +161,18 @@ class Runner:
         with peak_memory(self.trainer.strategy.root_device) as peak:
             notes = self.compress(stage)
         record = self._record(stage, time.perf_counter() - start, peak.size_bytes, notes)
-        self.save(folder, record)
+        if half or not stage.epochs:
+            self.save(folder, record)
         if stage.epochs:
             record = self.finetune(stage, folder, record)
         return record
+
+    def apply_again(self, stage: Stage, folder: Path, record: Record) -> None:
+        """Apply ``stage`` as ``record`` has measured it before, and save the model once it is whole."""
+        self.compress(stage)
+        if stage.epochs:
+            self._train(stage, folder)
+        self.save(folder, record)
 
     def compress(self, stage: Stage) -> list[str]:
         """Let ``stage`` compress the model and verify every promise; returns its notes.
@@ -178,23 +191,27 @@ class Runner:
 
     def finetune(self, stage: Stage, folder: Path, compressed: Record) -> Record:
         """Train for the stage's epochs, from ``folder``'s training state if there is one; measure and save."""
-        promised, context = collect_promises(self.module), self._context(stage)
         start = time.perf_counter()
         with peak_memory(self.trainer.strategy.root_device) as peak:
-            resume_point = folder.parent / RESUME_POINT
-            train_segment(self.trainer, self.data, stage, len(self.applied), resume_point, self.teacher)
-            with self.on_device():
-                plan = stage.finish(self.module, context, self.applied[-1].plan)
-            self._agree_over_ranks()
-            self._verify(stage, promised, context.notes)
-        self.applied[-1] = replace(self.applied[-1], plan=plan)
-        notes = [*compressed["notes"], *context.all_notes()]
+            notes = [*compressed["notes"], *self._train(stage, folder)]
         elapsed = compressed["elapsed_s"] + time.perf_counter() - start
         record = self._record(stage, elapsed, max(compressed["peak_memory_bytes"], peak.size_bytes), notes)
         record["metrics_before_finetuning"] = compressed["metrics"]
         record["logged_steps"] = logged_steps(self.trainer)
         self.save(folder, record)
         return record
+
+    def _train(self, stage: Stage, folder: Path) -> list[str]:
+        """Train the compressed model, let ``stage`` finish and verify every promise; returns its notes."""
+        promised, context = collect_promises(self.module), self._context(stage)
+        resume_point = folder.parent / RESUME_POINT
+        train_segment(self.trainer, self.data, stage, len(self.applied), resume_point, self.teacher)
+        with self.on_device():
+            plan = stage.finish(self.module, context, self.applied[-1].plan)
+        self._agree_over_ranks()
+        self._verify(stage, promised, context.notes)
+        self.applied[-1] = replace(self.applied[-1], plan=plan)
+        return context.all_notes()
 
     def save(self, folder: Path, record: Record) -> None:
         """Save the model as it is, with its record, on the first rank."""

@@ -51,8 +51,8 @@ def applied(monkeypatch):
     nodes: dict[str, bytes] = {}
     apply = Runner.apply
 
-    def watch(self, stage, folder):
-        record = apply(self, stage, folder)
+    def watch(self, stage, folder, **options):
+        record = apply(self, stage, folder, **options)
         node = folder.parent.name.rpartition("-")[0] or folder.name  # in a store, or in a run
         assert node not in nodes
         nodes[node] = (folder / WEIGHTS).read_bytes()
@@ -208,10 +208,10 @@ def test_a_search_that_broke_off_goes_on_where_it_was(stop, finished, folder, ap
     whole = json.loads((finished / "order.json").read_text())
     watched = Runner.apply
 
-    def broken(self, stage, node):
+    def broken(self, stage, node, **options):
         if len(applied) == stop - 1:
             raise Died
-        return watched(self, stage, node)
+        return watched(self, stage, node, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "apply", broken)
@@ -379,6 +379,59 @@ def test_another_search_that_ends_takes_nothing_that_is_still_needed(folder):
     assert mine.measure(("round",)).record["metrics"] == alone.measure(("round",)).record["metrics"]
     mine.drop(())
     assert [path.name for path in (folder / "store").glob("dense-*") if path.is_dir()] == [mine.key(())]
+
+
+def recorded(function, calls):
+    """``function``, which notes in ``calls`` that it was called."""
+
+    def called(*arguments, **options):
+        calls.append(arguments)
+        return function(*arguments, **options)
+
+    return called
+
+
+@pytest.fixture
+def dropped(tmp_path):
+    """A tree that has measured a stage that trains, and dropped its model; another in the same store; a fresh one."""
+
+    def tree(name: str, store: str) -> PrefixTree:
+        stages = {"prune": Magnitude(0.5, epochs=1), "round": RTN(3)}
+        data = DataSource(Regressor(), datamodule=RegressionData())
+        found = PrefixTree(trainer(tmp_path / name, *stages.values()), data, stages, ResultStore(tmp_path / store))
+        found.open()
+        return found
+
+    first = tree("first", "store")
+    first.measure(("prune",))
+    first.drop(("prune",))
+    return tree("second", "store"), tree("third", "store"), tree("alone", "fresh")
+
+
+def test_a_dropped_model_is_made_again_without_measuring_it_again(dropped, monkeypatch):
+    second, _, alone = dropped
+    evaluations = []
+    monkeypatch.setattr(Runner, "evaluate", recorded(Runner.evaluate, evaluations))
+    again = second.measure(("prune", "round"))
+    assert len(evaluations) == 1  # of what is new
+    alone.measure(("prune",))
+    assert again.record["metrics"] == alone.measure(("prune", "round")).record["metrics"]
+
+
+def test_a_search_killed_while_it_trains_a_dropped_model_again_leaves_no_untrained_one(dropped, monkeypatch):
+    second, third, alone = dropped
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pqqp_lightning.runner.train_segment", killed)
+        with pytest.raises(KeyboardInterrupt):
+            second.measure(("prune", "round"))
+    assert not third.has_model(("prune",))
+    alone.measure(("prune",))
+    expected = alone.measure(("prune", "round")).record["metrics"]
+    assert third.measure(("prune", "round")).record["metrics"] == expected
 
 
 @pytest.mark.parametrize("seed", range(3))

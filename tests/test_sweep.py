@@ -34,8 +34,8 @@ def applied(monkeypatch):
     nodes: list[str] = []
     apply = Runner.apply
 
-    def watch(self, stage, folder):
-        record = apply(self, stage, folder)
+    def watch(self, stage, folder, **options):
+        record = apply(self, stage, folder, **options)
         if folder.name == "model":  # in the store
             assert folder.parent.name not in nodes
             nodes.append(folder.parent.name)
@@ -136,10 +136,10 @@ def test_a_wider_sweep_adds_only_what_is_new(folder, capsys):
 def test_after_a_kill_the_same_command_goes_on(stop, folder, applied, monkeypatch):
     watched = Runner.apply
 
-    def broken(self, stage, node):
+    def broken(self, stage, node, **options):
         if len(applied) == stop - 1:
             raise Died
-        return watched(self, stage, node)
+        return watched(self, stage, node, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "apply", broken)
