@@ -195,7 +195,7 @@ def test_recipes_for_the_hub_run_dry(folder, path, capsys):
             options += ["--model.model_args", "{stem_width: 16, channels: [16, 32, 64, 128]}"]
         if "deit" in path.stem:
             options += ["--model.image_size", "64" if "imagenet" in path.stem else "32"]
-            options += ["--model.model_args", "{depth: 2, patch_size: 16}"]
+            options += ["--model.model_args", "{depth: 2, patch_size: 16, embed_dim: 96, num_heads: 3}"]
     options += ["--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]
     main(["fit", "--config", str(path), *options])
     assert not (folder / "runs").exists()
