@@ -217,20 +217,20 @@ class PrefixTree:
         self._trainer.strategy.barrier("measured")
         return result
 
-    def _apply(self, order: Order) -> Record:
+    def _apply(self, order: Order, measured: Result | None = None) -> Record:
+        """Apply the last stage of ``order``; what was measured before is not measured again."""
         start, self._at = time.perf_counter(), None
-        record = self._runner.apply(self._stages[order[-1]], self._store.snapshot(self.key(order)), half=False)
-        record.pop("logged_steps", None)  # where the loggers were: this process's history, not the result's
+        stage, folder = self._stages[order[-1]], self._store.snapshot(self.key(order))
+        if measured is not None:
+            record = measured.record
+            self._runner.apply_again(stage, folder, record)
+        else:
+            record = self._runner.apply(stage, folder, half=False)
+            record.pop("logged_steps", None)  # where the loggers were: this process's history, not the result's
+            self.seconds.append(time.perf_counter() - start)
         self._at = order
         self.applications += 1
-        self.seconds.append(time.perf_counter() - start)
         return record
-
-    def _apply_again(self, order: Order, measured: Result) -> None:
-        self._at = None
-        self._runner.apply_again(self._stages[order[-1]], self._store.snapshot(self.key(order)), measured.record)
-        self._at = order
-        self.applications += 1
 
     def _go_to(self, order: Order) -> None:
         """Bring the model to ``order``."""
@@ -246,10 +246,7 @@ class PrefixTree:
             elif order:  # dropped since it was measured
                 measured = self._results.get(order) or self._agreed(lambda: self._store.read(key))
                 self._go_to(order[:-1])
-                if measured is None:
-                    self._apply(order)
-                else:
-                    self._apply_again(order, measured)
+                self._apply(order, measured)
             else:
                 raise RuntimeError("the dense model was dropped before the search's end")
 
