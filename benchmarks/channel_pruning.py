@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pqqp_lightning.callbacks import ChannelPruning
 from pqqp_lightning.models import ImageClassifier
-from pqqp_lightning.stage import Context
+from pqqp_lightning.stages.stage import Context
 
 CASES = {
     "ResNet-18": ("timm/resnet18", {}),

@@ -21,11 +21,11 @@ import torch
 from pqqp_lightning import Trainer
 from pqqp_lightning.callbacks import GPTQ, SparseGPT
 from pqqp_lightning.data import TokenData
-from pqqp_lightning.data_source import DataSource
-from pqqp_lightning.memory import peak_memory
 from pqqp_lightning.models import CausalLM
-from pqqp_lightning.runner import Runner
-from pqqp_lightning.stage import Context, Stage
+from pqqp_lightning.runs.peak_memory import peak_memory
+from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.stage_runner import Runner
+from pqqp_lightning.stages.stage import Context, Stage
 
 TOKENS = "$PQQP_DATA/smollm2-135m-tokens"
 

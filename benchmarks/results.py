@@ -25,15 +25,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pqqp_lightning.hypothesis import leaves_zero_out
-from pqqp_lightning.page import read_page
-from pqqp_lightning.page.blocks import Section
-from pqqp_lightning.page.markdown import to_markdown
-from pqqp_lightning.storage import write_json
-from pqqp_lightning.sweep.figures import draw_figures
-from pqqp_lightning.sweep.pair import analyse, pair_notes
-from pqqp_lightning.sweep.plan import Curve
-from pqqp_lightning.sweep_report import SWEEP, point_name, read_sweep_report
+from pqqp_lightning.algorithms.rank_statistics import leaves_zero_out
+from pqqp_lightning.experiments.sweep_pair import analyse, pair_notes
+from pqqp_lightning.experiments.sweep_plan import Curve
+from pqqp_lightning.report.blocks import Section
+from pqqp_lightning.report.html import read_page
+from pqqp_lightning.report.markdown import to_markdown
+from pqqp_lightning.report.sweep import SWEEP, point_name, read_sweep_report
+from pqqp_lightning.report.sweep_figures import draw_figures
+from pqqp_lightning.storage.files import write_json
 
 REPOSITORY = Path(__file__).parents[1]
 RUNS, PICTURES = REPOSITORY / "runs" / "results", REPOSITORY / "docs" / "results"

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from pqqp_lightning.errors import shorten
-from pqqp_lightning.modules.transforms import QuantizeHeads, QuantizeInput, transformed_layers
-from pqqp_lightning.stage import Context, Plan, Stage
+from pqqp_lightning.network.activation_hooks import QuantizeHeads, QuantizeInput, transformed_layers
+from pqqp_lightning.stages.stage import Context, Plan, Stage
 
 CACHED = ("k_proj", "v_proj")
 
@@ -37,7 +37,7 @@ class ActivationQuantization(Stage):
         clip: fraction of each token's largest value that the grid reaches, in (0, 1]; QuaRot uses 0.9 at 4 bits.
         outliers: input columns that hold a value beyond this threshold in a batch are not rounded (LLM.int8() takes
             6.0); none by default.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "per-token dynamic quantization; outliers as in Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339"

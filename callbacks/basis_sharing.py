@@ -14,13 +14,12 @@ from pqqp_lightning.algorithms.basis_sharing import rank_for, share_basis
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Hessian
 from pqqp_lightning.errors import shorten
-from pqqp_lightning.modules.blocks import Blocks
-from pqqp_lightning.modules.constraints import constraints_of
-from pqqp_lightning.modules.factored import factor_layers, factors_of
-from pqqp_lightning.modules.layers import Layer, is_adapter
-from pqqp_lightning.modules.naming import matches
-from pqqp_lightning.modules.sharing import group_layers
-from pqqp_lightning.stage import Context, Plan, Stage
+from pqqp_lightning.network.blocks import Blocks
+from pqqp_lightning.network.constraints import constraints_of
+from pqqp_lightning.network.layers import Layer, is_adapter
+from pqqp_lightning.network.name_patterns import matches
+from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.surgery.factored import factor_layers, factors_of, group_layers
 
 SHARING = [
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "fc1"),  # LLaMA, OPT, Phi
@@ -53,7 +52,7 @@ class BasisSharing(Stage):
             v, gate, up, fc1, qkv). The rest of the targets is factorised layer by layer.
         damping: fraction of the inputs' mean square that every input direction is weighed with besides; more trusts the
             calibration data less.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Wang et al. 2024, Basis Sharing, arXiv 2410.03765"

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from pqqp_lightning.algorithms.channels import choose_units, group_norm, kept_count, sum_by_channel, sum_by_unit
 from pqqp_lightning.calibration.channel_scores import mean_squared_inputs, taylor_by_channel
 from pqqp_lightning.errors import RecipeError, shorten, suggest
-from pqqp_lightning.modules.blocks import tied_weights
-from pqqp_lightning.modules.coupling import CoupledGroup, Coupling, built_groups, has_attention
-from pqqp_lightning.modules.dependency import example_input, run_example, traced_groups
-from pqqp_lightning.modules.layers import LAYER_TYPES, Layer, columns_of, is_adapter
-from pqqp_lightning.modules.naming import matches_any, value_for
-from pqqp_lightning.modules.narrowing import narrow, plan_narrowing, rebuild_narrowed, uneven
-from pqqp_lightning.modules.structure import weightless_copy
-from pqqp_lightning.modules.transforms import RotateInput, transformed_layers
-from pqqp_lightning.pruning import PruningStage
-from pqqp_lightning.stage import Context, Plan, Stage
+from pqqp_lightning.network.activation_hooks import RotateInput, transformed_layers
+from pqqp_lightning.network.blocks import tied_weights
+from pqqp_lightning.network.layers import LAYER_TYPES, Layer, columns_of, is_adapter
+from pqqp_lightning.network.name_patterns import matches_any, value_for
+from pqqp_lightning.network.structure import weightless_copy
+from pqqp_lightning.stages.pruning import PruningStage
+from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.surgery.coupling import CoupledGroup, Coupling, built_groups, has_attention
+from pqqp_lightning.surgery.dependency import example_input, run_example, traced_groups
+from pqqp_lightning.surgery.narrowing import narrow, plan_narrowing, rebuild_narrowed, uneven
 
 IMPORTANCES = ("norm", "activation", "taylor")
 
@@ -57,7 +57,7 @@ class ChannelPruning(Stage):
             layers that make it are chosen: the stem and the ends of its blocks for a ResNet's residual stream; q, k
             and v for heads; gate and up for a LLaMA's MLP.
         ignore: name patterns of layers whose outputs stay.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Li et al. 2017, arXiv 1608.08710; Fang et al. 2023, DepGraph, arXiv 2301.12900"

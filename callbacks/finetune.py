@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pqqp_lightning.distillation import Distillation
-from pqqp_lightning.stage import Stage
+from pqqp_lightning.stages.distillation import Distillation
+from pqqp_lightning.stages.stage import Stage
 
 
 class Finetune(Stage):

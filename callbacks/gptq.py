@@ -9,11 +9,11 @@ from lightning.pytorch import LightningModule
 from pqqp_lightning.algorithms.gptq import quantize_gptq
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Hessian
-from pqqp_lightning.modules.constraints import constraints_of
-from pqqp_lightning.modules.layers import Layer, row_groups, weight_matrix
-from pqqp_lightning.quantization import GroupSize, QuantizationStage, merge_rows
-from pqqp_lightning.second_order import check_hessian_knobs, factorize
-from pqqp_lightning.stage import Context, Plan
+from pqqp_lightning.network.constraints import constraints_of
+from pqqp_lightning.network.layers import Layer, row_groups, weight_matrix
+from pqqp_lightning.stages.hessian import check_hessian_knobs, factorize
+from pqqp_lightning.stages.quantization import GroupSize, QuantizationStage, merge_rows
+from pqqp_lightning.stages.stage import Context, Plan
 
 
 class GPTQ(QuantizationStage):
@@ -37,7 +37,7 @@ class GPTQ(QuantizationStage):
         clip: search the range of each scale for the smallest error in the layer's outputs; without it, scales span all
             weights as in the paper. It pays (SmolLM2-135M, 4 bits a channel: perplexity 40.3 instead of 52.0; 3 bits in
             groups of 64: 54.7 instead of 83.6; 8 bits: 28.5 instead of 28.6) and costs little time.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Frantar et al. 2023, GPTQ (OPTQ), arXiv 2210.17323"

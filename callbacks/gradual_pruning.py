@@ -12,12 +12,12 @@ from pqqp_lightning.algorithms.gradual import cubic_sparsity, grow_mask
 from pqqp_lightning.algorithms.magnitude import prune_magnitude
 from pqqp_lightning.algorithms.packing import pack_mask, unpack_mask
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.hold import HoldZeros
-from pqqp_lightning.modules.constraints import constraints_of
-from pqqp_lightning.modules.layers import Layer, to_weight, weight_matrix
-from pqqp_lightning.modules.naming import values_of
-from pqqp_lightning.pruning import PruningStage, parse_pattern
-from pqqp_lightning.stage import Context, Plan
+from pqqp_lightning.network.constraints import constraints_of
+from pqqp_lightning.network.held_zeros import HoldZeros
+from pqqp_lightning.network.layers import Layer, to_weight, weight_matrix
+from pqqp_lightning.network.name_patterns import values_of
+from pqqp_lightning.stages.pruning import PruningStage, parse_pattern
+from pqqp_lightning.stages.stage import Context, Plan
 
 UPDATES = 100
 """How often the mask grows in a run where ``every`` is not given."""
@@ -42,7 +42,7 @@ class GradualPruning(PruningStage):
         every: optimizer steps between updates of the mask; about 100 updates in all by default.
         ramp: fraction of the steps in which the mask grows, in (0, 1].
         epochs: epochs of training in which it happens, at least 1.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Zhu & Gupta 2017, To Prune, or Not to Prune, arXiv 1710.01878"

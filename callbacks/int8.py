@@ -5,9 +5,9 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.algorithms.rtn import quantize_int8
-from pqqp_lightning.modules.layers import weight_matrix
-from pqqp_lightning.quantization import GridStage
-from pqqp_lightning.stage import Context, Plan
+from pqqp_lightning.network.layers import weight_matrix
+from pqqp_lightning.stages.quantization import GridStage
+from pqqp_lightning.stages.stage import Context, Plan
 
 
 class INT8(GridStage):
@@ -23,7 +23,7 @@ class INT8(GridStage):
           quantize: {class_path: INT8, init_args: {ignore: [lm_head]}}
 
     Args:
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339; bitsandbytes"

@@ -10,7 +10,10 @@ from torch import nn
 
 from pqqp_lightning.algorithms.lora import Merged, merge_low_rank
 from pqqp_lightning.errors import shorten
-from pqqp_lightning.modules.adapters import (
+from pqqp_lightning.network.constraints import Constraints, constraints_of
+from pqqp_lightning.network.layers import Layer, columns_of, set_weight_matrix, weight_matrix
+from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.surgery.adapters import (
     Adapters,
     base_of,
     inject,
@@ -22,9 +25,6 @@ from pqqp_lightning.modules.adapters import (
     wrapped_name,
     wrappers,
 )
-from pqqp_lightning.modules.constraints import Constraints, constraints_of
-from pqqp_lightning.modules.layers import Layer, columns_of, set_weight_matrix, weight_matrix
-from pqqp_lightning.stage import Context, Plan, Stage
 
 Initialization = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
 LINEAR_ONLY = ("orthogonal", "pissa", "olora")
@@ -60,7 +60,7 @@ class LoRA(Stage):
             into a grid, plain training may be rounded away.
         epochs: epochs of training, 1 or more.
         learning_rate: its highest learning rate, made for Adam; null takes the model's own.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Hu et al. 2021, LoRA, arXiv 2106.09685"

@@ -7,10 +7,10 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.algorithms.magnitude import prune_magnitude, prune_magnitude_global
-from pqqp_lightning.modules.constraints import constraints_of
-from pqqp_lightning.modules.layers import Layer, weight_matrix
-from pqqp_lightning.one_shot import OneShotPruning
-from pqqp_lightning.stage import Context, Plan
+from pqqp_lightning.network.constraints import constraints_of
+from pqqp_lightning.network.layers import Layer, weight_matrix
+from pqqp_lightning.stages.sparsity_by_layer import OneShotPruning
+from pqqp_lightning.stages.stage import Context, Plan
 
 
 class Magnitude(OneShotPruning):
@@ -26,7 +26,7 @@ class Magnitude(OneShotPruning):
         pattern: "N:M" instead: N kept of every M consecutive inputs.
         scope: "layer" compares weights within a layer, "global" within all targeted layers.
         allocation: "uniform", or "sensitivity" for each layer's own sparsity, by its estimated effect on the loss.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Han et al. 2015, Learning both Weights and Connections, arXiv 1506.02626"

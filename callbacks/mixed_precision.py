@@ -10,20 +10,20 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from pqqp_lightning.algorithms.allocation import allocate
 from pqqp_lightning.algorithms.grid import SMALLEST_HALF, Quantized
 from pqqp_lightning.algorithms.rtn import quantize_rtn
-from pqqp_lightning.allocation import allocate
 from pqqp_lightning.callbacks.gptq import GPTQ
 from pqqp_lightning.callbacks.rtn import RTN
+from pqqp_lightning.checkpoint.encoding import encode_weight
+from pqqp_lightning.checkpoint.size import measure_size
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.metrics.size import measure_size
-from pqqp_lightning.modules.constraints import Constraints, constraints_of
-from pqqp_lightning.modules.encoding import encode_weight
-from pqqp_lightning.modules.layers import Layer, weight_matrix
-from pqqp_lightning.quantization import GroupSize, QuantizationStage
-from pqqp_lightning.second_order import check_hessian_knobs
-from pqqp_lightning.sensitivity import Sensitivity, measure_costs
-from pqqp_lightning.stage import Context, Plan, Stage
+from pqqp_lightning.network.constraints import Constraints, constraints_of
+from pqqp_lightning.network.layers import Layer, weight_matrix
+from pqqp_lightning.stages.hessian import check_hessian_knobs
+from pqqp_lightning.stages.quantization import GroupSize, QuantizationStage
+from pqqp_lightning.stages.sensitivity import Sensitivity, measure_costs
+from pqqp_lightning.stages.stage import Context, Plan, Stage
 
 DEFAULT_BITS = 4.0
 
@@ -58,7 +58,7 @@ class MixedPrecision(QuantizationStage):
         clip: search the range of each scale for the smallest error.
         sensitivity: "loss" weighs a layer's output error by the loss's squared gradients (one backward pass over the
             calibration data), "output" takes the output error relative to the output.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Kim et al. 2026, Prune-then-Quantize or Quantize-then-Prune?, arXiv 2603.18426"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pqqp_lightning.quantization import CodebookStage
+from pqqp_lightning.stages.quantization import CodebookStage
 
 
 class NF4(CodebookStage):
@@ -19,7 +19,7 @@ class NF4(CodebookStage):
     Args:
         group_size: input columns that share a scale, the block size of bitsandbytes; "auto" for 64, or, where that does
             not divide a layer's inputs, for their largest divisor below 64; or name pattern to size.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Dettmers et al. 2023, QLoRA, arXiv 2305.14314"

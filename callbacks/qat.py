@@ -8,11 +8,11 @@ from lightning.pytorch import LightningModule, Trainer
 
 from pqqp_lightning.algorithms.grid import Grid, Quantized, fit_grid, round_to_grid
 from pqqp_lightning.errors import RecipeError, shorten
-from pqqp_lightning.hold import trained_weight
-from pqqp_lightning.modules.fake_quantize import attach, detach, quantizer_of
-from pqqp_lightning.modules.layers import weight_matrix
-from pqqp_lightning.quantization import GroupSize, QuantizationStage
-from pqqp_lightning.stage import Context, Plan
+from pqqp_lightning.network.held_zeros import trained_weight
+from pqqp_lightning.network.layers import weight_matrix
+from pqqp_lightning.stages.quantization import GroupSize, QuantizationStage
+from pqqp_lightning.stages.stage import Context, Plan
+from pqqp_lightning.surgery.fake_quantize import attach, detach, quantizer_of
 
 
 class QAT(QuantizationStage):
@@ -36,7 +36,7 @@ class QAT(QuantizationStage):
         learn_scales: let training move the scales, as the paper does over tens of epochs; False keeps those of the
             start, which was better in runs of a few epochs at 2 bits.
         epochs: epochs of training, at least 1.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Jacob et al. 2018, arXiv 1712.05877; Esser et al. 2020, Learned Step Size Quantization, arXiv 1902.08153"

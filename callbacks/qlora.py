@@ -9,11 +9,11 @@ from lightning.pytorch import LightningModule
 
 from pqqp_lightning.callbacks.lora import LoRA
 from pqqp_lightning.callbacks.nf4 import NF4
-from pqqp_lightning.modules.constraints import constraints_of
-from pqqp_lightning.modules.layers import Layer
-from pqqp_lightning.modules.naming import values_of
-from pqqp_lightning.quantization import BlockSize
-from pqqp_lightning.stage import Context, Plan, Stage
+from pqqp_lightning.network.constraints import constraints_of
+from pqqp_lightning.network.layers import Layer
+from pqqp_lightning.network.name_patterns import values_of
+from pqqp_lightning.stages.quantization import BlockSize
+from pqqp_lightning.stages.stage import Context, Plan, Stage
 
 
 class QLoRA(LoRA):
@@ -41,7 +41,7 @@ class QLoRA(LoRA):
         learning_rate: its highest learning rate, made for Adam; null takes the model's own.
         group_size: input columns that share a scale of NF4; "auto" for 64, or, where that does not divide a layer's
             inputs, for their largest divisor below 64; or name pattern to size.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Dettmers et al. 2023, QLoRA, arXiv 2305.14314"

@@ -8,11 +8,11 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.errors import RecipeError, shorten
-from pqqp_lightning.modules.decoder import describe_decoder
-from pqqp_lightning.modules.layers import is_adapter
-from pqqp_lightning.modules.rotation import plan_structure, rotate_decoder, rotate_structure
-from pqqp_lightning.modules.transforms import Transform, transformed_layers
-from pqqp_lightning.stage import Context, Plan, Stage
+from pqqp_lightning.network.activation_hooks import Transform, transformed_layers
+from pqqp_lightning.network.layers import is_adapter
+from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.surgery.decoder import describe_decoder
+from pqqp_lightning.surgery.rotation import plan_structure, rotate_decoder, rotate_structure
 
 
 class QuaRot(Stage):
@@ -44,7 +44,7 @@ class QuaRot(Stage):
         gains: "fold" as in the paper; "keep" leaves norms and residual stream as they are, and rotates each norm's
             output while the model runs instead: two more transforms in every block, and no additional layer.
         seed: of the random signs.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`; the whole model is rotated, so targets and ignore must be
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`; the whole model is rotated, so targets and ignore must be
             left out.
     """
 

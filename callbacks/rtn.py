@@ -5,9 +5,9 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.algorithms.rtn import quantize_rtn
-from pqqp_lightning.modules.layers import Layer, weight_matrix
-from pqqp_lightning.quantization import QuantizationStage
-from pqqp_lightning.stage import Context, Plan
+from pqqp_lightning.network.layers import Layer, weight_matrix
+from pqqp_lightning.stages.quantization import QuantizationStage
+from pqqp_lightning.stages.stage import Context, Plan
 
 
 class RTN(QuantizationStage):
@@ -24,7 +24,7 @@ class RTN(QuantizationStage):
             all; or name pattern to size.
         symmetric: without zero points; False for asymmetric grids.
         clip: search the range of each scale for the smallest weight error; slower, pays on rotated weights (QuaRot).
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "round to nearest, the baseline of Frantar et al. 2023, arXiv 2210.17323"

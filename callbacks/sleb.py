@@ -12,12 +12,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from pqqp_lightning.algorithms.sleb import Removal, count_evaluations, remove_greedily
-from pqqp_lightning.calibration.prefix import Output, Part, RemovalLosses, observe_outputs, pass_through
+from pqqp_lightning.calibration.removal_losses import Output, Part, RemovalLosses, observe_outputs, pass_through
 from pqqp_lightning.calibration.walk import Walk, calibrating
 from pqqp_lightning.errors import RecipeError, near_miss
-from pqqp_lightning.modules.blocks import keep_blocks, model_blocks
-from pqqp_lightning.modules.naming import matches, matches_any
-from pqqp_lightning.modules.removal import (
+from pqqp_lightning.network.blocks import keep_blocks, model_blocks
+from pqqp_lightning.network.name_patterns import matches, matches_any
+from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.surgery.removal import (
     Sublayer,
     outside_of_a_list,
     remove_blocks,
@@ -25,7 +26,6 @@ from pqqp_lightning.modules.removal import (
     sublayers_of,
     substitutes,
 )
-from pqqp_lightning.stage import Context, Plan, Stage
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class SLEB(Stage):
             by default.
         ignore: name patterns of blocks (sublayers) that must stay.
         blocks: module names of the blocks; found by structure by default. Elements of a ModuleList or Sequential.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Song et al. 2024, SLEB: Streamlining LLMs through Redundancy Verification, arXiv 2402.09025"

@@ -12,11 +12,11 @@ from pqqp_lightning.algorithms.hessian import factorize_inverse
 from pqqp_lightning.algorithms.sparsegpt import prune_sparsegpt
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Hessian
-from pqqp_lightning.modules.constraints import constraints_of
-from pqqp_lightning.modules.layers import Layer, groups_of, row_groups, weight_matrix
-from pqqp_lightning.one_shot import OneShotPruning
-from pqqp_lightning.second_order import check_hessian_knobs, factorize
-from pqqp_lightning.stage import Context, Plan
+from pqqp_lightning.network.constraints import constraints_of
+from pqqp_lightning.network.layers import Layer, groups_of, row_groups, weight_matrix
+from pqqp_lightning.stages.hessian import check_hessian_knobs, factorize
+from pqqp_lightning.stages.sparsity_by_layer import OneShotPruning
+from pqqp_lightning.stages.stage import Context, Plan
 
 
 class SparseGPT(OneShotPruning):
@@ -35,7 +35,7 @@ class SparseGPT(OneShotPruning):
         allocation: "uniform", or "sensitivity" for each layer's own sparsity, by its estimated effect on the loss.
         block_size: columns for which the mask is chosen at a time.
         damping: fraction of the Hessian's mean diagonal that is added to it; more is steadier and less exact.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Frantar & Alistarh 2023, SparseGPT, arXiv 2301.00774"

@@ -9,10 +9,10 @@ from torch import Tensor
 from pqqp_lightning.algorithms.wanda import prune_wanda
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import SquaredNorm
-from pqqp_lightning.modules.constraints import constraints_of
-from pqqp_lightning.modules.layers import Layer, row_groups, weight_matrix
-from pqqp_lightning.one_shot import OneShotPruning
-from pqqp_lightning.stage import Context, Plan
+from pqqp_lightning.network.constraints import constraints_of
+from pqqp_lightning.network.layers import Layer, row_groups, weight_matrix
+from pqqp_lightning.stages.sparsity_by_layer import OneShotPruning
+from pqqp_lightning.stages.stage import Context, Plan
 
 
 class Wanda(OneShotPruning):
@@ -27,7 +27,7 @@ class Wanda(OneShotPruning):
         sparsity: fraction of each output row to remove, in (0, 1); or name pattern to fraction.
         pattern: "N:M" instead: N kept of every M consecutive inputs.
         allocation: "uniform", or "sensitivity" for each layer's own sparsity, by its estimated effect on the loss.
-        kwargs: see :class:`~pqqp_lightning.stage.Stage`.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Sun et al. 2023, A Simple and Effective Pruning Approach for LLMs, arXiv 2306.11695"

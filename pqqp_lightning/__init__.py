@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pqqp_lightning.checkpoint import load
-    from pqqp_lightning.stage import Stage
-    from pqqp_lightning.trainer import Trainer
+    from pqqp_lightning.checkpoint.load import load
+    from pqqp_lightning.runs.trainer import Trainer
+    from pqqp_lightning.stages.stage import Stage
 
 __version__ = "0.1.0"
 __all__ = ["Stage", "Trainer", "load"]
 
-_HOMES = {"load": "checkpoint", "Stage": "stage", "Trainer": "trainer"}
+_HOMES = {"load": "checkpoint.load", "Stage": "stages.stage", "Trainer": "runs.trainer"}
 
 
 def __getattr__(name: str) -> Any:

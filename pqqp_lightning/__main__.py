@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         sys.path.insert(0, os.getcwd())  # a stage or model in the working folder is importable
         with _heeding_sigterm():
-            from pqqp_lightning.cli import run_command
+            from pqqp_lightning.cli.commands import run_command
 
             run_command(arguments)
     except RecipeError as error:
@@ -113,11 +113,11 @@ def _print_help(arguments: list[str]) -> None:
         return
 
     def make() -> None:
-        from pqqp_lightning.cli import run_command
+        from pqqp_lightning.cli.commands import run_command
 
         run_command(arguments)
 
-    from pqqp_lightning.help_cache import print_help
+    from pqqp_lightning.cli.help_cache import print_help
 
     print_help(arguments, make)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import tiny
 
 from pqqp_lightning import Stage
-from pqqp_lightning.data_source import DataSource
-from pqqp_lightning.recipe_check import check_stages
-from pqqp_lightning.stages import known_stages, load_installed
+from pqqp_lightning.runs.checks import check_stages
+from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.stages.discovery import known_stages, load_installed
 
 load_installed()
 STAGES = {n: c for n, c in known_stages().items() if c.__module__.startswith("pqqp_lightning.callbacks")}

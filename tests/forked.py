@@ -20,7 +20,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 LIBRARIES = [path for path in sys.path if path not in ("", str(TESTS), str(TESTS.parent))]  # no test's own folder yet
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["pqqp_lightning.cli", "pqqp_lightning.models", "pqqp_lightning.data"])
+_SERVER.set_forkserver_preload(["pqqp_lightning.cli.commands", "pqqp_lightning.models", "pqqp_lightning.data"])
 
 
 def start(

@@ -16,7 +16,7 @@ from pqqp_lightning.calibration.statistics import Hessian
 from pqqp_lightning.callbacks import GPTQ, RTN, ActivationQuantization, LoRA
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
-from pqqp_lightning.modules.transforms import (
+from pqqp_lightning.network.activation_hooks import (
     QuantizeHeads,
     QuantizeInput,
     move_transforms,

@@ -10,15 +10,14 @@ import tiny
 import torch
 from torch import nn
 
-from pqqp_lightning.algorithms.allocation import output_error, spend_rest
-from pqqp_lightning.allocation import allocate
+from pqqp_lightning.algorithms.allocation import allocate, output_error, spend_rest
 from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.models import CausalLM, ImageClassifier
-from pqqp_lightning.modules.blocks import find_blocks
-from pqqp_lightning.modules.layers import input_rows, weight_matrix
-from pqqp_lightning.sensitivity import mean_squared_gradients, measure_costs
-from pqqp_lightning.stage import Context
+from pqqp_lightning.network.blocks import find_blocks
+from pqqp_lightning.network.layers import input_rows, weight_matrix
+from pqqp_lightning.stages.sensitivity import mean_squared_gradients, measure_costs
+from pqqp_lightning.stages.stage import Context
 
 # ------------------------------------------------------------------------------------------------ the knapsack
 

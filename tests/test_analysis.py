@@ -11,10 +11,10 @@ from command_line import prepare, run
 from tiny import MODELS, make_data, make_model, trainer
 
 from pqqp_lightning.algorithms.interference import additivity, mixed_units
-from pqqp_lightning.analysis import analyze_pair
 from pqqp_lightning.callbacks import GPTQ, RTN, SLEB, BasisSharing, ChannelPruning, LoRA, Magnitude, QuaRot, SparseGPT
-from pqqp_lightning.checkpoint import load
+from pqqp_lightning.checkpoint.load import load
 from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.experiments.analysis import analyze_pair
 
 
 def named(**stages):

@@ -20,11 +20,11 @@ from command_line import RECIPE, prepare, run, run_command, run_process, write_r
 
 from pqqp_lightning import Trainer
 from pqqp_lightning.callbacks import RTN, Magnitude
-from pqqp_lightning.checkpoint import MANIFEST, WEIGHTS
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
-from pqqp_lightning.stages import known_stages
+from pqqp_lightning.stages.discovery import known_stages
+from pqqp_lightning.storage.run_folder import MANIFEST, WEIGHTS
 
 DECODER = "model.model.layers"
 ALL = f"15 layers ({DECODER}.0.self_attn.q_proj, {DECODER}.0.self_attn.k_proj, {DECODER}.0.self_attn.v_proj, ...)"
@@ -939,7 +939,7 @@ def test_disk_full_loses_nothing_and_the_run_goes_on_once_there_is_room(folder):
 
 
 def test_disk_full_in_the_second_stage_keeps_the_first(folder, monkeypatch, capfd):
-    import pqqp_lightning.checkpoint as checkpoint
+    import pqqp_lightning.checkpoint.format as checkpoint
 
     save, calls = checkpoint.save_file, []
 

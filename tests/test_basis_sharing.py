@@ -15,13 +15,12 @@ from pqqp_lightning.algorithms.basis_sharing import rank_for, share_basis
 from pqqp_lightning.algorithms.hadamard import Rotation
 from pqqp_lightning.callbacks import GPTQ, RTN, LoRA, SparseGPT
 from pqqp_lightning.callbacks.basis_sharing import BasisSharing
+from pqqp_lightning.checkpoint.encoding import stored_tensors
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
-from pqqp_lightning.modules.encoding import stored_tensors
-from pqqp_lightning.modules.factored import Factored, factor_layers, factors_of
-from pqqp_lightning.modules.sharing import group_layers
-from pqqp_lightning.modules.structure import weightless_copy
-from pqqp_lightning.modules.transforms import RotateInput, transforms_of
+from pqqp_lightning.network.activation_hooks import RotateInput, transforms_of
+from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
+from pqqp_lightning.network.structure import weightless_copy
+from pqqp_lightning.surgery.factored import Factored, factor_layers, factors_of, group_layers
 
 KINDS = ["llama", "opt", "deit"]
 

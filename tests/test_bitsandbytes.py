@@ -17,8 +17,8 @@ from pqqp_lightning.callbacks import FP4, INT8, NF4, Finetune, Magnitude
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
-from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints, constraints_of
-from pqqp_lightning.modules.transforms import QuantizeInput
+from pqqp_lightning.network.activation_hooks import QuantizeInput
+from pqqp_lightning.network.constraints import broken_constraints, collect_constraints, constraints_of
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 reference = bitsandbytes.functional

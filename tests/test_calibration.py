@@ -20,9 +20,9 @@ from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.callbacks import GPTQ, SparseGPT, Wanda
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
-from pqqp_lightning.modules.blocks import find_blocks, find_layers
-from pqqp_lightning.modules.layers import groups_of, input_rows, row_groups, weight_matrix
-from pqqp_lightning.record import read_records
+from pqqp_lightning.network.blocks import find_blocks, find_layers
+from pqqp_lightning.network.layers import groups_of, input_rows, row_groups, weight_matrix
+from pqqp_lightning.storage.records import read_records
 
 
 def vit(depth=2):

@@ -20,13 +20,13 @@ from pqqp_lightning.callbacks import GPTQ, NF4, RTN, ChannelPruning, Magnitude, 
 from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM, ImageClassifier
-from pqqp_lightning.modules import dependency
-from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
-from pqqp_lightning.modules.coupling import built_groups
-from pqqp_lightning.modules.dependency import traced_groups
-from pqqp_lightning.modules.layers import mark_adapter
-from pqqp_lightning.modules.structure import weightless_copy
-from pqqp_lightning.stage import Context
+from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
+from pqqp_lightning.network.layers import mark_adapter
+from pqqp_lightning.network.structure import weightless_copy
+from pqqp_lightning.stages.stage import Context
+from pqqp_lightning.surgery import dependency
+from pqqp_lightning.surgery.coupling import built_groups
+from pqqp_lightning.surgery.dependency import traced_groups
 
 RESNET = {"model": "resnet18", "model_args": {"stem_width": 8, "channels": [8, 8, 16, 16]}}
 BOTTLENECK = {"model": "torchvision/resnet50", "model_args": {"width_per_group": 16}}

@@ -22,13 +22,16 @@ from pqqp_lightning.callbacks import (
     SparseGPT,
     Wanda,
 )
-from pqqp_lightning.checkpoint import MANIFEST, WEIGHTS, checkpoint_bytes, load_weights, save_checkpoint
+from pqqp_lightning.checkpoint.encoding import encode_weight
+from pqqp_lightning.checkpoint.load import load_weights
+from pqqp_lightning.checkpoint.save import save_checkpoint
+from pqqp_lightning.checkpoint.size import measure_size
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.metrics.size import measure_size
 from pqqp_lightning.models import CausalLM, ImageClassifier
-from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
-from pqqp_lightning.modules.encoding import encode_weight
+from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
+from pqqp_lightning.storage.files import checkpoint_bytes
+from pqqp_lightning.storage.run_folder import MANIFEST, WEIGHTS
 
 LARGER = tiny.LLAMA | {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 256, "num_hidden_layers": 3}
 
@@ -192,7 +195,7 @@ def test_finetuned_zeros_are_packed(tmp_path):
 
 
 def _context():
-    from pqqp_lightning.stage import Context
+    from pqqp_lightning.stages.stage import Context
 
     return Context(walk=None, progress=False)
 

@@ -15,10 +15,10 @@ import yaml
 from command_line import RECIPE, prepare, run, run_command, run_process, write_recipe
 
 import pqqp_lightning
-from pqqp_lightning import help_cache
 from pqqp_lightning.__main__ import COMMANDS
-from pqqp_lightning.checkpoint import WEIGHTS
-from pqqp_lightning.runner import Runner
+from pqqp_lightning.cli import help_cache
+from pqqp_lightning.runs.stage_runner import Runner
+from pqqp_lightning.storage.run_folder import WEIGHTS
 
 TOKENS = re.compile(r"perplexity +│ +([0-9.]+)")
 
@@ -316,7 +316,7 @@ STAGE = '''
 """A user's method."""
 
 from pqqp_lightning import Stage
-from pqqp_lightning.modules.layers import set_weight_matrix, weight_matrix
+from pqqp_lightning.network.layers import set_weight_matrix, weight_matrix
 
 
 class {name}(Stage):

@@ -13,7 +13,7 @@ from pqqp_lightning.algorithms.gptq import quantize_gptq
 from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
 from pqqp_lightning.algorithms.rtn import quantize_rtn
 from pqqp_lightning.callbacks import GPTQ, RTN
-from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
+from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
 
 UNITS = [{"per_tensor": True}, {}, {"group_size": 32}]
 

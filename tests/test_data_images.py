@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pqqp_lightning.data import ImageData
-from pqqp_lightning.data.transforms import IMAGENET
+from pqqp_lightning.data.augmentation import IMAGENET
 from pqqp_lightning.errors import RecipeError
 
 PQQP_DATA = Path(os.environ.get("PQQP_DATA", Path(__file__).parents[2] / "shared" / "data"))

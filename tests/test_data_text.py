@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pqqp_lightning.data import TextData, corpora
+from pqqp_lightning.data import TextData
+from pqqp_lightning.data import text_sources as corpora
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
 

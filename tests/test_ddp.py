@@ -16,7 +16,7 @@ from tiny import LLAMA, write_tokens
 
 import pqqp_lightning
 from pqqp_lightning.__main__ import main
-from pqqp_lightning.checkpoint import load_weights
+from pqqp_lightning.checkpoint.load import load_weights
 
 WATCHER = '''
 """A user's own file beside the recipe: a callback that dumps what each rank holds, and a stage that does harm."""

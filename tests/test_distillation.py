@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from pqqp_lightning.callbacks import RTN, Finetune, Magnitude
-from pqqp_lightning.distillation import Distillation, distillation_loss, hidden_loss, make_teacher
 from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.runs.distillation import distillation_loss, hidden_loss, make_teacher
+from pqqp_lightning.stages.distillation import Distillation
 
 
 def slow_kl(student, teacher, temperature):

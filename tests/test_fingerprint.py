@@ -11,14 +11,14 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from pqqp_lightning.callbacks import RTN, Finetune, Magnitude
-from pqqp_lightning.data_source import DataSource
-from pqqp_lightning.digest import digest_of
-from pqqp_lightning.prefix_tree import PrefixTree
-from pqqp_lightning.results import ResultStore
+from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.storage.result_store import ResultStore
+from pqqp_lightning.trials.fingerprint import digest_of
+from pqqp_lightning.trials.prefix_tree import PrefixTree
 
 STAGE = """\
 import torch
-from pqqp_lightning.one_shot import OneShotPruning
+from pqqp_lightning.stages.sparsity_by_layer import OneShotPruning
 
 def scores(weight):
     return weight.abs()

@@ -18,9 +18,9 @@ from pqqp_lightning.callbacks.gradual_pruning import GradualPruning
 from pqqp_lightning.callbacks.magnitude import Magnitude
 from pqqp_lightning.callbacks.rtn import RTN
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.modules.constraints import collect_constraints
-from pqqp_lightning.modules.layers import weight_matrix
-from pqqp_lightning.record import read_records
+from pqqp_lightning.network.constraints import collect_constraints
+from pqqp_lightning.network.layers import weight_matrix
+from pqqp_lightning.storage.records import read_records
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.005, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),

@@ -17,11 +17,11 @@ from pqqp_lightning.algorithms.packing import packed_bytes
 from pqqp_lightning.algorithms.rtn import quantize_codebook, quantize_rtn
 from pqqp_lightning.algorithms.sparsegpt import prune_sparsegpt
 from pqqp_lightning.callbacks import FP4, GPTQ, INT8, NF4, RTN, SparseGPT
+from pqqp_lightning.checkpoint.encoding import encode_weight
+from pqqp_lightning.checkpoint.packing import pack_weight, unpack_weight
+from pqqp_lightning.checkpoint.size import measure_size
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.metrics.size import measure_size
-from pqqp_lightning.modules.constraints import Constraints, broken_constraints, collect_constraints, constraints_of
-from pqqp_lightning.modules.encoding import encode_weight
-from pqqp_lightning.packed import pack_weight, unpack_weight
+from pqqp_lightning.network.constraints import Constraints, broken_constraints, collect_constraints, constraints_of
 
 NAMES = ["nf4", "fp4"]
 HERE = torch.zeros(0)

@@ -8,7 +8,7 @@ from itertools import pairwise, permutations
 import pytest
 from scipy.stats import spearmanr
 
-from pqqp_lightning.hypothesis import (
+from pqqp_lightning.algorithms.rank_statistics import (
     Ratio,
     equivalent_ratio,
     falls_steadily,

@@ -11,13 +11,13 @@ from pqqp_lightning import load
 from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
 from pqqp_lightning.algorithms.lora import change_through_merge, low_rank_update, merge_low_rank
 from pqqp_lightning.callbacks import GPTQ, NF4, RTN, Finetune, LoRA, Magnitude, QLoRA, SparseGPT
+from pqqp_lightning.checkpoint.size import measure_size
 from pqqp_lightning.data import TokenData
-from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.metrics.size import measure_size
 from pqqp_lightning.models import CausalLM
-from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
-from pqqp_lightning.recipe_check import check_stages
+from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
+from pqqp_lightning.runs.checks import check_stages
+from pqqp_lightning.runs.run_data import DataSource
 
 MODELS = ["llama", "opt", "resnet", "deit", "regressor"]
 FAST = {"rank": 4, "learning_rate": 0.01}
@@ -42,7 +42,7 @@ def run(tmp_path, kind, *stages, folder="run", module=None):
 
 
 def records(tmp_path, folder="run"):
-    from pqqp_lightning.record import read_records
+    from pqqp_lightning.storage.records import read_records
 
     return read_records(tmp_path / folder)
 

@@ -9,13 +9,13 @@ import torch
 from pqqp_lightning import load
 from pqqp_lightning.algorithms.rtn import quantize_rtn
 from pqqp_lightning.callbacks import GPTQ, RTN, MixedPrecision, SparseGPT
+from pqqp_lightning.checkpoint.size import measure_size
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.metrics.size import measure_size
 from pqqp_lightning.models import CausalLM
-from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
-from pqqp_lightning.modules.layers import weight_matrix
-from pqqp_lightning.record import read_records
+from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
+from pqqp_lightning.network.layers import weight_matrix
+from pqqp_lightning.storage.records import read_records
 
 
 def fit(tmp_path, *stages, folder="run"):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import pqqp_lightning.models as models
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM, ImageClassifier
-from pqqp_lightning.models.loading import skip_initialization
+from pqqp_lightning.models.transformers_bridge import skip_initialization
 
 TINY = {
     "model_type": "llama",

@@ -16,13 +16,14 @@ from tiny import RegressionData, Regressor, trainer
 
 import pqqp_lightning
 from pqqp_lightning.callbacks import RTN, Magnitude
-from pqqp_lightning.checkpoint import WEIGHTS
-from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.order import alone, search_orders
-from pqqp_lightning.prefix_tree import PrefixTree
-from pqqp_lightning.results import ResultStore
-from pqqp_lightning.runner import Runner
+from pqqp_lightning.experiments.order import search_orders
+from pqqp_lightning.experiments.session import alone
+from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.stage_runner import Runner
+from pqqp_lightning.storage.result_store import ResultStore
+from pqqp_lightning.storage.run_folder import WEIGHTS
+from pqqp_lightning.trials.prefix_tree import PrefixTree
 
 TWO = RECIPE[RECIPE.index("stages:") :]
 THREE = """\
@@ -415,7 +416,7 @@ def test_a_search_killed_while_it_trains_a_dropped_model_again_leaves_no_untrain
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("pqqp_lightning.runner.train_segment", killed)
+        patched.setattr("pqqp_lightning.runs.stage_runner.train_segment", killed)
         with pytest.raises(KeyboardInterrupt):
             second.measure(("prune", "round"))
     assert not third.has_model(("prune",))

@@ -19,9 +19,9 @@ from command_line import RECIPE, prepare, run, write_recipe
 from tiny import RegressionData, Regressor, trainer
 
 from pqqp_lightning.callbacks import RTN, Magnitude
-from pqqp_lightning.page import read_page, to_html, write_pages
-from pqqp_lightning.page.plots import Bar, Dot, Line, draw_bars, draw_dots, draw_walk
-from pqqp_lightning.page.scale import Scale
+from pqqp_lightning.report.html import read_page, to_html, write_pages
+from pqqp_lightning.report.svg_plots import Bar, Dot, Line, draw_bars, draw_dots, draw_walk
+from pqqp_lightning.report.svg_scale import Scale
 
 STAGES = RECIPE[RECIPE.index("stages:") :]
 WITH_FINETUNING = """\

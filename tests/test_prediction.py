@@ -10,9 +10,9 @@ from test_analysis import fitted, named, slow_errors
 from tiny import make_data, make_model, trainer
 
 from pqqp_lightning.callbacks import GPTQ, RTN, SLEB, BasisSharing, QuaRot, SparseGPT
-from pqqp_lightning.order import search_orders
-from pqqp_lightning.prediction_report import print_prediction
-from pqqp_lightning.runner import Runner
+from pqqp_lightning.experiments.order import search_orders
+from pqqp_lightning.report.prediction import print_prediction
+from pqqp_lightning.runs.stage_runner import Runner
 
 TWO = RECIPE[RECIPE.index("stages:") :]
 STAGES = {

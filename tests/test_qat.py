@@ -19,12 +19,13 @@ from pqqp_lightning.callbacks.gradual_pruning import GradualPruning
 from pqqp_lightning.callbacks.magnitude import Magnitude
 from pqqp_lightning.callbacks.qat import QAT
 from pqqp_lightning.callbacks.rtn import RTN
-from pqqp_lightning.checkpoint import read_manifest, restore
+from pqqp_lightning.checkpoint.format import read_manifest
+from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
-from pqqp_lightning.modules.fake_quantize import FakeQuantize, attach, detach, quantizer_of
-from pqqp_lightning.modules.layers import to_weight, weight_matrix
-from pqqp_lightning.record import read_records
+from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
+from pqqp_lightning.network.layers import to_weight, weight_matrix
+from pqqp_lightning.storage.records import read_records
+from pqqp_lightning.surgery.fake_quantize import FakeQuantize, attach, detach, quantizer_of
 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.005, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),

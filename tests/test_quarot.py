@@ -15,9 +15,9 @@ from pqqp_lightning.callbacks import GPTQ, RTN, ActivationQuantization, LoRA, Ma
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM, ImageClassifier
-from pqqp_lightning.modules.decoder import describe_decoder
-from pqqp_lightning.modules.structure import weightless_copy
-from pqqp_lightning.modules.transforms import RotateInput, transformed_layers
+from pqqp_lightning.network.activation_hooks import RotateInput, transformed_layers
+from pqqp_lightning.network.structure import weightless_copy
+from pqqp_lightning.surgery.decoder import describe_decoder
 
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 KINDS = {
@@ -321,6 +321,6 @@ def test_a_vision_model_is_told_what_is_needed():
 
 
 def tiny_context():
-    from pqqp_lightning.stage import Context
+    from pqqp_lightning.stages.stage import Context
 
     return Context(lambda blocks: None, progress=False)

@@ -16,18 +16,19 @@ from command_line import RECIPE, prepare, run, write_recipe
 from interrupt import run_with_kills
 from tiny import RegressionData, Regressor, trainer
 
-from pqqp_lightning import executor
 from pqqp_lightning.callbacks import RTN, Magnitude
-from pqqp_lightning.checkpoint import WEIGHTS
-from pqqp_lightning.data_source import DataSource
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.order import search_orders
-from pqqp_lightning.prefix_tree import PrefixTree
-from pqqp_lightning.results import ResultStore
+from pqqp_lightning.experiments.order import search_orders
+from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.storage.result_store import ResultStore
+from pqqp_lightning.storage.run_folder import WEIGHTS
+from pqqp_lightning.trials import executors as executor
+from pqqp_lightning.trials.prefix_tree import PrefixTree
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "pqqp-lightning[ray]"')
 
-from pqqp_lightning import executor_ray, ray_worker  # noqa: E402
+from pqqp_lightning.trials import ray_executor as executor_ray  # noqa: E402
+from pqqp_lightning.trials import ray_worker  # noqa: E402
 
 STAGES = RECIPE[RECIPE.index("stages:") :]
 WITH_TRAINING = """\
@@ -228,7 +229,7 @@ def test_a_cluster_that_is_not_there(folder, monkeypatch, capsys):
 
 
 def test_ray_is_imported_where_it_is_asked_for(folder):
-    text = "import sys, pqqp_lightning.cli; sys.exit('ray' in sys.modules)"
+    text = "import sys, pqqp_lightning.cli.commands; sys.exit('ray' in sys.modules)"
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", text]) == 0
 
 

@@ -12,8 +12,8 @@ import yaml
 
 from pqqp_lightning import load
 from pqqp_lightning.__main__ import main
-from pqqp_lightning.checkpoint import checkpoint_bytes
-from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
+from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
+from pqqp_lightning.storage.files import checkpoint_bytes
 
 ROOT = Path(__file__).parent.parent
 PQQP_DATA = Path(os.environ.get("PQQP_DATA", ROOT.parent / "shared" / "data"))

@@ -20,7 +20,7 @@ import os, pathlib, signal, sys
 from importlib import import_module
 
 target, count, when, *argv = sys.argv[1:]
-import pqqp_lightning.cli  # so that what is patched below is what the run uses
+import pqqp_lightning.cli.commands  # so that what is patched below is what the run uses
 module, _, path = target.partition(":")
 *owners, name = path.split(".")
 owner = import_module(module)
@@ -46,26 +46,30 @@ from pqqp_lightning.__main__ import main
 main(argv)
 """
 ROWS = "pqqp_lightning.calibration.statistics:Hessian.accumulate"
-STEP = "pqqp_lightning.hold:SeedSteps.on_train_batch_start"
+STEP = "pqqp_lightning.runs.training_callbacks:SeedSteps.on_train_batch_start"
 KILLS = {  # one after another: each run goes on where the one before was killed at that call of that function
     "the first stage": {
-        "after the dense baseline": ("pqqp_lightning.run:append_record", 1, "after"),
+        "after the dense baseline": ("pqqp_lightning.runs.run:append_record", 1, "after"),
         "in the calibration": (ROWS, 11, "after"),
-        "while the pruned model is saved": ("pqqp_lightning.checkpoint:sha256_of", 1, "before"),
+        "while the pruned model is saved": ("pqqp_lightning.checkpoint.format:sha256_of", 1, "before"),
         "in the first epoch": (STEP, 3, "before"),
     },
     "finetuning": {
-        "while the first epoch's state is saved": ("pqqp_lightning.trainer:Trainer.save_checkpoint", 1, "after"),
+        "while the first epoch's state is saved": ("pqqp_lightning.runs.trainer:Trainer.save_checkpoint", 1, "after"),
         "in the second epoch": (STEP, 7, "before"),
-        "when training is done": ("pqqp_lightning.hold:HoldMasks.teardown", 1, "before"),
-        "while the finetuned model replaces the pruned one": ("pqqp_lightning.storage:shutil.rmtree", 1, "halfway"),
-        "before the stage is on record": ("pqqp_lightning.run:append_record", 1, "before"),
+        "when training is done": ("pqqp_lightning.runs.training_callbacks:HoldMasks.teardown", 1, "before"),
+        "while the finetuned model replaces the pruned one": (
+            "pqqp_lightning.storage.files:shutil.rmtree",
+            1,
+            "halfway",
+        ),
+        "before the stage is on record": ("pqqp_lightning.runs.run:append_record", 1, "before"),
     },
     "the second stage": {
-        "between the stages": ("pqqp_lightning.run:append_record", 3, "before"),
+        "between the stages": ("pqqp_lightning.runs.run:append_record", 3, "before"),
         "in the calibration": (ROWS, 5, "after"),
-        "while the quantized model is saved": ("pqqp_lightning.checkpoint:save_file", 1, "after"),
-        "before the final report": ("pqqp_lightning.run:write_report", 2, "before"),
+        "while the quantized model is saved": ("pqqp_lightning.checkpoint.format:save_file", 1, "after"),
+        "before the final report": ("pqqp_lightning.runs.run:write_report", 2, "before"),
     },
 }
 
@@ -200,9 +204,9 @@ def test_a_killed_search_for_the_order_ends_as_an_undisturbed_one(undisturbed):
     write_recipe(undisturbed, "order.yaml", stages=ORDER)
     finish(undisturbed, "order", "--config", "order.yaml", "--run_dir", "order")
     kills = {
-        "before the second order": ("pqqp_lightning.results:ResultStore.write", 3, "after"),
+        "before the second order": ("pqqp_lightning.storage.result_store:ResultStore.write", 3, "after"),
         "in the second order": (ROWS, 3, "after"),
-        "before the report": ("pqqp_lightning.order:write_json", 1, "before"),
+        "before the report": ("pqqp_lightning.experiments.order:write_json", 1, "before"),
     }
     words = ["--config", "order.yaml", "--run_dir", "killed order", "--store", "killed store"]
     killed(undisturbed, "order", *words, kills=kills)

@@ -20,12 +20,12 @@ from pqqp_lightning.__main__ import main
 from pqqp_lightning.algorithms.sleb import count_evaluations, remove_greedily
 from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.callbacks import GPTQ, RTN, SLEB, Magnitude
+from pqqp_lightning.checkpoint.size import measure_size
 from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.metrics.size import measure_size
 from pqqp_lightning.models import CausalLM, ImageClassifier
-from pqqp_lightning.modules.constraints import collect_constraints
-from pqqp_lightning.stage import Context
+from pqqp_lightning.network.constraints import collect_constraints
+from pqqp_lightning.stages.stage import Context
 
 BATCHES = [{"input_ids": tiny.token_rows(3, seed)} for seed in range(2)]
 RESNET = {"model": "resnet18", "model_args": {"stem_width": 8, "channels": [8, 8, 16, 16]}}
@@ -415,7 +415,7 @@ def test_it_runs_in_mixed_precision_and_finetunes(tmp_path):
 def test_ranks_decide_together(monkeypatch):
     """The losses of another rank are added before anything is chosen."""
     module, added = language_model(), torch.tensor([0.0, 0, 0, 0, 0, -1e6, 0])  # of block 5, and of no further batch
-    monkeypatch.setattr("pqqp_lightning.calibration.prefix.sum_over_ranks", lambda totals: totals + added)
+    monkeypatch.setattr("pqqp_lightning.calibration.removal_losses.sum_over_ranks", lambda totals: totals + added)
     assert SLEB(1).compress(module, context(module))["removed"] == ["model.model.layers.5"]
 
 

@@ -12,8 +12,8 @@ from pqqp_lightning.callbacks import GPTQ, Magnitude, SparseGPT, Wanda
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
-from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
-from pqqp_lightning.record import read_records
+from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
+from pqqp_lightning.storage.records import read_records
 
 
 def fit(tmp_path, *stages, module=None, folder="run"):

@@ -13,15 +13,15 @@ import torch
 from composition import STAGES, stages_named
 
 from pqqp_lightning import Stage, load
-from pqqp_lightning.data_source import DataSource
+from pqqp_lightning.checkpoint.size import measure_size
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.metrics.size import measure_size
 from pqqp_lightning.models import CausalLM
-from pqqp_lightning.modules.constraints import broken_constraints, collect_constraints
-from pqqp_lightning.pruning import PruningStage
-from pqqp_lightning.quantization import QuantizationStage
-from pqqp_lightning.recipe_check import check_stages
-from pqqp_lightning.stages import knobs
+from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
+from pqqp_lightning.runs.checks import check_stages
+from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.stages.knobs import knobs
+from pqqp_lightning.stages.pruning import PruningStage
+from pqqp_lightning.stages.quantization import QuantizationStage
 
 COMPRESSING = [name for name, cls in STAGES.items() if cls.compresses]
 PROMISING = [name for name, cls in STAGES.items() if cls.promises]
@@ -169,7 +169,7 @@ def test_pruned_fraction_is_exact_in_both_orders(tmp_path):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_explains_itself(name):
-    from pqqp_lightning.listing import documentation
+    from pqqp_lightning.stages.knobs import documentation
 
     cls = STAGES[name]
     assert cls.__doc__

@@ -2,7 +2,7 @@
 
 from itertools import permutations
 
-from pqqp_lightning.strategies import Progressive
+from pqqp_lightning.trials.strategies import Progressive
 
 NAMES = ["a", "b", "c", "d"]
 

@@ -10,17 +10,17 @@ from torch import nn
 from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
-from pqqp_lightning.modules.blocks import find_layers
-from pqqp_lightning.modules.constraints import (
+from pqqp_lightning.network.blocks import find_layers
+from pqqp_lightning.network.constraints import (
     Constraints,
     broken_promises,
     collect_promises,
     constraints_of,
     set_constraints,
 )
-from pqqp_lightning.modules.layers import mark_adapter
-from pqqp_lightning.modules.structure import Skeleton, copy_model, weightless_copy
-from pqqp_lightning.stage import Stage
+from pqqp_lightning.network.layers import mark_adapter
+from pqqp_lightning.network.structure import Skeleton, copy_model, weightless_copy
+from pqqp_lightning.stages.stage import Stage
 
 
 def tied_llama():

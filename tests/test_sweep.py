@@ -13,10 +13,10 @@ from interrupt import Died
 from tiny import RegressionData, Regressor, trainer
 
 from pqqp_lightning.callbacks import RTN, Magnitude
+from pqqp_lightning.cli.settings import Setting, merged_section, without_section
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.runner import Runner
-from pqqp_lightning.settings import Setting, merged_section, without_section
-from pqqp_lightning.sweep.search import sweep_grid
+from pqqp_lightning.experiments.sweep import sweep_grid
+from pqqp_lightning.runs.stage_runner import Runner
 
 TWO = RECIPE[RECIPE.index("stages:") :]
 GRID = ["--grid.prune.sparsity", "[0.5,0.8]", "--grid.quantize.bits", "[8,4,3]"]

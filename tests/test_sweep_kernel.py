@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pqqp_lightning import algorithms
-from pqqp_lightning.algorithms import sweep
+from pqqp_lightning.algorithms import column_sweep as sweep
 from pqqp_lightning.algorithms.gptq import quantize_gptq
 from pqqp_lightning.algorithms.grid import ColumnGrid, fit_grid
 from pqqp_lightning.algorithms.hessian import factorize_inverse
@@ -34,7 +34,7 @@ def kernel(monkeypatch):
     """The module of the kernel, interpreted where there is no GPU."""
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    name = "pqqp_lightning.algorithms.sweep_kernel"
+    name = "pqqp_lightning.algorithms.column_sweep_triton"
     monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module(name)
     sys.modules.pop(name, None)

@@ -16,12 +16,12 @@ from tiny import RegressionData, Regressor, regression_data, regression_loader, 
 import pqqp_lightning
 from pqqp_lightning import Stage
 from pqqp_lightning.callbacks import GPTQ, RTN, Finetune, LoRA, Magnitude, SparseGPT
-from pqqp_lightning.checkpoint import read_manifest
+from pqqp_lightning.checkpoint.format import read_manifest
 from pqqp_lightning.data.loaders import train_loader
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.modules.constraints import collect_constraints, constrained_layers
-from pqqp_lightning.modules.layers import weight_matrix
-from pqqp_lightning.record import read_records
+from pqqp_lightning.network.constraints import collect_constraints, constrained_layers
+from pqqp_lightning.network.layers import weight_matrix
+from pqqp_lightning.storage.records import read_records
 
 
 def fit(folder, *stages, module=None, **options):

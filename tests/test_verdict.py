@@ -9,9 +9,9 @@ import torch
 from torchmetrics import MeanMetric
 
 from pqqp_lightning.metrics.samples import Samples
-from pqqp_lightning.prefix_tree import prefixes
-from pqqp_lightning.report import hypothesis_sentence
-from pqqp_lightning.verdict import Judge
+from pqqp_lightning.report.order import hypothesis_sentence
+from pqqp_lightning.trials.prefix_tree import prefixes
+from pqqp_lightning.trials.verdict import Judge
 
 PAIR = [("prune", "quantize"), ("quantize", "prune")]
 

@@ -17,7 +17,7 @@ from torchmetrics import MeanSquaredError
 from pqqp_lightning import Stage, Trainer
 from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.models import CausalLM, ImageClassifier
-from pqqp_lightning.stages import knobs
+from pqqp_lightning.stages.knobs import knobs
 
 ACCELERATOR = os.environ.get("TEST_ACCELERATOR", "cpu")
 """``TEST_ACCELERATOR=gpu`` runs the tests that use :func:`trainer` or the recipe of ``command_line`` on a GPU."""

@@ -9,9 +9,17 @@ over outputs (as in Optimal Brain Damage, LeCun et al. 1990, section 2, but per 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
 from torch import Tensor
+
+Costs = Sequence[Sequence[float]]
+
+Amounts = Sequence[Sequence[int]]
 
 
 def output_error(change: Tensor, hessian: Tensor, importance: Tensor | None = None) -> float:
@@ -48,3 +56,74 @@ def spend_rest(
         counts[i] -= step
         rest -= step
     return counts
+
+
+def allocate(costs: Costs, amounts: Amounts, budget: int) -> list[int]:
+    """The index of one option for each layer: the least summed cost with summed amounts at most ``budget``.
+
+    Of equally cheap choices one that spends more of the budget.
+
+    Args:
+        costs: for each layer the cost of each option, >= 0.
+        amounts: for each layer what each option takes of the budget (bits, bytes, weights kept), integers >= 0.
+        budget: the most that all may take together, in the same unit.
+
+    Raises:
+        ValueError: no choice fits, or a cost is NaN, infinite or negative.
+    """
+    if bad := [i for i, options in enumerate(costs) if not all(math.isfinite(c) and c >= 0 for c in options)]:
+        raise ValueError(f"the costs of layer {bad[0]} are not all finite and >= 0: {list(costs[bad[0]])}")
+    least = sum(map(min, amounts))
+    if least > budget:
+        raise ValueError(f"the smallest options take {least} together, more than the budget of {budget}")
+    chosen = [min(range(len(row)), key=lambda k: (row[k], costs[i][k])) for i, row in enumerate(amounts)]
+    for _ in range(3):  # the solver's tolerances are absolute: solve again at the scale of what was found
+        scale = sum(costs[i][k] for i, k in enumerate(chosen))
+        found = _solve(costs, amounts, budget, scale or 1.0)
+        if sum(costs[i][k] for i, k in enumerate(found)) >= scale:
+            break
+        chosen = found
+    return _spend(chosen, costs, amounts, budget)
+
+
+def _spend(chosen: Sequence[int], costs: Costs, amounts: Amounts, budget: int) -> list[int]:
+    """What is left of the budget goes round, one option at a time, to layers whose cost does not rise by it.
+
+    So layers that cost nothing whatever they get share the rest evenly.
+    """
+    chosen, left = list(chosen), budget - sum(amounts[i][k] for i, k in enumerate(chosen))
+    before = None
+    while before != chosen:
+        before = list(chosen)
+        for i, k in enumerate(before):
+            more = [j for j, a in enumerate(amounts[i]) if a > amounts[i][k] and costs[i][j] <= costs[i][k]]
+            if more and (step := amounts[i][j := min(more, key=amounts[i].__getitem__)] - amounts[i][k]) <= left:
+                chosen[i], left = j, left - step
+    return chosen
+
+
+def _solve(costs: Costs, amounts: Amounts, budget: int, scale: float) -> list[int]:
+    """The optimum among options that cost at most ``scale``, which some feasible choice costs in all."""
+    pairs = [(i, k) for i, row in enumerate(costs) for k, cost in enumerate(row) if cost <= scale]
+    unit = math.gcd(*(amounts[i][k] for i, k in pairs)) or 1  # small integers: tolerances then cannot hide a unit
+    sizes = np.array([amounts[i][k] // unit for i, k in pairs], dtype=float)
+    prices = np.array([costs[i][k] for i, k in pairs]) * (len(costs) / scale)
+    columns = np.arange(len(pairs))
+    one_each = csr_matrix((np.ones(len(pairs)), ([i for i, _ in pairs], columns)), shape=(len(costs), len(pairs)))
+    limit = budget // unit
+    while True:
+        fits = LinearConstraint(sizes[None], ub=limit)
+        result = milp(
+            prices,
+            constraints=[LinearConstraint(one_each, 1, 1), fits],
+            integrality=np.ones(len(pairs)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            raise ArithmeticError(f"the solver found no allocation: {result.message}")
+        chosen = {i: k for (i, k), x in zip(pairs, result.x, strict=True) if x > 0.5}
+        over = sum(amounts[i][k] for i, k in chosen.items()) - budget
+        if over <= 0:
+            return [chosen[i] for i in range(len(costs))]
+        limit -= -(-over // unit)  # within the solver's tolerance, but not within the budget

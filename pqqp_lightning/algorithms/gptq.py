@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from pqqp_lightning.algorithms.column_sweep import sweep_columns
 from pqqp_lightning.algorithms.grid import ColumnGrid, Grid, Quantized, beside, fit_grid, round_to_grid
 from pqqp_lightning.algorithms.hessian import InverseFactor, factorize_inverse
-from pqqp_lightning.algorithms.sweep import sweep_columns
 
 STEP = 32
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pqqp_lightning.algorithms.column_sweep import sweep_columns
 from pqqp_lightning.algorithms.grid import ColumnGrid, Grid, round_to_grid
 from pqqp_lightning.algorithms.hessian import InverseFactor, factorize_inverse
 from pqqp_lightning.algorithms.selection import Pattern, keep_by_pattern, lowest, removed_first
-from pqqp_lightning.algorithms.sweep import sweep_columns
 
 STEP = 32
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pqqp_lightning.calibration.collect import StopForward
-from pqqp_lightning.modules.blocks import Blocks
+from pqqp_lightning.network.blocks import Blocks
 
 Run = Callable[[Any], object]
 """Runs the whole model on one calibration batch."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pqqp_lightning.calibration.statistics import Statistic
-from pqqp_lightning.modules.layers import Layer, columns_of, geometry, groups_of, input_rows
+from pqqp_lightning.network.layers import Layer, columns_of, geometry, groups_of, input_rows
 
 
 class StopForward(Exception):

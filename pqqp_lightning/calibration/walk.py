@@ -15,8 +15,8 @@ from pqqp_lightning.calibration.chain import Call, Run, capture_calls, first_out
 from pqqp_lightning.calibration.collect import Collector, Reading, check_reading
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.errors import RecipeError, shorten
-from pqqp_lightning.modules.blocks import Blocks
-from pqqp_lightning.modules.layers import Layer
+from pqqp_lightning.network.blocks import Blocks
+from pqqp_lightning.network.layers import Layer
 from pqqp_lightning.seeding import keep_random_state
 
 Compress = Callable[[Reading], None]

@@ -9,9 +9,10 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pqqp_lightning.data import pictures, sources
+from pqqp_lightning.data import hub_tables as sources
+from pqqp_lightning.data import image_sources as pictures
+from pqqp_lightning.data.augmentation import Spec, build_pipeline, normalization
 from pqqp_lightning.data.loaders import check_positive, draw, evaluation_loader, fixed_loader, require, train_loader
-from pqqp_lightning.data.transforms import Spec, build_pipeline, normalization
 from pqqp_lightning.errors import RecipeError
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from pqqp_lightning.data import sources
+from pqqp_lightning.data import hub_tables as sources
 from pqqp_lightning.data.loaders import check_positive, evaluation_loader, require
 from pqqp_lightning.data.tokens import check_vocabulary
 from pqqp_lightning.errors import RecipeError

@@ -10,7 +10,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pqqp_lightning.data import corpora, sources
+from pqqp_lightning.data import hub_tables as sources
+from pqqp_lightning.data import text_sources as corpora
 from pqqp_lightning.data.loaders import (
     Windows,
     check_positive,
@@ -23,7 +24,8 @@ from pqqp_lightning.data.loaders import (
 from pqqp_lightning.data.questions import Question, Questions
 from pqqp_lightning.data.tokens import check_vocabulary
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.models.loading import load_tokenizer, quiet_transformers
+from pqqp_lightning.models.loading import load_tokenizer
+from pqqp_lightning.models.transformers_bridge import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,6 +9,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from pqqp_lightning.data.hub_tables import expand
 from pqqp_lightning.data.loaders import (
     Windows,
     check_positive,
@@ -18,9 +19,8 @@ from pqqp_lightning.data.loaders import (
     require,
     train_loader,
 )
-from pqqp_lightning.data.sources import expand
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.models.loading import third_party_errors
+from pqqp_lightning.models.transformers_bridge import third_party_errors
 
 
 class TokenData(LightningDataModule):

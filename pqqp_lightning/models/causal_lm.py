@@ -16,6 +16,7 @@ from pqqp_lightning.metrics.multiple_choice import ChoiceAccuracy, by_question, 
 from pqqp_lightning.metrics.perplexity import Perplexity
 from pqqp_lightning.models import loading
 from pqqp_lightning.models.optimizers import build_optimizer
+from pqqp_lightning.models.transformers_bridge import build_model, plain_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ class CausalLM(LightningModule):
             self._tokenizer_source = loading.resolve_source(model)
             self.model: Any = loading.load_model(self._tokenizer_source, DTYPES[dtype])
         else:
-            self.model = loading.build_model(model, DTYPES[dtype])
+            self.model = build_model(model, DTYPES[dtype])
         self.model.train()  # as Lightning expects before a fit: it switches to eval and back itself
         self.perplexity = Perplexity()
         self.acc, self.acc_norm = ChoiceAccuracy(), ChoiceAccuracy()
@@ -144,7 +145,7 @@ class CausalLM(LightningModule):
         """What rebuilds this structure, weights aside, with no file but the checkpoint."""
         found = {p.dtype for p in self.model.parameters()}
         dtype = next((name for name, known in DTYPES.items() if known in found), "float32")
-        settings = loading.plain_config(self.model.config)
+        settings = plain_config(self.model.config)
         return {"class_path": "pqqp_lightning.models.CausalLM", "init_args": {"model": settings, "dtype": dtype}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLM:

@@ -16,8 +16,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.models.loading import check_loading, plain_config, quiet_transformers, third_party_errors
-from pqqp_lightning.storage import cache_folder
+from pqqp_lightning.models.transformers_bridge import (
+    check_loading,
+    plain_config,
+    quiet_transformers,
+    third_party_errors,
+)
+from pqqp_lightning.storage.files import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

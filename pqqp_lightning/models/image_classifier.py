@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.models import vision
+from pqqp_lightning.models import image_networks as vision
 from pqqp_lightning.models.optimizers import build_optimizer
 
 

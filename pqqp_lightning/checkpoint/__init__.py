@@ -1,0 +1,1 @@
+"""Packs, saves and loads models, and counts their size."""

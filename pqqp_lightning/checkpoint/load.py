@@ -1,0 +1,153 @@
+"""Reading a packed checkpoint (:mod:`~pqqp_lightning.checkpoint.format`) and rebuilding its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from safetensors import safe_open
+from torch import Tensor
+
+from pqqp_lightning.checkpoint.bundle import BundleReader
+from pqqp_lightning.checkpoint.encoding import weight_owner
+from pqqp_lightning.checkpoint.format import ORIGIN, Applied, Origin, model_folder, origin_of, read_manifest
+from pqqp_lightning.checkpoint.packing import unpack_weight
+from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.network.constraints import constrained_layers, set_constraints
+from pqqp_lightning.storage.run_folder import WEIGHTS
+
+MOVED = {"pqqp_lightning.trainer.Training": "pqqp_lightning.runs.trainer.Training"}
+"""Classes that checkpoints of earlier versions name by a module that has moved."""
+
+
+def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
+    """Load a checkpoint into ``module``: structure, weights, constraints. Returns the manifest, with "applied" the
+    stages that ``module``, which is of the same skeleton or loaded from an earlier run, had not gone through yet.
+
+    Raises:
+        RecipeError: the checkpoint cannot be read, or is of another model.
+    """
+    manifest = read_manifest(folder)
+    with safe_open(folder / WEIGHTS, framework="pt") as opened:
+        file = BundleReader(opened, manifest["small"])
+        origin = origin_of(module)
+        manifest["applied"] = _applied(manifest, file)[len(origin.applied) if origin else 0 :]
+        for item in manifest["applied"]:
+            item.stage.restructure(item.stage.__new__(item.stage), module, item.plan)
+        own = module.state_dict(keep_vars=True)
+        names = _weight_names(file.names()) | set(manifest["aliases"])
+        if names != set(own):
+            raise RecipeError(
+                f"{folder}: is of another model: {shorten(sorted(names ^ set(own)))} in only one of the two. "
+                "Use the recipe that made it."
+            )
+        for _, layer, _ in list(constrained_layers(module)):
+            set_constraints(layer, None)
+        modules = dict(module.named_modules())
+        with torch.no_grad():
+            for name, target in own.items():
+                if name in manifest["aliases"]:
+                    continue
+                if name in manifest["packed"]:
+                    value, constraints = unpack_weight(manifest["packed"][name], _parts(file, name))
+                    set_constraints(modules[weight_owner(name)[0]], constraints)
+                else:
+                    value = file.get(name)
+                if value.shape != target.shape:
+                    raise RecipeError(
+                        f"{folder}: {name} has shape {list(value.shape)} instead of {list(target.shape)}: "
+                        "it is of another model. Use the recipe that made it."
+                    )
+                _assign(target, value)
+    return manifest
+
+
+def _applied(manifest: dict[str, Any], file: BundleReader) -> list[Applied]:
+    """The stages with their whole plans."""
+    found = []
+    for position, entry in enumerate(manifest["plans"]):
+        tensors = {k: file.get(f"plan.{position}:{k}") for k in entry["tensors"]}
+        found.append(Applied(_stage_class(entry["class_path"]), entry["plan"] | tensors))
+    return found
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint, unpacked."""
+    folder = model_folder(folder)
+    manifest = read_manifest(folder)
+    with safe_open(folder / WEIGHTS, framework="pt") as opened:
+        file = BundleReader(opened, manifest["small"])
+        state = {}
+        for name in _weight_names(file.names()):
+            packed = manifest["packed"].get(name)
+            state[name] = file.get(name) if packed is None else unpack_weight(packed, _parts(file, name))[0]
+    state.update({alias: state[name] for alias, name in manifest["aliases"].items()})
+    return state
+
+
+def load(run: str | Path, module: LightningModule | None = None) -> LightningModule:
+    """Rebuild the compressed model of a run from its folder alone, bit-identical to the model that was measured.
+
+    Args:
+        run: a run folder, or the checkpoint folder in it.
+        module: the module to load into; needed only where the checkpoint cannot build it (a class of your own that
+            does not call ``save_hyperparameters``).
+
+    Returns:
+        The module in evaluation mode, with its constraints.
+
+    Raises:
+        RecipeError: no checkpoint, a truncated or altered file, or a module is needed.
+    """
+    folder = model_folder(Path(run))
+    manifest = read_manifest(folder)
+    if module is None:
+        module = build(manifest["model"], folder)
+    earlier = origin_of(module)
+    applied = [*(earlier.applied if earlier else []), *restore(module, folder)["applied"]]
+    vars(module)[ORIGIN] = Origin(manifest["model"], applied)
+    return module.eval()
+
+
+def build(skeleton: dict[str, Any] | None, folder: Path) -> LightningModule:
+    """A module of the right structure, values irrelevant."""
+    if skeleton is None:
+        raise RecipeError(f"{folder}: does not say how to build its module. Pass one: load(run, module=...).")
+    found = _import(skeleton["class_path"])
+    if not (isinstance(found, type) and issubclass(found, LightningModule)):
+        raise RecipeError(f"{folder}: {skeleton['class_path']} is no LightningModule. Pass one: load(run, module=...).")
+    return found(**skeleton["init_args"])
+
+
+def _stage_class(path: str) -> type[Any]:
+    found = _import(MOVED.get(path, path))
+    if not (isinstance(found, type) and callable(getattr(found, "restructure", None))):
+        raise RecipeError(f"the checkpoint names {path} as a stage, which is none. Install the package that has it.")
+    return found
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(f"the checkpoint needs {path}, which cannot be imported. Install its package.") from error
+
+
+def _parts(file: BundleReader, name: str) -> dict[str, Tensor]:
+    prefix = f"{name}:"
+    return {key.removeprefix(prefix): file.get(key) for key in file.names() if key.startswith(prefix)}
+
+
+def _weight_names(keys: Sequence[str]) -> set[str]:
+    return {key.partition(":")[0] for key in keys if not key.startswith("plan.")}
+
+
+def _assign(target: Tensor, value: Tensor) -> None:
+    if isinstance(target, Tensor) and target.dtype != value.dtype:
+        target.data = target.data.to(value.dtype)
+    target.copy_(value)

@@ -1,0 +1,101 @@
+"""One weight packed into parts, and back, bit for bit: codes or kept values, mask or positions, scales, zero points."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pqqp_lightning.algorithms.grid import Grid, decode, encode
+from pqqp_lightning.algorithms.packing import (
+    mask_to_positions,
+    pack_bits,
+    pack_mask,
+    position_bits,
+    positions_to_slots,
+    unpack_bits,
+    unpack_mask,
+)
+from pqqp_lightning.checkpoint.encoding import encode_weight
+from pqqp_lightning.network.constraints import Constraints
+from pqqp_lightning.network.layers import to_weight
+
+
+def pack_weight(weight: Tensor, constraints: Constraints) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Pack ``weight`` under its constraints.
+
+    Returns:
+        (parts by name, the manifest's entry that :func:`unpack_weight` needs).
+    """
+    matrix = weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
+    matrix = matrix.cpu()
+    grid, mask = constraints.grid, constraints.mask()
+    encoding = encode_weight(constraints, 8 * weight.element_size())
+    values = matrix if grid is None else encode(matrix, grid)
+    parts: dict[str, Tensor] = {}
+    if mask is not None:
+        values = values[mask]  # in the order of rows, then columns
+        if encoding.mask == "positions":
+            assert constraints.pattern is not None
+            n, m = constraints.pattern
+            parts["positions"] = pack_bits(mask_to_positions(mask, n, m), position_bits(m))
+        else:
+            parts["mask"] = pack_mask(mask)
+    parts["values"] = values.flatten() if grid is None else pack_bits(values, grid.bits)
+    if grid is not None:
+        parts["scale"] = grid.scale
+        if grid.zero is not None:
+            parts["zero"] = pack_bits(grid.zero, grid.bits)
+    entry = {
+        "shape": list(weight.shape),
+        "matrix": list(constraints.shape),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "pattern": None if constraints.pattern is None else list(constraints.pattern),
+        "bits": None if grid is None else grid.bits,
+    }
+    if grid is not None and grid.codebook is not None:
+        entry["codebook"] = grid.codebook
+    return parts, entry
+
+
+def unpack_weight(entry: dict[str, Any], parts: dict[str, Tensor]) -> tuple[Tensor, Constraints]:
+    """The weight and its constraints from what :func:`pack_weight` made."""
+    rows, columns = entry["matrix"]
+    dtype = getattr(torch, entry["dtype"])
+    mask = _unpack_mask(entry, parts)
+    count = rows * columns if mask is None else int(mask.sum())
+    grid = None
+    if entry["bits"] is None:
+        values = parts["values"]
+    else:
+        scale = parts["scale"]
+        zero = unpack_bits(parts["zero"], entry["bits"], scale.numel()).view(scale.shape) if "zero" in parts else None
+        grid = Grid(entry["bits"], scale, zero, columns, entry.get("codebook"))
+        values = unpack_bits(parts["values"], entry["bits"], count)
+    matrix = values.view(rows, columns) if mask is None else _scatter(values, mask)
+    if grid is not None:
+        matrix = decode(matrix, grid, dtype)
+    if mask is not None:
+        matrix = matrix.masked_fill(~mask, 0)
+    pattern = None if entry["pattern"] is None else (entry["pattern"][0], entry["pattern"][1])
+    packed_mask = None if mask is None else pack_mask(mask)
+    return to_weight(matrix, entry["shape"]), Constraints((rows, columns), packed_mask, pattern, grid)
+
+
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    matrix = torch.zeros(mask.shape, dtype=values.dtype)
+    matrix[mask] = values
+    return matrix
+
+
+def _unpack_mask(entry: dict[str, Any], parts: dict[str, Tensor]) -> Tensor | None:
+    rows, columns = entry["matrix"]
+    if "mask" in parts:
+        return unpack_mask(parts["mask"], (rows, columns))
+    if "positions" not in parts:
+        return None
+    n, m = entry["pattern"]
+    groups = rows * columns // m
+    positions = unpack_bits(parts["positions"], position_bits(m), groups * n).view(groups, n)
+    return positions_to_slots(positions, m).view(rows, columns)

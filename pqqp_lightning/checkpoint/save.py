@@ -1,0 +1,83 @@
+"""Writing a packed checkpoint (:mod:`~pqqp_lightning.checkpoint.format`)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pqqp_lightning.checkpoint.bundle import bundle_small
+from pqqp_lightning.checkpoint.encoding import stored_constraints, stored_tensors, weight_owner
+from pqqp_lightning.checkpoint.format import FORMAT, Applied, digest_of_manifest, origin_of, skeleton_of
+from pqqp_lightning.checkpoint.packing import pack_weight
+from pqqp_lightning.network.constraints import constrained_layers
+from pqqp_lightning.network.structure import dotted_name
+from pqqp_lightning.storage.disk_tensors import Spill
+from pqqp_lightning.storage.files import checkpoint_bytes, new_folder, sha256_of
+from pqqp_lightning.storage.run_folder import MANIFEST, WEIGHTS
+
+
+def save_checkpoint(
+    module: LightningModule,
+    folder: Path,
+    applied: Sequence[Applied] = (),
+    extra: dict[str, Any] | None = None,
+    skeleton: dict[str, Any] | None = None,
+) -> int:
+    """Write the packed checkpoint of ``module`` into ``folder``, whole or not at all, and return its bytes.
+
+    Args:
+        module: the model as measured.
+        folder: replaced if it exists.
+        applied: the stages that made it, in order; those that made a loaded model come before them by themselves.
+        extra: plain data to keep in the manifest (records).
+        skeleton: how to build the dense module, from :func:`skeleton_of`; as the module is now by default.
+    """
+    if origin := origin_of(module):
+        applied, skeleton = [*origin.applied, *applied], origin.skeleton
+    elif skeleton is None:
+        skeleton = skeleton_of(module)
+    with new_folder(folder) as temporary, Spill(temporary) as spill:
+        weights = temporary / WEIGHTS
+        stored, described = _contents(module, applied, spill)
+        try:
+            save_file(stored, weights)
+        except SafetensorError as error:  # the library's word for a full disk
+            raise OSError(None, str(error)) from error
+        manifest = {"format": FORMAT, "model": skeleton, **described, **(extra or {})}
+        manifest["weights"] = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
+        manifest["sha256"] = digest_of_manifest(manifest)
+        (temporary / MANIFEST).write_bytes(gzip.compress(json.dumps(manifest).encode(), mtime=0))
+    return checkpoint_bytes(folder)
+
+
+def _contents(
+    module: LightningModule, applied: Sequence[Applied], spill: Spill
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors to store, how the manifest describes them)."""
+    tensors, aliases = stored_tensors(module)
+    constraints = {name: c for name, _, c in constrained_layers(module)}
+    stored: dict[str, Tensor] = {}
+    entries: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        owner, hidden = weight_owner(name)
+        if owner != name and owner in constraints:
+            parts, entries[name] = pack_weight(tensor, stored_constraints(constraints[owner], hidden))
+            stored.update({f"{name}:{part}": spill.put(value) for part, value in parts.items()})
+        else:
+            stored[name] = tensor
+    plans = []
+    for position, item in enumerate(applied):
+        plain = {k: v for k, v in item.plan.items() if not isinstance(v, Tensor)}
+        tensors_of_plan = {k: v for k, v in item.plan.items() if isinstance(v, Tensor)}
+        stored.update({f"plan.{position}:{k}": v for k, v in tensors_of_plan.items()})
+        plans.append({"class_path": dotted_name(item.stage), "plan": plain, "tensors": sorted(tensors_of_plan)})
+    stored, small = bundle_small(stored)
+    return stored, {"plans": plans, "packed": entries, "aliases": aliases, "small": small}

@@ -1,0 +1,137 @@
+"""Tables of examples from the hub or from a folder in the hub's layout.
+
+``inside`` is what stands before the names of the knobs in messages, for data that is described in a knob of its own
+(``"questions."``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.models.loading import is_path
+from pqqp_lightning.models.transformers_bridge import third_party_errors
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DATA_FOLDER = "PQQP_DATA"
+"""Environment variable of the folder that the recipes' local data lies in; ../shared/data by default."""
+HUB_WAYS_OUT = "Give a local folder in the hub's layout (./data/name), or go online with HF_HUB_OFFLINE unset."
+
+
+def expand(source: str) -> str:
+    """``source`` with environment variables filled in (``$PQQP_DATA/wikitext``)."""
+    return os.path.expandvars(source.replace(f"${DATA_FOLDER}", os.environ.get(DATA_FOLDER, "../shared/data")))
+
+
+def check_path(source: str, inside: str = "") -> list[str]:
+    """A problem if ``source`` looks like a path and nothing is there."""
+    path = Path(source).expanduser()
+    if is_path(source) and not path.exists():
+        return [f"data: {inside}source={source!r}: there is no such file or folder (looked at {path.absolute()})."]
+    return []
+
+
+def check_builtin(source: str, builtin: str) -> list[str]:
+    """A problem if ``source`` is nearly the name of the data that is built in; it may still be any id of the hub."""
+    if source == builtin or "/" in source or is_path(source):
+        return []
+    near = suggest(source, [builtin])
+    return [f"data: source={source!r} is not built in.{near}"] if near.startswith(" Did") else []
+
+
+def read_table(source: str, config_name: str | None, split: str, inside: str = "") -> Dataset:
+    """One split of a hub data set or of a parquet folder.
+
+    Raises:
+        RecipeError: it is not there, or cannot be read.
+    """
+    read = _read_folder if is_path(source) else _read_hub
+    return read(source, config_name, split, inside)
+
+
+def download(source: str, config_name: str | None, inside: str = "") -> None:
+    """Fill the hub's cache, if the source is on the hub: for one process per machine, before the others read."""
+    if not is_path(source):
+        _read_hub(source, config_name, None, inside)
+
+
+def find_files(source: str, config_name: str | None, split: str, inside: str = "") -> list[str]:
+    """The parquet files of a split: ``{split}-*.parquet`` or ``{split}.parquet``, in the folder or its only one."""
+    folder = _find_folder(Path(source).expanduser(), source, config_name, inside)
+    split = split.partition("[")[0]  # as in the hub's train[:10%]
+    named = re.compile(rf"{re.escape(split)}(-.+)?\.parquet")
+    files = sorted(str(file) for file in folder.glob("*.parquet") if named.fullmatch(file.name))
+    if not files:
+        splits = {file.name.partition("-")[0].removesuffix(".parquet") for file in folder.glob("*.parquet")}
+        raise RecipeError(
+            f"data: {inside}source={source!r} has no split {split!r} (no {split}-*.parquet in {folder})."
+            f"{suggest(split, splits)}"
+        )
+    return files
+
+
+def find_column(table: Dataset, source: str, knob: str, name: str) -> str:
+    """``name``, if the table has such a column."""
+    if name not in table.column_names:
+        raise RecipeError(f"data: {knob}={name!r} is not a column of {source!r}.{suggest(name, table.column_names)}")
+    return name
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """No progress bars and no log from the datasets library: its errors are worded here."""
+    import datasets
+
+    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _find_folder(folder: Path, source: str, config_name: str | None, inside: str) -> Path:
+    where = f"data: {inside}source={source!r}"
+    if folder.is_file():
+        raise RecipeError(f"{where} is a file. Give the folder that holds the split's parquet files.")
+    if config_name is not None and (folder / config_name).is_dir():
+        return folder / config_name
+    if any(folder.glob("*.parquet")):
+        return folder
+    inner = sorted(child.name for child in folder.iterdir() if child.is_dir() and any(child.glob("*.parquet")))
+    if config_name is not None:
+        raise RecipeError(
+            f"data: {inside}config_name={config_name!r} is not a folder in {source!r}.{suggest(config_name, inner)}"
+        )
+    if len(inner) > 1:
+        raise RecipeError(f"{where} holds several data sets. Set {inside}config_name: {', '.join(inner)}.")
+    if not inner:
+        raise RecipeError(f"{where} has no parquet files in it or one folder below.")
+    return folder / inner[0]
+
+
+def _read_folder(source: str, config_name: str | None, split: str, inside: str) -> Dataset:
+    from datasets import load_dataset
+
+    files = find_files(source, config_name, split, inside)
+    with quiet_datasets(), third_party_errors(f"data: {files[0]} cannot be read", "Download it again."):
+        return load_dataset("parquet", data_files={split.partition("[")[0]: files}, split=split)
+
+
+def _read_hub(source: str, config_name: str | None, split: str | None, inside: str) -> Any:
+    from datasets import load_dataset
+
+    where = f"data: {inside}source={source!r}" + (f" ({config_name})" if config_name else "")
+    what = f"{where}, split {split!r}" if split else where
+    with quiet_datasets(), third_party_errors(f"{what} cannot be had from the hub", HUB_WAYS_OUT):
+        return load_dataset(source, config_name, split=split)

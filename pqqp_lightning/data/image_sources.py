@@ -1,0 +1,181 @@
+"""Labelled images from a table, a tree of folders or scikit-learn, all as uint8 tensors [C, H, W]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from pqqp_lightning.data.hub_tables import find_column, read_table
+from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.models.loading import is_path
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Table
+
+DIGITS = "digits"
+LABEL_NAMES = ("label", "labels", "fine_label")
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Examples ``(image, label)`` by index.
+
+    Args:
+        read: the image (PIL, or uint8 [1, H, W]) and the label at an index.
+        count: how many there are.
+        num_classes: of the labels, if it is known.
+        channels: 1 for grey, 3 for colour; other numbers repeat grey.
+        classes: names of the classes, if they have any.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], tuple[Any, int]],
+        count: int,
+        num_classes: int | None,
+        channels: int,
+        classes: Sequence[str] = (),
+    ) -> None:
+        self.read, self.count, self.num_classes, self.channels = read, count, num_classes, channels
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            image, label = self.read(index)
+            return _to_tensor(image, self.channels), int(label)
+        except (OSError, SyntaxError, TypeError, ValueError) as error:
+            raise RecipeError(f"data: image {index} or its label cannot be read ({error}). Remove it.") from error
+
+
+class View(Dataset[tuple[Tensor, int]]):
+    """Some of the pictures, transformed.
+
+    Args:
+        pictures: where they come from.
+        indices: which, in this order.
+        transform: of uint8 [C, H, W] to what the model takes.
+    """
+
+    def __init__(self, pictures: Pictures, indices: Sequence[int], transform: Callable[[Tensor], Tensor]) -> None:
+        self.pictures, self.indices, self.transform = pictures, indices, transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.pictures[self.indices[index]]
+        return self.transform(image), label
+
+
+def collate(examples: list[tuple[Tensor, int]]) -> Any:
+    """A batch ``(images [B, C, H, W], labels [B])``."""
+    shapes = sorted({tuple(image.shape) for image, _ in examples})
+    if len(shapes) > 1:
+        raise RecipeError(
+            f"data: the images differ in size ({shapes[0]} and {shapes[-1]} in one batch). "
+            "Set data.image_size, or a resizing transform."
+        )
+    return default_collate(examples)
+
+
+def read_digits(evaluation: bool, channels: int) -> Pictures:
+    """scikit-learn's 1,797 scans of 8x8: a fixed fifth of them for evaluation."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
+    chosen = order[: len(order) // 5] if evaluation else order[len(order) // 5 :]
+    images = (torch.from_numpy(bunch.images)[chosen] * (255 / 16)).round().to(torch.uint8).unsqueeze(1)  # [N, 1, 8, 8]
+    labels = torch.from_numpy(bunch.target)[chosen].tolist()
+    return Pictures(partial(_read_pair, images, labels), len(labels), 10, channels)
+
+
+def is_image_tree(source: str) -> bool:
+    """Whether ``source`` is a folder of the form split/class/picture."""
+    folder = Path(source).expanduser()
+    if not is_path(source) or not folder.is_dir() or any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet")):
+        return False
+    return any(folder.glob("*/*/*"))
+
+
+def read_tree(source: str, split: str, channels: int) -> Pictures:
+    """Images in ``source/split/class/``."""
+    from torchvision.datasets import ImageFolder
+
+    root = Path(source).expanduser()
+    if not (root / split).is_dir():
+        splits = [child.name for child in root.iterdir() if child.is_dir()]
+        raise RecipeError(f"data: source={source!r} has no split {split!r}.{suggest(split, splits)}")
+    try:
+        folder = ImageFolder(str(root / split))
+    except FileNotFoundError as error:
+        raise RecipeError(f"data: {root / split}: {error}") from error
+    return Pictures(folder.__getitem__, len(folder), len(folder.classes), channels, folder.classes)
+
+
+def read_pictures_table(
+    source: str, config_name: str | None, split: str, image_column: str | None, label_column: str | None, channels: int
+) -> Pictures:
+    """Images of a hub data set or a parquet folder; the columns are found by their types if they are not named."""
+    from datasets import ClassLabel, Image
+
+    table = read_table(source, config_name, split)
+    image = _find_image(table, source, image_column)
+    label = _find_label(table, source, label_column)
+    if not isinstance(table.features[image], Image):
+        table = table.cast_column(image, Image())
+    kind = table.features[label]
+    if not isinstance(kind, ClassLabel) and "int" not in str(getattr(kind, "dtype", "")):
+        raise RecipeError(f"data: label_column={label!r} of {source!r} holds no class numbers but {kind}.")
+    classes = kind.num_classes if isinstance(kind, ClassLabel) else max(table[label]) + 1
+    table = table.select_columns([image, label])
+    return Pictures(partial(_read_row, table, image, label), len(table), classes, channels)
+
+
+def _read_pair(images: Tensor, labels: list[int], index: int) -> tuple[Tensor, int]:
+    return images[index], labels[index]
+
+
+def _read_row(table: Table, image: str, label: str, index: int) -> tuple[Any, int]:
+    row = table[index]
+    return row[image], row[label]
+
+
+def _find_image(table: Table, source: str, name: str | None) -> str:
+    from datasets import Image
+
+    if name is not None:
+        return find_column(table, source, "image_column", name)
+    found = [column for column, kind in table.features.items() if isinstance(kind, Image)]
+    found = found or [column for column in table.column_names if column in ("image", "img")]
+    if not found:
+        raise RecipeError(f"data: {source!r} has no image column. Set image_column: {', '.join(table.column_names)}.")
+    return found[0]
+
+
+def _find_label(table: Table, source: str, name: str | None) -> str:
+    from datasets import ClassLabel
+
+    if name is not None:
+        return find_column(table, source, "label_column", name)
+    found = [column for column in LABEL_NAMES if column in table.column_names]
+    found = found or [column for column, kind in table.features.items() if isinstance(kind, ClassLabel)]
+    if not found:
+        raise RecipeError(f"data: {source!r} has no label column. Set label_column: {', '.join(table.column_names)}.")
+    return found[0]
+
+
+def _to_tensor(image: Any, channels: int) -> Tensor:
+    if not isinstance(image, Tensor):
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
+        image = pil_to_tensor(image.convert("RGB" if channels == 3 else "L"))
+    return image.expand(channels, -1, -1) if image.shape[0] == 1 else image

@@ -1,0 +1,185 @@
+"""``analyze``: the layer-wise picture behind the order of two stages.
+
+For each layer, on the inputs that the dense model gives it: the relative errors of its outputs after each stage alone
+and after both orders, and the interference Delta = e(both) - e(one) - e(other). And whether what the theorems of Kim
+et al. (arXiv 2603.18426) assume holds on this model: disjoint selectivity, and independence of the layers' errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from pqqp_lightning.algorithms.interference import additivity
+from pqqp_lightning.calibration.layer_errors import (
+    SAMPLES,
+    Layers,
+    block_changes,
+    first_batches,
+    layer_errors,
+    layers_of,
+    mixed_share,
+    samples_in,
+)
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.experiments.session import Show, alone, check_store, open_search, store_of
+from pqqp_lightning.report.analysis import ANALYSIS, LAYERS, PICTURE, layer_rows, order_key
+from pqqp_lightning.runs.checks import check_places, check_run
+from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.trainer import Trainer
+from pqqp_lightning.seeding import run_seed
+from pqqp_lightning.stages.stage import Stage
+from pqqp_lightning.storage.disk_tensors import Spill
+from pqqp_lightning.storage.files import write_csv, write_json
+from pqqp_lightning.storage.records import hardware, package_versions
+from pqqp_lightning.storage.result_store import ResultStore
+from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
+from pqqp_lightning.trials.verdict import Judge
+
+BLOCKWISE = 2
+"""Samples for the changes by single blocks, which take a pass for each block."""
+
+
+def analyze_pair(
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule | None,
+    *,
+    resume: bool = False,
+    metric: str | None = None,
+    higher: bool | None = None,
+    samples: int = SAMPLES,
+    store: str | Path | None = None,
+    show: Show | None = None,
+) -> None:
+    """Compare the layers after each of two stages and after both orders, and write ``analysis.json``.
+
+    Args:
+        trainer: has the two stages, and the run folder as ``default_root_dir``.
+        module: the dense model.
+        datamodule: its data.
+        resume: the run folder holds this analysis already, and is gone on with.
+        metric: what the orders are judged by; the module's ``primary_metric`` or the first metric by default.
+        higher: whether more of it is better; known for common metrics.
+        samples: calibration samples on which outputs are compared.
+        store: folder of results that searches share; ``store`` beside the run folder by default.
+        show: what to do with the run folder at the end, before another process may search there.
+
+    Raises:
+        RecipeError: everything that must be put right, before any work.
+    """
+    results = store_of(trainer, store)
+    data = DataSource(module, datamodule=datamodule)
+    orders = check_analysis(trainer, data, results, samples)
+    data.read(trainer)
+    with alone(trainer, results, show):
+        Analysis(trainer, data, orders, results, samples).go(resume=resume, metric=metric, higher=higher)
+
+
+def check_analysis(trainer: Trainer, data: DataSource, store: ResultStore, samples: int) -> list[Order]:
+    """The orders of the two stages that can run.
+
+    Raises:
+        RecipeError: everything that must be put right.
+    """
+    stages: Sequence[Stage] = trainer.stages
+    problems = check_run(trainer, data, stages) + check_store(trainer, store)
+    if samples < 1:
+        problems.append(f"samples={samples} compares nothing. Use 1 or more.")
+    if len(stages) != 2:
+        problems.append(f"analyze: needs 2 stages, but the recipe has {len(stages)}. Change the stages.")
+    problems += [
+        f"stages.{stage.name} ({type(stage).__name__}): changes what layers read and give out, so that they cannot be "
+        "compared with the dense ones. Apply it first with fit, and analyze two other stages on that run's model."
+        for stage in stages
+        if not stage.comparable_layers
+    ]
+    if problems:
+        raise RecipeError(problems)
+    found: dict[Order, list[str]] = {(a.name, b.name): check_places([a, b], data) for a, b in (stages, stages[::-1])}
+    if orders := [order for order, refused in found.items() if not refused]:
+        return orders
+    raise RecipeError(dict.fromkeys(problem for refused in found.values() for problem in refused))
+
+
+class Analysis:
+    """Measures two stages alone and in ``orders``, and compares the layers.
+
+    Args:
+        trainer: for evaluation and training.
+        data: the dense model and its data.
+        orders: that can run.
+        store: where results are looked up and kept.
+        samples: calibration samples on which outputs are compared.
+    """
+
+    def __init__(
+        self, trainer: Trainer, data: DataSource, orders: Sequence[Order], store: ResultStore, samples: int
+    ) -> None:
+        self._trainer, self._data, self._orders, self._samples = trainer, data, orders, samples
+        self._folder, self._store = Path(trainer.default_root_dir), store
+        self._stages = {stage.name: stage for stage in trainer.stages}
+        self._tree = PrefixTree(trainer, data, self._stages, store)
+
+    def go(self, *, resume: bool, metric: str | None, higher: bool | None) -> None:
+        """Measure what nobody has measured yet, compare, and write it all."""
+        asked = {"command": "analyze", "samples": self._samples}
+        judge = open_search(self._trainer, self._data, self._tree, asked, resume=resume, metric=metric, higher=higher)
+        nodes = [*((order[0],) for order in self._orders), *self._orders]
+        for node in nodes:
+            self._tree.measure(node)
+        with Spill(self._store.folder) as spill:
+            names = self._tree.targeted
+            variants = {order_key(n): layers_of(self._tree.bring_to(n), names, spill) for n in nodes}
+            report = self._report(judge, variants)
+        if self._trainer.is_global_zero:
+            write_csv(self._folder / LAYERS, layer_rows(report))
+            _draw(self._folder / PICTURE, report)
+            report["figures"] = [PICTURE]
+            write_json(self._folder / ANALYSIS, report)
+        for node in self._tree.results():
+            self._tree.drop(node)
+
+    def _report(self, judge: Judge, variants: Mapping[str, Layers]) -> dict[str, Any]:
+        """Plain data for ``analysis.json``."""
+        self._tree.bring_to(())
+        best = max(self._orders, key=judge.score)
+        with self._tree.walking("analyze") as walk:
+            batches = walk.batches
+            walk.batches = first_batches(batches, self._samples)
+            compared = sum(map(samples_in, walk.batches))
+            errors = layer_errors(walk, variants)
+            walk.batches = first_batches(batches, min(BLOCKWISE, self._samples))
+            adding = None if "" in walk.blocks else additivity(*block_changes(walk, variants[order_key(best)]))
+        first, second = self._orders[0], self._orders[-1]
+        return {
+            "status": "finished",
+            "seed": run_seed(),
+            "versions": package_versions(),
+            "hardware": hardware(),
+            "metric": judge.metric,
+            "higher_is_better": judge.higher,
+            "stages": list(self._stages),
+            "orders": [list(order) for order in self._orders],
+            "samples": compared,
+            "records": {order_key(node): result.record for node, result in self._tree.results().items()},
+            "advantage": None if first == second else judge.difference(first, second).plain(),
+            "best": list(best),
+            "layers": [{"name": name, "errors": found} for name, found in errors.items()],
+            "gone": {
+                key: [name for name, layer in layers.items() if layer is None] for key, layers in variants.items()
+            },
+            "selectivity": {order_key(order): mixed_share(variants[order_key(order)]) for order in self._orders},
+            "additivity": None if adding is None else asdict(adding),
+        }
+
+
+def _draw(path: Path, report: dict[str, Any]) -> None:
+    """Import matplotlib here alone: it takes a while, and other commands do without."""
+    from pqqp_lightning.report.analysis_figures import draw
+
+    draw(path, report)

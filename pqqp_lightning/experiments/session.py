@@ -1,0 +1,123 @@
+"""What every experiment does around its measurements: its store, its run folder, one process at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pqqp_lightning.runs.run import identity
+from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.trainer import Trainer
+from pqqp_lightning.storage.result_store import ResultStore
+from pqqp_lightning.storage.run_folder import check_same_recipe, check_writable, keep_recipe, open_folder
+from pqqp_lightning.trials.prefix_tree import PrefixTree
+from pqqp_lightning.trials.verdict import Judge, deciding_metric
+
+Show = Callable[[Path], None]
+"""Shows what a search left in its run folder."""
+
+
+def store_of(trainer: Trainer, store: str | Path | None) -> ResultStore:
+    """The results in ``store``, or beside the run folder."""
+    return ResultStore(Path(store) if store else Path(trainer.default_root_dir).parent / "store")
+
+
+def check_store(trainer: Trainer, store: ResultStore) -> list[str]:
+    """Problems of where results are kept."""
+    problems, folder = check_writable("store", store.folder), Path(trainer.default_root_dir)
+    if store.folder.resolve().is_relative_to(folder.resolve()):
+        problems.append(
+            f"store='{store.folder}': lies in run_dir='{folder}', which the next search there moves aside. Choose "
+            "another --store."
+        )
+    return problems
+
+
+def check_time_limit(minutes: float | None) -> list[str]:
+    """A problem if that is no time."""
+    return (
+        [f"time_limit={minutes} is no time. Give minutes above 0."] if minutes is not None and not minutes > 0 else []
+    )
+
+
+def open_search(
+    trainer: Trainer,
+    data: DataSource,
+    tree: PrefixTree,
+    asked: dict[str, Any],
+    *,
+    resume: bool,
+    metric: str | None,
+    higher: bool | None,
+) -> Judge:
+    """Measure the dense model, settle what decides, and then begin in the run folder, or go on there.
+
+    Args:
+        trainer: has the stages, and the run folder as ``default_root_dir``.
+        data: the dense model and its data.
+        tree: not open yet.
+        asked: the command and what else makes two searches the same.
+        resume: go on with the search in the run folder.
+        metric: what the user wants.
+        higher: what the user says.
+
+    Raises:
+        RecipeError: the run folder holds another search, or the metric is not known.
+    """
+    if resume:
+        begin(trainer, data, asked, resume=True)
+    dense = tree.open(lambda names: deciding_metric(data.module, names, metric, higher))
+    judge = Judge(tree, *deciding_metric(data.module, dense["metrics"], metric, higher))
+    if not resume:
+        begin(trainer, data, asked, resume=False)
+    return judge
+
+
+def begin(trainer: Trainer, data: DataSource, asked: dict[str, Any], *, resume: bool) -> None:
+    """Begin in the run folder, or see that what was begun there is the same.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    folder, started = Path(trainer.default_root_dir), identity(trainer, data, trainer.stages) | asked
+    if resume:
+        check_same_recipe(folder, started)
+        if trainer.is_global_zero:
+            keep_recipe(folder, trainer.recipe_text)
+    elif trainer.is_global_zero:
+        open_folder(folder, started, trainer.recipe_text)
+
+
+@contextmanager
+def alone(trainer: Trainer, store: ResultStore, show: Show | None) -> Iterator[None]:
+    """One process at a time searches and shows in a run folder; the next one finds everything in the store."""
+    if not trainer.is_global_zero:
+        yield
+        return
+    folder = Path(trainer.default_root_dir)
+    whose = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    with store.locked(f"run-{whose}", f"{folder}: another process searches here"):
+        yield
+        if show is not None:
+            show(folder)
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """``target`` with the files of ``source``, which take no further disk where links can be made."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    for left in (temporary, target):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.copytree(source, temporary, copy_function=_link)
+    temporary.replace(target)
+
+
+def _link(source: Any, target: Any) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,250 @@
+"""``sweep``: measures a grid over knobs and orders, and writes what it says about the order of compression."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.experiments.session import Show, alone, check_store, check_time_limit, open_search, store_of
+from pqqp_lightning.experiments.sweep_grid import Point
+from pqqp_lightning.experiments.sweep_pair import PairAnalysis, analyse, pair_notes
+from pqqp_lightning.experiments.sweep_plan import Plan, make_plan
+from pqqp_lightning.report.sweep import SWEEP, write_tables
+from pqqp_lightning.runs.checks import check_run
+from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.trainer import Trainer
+from pqqp_lightning.seeding import run_seed
+from pqqp_lightning.storage.files import write_json
+from pqqp_lightning.storage.records import finite_or_none, hardware, package_versions
+from pqqp_lightning.storage.result_store import ResultStore
+from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, executing
+from pqqp_lightning.trials.prefix_tree import PrefixTree, prefixes
+from pqqp_lightning.trials.progress import Progress, TimeLimit
+from pqqp_lightning.trials.verdict import Judge
+
+MOST_POINTS = 200
+
+
+def sweep_grid(
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule | None,
+    grid: Mapping[str, Mapping[str, Sequence[Any]]],
+    *,
+    resume: bool = False,
+    metric: str | None = None,
+    higher: bool | None = None,
+    curve: str | None = None,
+    curve_bits: Sequence[int] = (),
+    max_points: int = MOST_POINTS,
+    time_limit: float | None = None,
+    store: str | Path | None = None,
+    executor: str = LOCAL,
+    show: Show | None = None,
+) -> None:
+    """Measure every point of ``grid`` in every order, and write ``sweep.json``, tables and figures.
+
+    Args:
+        trainer: has the stages, and the run folder as ``default_root_dir``.
+        module: the dense model.
+        datamodule: its data.
+        grid: the values of knobs, by stage and knob: ``{"prune": {"sparsity": [0.5, 0.7]}}``.
+        resume: the run folder holds this sweep already, and is gone on with.
+        metric: what decides; the module's ``primary_metric`` or the first metric by default.
+        higher: whether more of it is better; known for common metrics.
+        curve: the stage that quantizes, where the knobs in the grid leave it open.
+        curve_bits: further bit widths for the curve of quantization alone.
+        max_points: refuse a grid of more points.
+        time_limit: begin nothing new after so many minutes.
+        store: folder of results that searches share; ``store`` beside the run folder by default.
+        executor: "local", or "ray" for many nodes at the same time, on this machine or a cluster.
+        show: what to do with the run folder at the end, before another process may search there.
+
+    Raises:
+        RecipeError: everything that must be put right, before any work.
+    """
+    results = store_of(trainer, store)
+    data = DataSource(module, datamodule=datamodule)
+    plan = check_sweep(trainer, data, results, grid, curve, curve_bits, max_points, time_limit, executor)
+    data.read(trainer)
+    with alone(trainer, results, show):
+        Sweep(trainer, data, plan, results, grid, executor).go(
+            resume=resume, metric=metric, higher=higher, minutes=time_limit
+        )
+
+
+def check_sweep(
+    trainer: Trainer,
+    data: DataSource,
+    store: ResultStore,
+    grid: Mapping[str, Any],
+    curve: str | None,
+    curve_bits: Sequence[int],
+    max_points: int,
+    minutes: float | None,
+    executor: str,
+) -> Plan:
+    """What the sweep will measure.
+
+    Raises:
+        RecipeError: everything that must be put right.
+    """
+    problems = check_run(trainer, data, trainer.stages) + check_store(trainer, store)
+    if max_points < 1:
+        problems.append(f"max_points={max_points} allows no point. Use 1 or more.")
+    problems += check_time_limit(minutes) + check_executor(executor, trainer)
+    try:
+        plan = make_plan(trainer.stages, data, grid, curve, curve_bits, max(1, max_points))
+    except RecipeError as error:
+        problems += error.problems
+    if problems:
+        raise RecipeError(dict.fromkeys(problems))
+    return plan
+
+
+class Sweep:
+    """Measures a plan and writes what it found.
+
+    Args:
+        trainer: for evaluation and training.
+        data: the dense model and its data.
+        plan: what to measure.
+        store: where results are looked up and kept.
+        grid: as the user gave it, for the record.
+        executor: who measures.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        data: DataSource,
+        plan: Plan,
+        store: ResultStore,
+        grid: Mapping[str, Any],
+        executor: str = LOCAL,
+    ) -> None:
+        self._trainer, self._data, self._plan = trainer, data, plan
+        self._grid = json.loads(json.dumps(grid, default=str))
+        self._folder = Path(trainer.default_root_dir)
+        self._tree = PrefixTree(trainer, data, plan.steps, store)
+        self._nodes = list(dict.fromkeys(node for sequence in plan.sequences for node in prefixes(sequence)))
+        self._executor, self._progress = executor, Progress("sweep", trainer, self._tree)
+
+    def go(self, *, resume: bool, metric: str | None, higher: bool | None, minutes: float | None) -> None:
+        """Measure what nobody has measured yet, and write it all."""
+        asked = {"command": "sweep", "grid": self._grid}
+        with executing(self._executor, self._trainer, self._tree, self._progress) as executor:
+            judge = open_search(
+                self._trainer, self._data, self._tree, asked, resume=resume, metric=metric, higher=higher
+            )
+            self._announce()
+            notes = self._measure(executor, minutes)
+        if self._trainer.is_global_zero:
+            report = self._report(judge, notes)
+            report["figures"] = _draw(self._folder, report)
+            write_json(self._folder / SWEEP, report)
+            write_tables(self._folder, report)
+        for node in self._tree.results():
+            self._tree.drop(node)
+
+    def _announce(self) -> None:
+        known = sum(self._tree.is_known(node) for node in self._nodes)
+        self._progress.most = most = len(self._tree.missing(self._nodes))
+        if self._trainer.is_global_zero:
+            points, orders = len(self._plan.points), sum(len(point.orders) for point in self._plan.points)
+            words = f"sweep: {points} points, {orders} orders, {len(self._nodes)} results"
+            words += f", {known} of them known from before" if known else ""
+            print(f"{words}: {most} stage applications", flush=True)
+
+    def _measure(self, executor: Executor, minutes: float | None) -> list[str]:
+        """Measure every sequence; a model is dropped once nothing goes on from it any more."""
+        limit, left = TimeLimit(self._trainer, minutes), len(self._plan.sequences)
+        waiting = Counter(node for sequence in self._plan.sequences for node in prefixes(sequence))
+        for sequence in executor.measure(self._plan.sequences, limit.is_over):
+            left -= 1
+            for node in prefixes(sequence):
+                waiting[node] -= 1
+                if not waiting[node]:
+                    self._tree.drop(node)
+        if not left:
+            return []
+        of_all = f"{left} of {len(self._plan.sequences)} sequences of stages"
+        return [f"stopped at time_limit={minutes:g} minutes: {of_all} not measured"]
+
+    def _report(self, judge: Judge, notes: list[str]) -> dict[str, Any]:
+        """Plain data for ``sweep.json``."""
+        plan, points = self._plan, [self._point(point, judge) for point in self._plan.points]
+        report: dict[str, Any] = {
+            "status": "stopped" if notes else "finished",
+            "seed": run_seed(),
+            "versions": package_versions(),
+            "hardware": hardware(),
+            "metric": judge.metric,
+            "higher_is_better": judge.higher,
+            "stages": list(plan.variants),
+            "grid": self._grid,
+            "applications": self._tree.applications,
+            "dense": self._tree.measure(()).record,
+            "alone": self._alone(judge),
+            "points": points,
+            "notes": notes,
+        }
+        if plan.curve is not None:
+            analysis = PairAnalysis(judge, plan.curve)
+            curves = analysis.curves()
+            for entry, point in zip(points, plan.points, strict=True):
+                entry["pair"] = analysis.point(point, curves)
+            report |= {"pruning": plan.curve.other, "quantizing": plan.curve.name, "curves": curves}
+            report["hypothesis"] = analyse(points, plan.curve)
+            notes += pair_notes(points, curves, plan.curve)
+        return report
+
+    def _alone(self, judge: Judge) -> list[dict[str, Any]]:
+        """Every variant that was measured alone; the intensity is M(dense) - M, what it costs."""
+        known = self._tree.results()
+        extra = self._plan.curve.variants if self._plan.curve else []
+        variants = {v.step: v for v in [*(v for own in self._plan.variants.values() for v in own), *extra]}
+        return [
+            {
+                "step": step,
+                "stage": variant.name,
+                "knobs": variant.plain,
+                "intensity": finite_or_none(judge.score(()) - judge.score((step,))),
+                "record": known[(step,)].record,
+            }
+            for step, variant in variants.items()
+            if (step,) in known
+        ]
+
+    def _point(self, point: Point, judge: Judge) -> dict[str, Any]:
+        """One point: every order that was measured, and those that cannot run."""
+        known, names = self._tree.results(), {v.step: v.name for v in point.variants}
+        measured = [order for order in point.orders if order in known]
+        marks = judge.marks(measured) if measured else {}
+        ranked = sorted(measured, key=judge.score, reverse=True)
+        return {
+            "knobs": {variant.name: variant.plain for variant in point.variants},
+            "steps": {variant.name: variant.step for variant in point.variants},
+            "orders": [
+                {
+                    "order": [names[step] for step in order],
+                    "record": known[order].record,
+                    "marks": marks[order],
+                }
+                for order in ranked
+            ],
+            "refused": [{"order": [names[s] for s in order], "problems": p} for order, p in point.refused.items()],
+        }
+
+
+def _draw(folder: Path, report: dict[str, Any]) -> list[str]:
+    """Import matplotlib here alone: it takes a while, and other commands do without."""
+    from pqqp_lightning.report.sweep_figures import draw_figures
+
+    return draw_figures(folder, report)

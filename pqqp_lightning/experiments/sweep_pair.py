@@ -1,0 +1,146 @@
+"""What a sweep over one pruning and one quantizing stage says of their order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pqqp_lightning.algorithms.rank_statistics import (
+    Ratio,
+    equivalent_ratio,
+    falls_steadily,
+    monotone_fit,
+    rank_correlation,
+    sentence,
+)
+from pqqp_lightning.experiments.sweep_grid import Point, Variant
+from pqqp_lightning.experiments.sweep_plan import Curve
+from pqqp_lightning.trials.verdict import Judge
+
+Plain = dict[str, Any]
+SIDES = {
+    "above": "better than quantization alone at any rate of its curve",
+    "below": "worse than quantization alone at the end of its curve",
+    "no curve": "no curve to be compared with",
+}
+
+
+class PairAnalysis:
+    """Scores of P and Q alone and in both orders, from what ``judge`` has measured.
+
+    Args:
+        judge: scores.
+        curve: which of the two stages quantizes, and its variants.
+    """
+
+    def __init__(self, judge: Judge, curve: Curve) -> None:
+        self._judge, self._curve = judge, curve
+        self._known = judge.tree.results()
+
+    def curves(self) -> list[Plain]:
+        """M of quantization alone over C, a curve for each choice of its other knobs.
+
+        Each begins with the dense model: what is not quantized has C = 1.
+        """
+        found: dict[str, list[Plain]] = {}
+        for variant in self._curve.variants:
+            if (score := self._alone(variant)) is not None:
+                entry = self._entry(variant) | {"score": score}
+                found.setdefault(self._curve.label(variant), [self._dense()]).append(entry)
+        curves = []
+        for label, points in found.items():
+            points.sort(key=lambda point: point["rate"])
+            curves.append({"label": label, "points": points, "falls_steadily": falls_steadily(_pairs(points))})
+        return curves
+
+    def point(self, point: Point, curves: Sequence[Plain]) -> Plain:
+        """A, G, C_P, C_Q, C*_P and C*_P - C_Q; None for what was not measured or is not finite."""
+        p = next(v for v in point.variants if v.name == self._curve.other)
+        q = next(v for v in point.variants if v.name == self._curve.name)
+        there, back = (q.step, p.step), (p.step, q.step)
+        both = there in self._known and back in self._known
+        label = self._curve.label(q)
+        curve: list[Plain] = next((c["points"] for c in curves if c["label"] == label), [])
+        score_p, score_q = self._alone(p), self._alone(q)
+        ratio = equivalent_ratio(_pairs(curve), score_p) if self._rates_differ(curve) else Ratio(None, "no curve")
+        rate_q = self._rate(q)
+        return {
+            "advantage": self._judge.difference(there, back).plain() if both else None,
+            "score_pruned": score_p,
+            "score_quantized": score_q,
+            "gap": None if score_p is None or score_q is None else score_q - score_p,
+            "rate_pruned": self._rate(p),
+            "rate_quantized": rate_q,
+            "equivalent_ratio": ratio.value,
+            "beyond": ratio.beyond,
+            "limit": ratio.limit,
+            "ratio_difference": None if ratio.value is None or rate_q is None else ratio.value - rate_q,
+        }
+
+    def _dense(self) -> Plain:
+        record = self._judge.tree.measure(()).record
+        return {"knobs": {}, "rate": 1.0, "score": self._judge.score(()), "metrics": record["metrics"]}
+
+    def _entry(self, variant: Variant) -> Plain:
+        record = self._known[(variant.step,)].record
+        return {"knobs": variant.plain, "rate": record["nominal_rate"], "metrics": record["metrics"]}
+
+    def _alone(self, variant: Variant) -> float | None:
+        if (variant.step,) not in self._known:
+            return None
+        score = self._judge.score((variant.step,))
+        return score if math.isfinite(score) else None
+
+    def _rate(self, variant: Variant) -> float | None:
+        known = self._known.get((variant.step,))
+        return None if known is None else known.record["nominal_rate"]
+
+    @staticmethod
+    def _rates_differ(points: Sequence[Plain]) -> bool:
+        """Whether the stage compresses weights at all; one that rounds activations only has one rate."""
+        return len({point["rate"] for point in points}) > 1
+
+
+def analyse(points: Iterable[Plain], curve: Curve) -> Plain:
+    """The hypothesis on the pairs of all points: correlations, monotone fits, and the verdict in sentences."""
+    pairs = [point["pair"] for point in points]
+    p, q = curve.other, curve.name
+    advantage = f"A({q}->{p})"
+    names = {"gap": f"G({q}, {p})", "ratio_difference": f"C*_{p} - C_{q}"}
+    found: Plain = {"advantage": advantage, "verdict": []}
+    for quantity, name in names.items():
+        usable = [(x[quantity], a) for x in pairs if x[quantity] is not None and (a := _value(x)) is not None]
+        x, y = [u[0] for u in usable], [u[1] for u in usable]
+        correlation = rank_correlation(x, y)
+        found[quantity] = {"name": name, **correlation.plain(), "fit": monotone_fit(x, y)}
+        found["verdict"].append(sentence(advantage, name, correlation))
+    return found
+
+
+def pair_notes(points: Sequence[Plain], curves: Sequence[Plain], curve: Curve) -> list[str]:
+    """What is worth saying beside the numbers: ratios beyond the curve, curves that rise, points that are marked."""
+    notes = []
+    for side, words in SIDES.items():
+        off = [pt for pt in points if pt["pair"]["beyond"] == side and pt["pair"]["score_pruned"] is not None]
+        steps = list(dict.fromkeys(pt["steps"][curve.other] for pt in off))
+        if steps:
+            notes.append(f"{', '.join(steps)}: {words}; {len(off)} of {len(points)} points have no C*.")
+    for found in curves:
+        if not found["falls_steadily"]:
+            of = f" with {found['label']}" if found["label"] else ""
+            notes.append(
+                f"{curve.name}{of}: more compression scores better somewhere on the curve; the largest C counts."
+            )
+    if marked := sum(any(order["marks"] for order in pt["orders"]) for pt in points):
+        words = "compare orders that differ in size, or of which one lost a constraint"
+        notes.append(f"{marked} of {len(points)} points {words}.")
+    return notes
+
+
+def _pairs(points: Sequence[Plain]) -> list[tuple[float, float]]:
+    return [(point["rate"], point["score"]) for point in points if math.isfinite(point["score"])]
+
+
+def _value(pair: Plain) -> float | None:
+    return None if pair["advantage"] is None else pair["advantage"]["value"]

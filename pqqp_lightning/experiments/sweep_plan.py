@@ -1,0 +1,169 @@
+"""What a sweep measures: every point of the grid in every order that can run, and the curve of quantization alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.experiments.sweep_grid import (
+    Grid,
+    Point,
+    Variant,
+    count_points,
+    knobs_text,
+    make_points,
+    make_variants,
+    own_problems,
+    read_values,
+    vary,
+)
+from pqqp_lightning.runs.checks import check_places
+from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.stages.stage import Stage
+from pqqp_lightning.trials.prefix_tree import Order
+
+BITS = "bits"
+MOST_STAGES = 4
+Variants = Mapping[str, Sequence[Variant]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The stage that compression is measured against, alone at all its rates.
+
+    Attributes:
+        name: the stage's.
+        other: the other stage's.
+        along: the knobs that move along a curve; every other choice of the rest is a curve of its own.
+        variants: those of the grid and of ``--curve_bits``.
+    """
+
+    name: str
+    other: str
+    along: frozenset[str]
+    variants: list[Variant]
+
+    def label(self, variant: Variant) -> str:
+        """The curve that a variant is on."""
+        return knobs_text({knob: value for knob, value in variant.knobs.items() if knob not in self.along})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep before it begins.
+
+    Attributes:
+        variants: of every stage.
+        points: of the grid.
+        curve: for two stages of which one quantizes.
+    """
+
+    variants: dict[str, list[Variant]]
+    points: list[Point]
+    curve: Curve | None
+
+    @property
+    def steps(self) -> dict[str, Stage]:
+        """Every variant's stage, by step."""
+        extra = self.curve.variants if self.curve else []
+        return {v.step: v.stage for v in [*(v for own in self.variants.values() for v in own), *extra]}
+
+    @property
+    def sequences(self) -> list[Order]:
+        """What to measure: the curve first, then point by point, so that a sweep that ends early has whole points."""
+        alone = [(variant.step,) for variant in self.curve.variants] if self.curve else []
+        return [*alone, *(order for point in self.points for order in point.orders)]
+
+
+def make_plan(
+    stages: Sequence[Stage],
+    data: DataSource,
+    grid: Grid,
+    curve: str | None,
+    curve_bits: Sequence[int],
+    max_points: int,
+) -> Plan:
+    """Check the grid, and lay out what it asks for.
+
+    Raises:
+        RecipeError: everything that must be put right.
+    """
+    if not 1 <= len(stages) <= MOST_STAGES:
+        raise RecipeError(f"sweep: needs 1 to {MOST_STAGES} stages, but the recipe has {len(stages)}. Change them.")
+    if not grid:
+        raise RecipeError(f"grid: is missing. Add --grid.STAGE.KNOB [a,b], where STAGE is {_either(stages)}.")
+    variants = make_variants(stages, grid)
+    problems = [problem for own in variants.values() for variant in own for problem in own_problems(variant)]
+    found = _find_curve(variants, curve, curve_bits, problems)
+    if (count := count_points(variants)) > max_points:
+        problems.append(f"grid: has {count} points, more than max_points={max_points}. Shorten it, or raise that.")
+    if problems:
+        raise RecipeError(dict.fromkeys(problems))
+    return Plan(variants, make_points(variants, data), found and _that_can_run(found, data))
+
+
+def _find_curve(variants: Variants, named: str | None, bits: Sequence[int], problems: list[str]) -> Curve | None:
+    """The curve that is asked for, or that there can be no doubt about; what is wrong is added to ``problems``."""
+    if named is not None and named not in variants:
+        problems.append(f"curve='{named}' is no stage.{suggest(named, variants)}")
+        return None
+    if named is not None and "grid" not in (stage := variants[named][0].stage).promises:
+        problems.append(f"curve='{named}' ({type(stage).__name__}) does not quantize. Name the stage that does.")
+        return None
+    if len(variants) != 2:
+        if named is not None or bits:
+            asked = f"curve='{named}'" if named is not None else f"curve_bits={list(bits)}"
+            problems.append(f"{asked} needs two stages, but the recipe has {len(variants)}. Leave it out.")
+        return None
+    name = named or _quantizing(variants, problems)
+    if name is None:
+        if bits and not problems:
+            problems.append(
+                f"curve_bits={list(bits)}: no stage has '{BITS}' in the grid. Say which with --curve STAGE."
+            )
+        return None
+    other = next(n for n in variants if n != name)
+    own = variants[name]
+    along = {BITS} if bits or BITS in own[0].knobs else {knob for variant in own for knob in variant.knobs}
+    return Curve(name, other, frozenset(along), [*own, *_further(own, bits, problems)])
+
+
+def _quantizing(variants: Variants, problems: list[str]) -> str | None:
+    """The stage whose bits are in the grid; else the one of the two that leaves a grid of values."""
+    with_bits = [name for name, own in variants.items() if BITS in own[0].knobs]
+    if len(with_bits) > 1:
+        both = " and ".join(with_bits)
+        problems.append(f"grid: {both} both have '{BITS}'. Say which one the curve is of: --curve {with_bits[0]}.")
+        return None
+    with_grid = [name for name, own in variants.items() if "grid" in own[0].stage.promises]
+    return next(iter(with_bits or (with_grid if len(with_grid) == 1 else [])), None)
+
+
+def _further(own: Sequence[Variant], bits: Sequence[int], problems: list[str]) -> list[Variant]:
+    """Variants at bit widths that only the curve has."""
+    if not bits:
+        return []
+    stage = own[0].stage
+    values, found = read_values(stage, BITS, list(bits))
+    problems += [f"curve_bits ({type(stage).__name__}): {problem}" for problem in found]
+    there, further = [variant.stage.options() for variant in own], dict[str, Variant]()
+    for variant in own:
+        for value in values:
+            new = vary(variant.stage, {**variant.knobs, BITS: value})
+            if new.stage.options() not in there:
+                further[new.step] = new
+    problems += [
+        problem.replace(f"grid.{v.name}", "curve_bits", 1) for v in further.values() for problem in own_problems(v)
+    ]
+    return list(further.values())
+
+
+def _that_can_run(curve: Curve, data: DataSource) -> Curve | None:
+    """The curve without what cannot run alone."""
+    able = [variant for variant in curve.variants if not check_places([variant.stage], data)]
+    return Curve(curve.name, curve.other, curve.along, able) if able else None
+
+
+def _either(stages: Sequence[Stage]) -> str:
+    return " or ".join(stage.name for stage in stages)

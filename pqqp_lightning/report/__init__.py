@@ -1,0 +1,1 @@
+"""Everything that a person sees of a run: words, tables and figures."""

@@ -1,0 +1,183 @@
+"""The page of a run: one order of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as TerminalTable
+
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.report.blocks import Block, Notes, Page, Section, Table, Words
+from pqqp_lightning.report.formatting import (
+    SIZE_COLUMNS,
+    human_bytes,
+    metric_names,
+    number_text,
+    size_columns,
+    stage_label,
+    wide_console,
+)
+from pqqp_lightning.report.sections import Report, about, repeat_section, size_figure, walk_blocks
+from pqqp_lightning.storage.files import read_json
+from pqqp_lightning.storage.records import REPORT, RUN, Record
+
+SEARCHES = {"order": "search for the best order", "sweep": "sweep", "analyze": "analysis"}
+
+
+WARNINGS = {
+    "running": "This run is not finished: here is what was done so far.",
+    "failed": "This run failed: here is what was done before.",
+}
+
+
+def fit_page(folder: Path, report: Report) -> Page:
+    """The page of ``report.json``."""
+    records: list[Record] = report["stages"]
+    sections = [Section("Stages", _stage_blocks(records))] if records else []
+    if len(records) > 1:
+        names = [record["name"] for record in records]
+        walks = [b for m in metric_names(records) for b in walk_blocks(m, [(" → ".join(names), records)], names)]
+        sections.append(Section("From stage to stage", walks))
+    if records:
+        sections.append(Section("Sizes", _size_blocks(folder, report)))
+    return Page(
+        title=folder.resolve().name,
+        about=about(report),
+        verdict=fit_verdict(records, so_far=report["status"] != "finished"),
+        remarks=_promises(records),
+        warning="" if report["status"] == "finished" else WARNINGS.get(report["status"], WARNINGS["running"]),
+        sections=[*sections, repeat_section(folder, report, "fit")],
+    )
+
+
+def fit_verdict(records: Sequence[Record], so_far: bool = False) -> str:
+    """How much smaller, and what it cost."""
+    if not records:
+        return "Nothing was measured."
+    dense, last = records[0], records[-1]
+    if len(records) == 1:
+        metrics = [f"{name} {number_text(value)}" for name, value in dense["metrics"].items()]
+        return ", ".join([f"The dense model: {human_bytes(dense['size_bytes'])}", *metrics]) + "."
+    metrics = [
+        f"{name} from {number_text(dense['metrics'].get(name))} to {number_text(last['metrics'].get(name))}"
+        for name in metric_names([dense, last])
+    ]
+    smaller = last["compression_rate"] >= 1.005
+    rate = f"{last['compression_rate']:.2f}x smaller" if smaller else f"no smaller ({last['compression_rate']:.2f}x)"
+    words = ", ".join([f"So far {rate}" if so_far else rate, *metrics]) + "."
+    return words[0].upper() + words[1:]
+
+
+def stage_notes(record: Record) -> list[str]:
+    """What was unusual at a stage, and what its training made better or worse."""
+    before = record.get("metrics_before_finetuning") or {}
+    trained = [
+        f"{name} {number_text(value)} before its training, {number_text(record['metrics'].get(name))} after."
+        for name, value in before.items()
+    ]
+    return [*record["notes"], *trained]
+
+
+def _stage_blocks(records: Sequence[Record]) -> list[Block]:
+    metrics = metric_names(records)
+    rows = [
+        [
+            stage_label(record),
+            *(number_text(record["metrics"].get(name)) for name in metrics),
+            *size_columns(record),
+            f"{record['elapsed_s']:.1f}",
+        ]
+        for record in records
+    ]
+    notes = [(record["name"], note) for record in records for note in stage_notes(record)]
+    table = Table("After each stage", ["stage", *metrics, *SIZE_COLUMNS, "seconds"], rows)
+    return [table, *([Notes(notes)] if notes else [])]
+
+
+def _size_blocks(folder: Path, report: Report) -> list[Block]:
+    records, checkpoint, layers = report["stages"], report.get("checkpoint"), report.get("layers")
+    blocks: list[Block] = [size_figure(records, file_bytes=checkpoint["file_bytes"] if checkpoint else None)]
+    if checkpoint:
+        where = folder / checkpoint["path"]
+        on_disk, counted = human_bytes(checkpoint["file_bytes"]), human_bytes(records[-1]["size_bytes"])
+        loading = f"Load it with pqqp_lightning.load({str(folder)!r})."
+        blocks.append(Words([f"{where}: {on_disk} on disk ({counted} counted). {loading}"]))
+    if layers:
+        rows = [
+            [
+                layer["name"],
+                " x ".join(map(str, layer["shape"])),
+                str(layer["bits"]),
+                f"{layer['zeros']:,}",
+                human_bytes(layer["size_bytes"]),
+            ]
+            for layer in layers
+        ]
+        head = ["layer", "shape", "bits", "zeros", "size"]
+        blocks.append(Table(f"Layer by layer ({len(layers)})", head, rows, folded=True))
+    return blocks
+
+
+def _promises(records: Sequence[Record]) -> list[str]:
+    if len(records) < 2 or not all(record["constraints_verified"] for record in records):
+        return []
+    return ["Masks and grids were verified exactly after each stage: no stage undid an earlier one."]
+
+
+def stage_table(records: Sequence[Record], title: str | None = None) -> TerminalTable:
+    """One row a stage: metrics, zeros, bits per weight, nominal C, counted size and rate, seconds."""
+    metrics = metric_names(records)
+    table = TerminalTable(title=title, title_justify="left")
+    table.add_column("stage")
+    for name in [*metrics, *SIZE_COLUMNS, "seconds"]:
+        table.add_column(name, justify="right")
+    for record in records:
+        values = [number_text(record["metrics"].get(name)) for name in metrics]
+        table.add_row(
+            stage_label(record),
+            *values,
+            *size_columns(record),
+            f"{record['elapsed_s']:.1f}",
+        )
+    return table
+
+
+def print_report(folder: Path, console: Console | None = None) -> None:
+    """Print the table, the notes and where things are, from ``report.json``."""
+    report = read_report(folder)
+    console = console or wide_console()
+    console.print(stage_table(report["stages"]))
+    for record in report["stages"]:
+        for note in record["notes"]:
+            console.print(f"{record['name']}: {note}", highlight=False, markup=False, soft_wrap=True)
+    if checkpoint := report.get("checkpoint"):
+        counted = report["stages"][-1]["size_bytes"]
+        console.print(
+            f"{folder / checkpoint['path']}: {human_bytes(checkpoint['file_bytes'])} on disk "
+            f"({human_bytes(counted)} counted). Load it with pqqp_lightning.load('{folder}').",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    if report["status"] != "finished":
+        console.print("The run is not finished: go on with --ckpt_path last.", highlight=False)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The run's ``report.json``.
+
+    Raises:
+        RecipeError: there is none, or it is damaged.
+    """
+    path = folder / REPORT
+    if not folder.is_dir():
+        raise RecipeError(f"{folder}: there is no such folder. Name the folder of a run, such as runs/quickstart.")
+    command = read_json(folder / RUN).get("command") if (folder / RUN).is_file() else None
+    if command in SEARCHES:
+        raise RecipeError(f"{folder}: the {SEARCHES[command]} is not finished. Go on with --ckpt_path last.")
+    if not path.is_file():
+        raise RecipeError(f"{folder}: holds no {REPORT}. Name the folder of a run, such as runs/quickstart.")
+    return read_json(path, "status", "stages")

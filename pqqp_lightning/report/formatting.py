@@ -1,0 +1,79 @@
+"""The table at the end of a run, drawn from its records alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from pqqp_lightning.storage.records import Record
+
+Bounds = tuple[float, float] | tuple[None, None]
+SIZE_COLUMNS = ("zeros", "bits/weight", "nominal C", "size", "C")
+
+
+def difference_text(difference: dict[str, float | None] | None) -> str:
+    """``"2.10 (0.50 to 3.40)"``, without an interval where there is none, ``-`` where there is no difference."""
+    value = (difference or {}).get("value")
+    low, high = bounds(((difference or {}).get("low"), (difference or {}).get("high")))
+    if low is None or low == high:
+        return number_text(value)
+    return f"{number_text(value)} ({interval_text(low, high)})"
+
+
+def interval_text(low: float | None, high: float | None) -> str:
+    """``"0.50 to 3.40"``; empty where there is no interval."""
+    return "" if low is None else f"{number_text(low)} to {number_text(high)}"
+
+
+def bounds(interval: Sequence[float | None] | None) -> Bounds:
+    """An interval's ends; None twice unless both are there."""
+    low, high = interval or (None, None)
+    return (None, None) if low is None or high is None else (low, high)
+
+
+def metric_names(measured: Sequence[dict[str, Any]]) -> list[str]:
+    """Every metric of records or orders, in order of appearance."""
+    return list(dict.fromkeys(name for record in measured for name in record["metrics"]))
+
+
+def wide_console() -> Console:
+    """The terminal, or 120 columns where the output goes to a file."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def human_bytes(count: float) -> str:
+    """``"61.2 MB"`` (decimal units)."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def stage_label(record: Record) -> str:
+    """Its name, and its method where that says more."""
+    method = record["method"]
+    return record["name"] if not method or method.lower() == record["name"] else f"{record['name']} ({method})"
+
+
+def size_columns(record: Record) -> list[str]:
+    """Zeros, bits per weight, nominal C, counted size and rate, as ``SIZE_COLUMNS`` names them."""
+    return [
+        f"{100 * record['sparsity']:.1f}%",
+        f"{record['bits_per_weight']:.2f}",
+        f"{record['nominal_rate']:.2f}x",
+        human_bytes(record["size_bytes"]),
+        f"{record['compression_rate']:.2f}x",
+    ]
+
+
+def number_text(value: float | None) -> str:
+    """A metric; ``-`` where there is no finite value."""
+    if value is None:
+        return "-"
+    if value and not 1e-3 <= abs(value) < 1e7:
+        return f"{value:.3g}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"

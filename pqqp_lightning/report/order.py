@@ -1,0 +1,350 @@
+"""The page of a search for the best order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as TerminalTable
+
+from pqqp_lightning.algorithms.rank_statistics import leaves_zero_out
+from pqqp_lightning.report.blocks import Block, Figure, Notes, Page, Section, Table, Words
+from pqqp_lightning.report.fit import stage_notes
+from pqqp_lightning.report.formatting import (
+    SIZE_COLUMNS,
+    bounds,
+    difference_text,
+    human_bytes,
+    interval_text,
+    metric_names,
+    number_text,
+    size_columns,
+    wide_console,
+)
+from pqqp_lightning.report.sections import (
+    Report,
+    Walk,
+    about,
+    names_text,
+    recipe_of,
+    repeat_section,
+    scale_note,
+    size_figure,
+    walk_blocks,
+)
+from pqqp_lightning.report.svg_plots import Dot, draw_dots
+from pqqp_lightning.storage.files import checkpoint_bytes, read_json
+
+Order = dict[str, Any]
+
+
+def order_page(folder: Path, report: Report) -> Page:
+    """The page of ``order.json``."""
+    orders: list[Order] = report["orders"]
+    report = {"recipe": recipe_of(folder)} | report
+    verdict, *remarks = order_verdict(report)
+    sections = [
+        Section("Orders", _order_blocks(report)),
+        Section("Pairs", _pair_blocks(report)),
+        Section("From stage to stage", _walk_blocks(report)),
+        Section("Sizes", _size_blocks(folder, report)),
+        Section("Orders that cannot run", _refused_blocks(report)),
+        Section("Notes", _note_blocks(orders)),
+        repeat_section(folder, report, "order"),
+    ]
+    return Page(
+        title=folder.resolve().name,
+        about=about(report),
+        verdict=verdict,
+        remarks=[*remarks, *report.get("notes", [])],
+        sections=[section for section in sections if section.blocks],
+    )
+
+
+def _order_blocks(report: Report) -> list[Block]:
+    metric = report["metric"]
+    dots = [_dot(order, report) for order in report["orders"]]
+    better = "more" if report["higher_is_better"] else "less"
+    caption = f"{metric} of each order{scale_note(v for dot in dots for v in (dot.value, dot.low, dot.high))}: "
+    caption += f"{better} is better."
+    if any(dot.low is not None for dot in dots):
+        caption += " Bars are each order's own 95% interval."
+    if any(dot.remark for dot in dots):
+        caption += " Hollow dots differ from the best order in more than the order, as is said below their names."
+    return [Figure(caption, draw_dots(dots)), *_behind_figure(report), _order_table(report)]
+
+
+def _behind_figure(report: Report) -> list[Block]:
+    """How far each order is behind the best: their own intervals may overlap although the difference is clear."""
+    if not any(order.get("behind") for order in report["orders"]):
+        return []
+    dots = [_behind_dot(order, order["order"] == report["best"]) for order in report["orders"]]
+    caption = (
+        f"How far each order is behind the best, in {report['metric']}. Bars are 95% intervals of the difference on "
+    )
+    caption += "the same samples: where one holds 0, there is no evidence that the two orders differ."
+    return [Figure(caption, draw_dots(dots))]
+
+
+def _behind_dot(order: Order, best: bool) -> Dot:
+    behind = order.get("behind") or {}
+    value = 0.0 if best else behind.get("value")
+    low, high = bounds((behind.get("low"), behind.get("high")))
+    detail = interval_text(low, high)
+    marks = "; ".join(order.get("marks") or [])
+    return Dot(
+        names_text(order["order"]), "best" if best else number_text(value), detail, value, low, high, best, marks
+    )
+
+
+def _dot(order: Order, report: Report) -> Dot:
+    value = order["metrics"].get(report["metric"])
+    low, high = bounds(order.get("interval"))
+    return Dot(
+        names_text(order["order"]),
+        number_text(value),
+        interval_text(low, high),
+        value,
+        low,
+        high,
+        order["order"] == report["best"],
+        "; ".join(order.get("marks") or []),
+    )
+
+
+def _order_table(report: Report) -> Table:
+    orders = report["orders"]
+    metrics = metric_names(orders)
+    intervals = any(bounds(order.get("interval"))[0] is not None for order in orders)
+    compared = any(order.get("behind") for order in orders)
+    marked = any(order.get("marks") for order in orders)
+    rows = []
+    for order in orders:
+        low, high = bounds(order.get("interval"))
+        stages = order["stages"]
+        rows.append(
+            [
+                names_text(order["order"]) + (" (best)" if order["order"] == report["best"] else ""),
+                *(number_text(order["metrics"].get(name)) for name in metrics),
+                *([f"{number_text(low)} to {number_text(high)}"] if intervals else []),
+                *([difference_text(order.get("behind"))] if compared else []),
+                *size_columns(stages[-1]),
+                f"{sum(stage['elapsed_s'] for stage in stages):.1f}",
+                *(["; ".join(order.get("marks") or [])] if marked else []),
+            ]
+        )
+    of_which = f" of {report['metric']}" if len(metrics) > 1 else ""
+    interval = [f"95% interval{of_which}"] if intervals else []
+    behind = ["behind the best"] if compared else []
+    head = ["order", *metrics, *interval, *behind, *SIZE_COLUMNS, "seconds", *(["remark"] if marked else [])]
+    best = next(i for i, order in enumerate(orders) if order["order"] == report["best"])
+    return Table("Every order, best first", head, rows, best, words=(0, len(head) - 1) if marked else (0,))
+
+
+def _pair_blocks(report: Report) -> list[Block]:
+    pairs = advantages(report)
+    if not pairs:
+        return []
+    metric = report["metric"]
+    intervals = any(pair.low is not None for pair in pairs)
+    rows = [
+        [
+            f"A({pair.first} → {pair.second})",
+            "-" if pair.value is None else f"{pair.value:+.4g}",
+            *([f"{pair.low:+.4g} to {pair.high:+.4g}" if pair.low is not None else "-"] if intervals else []),
+            pair.reading(),
+        ]
+        for pair in pairs
+    ]
+    explained = f"A(f1 → f2) is by how much {metric} is better where f1 comes just before f2 than the other way round, "
+    explained += "both applied to the dense model."
+    head = ["pair", f"A in {metric}", *(["95% interval"] if intervals else []), "says"]
+    return [Words([explained]), Table("Each pair of stages", head, rows, words=(0, len(head) - 1))]
+
+
+def _walk_blocks(report: Report) -> list[Block]:
+    walks: list[Walk] = [(names_text(o["order"]), o["stages"]) for o in report["orders"]]
+    longest = max(len(records) for _, records in walks)
+    columns = ["dense", *(f"stage {i}" for i in range(1, longest))]
+    best = next(i for i, order in enumerate(report["orders"]) if order["order"] == report["best"])
+    return walk_blocks(report["metric"], walks, columns, best)
+
+
+def _size_blocks(folder: Path, report: Report) -> list[Block]:
+    best = next(order for order in report["orders"] if order["order"] == report["best"])
+    model = folder / "model"
+    if not model.is_dir():
+        return [size_figure(best["stages"], " of the best order")]
+    on_disk, counted = checkpoint_bytes(model), best["size_bytes"]
+    words = f"{model}: the best order's, {human_bytes(on_disk)} on disk ({human_bytes(counted)} counted). "
+    words += f"Load it with pqqp_lightning.load({str(folder)!r})."
+    return [size_figure(best["stages"], " of the best order", on_disk), Words([words])]
+
+
+def _refused_blocks(report: Report) -> list[Block]:
+    """Orders under the reason that they share."""
+    refused = sorted(report["refused"], key=lambda r: r["problems"])
+    items = [
+        ("; ".join(names_text(r["order"]) for r in same), " ".join(problems))
+        for problems, same in groupby(refused, key=lambda r: r["problems"])
+    ]
+    return [Notes(items)] if items else []
+
+
+def _note_blocks(orders: list[Order]) -> list[Block]:
+    """Each note of a stage once, with the orders' beginnings where it was made."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for beginning, name, note in _noted(orders):
+        where = places.setdefault((name, note), [])
+        if beginning not in where:
+            where.append(beginning)
+    items = []
+    for (_, note), where in places.items():
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        items.append((f"{where[0]}{more}", note))
+    return [Notes(items)] if items else []
+
+
+def _noted(orders: list[Order]) -> Iterator[tuple[str, str, str]]:
+    for order in orders:
+        for i, record in enumerate(order["stages"]):
+            beginning = names_text(order["order"][:i]) or record["name"]
+            for note in stage_notes(record):
+                yield beginning, record["name"], note
+
+
+def print_order_report(folder: Path, console: Console | None = None) -> None:
+    """Print the verdict, every order with its interval and sizes, best first, and A(f1->f2) of each pair."""
+    report = read_order_report(folder)
+    console = console or wide_console()
+    console.print(_terminal_table(report))
+    lines = marked_lines(report["orders"])
+    lines += [f"left out: {line}" for line in marked_lines(report.get("left_out", []))]
+    lines += [f"{' -> '.join(r['order'])} cannot run: {'; '.join(r['problems'])}" for r in report["refused"]]
+    lines += report.get("notes", [])
+    metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
+    for pair, advantage in report["advantage"].items():
+        if advantage["value"] is not None and advantage["value"] >= 0:
+            lines.append(f"A({pair}) = {advantage['value']:+.4g}{_range(advantage)} in {metric}")
+    if sentence := hypothesis_sentence(report):
+        lines.append(sentence)
+    if repeats := report.get("repeats"):
+        lines.append(repeats["verdict"])
+    if (folder / "model").is_dir():
+        lines.append(f"{folder / 'model'}: the best order's. Load it with pqqp_lightning.load('{folder}').")
+    if "verdict" in report:
+        lines.append(report["verdict"])
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _terminal_table(report: dict[str, Any]) -> TerminalTable:
+    metrics = metric_names(report["orders"])
+    table = TerminalTable()
+    table.add_column("order")
+    for name in [*metrics, "95% interval", *SIZE_COLUMNS]:
+        table.add_column(name, justify="right")
+    for order in report["orders"]:
+        best, interval = order["order"] == report["best"], order.get("interval")
+        table.add_row(
+            " -> ".join(order["order"]) + (" (best)" if best else ""),
+            *[number_text(order["metrics"].get(name)) for name in metrics],
+            " to ".join(map(number_text, interval)) if interval else "-",
+            *size_columns(order["stages"][-1]),
+            style="bold" if best else None,
+        )
+    return table
+
+
+def marked_lines(orders: Sequence[dict[str, Any]]) -> list[str]:
+    """Of those orders that are marked: why they cannot be compared."""
+    return [f"{' -> '.join(order['order'])}: {'; '.join(order['marks'])}" for order in orders if order.get("marks")]
+
+
+def hypothesis_sentence(report: dict[str, Any]) -> str:
+    """How the order from the weakest stage to the strongest did; empty if that was not asked."""
+    if not (asked := report.get("hypothesis")):
+        return ""
+    words = "Weakest first, strongest last"
+    words = f"{words if asked.get('exactly', True) else f'As near as was measured to {words.lower()}'} "
+    words += f"({' -> '.join(asked['order'])})"
+    equal = f" {' and '.join(asked['equal'])} are equally strong alone." if asked.get("equal") else ""
+    if asked["order"] == report["best"]:
+        return f"{words} is the best.{equal}"
+    if asked["behind"]["value"] is None:
+        return f"{words} has no finite {report['metric']}.{equal}"
+    return f"{words} is behind the best by {difference_text(asked['behind'])} in {report['metric']}.{equal}"
+
+
+def _range(difference: dict[str, float | None]) -> str:
+    low, high = difference["low"], difference["high"]
+    return "" if low is None or high is None or low == high else f" ({low:.4g} to {high:.4g})"
+
+
+def read_order_report(folder: Path) -> dict[str, Any]:
+    """The search's ``order.json``.
+
+    Raises:
+        RecipeError: it is damaged.
+    """
+    return read_json(folder / "order.json", "orders", "best", "metric", "higher_is_better", "advantage", "refused")
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """A(first→second): how much better the metric is with ``first`` just before ``second``.
+
+    Attributes:
+        first: a stage.
+        second: another.
+        value: None where a metric was not finite.
+        low: where its interval begins, if there is one.
+        high: where its interval ends.
+    """
+
+    first: str
+    second: str
+    value: float | None
+    low: float | None
+    high: float | None
+
+    def reading(self) -> str:
+        """The number in words."""
+        if self.value is None:
+            return "unknown: a metric is not finite"
+        if self.low is None:
+            return "no difference" if self.value == 0 else f"{self.first} first is better, without an interval"
+        clear = leaves_zero_out(self.low, self.high)
+        return f"{self.first} first is better" if clear else "no evidence that the order matters"
+
+
+def order_verdict(report: Report) -> list[str]:
+    """The verdict, and what one must know to read it."""
+    repeats = (report.get("repeats") or {}).get("verdict", "")
+    left_out = [f"Left out: {line}" for line in marked_lines(report.get("left_out", []))]
+    sentences = [report["verdict"], repeats, hypothesis_sentence(report), *left_out]
+    return [*(sentence.replace("->", "→") for sentence in sentences if sentence), _measured(report)]
+
+
+def advantages(report: Report) -> list[Advantage]:
+    """Each pair once, in the direction in which its advantage is not negative."""
+    found: list[Advantage] = []
+    for pair, entry in report["advantage"].items():
+        first, _, second = pair.partition("->")
+        value, (low, high) = entry["value"], bounds((entry["low"], entry["high"]))
+        if not any((a.first, a.second) == (second, first) for a in found) and (value is None or value >= 0):
+            found.append(Advantage(first, second, value, low, high))
+    return found
+
+
+def _measured(report: Report) -> str:
+    orders, refused = report["orders"], report["refused"]
+    count = f"{len(orders)} order{'s' if len(orders) != 1 else ''}"
+    words = f"{report['strategy'].capitalize()} search: {count}" if report.get("strategy") else count.capitalize()
+    dense = orders[0]["stages"][0]["metrics"].get(report["metric"])
+    words += f", {len(refused)} cannot run" if refused else ""
+    return words + (f"; the dense model's {report['metric']} is {number_text(dense)}." if dense is not None else ".")

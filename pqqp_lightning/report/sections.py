@@ -1,0 +1,105 @@
+"""What the pages of a fit and of a search for the best order have in common."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pqqp_lightning.report.blocks import ARROW, Block, Code, Figure, Section, Table, Words
+from pqqp_lightning.report.formatting import human_bytes, number_text, stage_label
+from pqqp_lightning.report.svg_plots import MOST_NAMED, Bar, Line, draw_bars, draw_walk
+from pqqp_lightning.report.svg_scale import Scale
+from pqqp_lightning.storage.records import Record
+
+Report = dict[str, Any]
+Walk = tuple[str, Sequence[Record]]
+"""A line's name and its records, dense first."""
+
+
+def walk_blocks(metric: str, walks: Sequence[Walk], columns: Sequence[str], best: int = 0) -> list[Block]:
+    """The metric from stage to stage: a line for each of ``walks``, and the same as a table to open."""
+    values = [[record["metrics"].get(metric) for record in records] for _, records in walks]
+    texts = [[number_text(v) for v in row] for row in values]
+    lines = [Line(walks[i][0], values[i], texts[i], i == best) for i in range(len(walks))]
+    caption = f"{metric} after each stage{scale_note(v for row in values for v in row)}."
+    if len(walks) > 1:
+        caption += f" The thick line is the best order, {walks[best][0]}; the others are thin."
+    if len(columns) > MOST_NAMED:
+        caption += " 0 is the dense model, the other numbers are the stages in turn."
+    label = f"{caption} {walks[best][0]}: {', '.join(texts[best])}."
+    figure = Figure(caption, draw_walk(lines, columns, label))
+    if len(walks) == 1:  # the table of stages says the same
+        return [figure]
+    padded = [[name, *row, *["-"] * (len(columns) - len(row))] for (name, _), row in zip(walks, texts, strict=True)]
+    return [figure, Table(f"{metric} after each stage, as a table", ["order", *columns], padded, best, folded=True)]
+
+
+def size_figure(records: Sequence[Record], whose: str = "", file_bytes: int | None = None) -> Figure:
+    """Counted bytes after each stage, and those on the disk where they are known."""
+    bars = [
+        Bar(stage_label(r), f"{human_bytes(r['size_bytes'])} ({r['compression_rate']:.2f}x)", r["size_bytes"])
+        for r in records
+    ]
+    caption = f"Bytes counted after each stage{whose}, from what is stored."
+    if file_bytes is not None:
+        bars.append(Bar("files on disk", human_bytes(file_bytes), file_bytes, other=True))
+    return Figure(caption, draw_bars(bars))
+
+
+def repeat_section(folder: Path, report: Report, command: str) -> Section:
+    """The recipe, the command line, and what else decides the numbers."""
+    recipe = folder / "recipe.yaml"
+    blocks: list[Block] = []
+    if recipe.is_file():
+        again = [command, "--config", str(recipe), "--run_dir", f"{folder}-again"]
+        blocks.append(Code("The command line", f"pqqp-lightning {shlex.join(again)}", "sh"))
+        text = recipe.read_text(encoding="utf-8", errors="replace")
+        blocks.append(Code("recipe.yaml, with every default written out", text.rstrip("\n"), "yaml", folded=True))
+    else:
+        blocks.append(
+            Words(["The run was started from Python and kept no recipe.yaml: these are its stages and data."])
+        )
+        if identity := report.get("recipe"):
+            text = yaml.safe_dump(identity, sort_keys=False, allow_unicode=True).rstrip("\n")
+            blocks.append(Code("What was run", text, "yaml"))
+    facts = {"seed": report.get("seed"), **report.get("hardware", {}), **report.get("versions", {})}
+    rows = [[name, str(value)] for name, value in facts.items() if value is not None]
+    return Section("Run it again", [*blocks, Table("Seed, hardware and versions", (), rows, words=(0, 1))])
+
+
+def about(report: Report) -> str:
+    """The model and the data in a line, as far as the recipe names them."""
+    recipe = report.get("recipe") or {}
+    return ", ".join(filter(None, (_named(recipe.get(key)) for key in ("model", "data"))))
+
+
+def recipe_of(folder: Path) -> Any:
+    """``recipe.yaml`` as data; None where there is none, or none that can be read."""
+    try:
+        return yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def names_text(names: Iterable[str]) -> str:
+    """``"prune → quantize"``."""
+    return ARROW.join(names)
+
+
+def scale_note(values: Iterable[float | None]) -> str:
+    """What must be said about the axis."""
+    return " (logarithmic scale)" if Scale(values).logarithmic else ""
+
+
+def _named(section: Any) -> str:
+    """``"CausalLM smollm2-135m"`` of a recipe's model or data."""
+    if not isinstance(section, dict):
+        return str(section or "").rpartition(".")[2]
+    name = str(section.get("class_path", "")).rpartition(".")[2]
+    arguments = section.get("init_args") or {}
+    which = next((v for k in ("model", "source") if isinstance(v := arguments.get(k), str)), "")
+    return f"{name} {which}".strip()

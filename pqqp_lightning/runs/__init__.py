@@ -1,0 +1,1 @@
+"""One list of stages in one folder: trainer, run, stage runner, finetuning, checks."""

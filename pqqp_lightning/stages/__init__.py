@@ -1,0 +1,1 @@
+"""The contract that a method extends, its helpers, and how stages are discovered."""

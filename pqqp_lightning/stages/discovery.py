@@ -1,0 +1,79 @@
+"""Finding stages: built-in and third-party ones through entry points, and classes in the user's working folder."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.stages.stage import Stage
+
+GROUP = "pqqp_lightning.callbacks"
+
+
+def load_installed() -> list[str]:
+    """Import every module of the entry-point group; returns a word on each that fails."""
+    failed = []
+    for entry in entry_points(group=GROUP):
+        try:
+            entry.load()
+        except Exception as error:  # a broken third-party package must not take the tool down with it
+            failed.append(f"the stages of '{entry.value}' cannot be imported: {type(error).__name__}: {error}")
+    return failed
+
+
+def known_stages() -> dict[str, type[Stage]]:
+    """Every imported method by class name: concrete subclasses of Stage."""
+    found: dict[str, type[Stage]] = {}
+    pending = list(Stage.__subclasses__())
+    while pending:
+        cls = pending.pop()
+        pending.extend(cls.__subclasses__())
+        if not cls.__name__.startswith("_") and (cls.source or not cls.__module__.startswith("pqqp_lightning.")):
+            found[cls.__name__] = cls
+    return dict(sorted(found.items()))
+
+
+def import_from_working_folder(name: str) -> bool:
+    """Import the Python file in the working folder, or in its ``callbacks/``, that defines class ``name``."""
+    if not name.isidentifier():
+        return False
+    definition = re.compile(rf"^class {name}\b", re.MULTILINE)
+    for file, text in _working_folder():
+        if not definition.search(text):
+            continue
+        module = ".".join(file.with_suffix("").parts)
+        if module in sys.modules:
+            return True
+        try:
+            import_module(module)
+        except Exception as error:
+            raise RecipeError(
+                f"{file}: cannot be imported: {type(error).__name__}: {error}. Put it right: it defines {name}."
+            ) from error
+        return True
+    return False
+
+
+def import_working_folder() -> list[str]:
+    """Import every file in the working folder, or in its ``callbacks/``, that defines a stage; a word on each that
+    fails."""
+    failed = []
+    bases = {"Stage", "PruningStage", "QuantizationStage", "OneShotPruning", *known_stages()}
+    for _, text in _working_folder():
+        for name, base in re.findall(r"^class (\w+)\((?:\w+\.)*(\w+)", text, re.MULTILINE):
+            if base in bases and name not in known_stages():
+                try:
+                    import_from_working_folder(name)
+                except RecipeError as error:
+                    failed += error.problems
+    return failed
+
+
+def _working_folder() -> list[tuple[Path, str]]:
+    """The Python files in the working folder and in its ``callbacks/``, with their text."""
+    files = sorted([*Path().glob("*.py"), *Path("callbacks").glob("*.py")])
+    return [(file, file.read_text(encoding="utf-8", errors="replace")) for file in files]

@@ -1,0 +1,109 @@
+"""What the pruning stages share: their knobs, their checks, and writing a mask into a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from pqqp_lightning.algorithms.selection import Pattern
+from pqqp_lightning.errors import shorten
+from pqqp_lightning.network.constraints import constraints_of, set_constraints
+from pqqp_lightning.network.layers import Layer, columns_of, set_weight_matrix
+from pqqp_lightning.network.name_patterns import value_for, values_of
+from pqqp_lightning.stages.stage import Stage
+
+PatternKnob = str | int
+"""``"2:4"``, or what YAML 1.1 makes of an unquoted 2:4: the number 124."""
+
+
+def parse_pattern(value: PatternKnob) -> Pattern:
+    """(N, M) of ``"N:M"``: N kept of every M. An unquoted 2:4 arrives as 2 * 60 + 4 and is understood.
+
+    Raises:
+        ValueError: not of that form, or not 0 < N < M.
+    """
+    if isinstance(value, int):
+        n, m = divmod(value, 60)
+        value = f"{n}:{m}"
+    else:
+        left, _, right = value.partition(":")
+        n, m = (int(left), int(right)) if left.isdigit() and right.isdigit() else (0, 0)
+    if not 0 < n < m:
+        raise ValueError(f"pattern={value!r} is not N:M with 0 < N < M. Write it quoted, as in pattern: '2:4'.")
+    return n, m
+
+
+class PruningStage(Stage):
+    """A stage that removes weights.
+
+    Args:
+        sparsity: fraction of the weights to remove, in (0, 1); or name pattern to fraction.
+        pattern: "N:M" instead: N kept of every M consecutive inputs ("2:4"); or name pattern to "N:M".
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
+    """
+
+    compresses = True
+    promises = ("mask",)
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float] | None = None,
+        pattern: PatternKnob | dict[str, PatternKnob] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sparsity, self.pattern = sparsity, pattern
+
+    def amount(self, name: str) -> dict[str, Any]:
+        """``sparsity`` or ``pattern`` for one layer, as the algorithms take them."""
+        pattern: Any = None if self.pattern is None else value_for(name, self.pattern)
+        if pattern is not None:
+            return {"pattern": parse_pattern(pattern)}
+        return {"sparsity": None if self.sparsity is None else value_for(name, self.sparsity)}
+
+    def check_knobs(self) -> list[str]:
+        problems = super().check_knobs()
+        if (self.sparsity is None) == (self.pattern is None):
+            given = "neither" if self.sparsity is None else "both"
+            problems.append(f"{given} of sparsity and pattern given. Set one: sparsity: 0.5, or pattern: '2:4'.")
+        return problems + self._check_amounts()
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        problems, layers = super().check(model, data, earlier), self.find_layers(model)
+        if self._check_amounts():
+            return problems
+        problems += self.check_patterns("sparsity", layers) + self.check_patterns("pattern", layers)
+        return problems + self._check_divisible(layers)
+
+    def write_mask(self, layer: Layer, matrix: Tensor, mask: Tensor, pattern: Pattern | None) -> None:
+        """Write the pruned ``matrix`` [O, I] and remember its mask."""
+        set_weight_matrix(layer, matrix.masked_fill(~mask, 0.0))
+        set_constraints(layer, constraints_of(layer).with_mask(mask, pattern))
+
+    def _check_amounts(self) -> list[str]:
+        problems = []
+        for sparsity in values_of(self.sparsity):
+            if not 0 < sparsity < 1:
+                problems.append(f"sparsity={sparsity} is not in (0, 1). 0.5 removes half of the weights.")
+        for pattern in values_of(self.pattern):
+            try:
+                parse_pattern(pattern)
+            except ValueError as error:
+                problems.append(str(error))
+        return problems
+
+    def _check_divisible(self, layers: dict[str, Layer]) -> list[str]:
+        odd: dict[tuple[int, int, int], list[str]] = {}
+        for name, layer in layers.items():
+            pattern = self.amount(name).get("pattern")
+            width = layer.weight.shape[1] if isinstance(layer, nn.Conv2d) else columns_of(layer)
+            if pattern is not None and width % pattern[1]:
+                odd.setdefault((*pattern, width), []).append(name)
+        return [
+            f"pattern {n}:{m} does not divide the {width} input channels of {shorten(names)}. "
+            "Add them to ignore, or use sparsity."
+            for (n, m, width), names in odd.items()
+        ]

@@ -1,0 +1,185 @@
+"""What the quantization stages share: their knobs, their checks, and writing a grid into a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+
+from pqqp_lightning.algorithms.codebook import Codebook
+from pqqp_lightning.algorithms.grid import Quantized, stacked
+from pqqp_lightning.algorithms.rtn import quantize_codebook
+from pqqp_lightning.errors import shorten
+from pqqp_lightning.network.constraints import constraints_of, set_constraints
+from pqqp_lightning.network.layers import Layer, columns_of, set_weight_matrix, weight_matrix
+from pqqp_lightning.network.name_patterns import value_for, values_of
+from pqqp_lightning.stages.stage import Context, Plan, Stage
+
+GroupSize = int | Literal["channel", "tensor"]
+BlockSize = int | Literal["auto"]
+
+LARGEST_BLOCK = 64
+"""Columns that share a scale where a codebook's stage chooses by itself: bitsandbytes' own choice."""
+
+SMALLEST_BLOCK = 8
+"""It chooses no fewer in wider layers."""
+
+
+class GridStage(Stage):
+    """A stage that leaves its layers' weights on a grid, and not on another stage's.
+
+    Args:
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
+    """
+
+    compresses = True
+    promises = ("grid",)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        problems = super().check(model, data, earlier)
+        for stage, both in () if self.allow_undo else self.overlaps(model, earlier, ("grid",)):
+            problems.append(
+                f"{shorten(both)} would leave the grid of stage '{stage.name}'. Give the stages disjoint targets, drop "
+                "one, or set allow_undo: true to replace the earlier grid."
+            )
+        return problems
+
+    def check_group_size(self, layers: dict[str, Layer]) -> list[str]:
+        """Problems of the knob ``group_size``: it is below 1, or does not divide the width of some layers."""
+        knob, odd = vars(self)["group_size"], dict[tuple[int, int], list[str]]()
+        for name, layer in layers.items():
+            size = value_for(name, knob)
+            if isinstance(size, int) and size > 0 and columns_of(layer) % size:
+                odd.setdefault((size, columns_of(layer)), []).append(name)
+        return self.check_patterns("group_size", layers) + [
+            f"group_size={size} does not divide in_features={columns} of {shorten(names)}. "
+            f"Use {_divisors_near(columns, size)}, or add them to ignore."
+            for (size, columns), names in odd.items()
+        ]
+
+    def write_grid(self, layer: Layer, quantized: Quantized) -> None:
+        """Write the quantized weights and remember their grid."""
+        set_weight_matrix(layer, quantized.weight)
+        set_constraints(layer, constraints_of(layer).with_grid(quantized.grid))
+
+
+class QuantizationStage(GridStage):
+    """A stage that rounds weights to a grid.
+
+    Args:
+        bits: 2 to 8; or name pattern to bits.
+        group_size: input columns that share a scale; "channel" for one scale an output channel, "tensor" for one in
+            all; or name pattern to size.
+        symmetric: without zero points; False for asymmetric grids.
+        clip: search the range of each scale for the smallest weight error; slower.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
+    """
+
+    def __init__(
+        self,
+        bits: int | dict[str, int] = 4,
+        group_size: GroupSize | dict[str, GroupSize] = "channel",
+        symmetric: bool = True,
+        clip: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.bits, self.group_size, self.symmetric, self.clip = bits, group_size, symmetric, clip
+
+    def grid_options(self, name: str) -> dict[str, Any]:
+        """Bits and granularity for one layer, as the algorithms take them."""
+        size = value_for(name, self.group_size)
+        return {
+            "bits": value_for(name, self.bits),
+            "group_size": size if isinstance(size, int) else None,
+            "per_tensor": size == "tensor",
+            "symmetric": self.symmetric,
+            "clip": self.clip,
+        }
+
+    def check_knobs(self) -> list[str]:
+        problems = super().check_knobs()
+        problems += [f"bits={b} is not between 2 and 8." for b in values_of(self.bits) if not 2 <= b <= 8]
+        return problems + _too_small(self.group_size, "'channel' for one scale an output channel")
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        problems, layers = super().check(model, data, earlier), self.find_layers(model)
+        return problems + self.check_patterns("bits", layers) + self.check_group_size(layers)
+
+
+class CodebookStage(GridStage):
+    """A stage that rounds weights to the 4-bit levels of a codebook, block by block.
+
+    The values are those of bitsandbytes, bit for bit, in a layer of the kind that was there before: other stages,
+    training and saving act on it as on any other. Rounding is our own, since later stages must round to the same grid.
+
+    Args:
+        group_size: input columns that share a scale, the block size of bitsandbytes; "auto" for 64, or, where that does
+            not divide a layer's inputs, for their largest divisor below 64; or name pattern to size.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
+    """
+
+    codebook: ClassVar[Codebook]
+
+    def __init__(self, group_size: BlockSize | dict[str, BlockSize] = "auto", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.group_size = group_size
+
+    def check_knobs(self) -> list[str]:
+        return super().check_knobs() + _too_small(self.group_size, "'auto' for 64 or the nearest divisor below")
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        problems, layers = super().check(model, data, earlier), self.find_layers(model)
+        odd: dict[tuple[int, int], list[str]] = {}
+        for name, layer in layers.items():
+            size, columns = self.block_size(name, layer), columns_of(layer)
+            if size < SMALLEST_BLOCK < columns and not isinstance(value_for(name, self.group_size), int):
+                odd.setdefault((size, columns), []).append(name)
+        for (size, columns), names in odd.items():
+            problems.append(
+                f"group_size='auto' would be {size} for in_features={columns} of {shorten(names)}: it has no divisor "
+                f"between {SMALLEST_BLOCK} and {LARGEST_BLOCK}. Set group_size to {columns} for them, or add them to "
+                "ignore."
+            )
+        return problems + self.check_group_size(layers)
+
+    def block_size(self, name: str, layer: Layer) -> int:
+        """Input columns of ``layer`` that share a scale."""
+        size, columns = value_for(name, self.group_size), columns_of(layer)
+        if isinstance(size, int):
+            return size
+        return max(d for d in range(1, min(LARGEST_BLOCK, columns) + 1) if columns % d == 0)
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        for name, layer in context.each(self.find_layers(model)):
+            size, columns = self.block_size(name, layer), columns_of(layer)
+            if columns % LARGEST_BLOCK and not isinstance(value_for(name, self.group_size), int):
+                context.found(f"blocks of {size}, since {LARGEST_BLOCK} does not divide {columns} inputs", [name])
+            self.write_grid(layer, quantize_codebook(weight_matrix(layer), self.codebook, size))
+        return {}
+
+
+def merge_rows(parts: list[Quantized]) -> Quantized:
+    """The row groups of one matrix as one: weights and grids stacked."""
+    if len(parts) == 1:
+        return parts[0]
+    grid = stacked([p.grid for p in parts], [p.weight.shape[0] for p in parts])
+    return Quantized(torch.cat([p.weight for p in parts]), grid)
+
+
+def _too_small(group_size: Any, instead: str) -> list[str]:
+    sizes = [size for size in values_of(group_size) if isinstance(size, int) and size < 1]
+    return [f"group_size={size} is not above 0. Use {instead}." for size in sizes]
+
+
+def _divisors_near(columns: int, size: int) -> str:
+    """``"32, 64, 96 or 192"``: up to four divisors of ``columns``, the nearest to ``size``; multiples of 8 first."""
+    divisors = [d for d in range(2, columns + 1) if columns % d == 0]
+    round_ones = [d for d in divisors if d % 8 == 0] or divisors
+    near = sorted(sorted(round_ones, key=lambda d: abs(d - size))[:4])
+    return " or ".join(filter(None, [", ".join(map(str, near[:-1])), str(near[-1])]))

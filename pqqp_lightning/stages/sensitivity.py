@@ -1,0 +1,135 @@
+"""How much a change of each layer hurts, measured on the calibration data: what allocations are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pqqp_lightning.algorithms.allocation import output_error
+from pqqp_lightning.calibration.collect import Reading
+from pqqp_lightning.calibration.layer_errors import samples_in
+from pqqp_lightning.calibration.statistics import Hessian, sum_over_ranks
+from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept
+from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.network.blocks import Blocks
+from pqqp_lightning.network.layers import Layer, weight_matrix
+from pqqp_lightning.stages.stage import Context
+
+Sensitivity = Literal["loss", "output"]
+"""What a layer's change is measured by: its estimated effect on the loss, or its relative output error."""
+
+Trials = Callable[[str, Layer, Tensor], Iterable[Tensor]]
+"""(name, layer, Hessians [groups, I, I]) -> the matrix [O, I] under each option."""
+
+
+def measure_costs(
+    context: Context, blocks: Blocks, layers: dict[str, Layer], trials: Trials, sensitivity: Sensitivity
+) -> dict[str, list[float]]:
+    """The cost of each option of each layer, on the model as it is; no weight changes.
+
+    One calibration walk, and before it for ``"loss"`` one backward pass over the calibration batches.
+
+    Args:
+        context: the stage's.
+        blocks: to calibrate one by one.
+        layers: by name.
+        trials: makes each layer's matrix under each option.
+        sensitivity: "loss" weighs each output's squared error by the mean squared gradient of the loss; "output"
+            divides the squared error by the squared output.
+
+    Raises:
+        RecipeError: the loss has no gradient, or not a finite one, for some layer.
+    """
+    importance: dict[str, Tensor] = {}
+    if sensitivity == "loss":
+        try:
+            importance = mean_squared_gradients(context.walk(blocks), layers)
+        except RecipeError as error:
+            raise RecipeError([f"stages.{context.title}: {problem}" for problem in error.problems]) from error
+    costs: dict[str, list[float]] = {}
+
+    def measure(reading: Reading) -> None:
+        hessians = reading.statistic.value()
+        for name, layer in reading.layers.items():
+            matrix = weight_matrix(layer).float()
+            errors = [_error(t.float() - matrix, hessians, importance.get(name)) for t in trials(name, layer, hessians)]
+            whole = 1.0 if sensitivity == "loss" else _error(matrix, hessians, None)
+            costs[name] = [e / whole if whole else 0.0 for e in errors]
+
+    context.calibrate(blocks, layers, Hessian, measure)
+    return {name: costs[name] for name in layers}
+
+
+def mean_squared_gradients(walk: Walk, layers: dict[str, Layer]) -> dict[str, Tensor]:
+    """The mean squared gradient [O] of a sample's loss with respect to each layer's outputs, over all tokens.
+
+    The loss is the module's own (its ``training_step``), in evaluation mode. Nothing but activations gets a gradient,
+    so memory is that of the activations of one batch.
+    """
+    assert walk.loss is not None, "the walk has no loss"
+    sums = {name: torch.zeros(layer.weight.shape[0], device=layer.weight.device) for name, layer in layers.items()}
+    rows = {name: torch.zeros((), device=layer.weight.device) for name, layer in layers.items()}
+
+    def add(samples: int, name: str, gradient: Tensor) -> None:
+        channels = 1 if isinstance(layers[name], nn.Conv2d) and gradient.dim() == 4 else gradient.dim() - 1
+        flat = gradient.float().mul(samples).movedim(channels, -1).flatten(0, -2)  # [T, O]; the loss is a mean
+        sums[name] += flat.square().sum(dim=0)
+        rows[name] += flat.shape[0]
+
+    with calibrating(walk.model), walk.forward_context(), torch.enable_grad():
+        bar = tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
+        for batch in bar:
+            with _watching(walk.model, layers, partial(add, samples_in(batch))):
+                walk.loss(batch).backward()
+    for total in (*sums.values(), *rows.values()):
+        sum_over_ranks(total)
+    _check_gradients(sums, rows)
+    return {name: sums[name] / rows[name] for name in layers}
+
+
+@contextmanager
+def _watching(model: nn.Module, layers: dict[str, Layer], add: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``add`` with the gradient of each layer's output; weights get none, and are afterwards as they were.
+
+    A layer whose input has no gradient (the first ones) gets one through its weight, which is dropped.
+    """
+
+    def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if not args[0].requires_grad:
+            layer.weight.requires_grad_(True)  # type: ignore[union-attr]
+
+    def after(name: str, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: add(name, gradient))
+
+    with gradients_kept(model):
+        model.requires_grad_(False)
+        handles: list[Any] = []
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(before))
+            handles.append(layer.register_forward_hook(lambda _, __, output, name=name: after(name, output)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _check_gradients(sums: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+    if missed := [name for name, count in rows.items() if not int(count)]:
+        raise RecipeError(f"the loss has no gradient for {shorten(missed)}. Add them to ignore.")
+    if odd := [name for name, total in sums.items() if not bool(torch.isfinite(total).all())]:
+        raise RecipeError(f"the loss has NaN or infinite gradients for {shorten(odd)}. Check the model and the data.")
+
+
+def _error(change: Tensor, hessians: Tensor, importance: Tensor | None) -> float:
+    groups = len(hessians)
+    weights = [None] * groups if importance is None else list(importance.chunk(groups))
+    parts = zip(change.chunk(groups), hessians, weights, strict=True)
+    return sum(output_error(part, hessian, weight) for part, hessian, weight in parts)

@@ -1,0 +1,257 @@
+"""The contract of a compression stage: a Lightning callback whose place in the list is its place in the order."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, ClassVar
+
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+from tqdm.auto import tqdm
+
+from pqqp_lightning.calibration.statistics import Statistic
+from pqqp_lightning.calibration.walk import Compress, Walk
+from pqqp_lightning.errors import RecipeError, near_miss, shorten
+from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, model_blocks, tied_weights
+from pqqp_lightning.network.layers import LAYER_TYPES, Layer, is_packed
+from pqqp_lightning.network.name_patterns import matches, value_for
+from pqqp_lightning.stages.distillation import Distillation
+
+Plan = dict[str, Any]
+
+
+@dataclass
+class Context:
+    """What the engine gives a stage to work with.
+
+    Attributes:
+        walk: makes the walk over the calibration data for this stage.
+        title: what progress bars say.
+        progress: whether to show them.
+        notes: findings for the stage's record; the stage appends to it.
+        findings: findings that may concern many layers: what was found, and where.
+    """
+
+    walk: Callable[[Blocks], Walk]
+    title: str = ""
+    progress: bool = True
+    notes: list[str] = field(default_factory=list)
+    findings: dict[str, list[str]] = field(default_factory=dict)
+
+    def found(self, what: str, layers: Iterable[str]) -> None:
+        """Note ``what`` was found in ``layers``; the record names how many and the first of them."""
+        self.findings.setdefault(what, []).extend(layers)
+
+    def all_notes(self) -> list[str]:
+        """The notes, one for each kind of finding among them."""
+        return [*self.notes, *(f"{shorten(layers)}: {what}" for what, layers in self.findings.items())]
+
+    def calibrate(self, blocks: Blocks, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
+        """Walk over ``blocks``: collect ``kind`` for ``layers`` and call ``compress`` with each reading."""
+        walk = self.walk(blocks)
+        try:
+            walk.over(layers, kind, compress)
+        except RecipeError as error:
+            raise RecipeError([f"stages.{self.title}: {problem}" for problem in error.problems]) from error
+        self.notes.extend(walk.notes)
+
+    def each(self, layers: dict[str, Layer]) -> Iterator[tuple[str, Layer]]:
+        """The layers one by one, with a progress bar."""
+        return iter(
+            tqdm(
+                layers.items(), desc=self.title, unit="layer", disable=not self.progress, leave=False, total=len(layers)
+            )
+        )
+
+
+class Stage(Callback):
+    """A compression stage. As it stands it compresses nothing, and finetunes if ``epochs`` says so.
+
+    A method overrides :meth:`compress`, extends :meth:`check`, and names its ``source``. Ordinary callback hooks fire
+    during its finetuning.
+
+    Class attributes say what a stage is: ``promises`` ("mask", "grid"), ``needs_calibration``, ``compresses``,
+    ``keeps_function`` (the model computes the same as before), and ``comparable_layers`` (a layer reads and gives out
+    the same features as in the dense model, so that its outputs can be compared).
+
+    Args:
+        targets: name patterns of the layers to act on; every Linear and Conv2d inside the blocks by default.
+        ignore: name patterns of layers to leave alone.
+        epochs: epochs of finetuning after this stage, before the next one.
+        learning_rate: the highest learning rate of that finetuning; the model's own by default.
+        blocks: module names of the blocks to calibrate one by one; found by structure by default.
+        allow_undo: run even where an earlier stage's constraint is lost; the record says what was lost.
+        distill: let the finetuning learn from the dense model: {weight: 0.5, temperature: 2.0}.
+    """
+
+    source: ClassVar[str] = ""
+    promises: ClassVar[tuple[str, ...]] = ()
+    needs_calibration: ClassVar[bool] = False
+    compresses: ClassVar[bool] = False
+    keeps_function: ClassVar[bool] = False
+    comparable_layers: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        epochs: int = 0,
+        learning_rate: float | None = None,
+        blocks: list[str] | None = None,
+        allow_undo: bool = False,
+        distill: Distillation | None = None,
+    ) -> None:
+        self.targets, self.ignore = targets, ignore
+        self.epochs, self.learning_rate = epochs, learning_rate
+        self.blocks, self.allow_undo, self.distill = blocks, allow_undo, distill
+        self.name = type(self).__name__.lower()
+
+    @property
+    def state_key(self) -> str:
+        """Unique among stages of one class."""
+        return f"{type(self).__qualname__}:{self.name}"
+
+    def options(self) -> dict[str, Any]:
+        """The knobs as plain data, for records: the constructor's parameters, as far as they are kept."""
+        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        parameters = [
+            name
+            for cls in type(self).__mro__
+            if issubclass(cls, Stage) and "__init__" in vars(cls)
+            for name, parameter in inspect.signature(cls.__init__).parameters.items()
+            if parameter.kind not in kinds and name != "self"
+        ]
+        kept = {name: vars(self)[name] for name in dict.fromkeys(parameters) if name in vars(self)}
+        return {n: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for n, v in kept.items()}
+
+    def find_blocks(self, model: nn.Module) -> Blocks:
+        """The blocks of ``model``: this stage's, the model's own list (``compression_blocks``), or by structure."""
+        return find_blocks(model, self.blocks) if self.blocks else model_blocks(model)
+
+    def find_layers(self, model: nn.Module) -> dict[str, Layer]:
+        """The layers of ``model`` that this stage acts on."""
+        if not self.compresses:
+            return {}
+        return find_layers(model, self.targets, self.ignore, self.find_blocks(model))
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+        """Everything about this stage that must be put right before any work: one message a problem.
+
+        Args:
+            model: the model in the structure that it will have when the stage's turn comes; its weights are not.
+            data: the datamodule, or None.
+            earlier: the stages before this one.
+        """
+        return self.check_knobs() + (self._check_targets(model) if self.compresses else [])
+
+    def check_knobs(self) -> list[str]:
+        """The problems of the knobs by themselves, which :meth:`check` includes: whatever the model is."""
+        problems = []
+        if self.epochs < 0:
+            problems.append(f"epochs={self.epochs} is negative. Use 0 for no finetuning.")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            problems.append(f"learning_rate={self.learning_rate} is not above 0. Leave it out for the model's own.")
+        elif self.learning_rate is not None and not self.epochs:
+            problems.append(f"learning_rate={self.learning_rate} has no effect with epochs=0. Set epochs, or drop it.")
+        if self.distill is not None:
+            problems += self.distill.check()
+            if not self.epochs:
+                problems.append("distill has no effect with epochs=0. Set epochs, or drop it.")
+        return problems
+
+    def refuse_after(
+        self, model: nn.Module, earlier: Sequence[Stage], promises: Sequence[str], reason: str, way_out: str
+    ) -> list[str]:
+        """One problem for each earlier stage that left one of ``promises`` on a layer that this stage acts on.
+
+        Args:
+            model: as in :meth:`check`.
+            earlier: the stages before this one.
+            promises: of "mask" and "grid".
+            reason: what would happen to them ("would turn its zeros into other numbers").
+            way_out: what to do instead, a sentence.
+        """
+        if self.allow_undo:
+            return []
+        problems = []
+        for stage, both in self.overlaps(model, earlier, promises):
+            what = " and ".join(p for p in stage.promises if p in promises)
+            problems.append(f"{reason}: {shorten(both)} carry the {what} of stage '{stage.name}'. {way_out}")
+        return problems
+
+    def overlaps(
+        self, model: nn.Module, earlier: Sequence[Stage], promises: Sequence[str]
+    ) -> list[tuple[Stage, list[str]]]:
+        """Each earlier stage that left one of ``promises`` on layers that this stage acts on, with their names."""
+        own = set(self.find_layers(model))
+        candidates = [stage for stage in earlier if set(stage.promises) & set(promises)]
+        found = [(stage, sorted(own & set(stage.find_layers(model)))) for stage in candidates]
+        return [(stage, both) for stage, both in found if both]
+
+    def check_patterns(self, knob: str, layers: Iterable[str]) -> list[str]:
+        """Problems of a knob by name pattern: a layer that it gives no value, a pattern that matches no layer."""
+        value, problems = getattr(self, knob), []
+        if not isinstance(value, dict):
+            return []
+        if missing := [name for name in layers if value_for(name, value) is None]:
+            problems.append(f"{knob}: no pattern matches {shorten(missing)}. Add a '*' entry, or add them to ignore.")
+        for pattern in value:
+            if not any(matches(name, pattern) for name in layers):
+                problems.append(
+                    f"{knob}: '{pattern}' matches none of the layers that the stage acts on (targets={self.targets}, "
+                    f"ignore={self.ignore}). Take it out, or change targets or ignore."
+                )
+        return problems
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        """Compress ``model`` in place and return the plan that rebuilds its structure without data."""
+        return {}
+
+    def expected_plan(self, model: LightningModule) -> Plan:
+        """A plan of the shape that :meth:`compress` will return, from the structure of ``model`` alone.
+
+        The stages after this one are checked against a copy of the model that is restructured by it.
+        """
+        return {}
+
+    def restructure(self, model: LightningModule, plan: Plan) -> None:
+        """Rebuild shapes, modules and ``requires_grad`` from a plan, values irrelevant; knobs are not there to be read.
+
+        Nothing to do where structure stays. New modules take the device and dtype of what they replace.
+        """
+
+    def finish(self, model: LightningModule, context: Context, plan: Plan) -> Plan:
+        """End the stage after its finetuning, in place, and return the plan that holds from then on."""
+        return plan
+
+    def moves(self, model: LightningModule) -> list[str]:
+        """Names of the layers whose weights this stage's finetuning changes."""
+        layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LAYER_TYPES))
+        return [name for name, layer in layers if layer.weight.requires_grad]
+
+    def _check_targets(self, model: LightningModule) -> list[str]:
+        candidates = {n: m for n, m in model.named_modules() if isinstance(m, LAYER_TYPES)}
+        problems = []
+        for knob, patterns in (("targets", self.targets or []), ("ignore", self.ignore or [])):
+            for pattern in patterns:
+                if not any(matches(name, pattern) for name in candidates):
+                    tails = {part for name in candidates for part in (name.rsplit(".", 1)[-1], name)}
+                    hint = near_miss(pattern, tails) or f" The model has {shorten(candidates)}."
+                    problems.append(f"{knob}: '{pattern}' matches no Linear or Conv2d layer.{hint}")
+        tied = tied_weights(model)
+        layers = self.find_layers(model)
+        if shared := [n for n, layer in layers.items() if id(layer.weight) in tied]:
+            problems.append(f"{shorten(shared)} shares its weight with another module (a tied embedding). Ignore it.")
+        if packed := [n for n, layer in layers.items() if is_packed(layer)]:
+            kinds = " and ".join(sorted({type(layers[n]).__name__ for n in packed}))
+            problems.append(
+                f"{shorten(packed)} hold packed codes instead of weights ({kinds}). Load the model unquantized and "
+                "quantize it with a stage (NF4, FP4, INT8), or add them to ignore."
+            )
+        if not layers and not problems:
+            problems.append(
+                f"targets={self.targets} and ignore={self.ignore} leave no layer. The model has {shorten(candidates)}."
+            )
+        return problems

@@ -1,0 +1,158 @@
+"""Files written whole or not at all: a temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pqqp_lightning.errors import RecipeError
+
+
+def cache_folder() -> Path:
+    """``$PQQP_CACHE``, or ``~/.cache/pqqp-lightning``."""
+    named = os.environ.get("PQQP_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "pqqp-lightning"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _worded(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` as indented JSON, atomically."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The same for rows, with the columns of all of them; what is missing stays empty."""
+    text = io.StringIO()
+    columns = dict.fromkeys(column for row in rows for column in row)
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line and flush it to the disk; a torn last line of an earlier kill is dropped first."""
+    with _worded(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.read_bytes() if path.exists() else b""
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.truncate(whole.rfind(b"\n") + 1)
+            file.seek(0, os.SEEK_END)
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of the complete lines of ``path``; none if there is no such file."""
+    if not path.exists():
+        return []
+    with _undamaged(path):
+        whole = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in whole[: whole.rfind("\n") + 1].splitlines() if line.strip()]
+
+
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """The JSON object in ``path``, which has the keys ``needed``.
+
+    Raises:
+        RecipeError: it is damaged.
+    """
+    with _undamaged(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or (missing := set(needed) - content.keys()):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}" if isinstance(content, dict) else "no object")
+        return content
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it appears at ``path``, in place of an earlier one, only when it is complete."""
+    temporary, aside = (path.with_name(f".{path.name}.{os.getpid()}{kind}.tmp") for kind in ("", ".old"))
+    with _worded(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(path)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                sync(file)
+            sync(temporary)
+            if path.exists():  # aside in one step: a folder that is half removed would look like a damaged one
+                path.replace(aside)
+            temporary.replace(path)
+            sync(path.parent)
+        finally:
+            clear_leftovers(path)
+
+
+def not_written(path: object, error: OSError) -> str:
+    """What to say and do when a file cannot be written."""
+    return (
+        f"{path}: cannot be written: {error.strerror or error}. What was finished before is still there: make room "
+        "and go on with --ckpt_path last, or choose another --run_dir."
+    )
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what a killed writer of ``path`` left behind."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(f"{path}: is truncated or altered ({error}). Run the recipe again.") from error
+
+
+@contextmanager
+def _worded(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecipeError(not_written(path, error)) from error
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's files."""
+    return sum(file.stat().st_size for file in folder.iterdir())

@@ -1,0 +1,1 @@
+"""Changes a network's structure: adapters, rotation, narrowing, removal, factors."""
