@@ -1,9 +1,53 @@
-"""What a user can put right: every problem found, each with where, what, the value and the way out."""
+"""What a user can put right. A problem is data until it is shown; the command line words it once."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+NOT_GIVEN: Any = type("NotGiven", (), {"__repr__": lambda self: "NOT_GIVEN"})()
+"""The value of a problem that is not about the value of a setting."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that the user must put right.
+
+    Attributes:
+        key: dotted path of the setting, as in ``stages.quantize.group_size``. A stage gives the path from itself
+            (``group_size``); the engine puts the stage in front (:meth:`within`). Empty where no setting is to blame.
+        value: what the setting holds, as the message shall show it; NOT_GIVEN where the value is not the point.
+        text: what is wrong and how far it reaches. It continues the sentence that the setting begins:
+            "does not divide in_features=576 of 12 layers (...)". No full stop at its end.
+        way_out: what to do instead, whole sentences.
+        section: the part of ``key`` that names a section or a stage; shown apart from the argument.
+        owner: the class that the section names (``GPTQ``).
+        source: the file, "command line" or environment variable that set it; the command line adds it.
+    """
+
+    key: str = ""
+    value: Any = field(default=NOT_GIVEN, compare=False)
+    text: str = ""
+    way_out: str = ""
+    section: str = ""
+    owner: str = ""
+    source: str = ""
+
+    def within(self, section: str, owner: str = "") -> Problem:
+        """The same problem, its key taken from inside ``section``, whose class is ``owner``."""
+        return replace(self, key=f"{section}.{self.key}".rstrip("."), section=section, owner=owner)
+
+    def __str__(self) -> str:
+        """``recipe.yaml: stages.quantize (GPTQ): group_size=100 does not divide ... Use 32, 64, 96 or 192.``"""
+        argument = self.key.removeprefix(self.section).lstrip(".")
+        place = f"{self.section} ({self.owner})" if self.owner else self.section
+        given = "" if self.value is NOT_GIVEN else f"={self.value!r}" if argument else f"{self.value!r}"
+        sentence = f"{argument}{given} {self.text}".strip()
+        ending = "" if sentence.endswith((".", "?", "!")) else "."
+        parts = [part for part in (self.source, place, f"{sentence}{ending} {self.way_out}".strip()) if part]
+        return ": ".join(parts)
 
 
 class RecipeError(Exception):
@@ -13,12 +57,15 @@ class RecipeError(Exception):
     can find several problems collects them and raises once.
 
     Args:
-        problems: one message, or all of them.
+        problems: one problem, or all of them. Plain text is a problem of no setting.
     """
 
-    def __init__(self, problems: str | Iterable[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
+    def __init__(self, problems: str | Problem | Iterable[str | Problem]) -> None:
+        several = [problems] if isinstance(problems, str | Problem) else problems
+        self.problems: list[Any] = [
+            Problem(text=problem) if isinstance(problem, str) else problem for problem in several
+        ]
+        super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -267,7 +267,7 @@ def test_inputs_are_rounded_once(tmp_path):
     first.name, second.name = "first", "second"
     with pytest.raises(RecipeError, match=r"second .* the inputs of 7 layers .* are rounded already") as error:
         run(tmp_path, "llama", first, second)
-    assert any("the outputs of 2 layers" in problem for problem in error.value.problems)
+    assert any("the outputs of 2 layers" in str(problem) for problem in error.value.problems)
     first.ignore = ["layers.0"]
     module = run(tmp_path, "llama", first, second, RTN(4))
     assert len(list(transformed_layers(module, QuantizeInput))) == 14

@@ -142,7 +142,7 @@ def stage_class_names(settings: Iterable[Setting]) -> list[str]:
 
 def place(problems: Iterable[str], settings: Sequence[Setting], otherwise: str) -> list[str]:
     """Each problem once, with the place where its value was set in front of it; ``otherwise`` if none is found."""
-    return list(dict.fromkeys(f"{_where(problem, settings) or otherwise}: {problem}" for problem in problems))
+    return list(dict.fromkeys(f"{_where(problem, settings) or otherwise}: {problem}" for problem in map(str, problems)))
 
 
 def _where(problem: str, settings: Sequence[Setting]) -> str | None:
