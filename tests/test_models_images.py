@@ -121,7 +121,7 @@ def test_weights_are_read_from_a_file_instead_of_the_hub(tmp_path, kind):
 
 def test_weights_are_read_from_a_folder_of_this_project(tmp_path, monkeypatch):
     model = ImageClassifier(**SMALL).eval()
-    reader = types.ModuleType("pqqp_lightning.checkpoint.format")
+    reader = types.ModuleType("pqqp_lightning.checkpoint.load")
     reader.load_weights = lambda path: model.state_dict() if str(path) == str(tmp_path) else None
     monkeypatch.setitem(sys.modules, reader.__name__, reader)
     loaded = ImageClassifier("test_resnet", num_classes=10, weights=str(tmp_path)).eval()

@@ -51,7 +51,7 @@ KILLS = {  # one after another: each run goes on where the one before was killed
     "the first stage": {
         "after the dense baseline": ("pqqp_lightning.runs.run:append_record", 1, "after"),
         "in the calibration": (ROWS, 11, "after"),
-        "while the pruned model is saved": ("pqqp_lightning.checkpoint.format:sha256_of", 1, "before"),
+        "while the pruned model is saved": ("pqqp_lightning.checkpoint.save:sha256_of", 1, "before"),
         "in the first epoch": (STEP, 3, "before"),
     },
     "finetuning": {
@@ -68,7 +68,7 @@ KILLS = {  # one after another: each run goes on where the one before was killed
     "the second stage": {
         "between the stages": ("pqqp_lightning.runs.run:append_record", 3, "before"),
         "in the calibration": (ROWS, 5, "after"),
-        "while the quantized model is saved": ("pqqp_lightning.checkpoint.format:save_file", 1, "after"),
+        "while the quantized model is saved": ("pqqp_lightning.checkpoint.save:save_file", 1, "after"),
         "before the final report": ("pqqp_lightning.runs.run:write_report", 2, "before"),
     },
 }
