@@ -20,6 +20,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 RUNS = REPOSITORY / "runs" / "methods"
+PAGES = Path(__file__).parent / "pages"  # what stands on the page beside the tables, written by hand
 TRAINING = "--data.train $PQQP_DATA/smollm2-135m-tokens/calibration.npy"
 
 HALF = "--stages.prune SparseGPT --stages.prune.sparsity 0.5"
@@ -118,62 +119,6 @@ ROWS = {
 }
 """Name of the run, and what follows ``pqqp-lightning fit --config``."""
 
-INTRODUCTION = """\
-# Every method, measured
-
-Each row is one run, without an interval: differences below 1% say nothing (the same algorithm in another order of
-summation moves that much). `python benchmarks/methods.py` makes the runs, `--page` this page from what they recorded.
-Perplexities can be compared within a table and not between the two. The tables by method ran on an NVIDIA H100, but for
-LoRA's rows, which with the recipes ran on two cores of AMD EPYCs of several kinds; the dense model's perplexity is the
-same on both to four digits. Times are in [benchmarks/README.md](../benchmarks/README.md).
-
-## SmolLM2-135M on WikiText-2 tokens
-
-40 windows of 512 tokens of WikiText-2's test text, calibrated on 32 windows of its validation text, float32. Recovery
-trains on those 32 windows or some of them: a sign that it works, far from what it can do. A row's options follow
-`pqqp-lightning fit --config recipes/reference/smollm2-135m.yaml`; recovery also needs `--data.train
-$PQQP_DATA/smollm2-135m-tokens/calibration.npy`. The dense model's perplexity is 28.62.
-"""
-
-RECIPES_INTRODUCTION = """\
-## Recipes
-
-What follows `pqqp-lightning fit --config recipes/`, the metric after each stage, and the size at the end: perplexity
-on the documentation of Python for language models (dense 14.69; recovery trains on other pages of it), top-1 on
-scikit-learn's digits for images, of which 360 are for evaluation.
-"""
-
-READING = """
-## What the tables say
-
-- **Pruning.** Half of the weights gone by magnitude alone break this model; Wanda and SparseGPT look at the inputs and
-  do not. Channels cost more than single weights: 10% of them a quarter of what 50% by SparseGPT cost.
-- **4 bits.** NF4, with a scale for every 64 weights and levels where normally distributed weights are, is about as good
-  as GPTQ with a scale a row (36.5 and 39.0; on the documentation of Python 19.2 and 19.0), and larger.
-- **Allocation.** At 60%, sparsity by sensitivity in place of the same in every layer takes a fifth off the perplexity.
-- **Training.** Twelve steps of QAT bring RTN's 4 bits close to where GPTQ is (42 and 39); one epoch of finetuning, with
-  masks kept, takes SparseGPT's half from 54 to 44, and adapters take it to 40. GradualPruning with twelve steps is far
-  better than magnitudes at once, and far worse than SparseGPT.
-- **Activations.** 4 bits for every layer's inputs break the model, and do not after QuaRot with online rotations.
-- **Sharing.** With a fifth of the parameters gone, bases that two layers share are no better on this model than each
-  layer's own factorization (118.5 against 115.5), and both cost far more than pruning half of the weights.
-- **Rotation.** QuaRot as published helps GPTQ and spoils RTN on this model: two of its 576 channels hold over 40% of
-  the residual stream's mean square, and the norms before the MLPs all but mute one of them; with the norms' gains
-  folded into the weights, a rounding error meets that channel in full. GPTQ sees the inputs and avoids it. `gains:
-  keep` with `online: true` leaves the norms where they are, and RTN with `clip` is then clearly better than without a
-  rotation.
-- **The range of the scales.** Searching it pays for GPTQ at 8, 4 and 3 bits, after a rotation and after pruning, and
-  is its default; it pays for RTN on rotated weights only.
-- **Mixed precision** at 3 bits on average is clearly better than 3 bits everywhere, with the search of the range (45
-  against 57) and without it (65 against 81). Quantizing the most bits first or last makes no difference here: 17.48
-  and 17.45.
-- **LoRA** that trains through its merge ends no better than plain LoRA that is masked once, and a step costs more.
-- **Order.** Pruning before GPTQ is better than after it (the quickstart: by 2.68, 95% interval 2.02 to 3.28). SLEB
-  before RTN is worse than after it here: it removes other blocks. SparseGPT before QLoRA is better than after it,
-  since the adapters make up for the pruning. After SparseGPT, Basis Sharing loses the zeros; before it both hold,
-  with 60% of the weights gone instead of 20%, so that the two rows cannot be compared.
-"""
-
 
 def run(name: str) -> None:
     """Make the row's run, with what it prints in a file beside its folder."""
@@ -196,12 +141,13 @@ def records_of(name: str) -> list[dict[str, Any]]:
 
 def page() -> str:
     """docs/methods.md."""
-    lines = [INTRODUCTION]
+    lines = [(PAGES / "methods.md").read_text()]
     for section, rows in METHODS.items():
         if any(map(records_of, rows)):
             lines += [f"### {section}", "", *_table(rows, "options", "perplexity"), ""]
-    lines += [RECIPES_INTRODUCTION, *_table({f"recipe-{k}": v for k, v in RECIPES.items()}, "recipe", "metric")]
-    return "\n".join([*lines, READING.rstrip()]) + "\n"
+    recipes = {f"recipe-{name}": options for name, options in RECIPES.items()}
+    lines += [(PAGES / "methods-recipes.md").read_text(), *_table(recipes, "recipe", "metric"), ""]
+    return "\n".join([*lines, (PAGES / "methods-reading.md").read_text()])
 
 
 def _table(rows: dict[str, str], first: str, metric: str) -> list[str]:

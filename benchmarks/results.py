@@ -37,6 +37,7 @@ from pqqp_lightning.storage.files import write_json
 
 REPOSITORY = Path(__file__).parents[1]
 RUNS, PICTURES = REPOSITORY / "runs" / "results", REPOSITORY / "docs" / "results"
+READING = Path(__file__).parent / "pages" / "results.md"  # what the runs taught, written by hand
 PAIR = "sweep --config recipes/paper/prune-quantize.yaml"
 ARC = "--data.questions '{source: $PQQP_DATA/ai2_arc, config_name: ARC-Challenge, samples: 300}'"
 ROTATION = "order --config recipes/paper/rotation.yaml"
@@ -199,7 +200,7 @@ def put_together(name: str) -> list[float]:
 def page() -> str:
     """docs/results.md, with the runs' own pictures beside it."""
     found = {name: put_together(name) for name in EXPERIMENTS}
-    parts = [INTRODUCTION.strip(), READING.strip(), "\n".join(_pairs())]
+    parts = [READING.read_text().strip(), "\n".join(_pairs())]
     for name, experiment in EXPERIMENTS.items():
         sparsities = found[name]
         if experiment.title and (sparsities or is_done(folder_of(name))):
@@ -279,109 +280,6 @@ def _accuracies(report: dict[str, Any]) -> Iterator[str]:
         )
     yield f"### ARC-Challenge\n\nacc_norm, 300 questions; the dense model's is {dense:.1%}:"
     yield "\n".join(lines)
-
-
-INTRODUCTION = """
-# The paper's experiments, in a small size
-
-What Kim et al. (*Prune-then-Quantize or Quantize-then-Prune?*, ICLR 2026) measured on LLaMA, ResNet and DeiT, on
-models that two cores can carry: SmolLM2-135M on WikiText-2 (32 windows of 512 tokens for calibration, 40 for
-evaluation, where the command does not say otherwise), a small ResNet-18 and a small DeiT on CIFAR-10. Each section is
-one command: its verdict, its table, its pictures. All intervals are 95% paired bootstrap intervals over evaluation
-samples, of more than two orders corrected for the comparisons with the best (Bonferroni); none is over seeds.
-`python benchmarks/results.py` makes the runs, `--page` this page from what they recorded. CPUs are those of an AMD
-EPYC; all is in float32.
-"""
-
-READING = """
-## What agrees with the paper, and what does not
-
-| the paper | here | |
-| --- | --- | --- |
-| A(Q→P) grows with C\\*_P - C_Q | SmolLM2, SparseGPT and GPTQ: Spearman 0.68 (0.02 to 0.98) | agrees |
-| | SmolLM2, SparseGPT and RTN: 0.85 (0.46 to 0.97) | agrees |
-| | Wanda and magnitude with RTN: 0.45 and 0.54, no evidence | open |
-| | ResNet-18, DeiT: A falls with G, or there is no trend | does not |
-| the weaker perturbation goes first | at 8 bits and moderate pruning | agrees |
-| | at fewer bits, or more pruning, pruning first is better whatever is stronger | does not |
-| whole blocks: A is 0 while the same ones go | 0 with RTN, -0.03 with GPTQ | agrees |
-| the blocks' errors add up | to 0.93 to 1.08 times their sum | agrees, roughly |
-| disjoint selectivity | holds with whole blocks, nowhere with single weights or 2:4 | in part |
-| rotated weights are harder to prune | 96 against 69 with SparseGPT, 5590 against 61 with Wanda | agrees |
-| P1 → Q → P2, weakest first | both prunings before the quantization are better | does not |
-| many bits first | no difference | does not |
-| the weaker of pruning and QLoRA first | QLoRA last is better, which makes up for the pruning | does not |
-| Harma et al.: prune, finetune, INT8 | best by far, at 50% and with 2:4 | agrees |
-
-- **The hypothesis in rank.** Over nine points of SparseGPT (50, 60, 70%) and GPTQ (8, 4, 3 bits) A(Q→P) grows with
-  C\\*_P - C_Q: Spearman 0.68 (0.02 to 0.98), and pruning first is better at all nine. The methods' original
-  implementations, chained on the same windows so that both constraints hold, give 0.6 to 0.7 and eight of nine. With
-  RTN it is clearer, 0.85 (0.46 to 0.97). With the intensities themselves, G, there is no evidence for any pair; nor
-  with either for Wanda or magnitude with RTN. Where GPTQ searches the range, 3 bits cost so little (73) that
-  most prunings are worse than the end of its curve, and C\\*_P can be told of three points only.
-- **The hypothesis in sign** holds at 8 bits for moderate pruning, where quantization is by far the weaker of the
-  two: before SparseGPT 50% it gains 0.72 (0.34 to 1.14) with GPTQ and 1.34 (0.83 to 1.92) with RTN, before Wanda 60%
-  3.4 (2.2 to 4.7) and 1.5 (0.4 to 2.6). With more pruning and with fewer bits it does not: at 4 and 3 bits pruning
-  first is better at 29 of the 30 points of SparseGPT and Wanda (the last, where nothing is left of the model, is open),
-  also where pruning is by far the stronger, and by more, the more of both there is; before Wanda 70% even 8 bits lose
-  102 (63 to 151). Magnitude and RTN at 50% and 4 bits is the one point against that, by 36 (5 to 66) of 638.
-- **Noise of the method.** The same sweep at 60% in another order of summation (the column sweep tensor by tensor
-  instead of as one kernel) gave A = -4.3 (-6.3 to -2.9), -51 (-70 to -38), -601 (-874 to -401) at 8, 4 and 3 bits,
-  where the table has -0.7, -58 and -243, and at 50% on two cores +0.5 (0.0 to 0.9), -7 (-10 to -5) and -115 (-163 to
-  -78) where it has -0.9, -16 and -56: rounding errors that grow from block to block move A by more than the
-  intervals, which are over evaluation samples alone. All signs stayed but the one whose interval held 0 on the two
-  cores. SparseGPT 50% by itself came out at 53.7 and 53.8 on the GPU, 54.5 and 54.8 on CPUs, and at 53.4 and 53.7 in
-  the original implementation. `order --repeats` is for that.
-- **ResNet-18 on CIFAR-10** is against the hypothesis: SparseGPT first is better at 10 of 12 points and nowhere
-  clearly worse, and A falls with G. Half the weights cost this network more than 3 bits, so that C\\*_P lies before
-  the end of the curve nowhere.
-- **DeiT on CIFAR-10** is, too: A falls with G (Spearman -0.78, -0.90 to -0.41). At 50% neither order matters; at 70 and
-  80% SparseGPT first is better everywhere, by more with fewer bits, and already at 8 bits (by 5 points at 80%). There
-  the grid is in the way, not its fineness: fitted before the pruning, it has no room for what SparseGPT adds to the
-  weights that stay. 13.5% of them end at their row's largest magnitude, against 4.0% in the other order.
-- **Magnitude pruning**, which adds nothing, bears that out: on the DeiT no order matters at 8 bits; pruning first is
-  better at 3 bits (70 and 80%), quantization first by half a point at 70% and 6 bits. On ResNet-18 there is no trend: a
-  gain for quantization first at 70% and 8 bits, losses at 3 bits at 50 and 70%. On SmolLM2 it breaks the model at 50%
-  already (484), and there is no trend either, as with the original implementations.
-- **Why pruning first.** The layers show it: after SparseGPT then RTN their errors add up to 15% less than the
-  parts, the other way round to 15% more. A pruned weight is 0, which is on every grid, and is not rounded any more;
-  a weight that was rounded before has its error already when the pruning makes up for it. So interference itself
-  prefers pruning first here, whatever is stronger. Every quantization unit is pruned in part: disjoint selectivity,
-  which the theorems assume, holds nowhere with single weights.
-- **Granularity.** 2:4 is as single weights are: 10% less than the parts in the one order, 19% more in the other, and
-  pruning first worth 90 (70 to 114) at 4 bits. With whole blocks disjoint selectivity holds: no unit is pruned in
-  part, the layers' mean error is its parts' sum within 2% in both orders, and at 8 bits SLEB and RTN remove the same
-  blocks in both orders, so that A is exactly 0, as the paper says. At 4 bits other blocks look least
-  useful, and A is not 0, but no interval leaves 0 out. GPTQ reads its statistics from what the removal left, so that
-  A is near 0 (-0.03, three blocks at 8 bits, the same ones in both orders) and not 0; where the 8-bit model loses
-  block 17 instead of 14, A is -1.3.
-- **Independence of the blocks' errors** holds roughly: together they move the output 0.93 (single weights), 0.95 (2:4)
-  and 1.08 (blocks) times as far as the sum of each alone.
-- **Rotation and pruning.** QuaRot, SparseGPT and GPTQ together are worse than SparseGPT and GPTQ alone (96 against
-  69 on the same windows), while QuaRot helps GPTQ alone ([methods.md](methods.md)): rotated weights are harder to
-  prune, as the paper found. With RTN, pruning before it is worth 350. Wanda breaks on rotated weights: 5590 at 50% (ten
-  windows), where 61 is what it gives without the rotation (forty), which evens out the inputs' norms that it goes by;
-  its two orders compare nothing. SLEB and RTN: 177 if the rotated model is rounded first, when block 13 looks least
-  useful, and 274 if it loses block 14 first; with GPTQ 45.5 pruning first and 46.4 (block 5) the other way round.
-- **P1 → Q → P2.** Both prunings before the quantization are best, the weaker first (64.3, against 68.6 with the
-  stronger alone: a second pruning that finds its zeros made already changes nothing). The weakest-to-strongest
-  order of all three, which ends with pruning, is behind by 9.7.
-- **Mixed precision.** Many bits first or few makes no difference here: 31.99 and 31.97 at 4 bits on average, 34.97
-  and 35.37 at 3.5, 43.94 and 43.90 at 3.
-- **PEFT.** Pruning before QLoRA is better than after it, SparseGPT by 3.77 and Wanda, which makes up for nothing
-  itself, by 9.98: adapters that are trained last make up for the pruning, too. The hypothesis would have the weaker
-  perturbation, QLoRA, first.
-- **Finetuning and INT8.** Magnitude pruning, finetuning, INT8 is the best order by far, as in Harma et al., at 50% and
-  with 2:4: training after pruning is worth more than which of the two perturbations comes first. How far the other two
-  orders of 2:4 are apart (930 and 6195) is chance: this model was 4 bits once, in 18% of its groups of four the second
-  and the third magnitude are equal, and which of them goes decides more than any order. Keeping the first or the last
-  of two equal ones gives 3364 or 1361 without any training (six windows); finetuning breaks the ties, INT8 ties them
-  again.
-- **Shared bases.** Pruning before Basis Sharing looks better, but loses its zeros in the factorization and ends
-  larger: the two orders cannot be compared, and the report marks it.
-- **Accuracy on ARC-Challenge** says nothing: the dense model answers 28% of 300 questions, guessing 25%, and the
-  standard error is 2.6%.
-"""
 
 
 def main() -> None:
