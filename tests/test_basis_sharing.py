@@ -378,7 +378,7 @@ def test_transforms_in_front_of_a_layer_stand_in_front_of_its_factors():
         ({"ratio": 0.99}, r"ratio=0.99 leaves no basis vector to .* Use ratio=0.906 at most, or add them to ignore."),
         ({"group": 0}, r"group=0 is not above 0"),
         ({"damping": 2.0}, r"damping=2.0 is not in \[0, 1\]"),
-        ({"share": ["q_prj"]}, r"share: 'q_prj' matches none of the layers"),
+        ({"share": ["q_prj"]}, r"share='q_prj' matches none of the layers"),
     ],
 )
 def test_bad_knobs_are_refused(tmp_path, options, message):

@@ -183,7 +183,7 @@ def test_a_size_that_cannot_be_kept_is_refused(tmp_path):
     rest = measure_size(module, []).size_bytes - sum(
         4 * layer.weight.numel() for layer in MixedPrecision().find_layers(module).values()
     )
-    message = rf"stages.mixedprecision \(MixedPrecision\): size_bytes={rest} cannot be kept: with 2 bits everywhere the"
+    message = rf"stages.mixedprecision \(MixedPrecision\): size_bytes={rest} is too small: with 2 bits everywhere the"
     with pytest.raises(RecipeError, match=message):
         fit(tmp_path, MixedPrecision(size_bytes=rest))
 
@@ -191,7 +191,7 @@ def test_a_size_that_cannot_be_kept_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": []}, r"bits is an empty set. Give the bit widths to choose from"),
+        ({"bits": []}, r"bits=\[\] is empty. Give the bit widths to choose from"),
         ({"bits": [1, 4]}, r"bits=1 is not between 2 and 8"),
         ({"bits": [4, 16]}, r"bits=16 is not between 2 and 8"),
         ({"bits": [3, 4], "average_bits": 2.5}, r"average_bits=2.5 is outside of bits=\[3, 4\]: it can be 3 to 4"),
@@ -217,7 +217,7 @@ class Untrained(tiny.Regressor):
 
 
 def test_a_model_without_a_loss_is_measured_by_its_outputs(tmp_path):
-    with pytest.raises(RecipeError, match=r"sensitivity: loss needs a training_step in Untrained\. Add one, or set"):
+    with pytest.raises(RecipeError, match=r"sensitivity='loss' needs a training_step in Untrained\. Add one, or set"):
         tiny.trainer(tmp_path / "a", MixedPrecision()).fit(Untrained(), datamodule=tiny.RegressionData())
     module = Untrained()
     tiny.trainer(tmp_path / "b", MixedPrecision(sensitivity="output")).fit(module, datamodule=tiny.RegressionData())
