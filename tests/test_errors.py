@@ -62,5 +62,5 @@ def test_a_copy_reads_the_same(again):
 def test_an_error_holds_all_problems_and_shows_one_a_line():
     error = RecipeError([DIVIDES, "run_dir is full"])
     assert error.problems == [DIVIDES, Problem(text="run_dir is full")]
-    assert str(error).splitlines() == [str(DIVIDES), "run_dir is full."]
+    assert str(error).splitlines() == [str(DIVIDES), "run_dir is full"]
     assert RecipeError(DIVIDES).problems == RecipeError([DIVIDES]).problems == [DIVIDES]

@@ -138,7 +138,7 @@ def test_remote_code_is_never_run(folder):
 def test_corrupt_safetensors_are_refused(folder, content):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(RecipeError, match=r"tiny' has a model that cannot be read \(.+\)\. Save or download it again"):
+    with pytest.raises(RecipeError, match=r"tiny' cannot be read \(.+\)\. Save or download it again"):
         CausalLM(str(folder))
 
 
