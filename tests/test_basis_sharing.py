@@ -411,7 +411,7 @@ def test_a_bad_knob_does_not_hide_the_problems_of_later_stages(tmp_path, options
 
 
 def test_convolutions_are_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"factorises Linear layers, and the .* that it would act on are Conv2d"):
+    with pytest.raises(RecipeError, match=r"factorises Linear layers, but .* that it would act on are Conv2d"):
         run(tmp_path, "resnet", BasisSharing(0.2))
 
 

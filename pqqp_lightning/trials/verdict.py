@@ -104,7 +104,7 @@ class Judge:
             found[order] = []
             if record["size_bytes"] > LARGER * least:
                 found[order].append(f"{record['size_bytes'] / least:.2f} times as large as the smallest")
-            if any(note.startswith("undone") for p in prefixes(order) for note in self.tree.measure(p).record["notes"]):
+            if any(self.tree.measure(prefix).record["undone"] for prefix in prefixes(order)):
                 found[order].append("lost a constraint")
         return found
 
