@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, near_miss
 
 Spec = str | dict[str, Any]
 
@@ -32,7 +32,7 @@ def build_pipeline(
     problems = []
     for position, spec in enumerate(specs):
         try:
-            steps.append(_build(spec, f"data: {knob}[{position}]"))
+            steps.append(_build(spec, f"{knob}[{position}]"))
         except RecipeError as error:
             problems += error.problems
     if problems:
@@ -53,30 +53,31 @@ def normalization(
     return found[0], found[1]
 
 
-def _build(spec: Spec, where: str) -> nn.Module:
+def _build(spec: Spec, argument: str) -> nn.Module:
     from torchvision.transforms import v2
 
-    name, arguments = _split(spec, where)
+    name, arguments = _split(spec, argument)
     known = {
         key
         for key, value in vars(v2).items()
         if isinstance(value, type) and issubclass(value, nn.Module) and key not in NOT_FOR_ONE_IMAGE
     }
     if name not in known:
-        near = suggest(name, known)
-        near = near if near.startswith(" Did") else " See torchvision.transforms.v2 for what there is."
-        raise RecipeError(f"{where}: {name!r} is not a transform of single images.{near}")
+        way_out = near_miss(name, known).strip() or "See torchvision.transforms.v2 for what there is."
+        raise RecipeError(Problem(argument, name, "is not a transform of single images", way_out).within("data"))
     try:
         return getattr(v2, name)(**arguments)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"{where} ({name}): {error}. Arguments given: {arguments}.") from error
+        problem = Problem(argument, spec, f"is not accepted: {error}")
+        raise RecipeError(problem.within("data")) from error
 
 
-def _split(spec: Any, where: str) -> tuple[str, dict[str, Any]]:
+def _split(spec: Any, argument: str) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, str):
         return spec, {}
     if isinstance(spec, dict) and len(spec) == 1:
         name, arguments = next(iter(spec.items()))
         if arguments is None or isinstance(arguments, dict):
             return str(name), dict(arguments or {})
-    raise RecipeError(f"{where}: expected a name, or {{Name: {{argument: value}}}}, but got {spec!r}.")
+    text = "is neither a name nor {Name: {argument: value}}"
+    raise RecipeError(Problem(argument, spec, text).within("data"))

@@ -10,7 +10,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pqqp_lightning.data.samplers import EpochSampler
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 
 
 def train_loader(
@@ -40,7 +40,8 @@ def evaluation_loader(data: Any, batch_size: int, num_workers: int, collate: Cal
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return fixed_loader(data, batch_size, num_workers, collate)
     if len(data) < (ranks := torch.distributed.get_world_size()):
-        raise RecipeError(f"data: {len(data)} evaluation samples do not go round {ranks} processes. Use more samples.")
+        text = f"needs at least one evaluation sample per process: got {len(data)} for {ranks}"
+        raise RecipeError(Problem(text=text, way_out="Use more samples.").within("data"))
     return fixed_loader(data, batch_size, num_workers, collate, UnrepeatedDistributedSampler(data, shuffle=False))
 
 
@@ -60,14 +61,15 @@ def draw(count: int, samples: int, seed: int) -> list[int]:
 def require(available: int, knob: str, wanted: int | None, what: str) -> int:
     """How many samples to take: all of them, or as many as the knob says, if there are so many."""
     if wanted is not None and wanted > available:
-        raise RecipeError(f"data: {knob}={wanted}, but there are {available} {what}. Lower {knob}.")
+        text = f"is more than the {available} {what}"
+        raise RecipeError(Problem(knob, wanted, text, f"Lower {knob}.").within("data"))
     return available if wanted is None else wanted
 
 
-def check_positive(lowest: int = 1, **numbers: int | None) -> list[str]:
-    """A problem for each number below ``lowest``; None is no number."""
+def check_positive(lowest: int = 1, **numbers: int | None) -> list[Problem]:
+    """A problem for each number below ``lowest``; None passes."""
     return [
-        f"data: {name}={value} is too small. Use {lowest} or more."
+        Problem(name, value, "is too small", f"Use {lowest} or more.").within("data")
         for name, value in numbers.items()
         if value is not None and value < lowest
     ]

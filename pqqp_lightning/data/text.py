@@ -23,7 +23,7 @@ from pqqp_lightning.data.loaders import (
 )
 from pqqp_lightning.data.questions import Question, Questions
 from pqqp_lightning.data.tokens import check_vocabulary
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.models.loading import load_tokenizer
 from pqqp_lightning.models.transformers_bridge import quiet_transformers
 
@@ -91,7 +91,7 @@ class TextData(LightningDataModule):
         self._windows: dict[bool, Tensor] = {}
         self._encoded: list[Question] | None = None
 
-    def check(self) -> list[str]:
+    def check(self) -> list[Problem]:
         """Problems that can be seen without reading the data."""
         problems = check_positive(2, sequence_length=self.sequence_length)
         problems += check_positive(0, num_workers=self.num_workers)
@@ -103,11 +103,13 @@ class TextData(LightningDataModule):
         )
         named = [self.source] if isinstance(self.source, str) else self.source
         if not named:
-            problems.append("data: source is an empty list. Name at least one text file.")
+            text, way_out = "is an empty list", "Name at least one text file."
+            problems.append(Problem("source", text=text, way_out=way_out).within("data"))
         for source in named:
             problems += sources.check_path(source)
             if isinstance(self.source, list) and Path(source).expanduser().is_dir():
-                problems.append(f"data: source={source!r} is a folder; a list is for text files. Give it alone.")
+                text = "is a folder; a list is for text files"
+                problems.append(Problem("source", source, text, "Give it alone.").within("data"))
             problems += sources.check_builtin(source, corpora.PYTHON_DOCS)
         return problems + (self.questions.check() if self.questions else [])
 
@@ -166,7 +168,7 @@ class TextData(LightningDataModule):
     def _read(self, evaluation: bool) -> Tensor:
         if evaluation not in self._windows:
             self._windows[evaluation] = self._cut(self._text(evaluation), "evaluation" if evaluation else "training")
-        check_vocabulary(self._windows[evaluation], getattr(self.trainer, "lightning_module", None), "data.tokenizer")
+        check_vocabulary(self._windows[evaluation], getattr(self.trainer, "lightning_module", None), "tokenizer")
         return self._windows[evaluation]
 
     def _read_questions(self, questions: Questions) -> list[Question]:
@@ -189,17 +191,14 @@ class TextData(LightningDataModule):
         model, length = getattr(self.trainer, "lightning_module", None), self.sequence_length
         longest = getattr(model, "longest_sequence", None)
         if longest is not None and length > longest:
-            raise RecipeError(
-                f"data: sequence_length={length}, but the model takes at most {longest} tokens. Lower it."
-            )
+            problem = Problem("sequence_length", length, f"is more than the model takes ({longest})", "Lower it.")
+            raise RecipeError(problem.within("data"))
         with quiet_transformers():  # which warns that the whole text is longer than the model's context
             ids = self._find_tokenizer()(text, add_special_tokens=False)["input_ids"]
         count = len(ids) // length
         if count == 0:
-            raise RecipeError(
-                f"data: sequence_length={length}, but the {part} text of {self.source!r} has {len(ids)} tokens. "
-                "Lower it."
-            )
+            problem_text = f"is more than the {part} text of {self.source!r} has ({len(ids)} tokens)"
+            raise RecipeError(Problem("sequence_length", length, problem_text, "Lower it.").within("data"))
         return torch.tensor(ids[: count * length], dtype=torch.int32).view(count, length)  # [N, T]
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -207,5 +206,6 @@ class TextData(LightningDataModule):
             return load_tokenizer(self.tokenizer, "data.tokenizer")
         model = getattr(self.trainer, "lightning_module", None)
         if model is None or not hasattr(type(model), "tokenizer"):
-            raise RecipeError("data: tokenizer is not set and the model has none. Set data.tokenizer.")
+            text = "is not set, and the model has none"
+            raise RecipeError(Problem("tokenizer", text=text, way_out="Set data.tokenizer.").within("data"))
         return model.tokenizer

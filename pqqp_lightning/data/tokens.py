@@ -19,7 +19,7 @@ from pqqp_lightning.data.loaders import (
     require,
     train_loader,
 )
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import NOT_GIVEN, Problem, RecipeError
 from pqqp_lightning.models.transformers_bridge import third_party_errors
 
 
@@ -72,7 +72,7 @@ class TokenData(LightningDataModule):
         """Whether there are windows for finetuning."""
         return self.files["train"] is not None
 
-    def check(self) -> list[str]:
+    def check(self) -> list[Problem]:
         """Problems that can be seen without reading the data."""
         problems = check_positive(
             batch_size=self.batch_size,
@@ -81,10 +81,10 @@ class TokenData(LightningDataModule):
             evaluation_samples=self.evaluation_samples,
         )
         problems += check_positive(0, num_workers=self.num_workers)
-        for knob, file in self.files.items():
+        for argument, file in self.files.items():
             if file is not None and not Path(file).expanduser().is_file():
-                looked = Path(file).expanduser().absolute()
-                problems.append(f"data: {knob}={file!r}: there is no such file (looked at {looked}).")
+                text = f"does not exist (looked at {Path(file).expanduser().absolute()})"
+                problems.append(Problem(argument, file, text).within("data"))
         return problems
 
     def setup(self, stage: str | None = None) -> None:
@@ -127,34 +127,38 @@ class TokenData(LightningDataModule):
         if knob not in self._arrays:
             file = self.files[knob]
             if file is None:
-                raise RecipeError(f"data: {knob} is not set, but finetuning needs it. Give a .npy file of windows.")
+                text = "is not set, but finetuning needs it"
+                raise RecipeError(Problem(knob, text=text, way_out="Give a .npy file of windows.").within("data"))
             self._arrays[knob] = _open(file, knob)
         model = getattr(self.trainer, "lightning_module", None)
-        check_vocabulary(self._arrays[knob], model, f"data: {knob}={self.files[knob]!r}")
+        check_vocabulary(self._arrays[knob], model, knob, self.files[knob])
         return self._arrays[knob]
 
 
-def check_vocabulary(rows: Any, model: Any, where: str) -> None:
-    """Refuse token ids [N, T] that ``model`` has no embedding for; without a model, only negative ones."""
+def check_vocabulary(rows: Any, model: Any, argument: str, value: Any = NOT_GIVEN) -> None:
+    """Refuse token ids [N, T] that ``model`` has no embedding for; without a model, only negative ones.
+
+    Raises:
+        RecipeError: about ``argument`` of the data, which has ``value``.
+    """
     vocabulary = getattr(model, "vocabulary_size", None)
     lowest, highest = int(rows.min()), int(rows.max())
     if lowest < 0:
-        raise RecipeError(f"{where}: there is a negative token id, {lowest}.")
+        raise RecipeError(Problem(argument, value, f"gives a negative token id, {lowest}").within("data"))
     if vocabulary is not None and highest >= vocabulary:
-        raise RecipeError(
-            f"{where}: there is a token id {highest}, but the model knows {vocabulary} tokens. "
-            "Use the tokenizer that the model was trained with."
-        )
+        text = f"gives a token id {highest}, but the model knows {vocabulary} tokens"
+        way_out = "Use the tokenizer that the model was trained with."
+        raise RecipeError(Problem(argument, value, text, way_out).within("data"))
 
 
 def _open(file: str, knob: str) -> np.ndarray:
-    with third_party_errors(f"data: {knob}={file!r} is not a .npy file that can be read", "Write it with numpy.save."):
+    unreadable = Problem(knob, file, "is not a readable .npy file", "Write it with numpy.save.").within("data")
+    with third_party_errors(unreadable):
         array = np.load(Path(file).expanduser(), mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.shape[1] < 2:
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
-        raise RecipeError(
-            f"data: {knob}={file!r}: expected integers [windows, tokens], at least two tokens each, but got {found}."
-        )
+        text = f"is not an array of integers [windows, tokens] with at least two tokens each: got {found}"
+        raise RecipeError(Problem(knob, file, text).within("data"))
     if len(array) == 0:
-        raise RecipeError(f"data: {knob}={file!r} holds no windows.")
+        raise RecipeError(Problem(knob, file, "is an empty array").within("data"))
     return array

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, near_miss
 from pqqp_lightning.models.transformers_bridge import check_loading, quiet_transformers, third_party_errors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = "smollm2-135m"
+MODEL = "model.model"
+"""The setting that says where the model comes from."""
 OFFLINE_WAYS_OUT = "Give a local folder (./my-model) or a .gguf file, or go online with HF_HUB_OFFLINE unset."
 
 
@@ -23,8 +25,12 @@ def is_path(value: str) -> bool:
     return looks_local or value.endswith(".gguf") or Path(value).exists()
 
 
-def resolve_source(source: str, knob: str = "model") -> str:
-    """A hub id, or the local folder that ``source`` stands for; a GGUF file is converted into a cached folder."""
+def resolve_source(source: str, key: str = MODEL) -> str:
+    """A hub id, or the local folder that ``source`` stands for; a GGUF file is converted into a cached folder.
+
+    Raises:
+        RecipeError: of the setting ``key``: there is no such file.
+    """
     from pqqp_lightning.models import gguf
 
     if source == BUNDLED:
@@ -33,10 +39,11 @@ def resolve_source(source: str, knob: str = "model") -> str:
         return source
     path = Path(source).expanduser()
     if not path.exists():
-        raise RecipeError(f"{knob}={source!r}: there is no such file or folder (looked at {path.absolute()}).")
+        raise RecipeError(_problem(key, source, f"does not exist (looked at {path.absolute()})"))
     if path.is_file():
         if path.suffix != ".gguf":
-            raise RecipeError(f"{knob}={source!r} is a file. Give the folder that holds config.json, or a .gguf file.")
+            way_out = "Give the folder that holds config.json, or a .gguf file."
+            raise RecipeError(_problem(key, source, "is a file", way_out))
         return str(gguf.convert(path))
     return str(path)
 
@@ -51,7 +58,7 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
-    with quiet_transformers(), third_party_errors(*_wording(source, "model")):
+    with quiet_transformers(), third_party_errors(_unreadable(MODEL, source, "model")):
         config = _read_config(source)
         model, info = loader.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
@@ -60,39 +67,43 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(source: str, knob: str = "model") -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, key: str = MODEL) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id, folder, GGUF file or the bundled model."""
     from transformers import AutoTokenizer
 
-    folder = resolve_source(source, knob)
+    folder = resolve_source(source, key)
     if is_path(folder) and not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
-        raise RecipeError(f"{knob}={source!r}: the folder holds no tokenizer. Name one in data.tokenizer.")
-    with quiet_transformers(), third_party_errors(*_wording(source, knob, "tokenizer")):
+        raise RecipeError(_problem(key, source, "is a folder without a tokenizer", "Name one in data.tokenizer."))
+    with quiet_transformers(), third_party_errors(_unreadable(key, source, "tokenizer")):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def _wording(source: str, knob: str, what: str = "model") -> tuple[str, str]:
+def _problem(key: str, source: str, text: str, way_out: str = "") -> Problem:
+    section, _, argument = key.partition(".")
+    return Problem(argument, source, text, way_out).within(section)
+
+
+def _unreadable(key: str, source: str, what: str) -> Problem:
+    subject = "" if what == "model" else f"has a {what} that "
     if is_path(source):
-        return f"{knob}={source!r}: the {what} cannot be read", "Save or download it again, or name another."
-    known = suggest(source, [BUNDLED]) if "/" not in source else ""
-    return f"{knob}={source!r}: the {what} cannot be had from the hub", f"{OFFLINE_WAYS_OUT}{known}".strip()
+        return _problem(key, source, f"{subject}cannot be read", "Save or download it again, or name another.")
+    known = near_miss(source, [BUNDLED]) if "/" not in source else ""
+    return _problem(key, source, f"{subject}cannot be loaded from the hub", f"{OFFLINE_WAYS_OUT}{known}")
 
 
 def _read_config(source: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     if is_path(source) and not (Path(source) / "config.json").is_file():
-        raise RecipeError(
-            f"model={source!r}: the folder has no config.json. Give one that save_pretrained wrote, or a .gguf file."
-        )
+        way_out = "Give a folder that save_pretrained wrote, or a .gguf file."
+        raise RecipeError(_problem(MODEL, source, "is a folder without config.json", way_out))
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "unknown")
-        raise RecipeError(
-            f"model={source!r} is quantized already ({method}). Start from the original weights, and quantize here."
-        )
+        way_out = "Start from the original weights, and quantize here."
+        raise RecipeError(_problem(MODEL, source, f"is already quantized ({method})", way_out))
     return config

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 
 
 def build_optimizer(
@@ -16,10 +16,9 @@ def build_optimizer(
     """For ``configure_optimizers``: over the parameters that require a gradient, with the schedule if there is one."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
-        raise RecipeError(
-            "Finetuning was asked for, but no parameter of the model requires a gradient. Set epochs to 0 on every "
-            "stage, or add a recovery stage that trains something."
-        )
+        text = "no parameter of the model requires a gradient, so there is nothing to finetune"
+        way_out = "Set epochs to 0 on every stage, or add a recovery stage that trains something."
+        raise RecipeError(Problem(text=text, way_out=way_out))
     built = optimizer(parameters)
     if lr_scheduler is None:
         return {"optimizer": built}

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pqqp_lightning.errors import RecipeError, near_miss, shorten, suggest
+from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten, suggest
 
 
 @contextmanager
-def third_party_errors(problem: str, way_out: str) -> Iterator[None]:
-    """Whatever a library raises inside becomes ``problem (its first sentence). way_out``."""
+def third_party_errors(problem: Problem) -> Iterator[None]:
+    """Whatever a library raises inside becomes ``problem``, with the error's first sentence in parentheses."""
     try:
         yield
     except (RecipeError, MemoryError, torch.OutOfMemoryError):
@@ -24,7 +25,7 @@ def third_party_errors(problem: str, way_out: str) -> Iterator[None]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         reason = first.split(". ")[0].rstrip(". :")
-        raise RecipeError(f"{problem} ({reason}). {way_out}") from error
+        raise RecipeError(replace(problem, text=f"{problem.text} ({reason})")) from error
 
 
 @contextmanager
@@ -59,12 +60,12 @@ def check_loading(source: str, info: dict[str, Any]) -> None:
     for kind in ("missing", "unexpected", "mismatched"):
         keys = sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(f"{kind}_keys") or ())
         if keys:
-            problems.append(
-                f"model={source!r}: {kind} weights in {shorten(keys)}. Its config.json is for another file."
-            )
-    problems += [f"model={source!r}: {message}" for message in info.get("error_msgs") or ()]
+            text = f"has {kind} weights in {shorten(keys)}"
+            problems.append(Problem("model", source, text, "Use the config.json that belongs to these weights."))
+    for message in info.get("error_msgs") or ():
+        problems.append(Problem("model", source, f"cannot be loaded: {message}"))
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(problem.within("model") for problem in problems)
 
 
 def build_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -75,14 +76,17 @@ def build_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel
     settings = dict(settings)
     name = str(settings.pop("model_type", ""))
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        known = suggest(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if name else " For instance: llama, opt, gpt2."
-        raise RecipeError(f"model: {{model_type: {name!r}}} is not a causal language model of transformers.{known}")
+        known = suggest(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES).strip() if name else "For instance: llama, opt, gpt2."
+        text = "is not a causal language model of transformers"
+        raise RecipeError(Problem("model.model_type", name, text, known).within("model"))
     if settings.pop("quantization_config", None):
-        raise RecipeError("model: quantization_config is set. Remove it: a compressed checkpoint carries its own plan.")
+        way_out = "Remove it: a compressed checkpoint carries its own plan."
+        raise RecipeError(Problem("model.quantization_config", text="is set", way_out=way_out).within("model"))
     _refuse_misspelt(name, settings)
     with quiet_transformers():
         way_out = "Change the values named; the rest has the defaults of the architecture."
-        with third_party_errors(f"model: no {name} model has this configuration", way_out):
+        problem = Problem(text=f"no {name} model has this configuration", way_out=way_out)
+        with third_party_errors(problem.within("model")):
             config = CONFIG_MAPPING[name].from_dict(settings)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         model.tie_weights()
@@ -98,8 +102,10 @@ def _refuse_misspelt(name: str, settings: dict[str, Any]) -> None:
     left = default.to_dict().keys() - settings.keys()
     unknown = [key for key in settings if not hasattr(default, key)]
     near = {key: near_miss(key, left, cutoff=0.8) for key in unknown}
-    if problems := [f"model: '{key}' is no value of {name}.{meant}" for key, meant in near.items() if meant]:
-        raise RecipeError(problems)
+    text = f"is not a setting of {name}"
+    misspelt = [Problem(f"model.{key}", text=text, way_out=meant.strip()) for key, meant in near.items() if meant]
+    if misspelt:
+        raise RecipeError(problem.within("model") for problem in misspelt)
 
 
 def plain_config(config: PretrainedConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pqqp_lightning.checkpoint.format import Applied, skeleton_of
 from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.checkpoint.save import save_checkpoint
 from pqqp_lightning.checkpoint.size import ModelSize, measure_size, size_numbers
-from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.metrics.samples import Samples, matching, over_ranks, recording
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.constraints import (
@@ -160,8 +160,9 @@ class Runner:
         """
         start = time.perf_counter()
         with peak_memory(self.trainer.strategy.root_device) as peak:
-            notes = self.compress(stage)
-        record = self._record(stage, time.perf_counter() - start, peak.size_bytes, notes)
+            context = self.compress(stage)
+        elapsed = time.perf_counter() - start
+        record = self._record(stage, elapsed, peak.size_bytes, context.all_notes(), context.undone)
         if half or not stage.epochs:
             self.save(folder, record)
         if stage.epochs:
@@ -175,8 +176,8 @@ class Runner:
             self._train(stage, folder)
         self.save(folder, record)
 
-    def compress(self, stage: Stage) -> list[str]:
-        """Let ``stage`` compress the model and verify every promise; returns its notes.
+    def compress(self, stage: Stage) -> Context:
+        """Let ``stage`` compress the model and verify every promise; returns what it noted.
 
         Raises:
             RecipeError: the stage cannot go on, or broke an earlier stage's constraint.
@@ -186,33 +187,36 @@ class Runner:
         with self.on_device():
             plan = stage.compress(self.module, context) if stage.compresses else {}
         self._agree_over_ranks()
-        self._verify(stage, promised, context.notes)
+        self._verify(stage, promised, context)
         self.applied.append(Applied(type(stage), plan))
-        return context.all_notes()
+        return context
 
     def finetune(self, stage: Stage, folder: Path, compressed: Record) -> Record:
         """Train for the stage's epochs, from ``folder``'s training state if there is one; measure and save."""
         start = time.perf_counter()
         with peak_memory(self.trainer.strategy.root_device) as peak:
-            notes = [*compressed["notes"], *self._train(stage, folder)]
+            context = self._train(stage, folder)
         elapsed = compressed["elapsed_s"] + time.perf_counter() - start
-        record = self._record(stage, elapsed, max(compressed["peak_memory_bytes"], peak.size_bytes), notes)
+        peak_bytes = max(compressed["peak_memory_bytes"], peak.size_bytes)
+        notes = [*compressed["notes"], *context.all_notes()]
+        undone = compressed.get("undone", False) or context.undone  # runs of earlier versions did not record it
+        record = self._record(stage, elapsed, peak_bytes, notes, undone)
         record["metrics_before_finetuning"] = compressed["metrics"]
         record["logged_steps"] = logged_steps(self.trainer)
         self.save(folder, record)
         return record
 
-    def _train(self, stage: Stage, folder: Path) -> list[str]:
-        """Train the compressed model, let ``stage`` finish and verify every promise; returns its notes."""
+    def _train(self, stage: Stage, folder: Path) -> Context:
+        """Train the compressed model, let ``stage`` finish and verify every promise; returns what it noted."""
         promised, context = collect_promises(self.module), self._context(stage)
         resume_point = folder.parent / RESUME_POINT
         train_segment(self.trainer, self.data, stage, len(self.applied), resume_point, self.teacher)
         with self.on_device():
             plan = stage.finish(self.module, context, self.applied[-1].plan)
         self._agree_over_ranks()
-        self._verify(stage, promised, context.notes)
+        self._verify(stage, promised, context)
         self.applied[-1] = replace(self.applied[-1], plan=plan)
-        return context.all_notes()
+        return context
 
     def save(self, folder: Path, record: Record) -> None:
         """Save the model as it is, with its record, on the first rank."""
@@ -227,7 +231,7 @@ class Runner:
     def _context(self, stage: Stage) -> Context:
         return Context(partial(self.walk, stage.name), title=stage.name, progress=self._shows_progress())
 
-    def _record(self, stage: Stage, elapsed_s: float, peak_bytes: int, notes: list[str]) -> Record:
+    def _record(self, stage: Stage, elapsed_s: float, peak_bytes: int, notes: list[str], undone: bool) -> Record:
         return make_record(
             name=stage.name,
             method=type(stage).__name__,
@@ -239,6 +243,7 @@ class Runner:
             peak_memory_bytes=peak_bytes,
             constraints_verified=True,
             notes=notes,
+            undone=undone,
         )
 
     def walk(self, title: str, blocks: Blocks) -> Walk:
@@ -287,24 +292,23 @@ class Runner:
         finally:
             self.module.to(home)
 
-    def _verify(self, stage: Stage, promised: list[Promise], notes: list[str]) -> None:
+    def _verify(self, stage: Stage, promised: list[Promise], context: Context) -> None:
         """Hold the model to every promise: those made before the stage, and its own."""
         broken = broken_promises(self.module, promised)
         if broken and stage.allow_undo:
             for promise, found in broken:
                 left = constraints_of(promise.layer).without_broken(weight_matrix(promise.layer), promise.constraints)
                 set_constraints(promise.layer, left)
-                notes.append(f"undone in {promise.name}: {'; '.join(found)}")
+                context.undone = True
+                context.notes.append(f"undone in {promise.name}: {'; '.join(found)}")
             broken = []
         broken += broken_promises(self.module, collect_promises(self.module))
         if broken:
             first, found = broken[0]
             names = dict.fromkeys(promise.name for promise, _ in broken)
-            raise RecipeError(
-                f"stages.{stage.name} ({type(stage).__name__}): broke what was promised for {shorten(names)}; "
-                f"{first.name}: {'; '.join(found)}. Put this stage before the one that it undoes, or set "
-                "allow_undo: true."
-            )
+            text = f"broke what was promised for {shorten(names)}; {first.name}: {'; '.join(found)}"
+            way_out = "Put this stage before the one that it undoes, or set allow_undo: true."
+            raise RecipeError(Problem(text=text, way_out=way_out).within(f"stages.{stage.name}", type(stage).__name__))
 
     def _agree_over_ranks(self) -> None:
         """Every rank must hold the same weights after a stage."""

@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch import Trainer
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree, prefixes
 from pqqp_lightning.trials.progress import Progress
 from pqqp_lightning.trials.ray_worker import Outcome, Settings, not_shared, pack, run_node, settings_of, soon
@@ -71,10 +71,9 @@ class RayExecutor:
         try:
             self._packed = pack(trainer, tree)
         except Exception as error:  # whatever is raised by a class of the user's that cannot be pickled
-            raise RecipeError(
-                f"executor=ray: the model, data or trainer cannot be sent to other processes: {_line(error)} Leave out "
-                "what cannot be pickled, or use --executor local."
-            ) from error
+            text = f"cannot send the model, data or trainer to other processes: {_line(error)}"
+            way_out = "Leave out what cannot be pickled, or use --executor local."
+            raise RecipeError(Problem("executor", "ray", text, way_out)) from error
         if os.environ.get("RAY_ADDRESS"):
             self._connect()
 
@@ -142,10 +141,9 @@ class RayExecutor:
         except LOST as error:
             lost = ended.lost + 1
             if lost >= MOST_LOST:
-                raise RecipeError(
-                    f"executor=ray: {lost} workers were lost over {' -> '.join(ended.node)}: {_line(error)} If memory "
-                    "is short, let fewer run (a higher OMP_NUM_THREADS), or use --executor local."
-                ) from error
+                text = f"lost {lost} workers over {' -> '.join(ended.node)}: {_line(error)}"
+                way_out = "If memory is short, let fewer run (a higher OMP_NUM_THREADS), or use --executor local."
+                raise RecipeError(Problem("executor", "ray", text, way_out)) from error
             print(f"ray: a worker was lost; {' -> '.join(ended.node)} is measured again", flush=True)
             running[self._begin(ended.node, ended.keep, again=True)] = replace(ended, lost=lost)
             return None
@@ -169,11 +167,12 @@ class RayExecutor:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, heeded)  # Ray's own ends the command with 15, and without a word
         except Exception as error:  # no connection, another version, a full disk: each is another class
-            raise RecipeError(
-                f"executor=ray: Ray cannot be reached or started (RAY_ADDRESS={where}): {_line(error)} Put that right, "
-                "set RAY_ADDRESS to a cluster (and RAY_AUTH_TOKEN, if it wants one) or unset it for this machine, "
-                "or use --executor local."
-            ) from error
+            text = f"cannot reach or start Ray (RAY_ADDRESS={where}): {_line(error)}"
+            way_out = (
+                "Set RAY_ADDRESS to a cluster (and RAY_AUTH_TOKEN, if it needs one), unset it for this machine, or "
+                "use --executor local."
+            )
+            raise RecipeError(Problem("executor", "ray", text, way_out)) from error
         self._ours = True
 
     def _needs(self) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from ray import cloudpickle
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 
 DECIDING = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
@@ -63,7 +63,7 @@ class Outcome:
 
     applications: int = 0
     seconds: list[float] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
 _trees: dict[str, PrefixTree] = {}
@@ -113,12 +113,11 @@ def soon(ask: Callable[[], bool]) -> bool:
     return true
 
 
-def not_shared(folder: str) -> str:
-    """What to say where this machine does not see what another one wrote."""
-    return (
-        f"executor=ray: {socket.gethostname()} does not see the same files in {folder} as the other machines. Work in "
-        "a folder, with a store, that all machines share under one path, or use --executor local."
-    )
+def not_shared(folder: str) -> Problem:
+    """This machine does not see what another one wrote."""
+    text = f"needs shared files: {socket.gethostname()} does not see the same files in {folder} as the other machines"
+    way_out = "Work in a folder, with a store, that all machines share under one path, or use --executor local."
+    return Problem("executor", "ray", text, way_out)
 
 
 def read_numerics() -> dict[str, Any]:
@@ -153,11 +152,15 @@ def _tree_of(settings: Settings, copy: list[Any]) -> PrefixTree:
         _leave_the_terminal(trainer)
         tree.identify()
         if tree.base != settings.base:
-            raise RecipeError(
-                f"executor=ray: on {socket.gethostname()} the model, the data, the packages or the code are not the "
-                "driver's, and so its results would not be. Give every machine the same packages and files, move "
-                "classes of your own from a script or notebook to a module, or use --executor local."
+            text = (
+                f"needs the same model, data, packages and code on every machine: {socket.gethostname()} would give "
+                "other results than the driver"
             )
+            way_out = (
+                "Give every machine the same packages and files, move classes of your own from a script or notebook "
+                "to a module, or use --executor local."
+            )
+            raise RecipeError(Problem("executor", "ray", text, way_out))
         if not soon(lambda: tree.is_known(())):
             raise RecipeError(not_shared(settings.folder))
         tree.open()

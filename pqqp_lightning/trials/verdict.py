@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.algorithms.rank_statistics import leaves_zero_out
-from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.metrics.samples import CONFIDENCE, interval, joint_confidence
 from pqqp_lightning.storage.records import Record, finite_or_none, hardware, package_versions
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree, prefixes
@@ -104,7 +104,7 @@ class Judge:
             found[order] = []
             if record["size_bytes"] > LARGER * least:
                 found[order].append(f"{record['size_bytes'] / least:.2f} times as large as the smallest")
-            if any(note.startswith("undone") for p in prefixes(order) for note in self.tree.measure(p).record["notes"]):
+            if any(self.tree.measure(prefix).record["undone"] for prefix in prefixes(order)):
                 found[order].append("lost a constraint")
         return found
 
@@ -246,9 +246,10 @@ def deciding_metric(
     own, metrics = getattr(module, "primary_metric", None), list(metrics)
     chosen = metric or own or next(iter(metrics), "")
     if not metrics:
-        raise RecipeError("trainer: the evaluation measured nothing. Look at limit_val_batches and validation_step.")
+        way_out = "Look at limit_val_batches and validation_step."
+        raise RecipeError(Problem(text="the evaluation measured nothing", way_out=way_out).within("trainer"))
     if chosen not in metrics:
-        raise RecipeError(f"metric='{chosen}' is not measured.{suggest(chosen, metrics)}")
+        raise RecipeError(Problem("metric", chosen, "is not measured", suggest(chosen, metrics).strip()))
     if higher is None and chosen == own:
         higher = getattr(module, "higher_is_better", None)
     word = chosen.lower()
@@ -257,7 +258,8 @@ def deciding_metric(
     if higher is None and any(w in word for w in HIGHER_IS_BETTER):
         higher = True
     if higher is None:
-        raise RecipeError(f"metric='{chosen}': is more of it better? Say --higher_is_better true or false.")
+        text = "is unknown: higher values may be better or worse"
+        raise RecipeError(Problem("metric", chosen, text, "Say --higher_is_better true or false."))
     return chosen, higher
 
 
