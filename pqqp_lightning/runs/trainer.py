@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from pqqp_lightning.checkpoint.format import model_folder
 from pqqp_lightning.checkpoint.load import restore
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.runs.checks import check_recipe
 from pqqp_lightning.runs.run import Run
 from pqqp_lightning.runs.run_data import DataSource
@@ -34,11 +34,19 @@ class Trainer(pl.Trainer):
     differ: a CSV logger in the run folder, no model summary, no sanity validation, and no checkpoint callback
     unless you add one (stages save themselves).
 
+    Attributes:
+        recipe: the model's, the data's and the trainer's settings as plain data, which decide whether a run may be
+            resumed; the command line sets it, and it is empty in Python.
+        recipe_text: the whole recipe with its defaults, for the run folder; the command line sets it.
+
     Example::
 
         trainer = Trainer(callbacks=[SparseGPT(0.5), GPTQ(4)], default_root_dir="runs/first")
         trainer.fit(CausalLM("smollm2-135m"), datamodule=TextData())
     """
+
+    recipe: dict[str, Any]
+    recipe_text: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         callbacks = kwargs.get("callbacks") or []
@@ -54,7 +62,7 @@ class Trainer(pl.Trainer):
             kwargs["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
         name_stages([c for c in callbacks if isinstance(c, Stage)])  # Lightning wants their states' keys distinct
         super().__init__(*args, **kwargs)
-        self.recipe: dict[str, Any] = {}
+        self.recipe = {}
         self.recipe_text = ""
 
     @property
@@ -86,7 +94,7 @@ class Trainer(pl.Trainer):
         """
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
-        resume = goes_on(ckpt_path, "fit")
+        resume = is_resume(ckpt_path, "fit")
         data = DataSource(model, train_dataloaders, val_dataloaders, datamodule)
         stages = self.stages or self._plain_training()
         check_recipe(self, data, stages)
@@ -132,9 +140,8 @@ class Trainer(pl.Trainer):
             return ckpt_path
         if ckpt_path != "last" and not folder.is_dir():
             if str(ckpt_path).partition(":")[0] not in ("best", "hpc", "registry") and not is_zipfile(folder):
-                raise RecipeError(
-                    f"ckpt_path={ckpt_path}: is neither a run folder nor a whole checkpoint of Lightning's."
-                )
+                text = "is neither a run folder nor a whole checkpoint of Lightning's"
+                raise RecipeError(Problem("ckpt_path", str(ckpt_path), text))
             return ckpt_path
         restore(model, model_folder(folder))
         return None
@@ -147,14 +154,15 @@ class Trainer(pl.Trainer):
         return [Training(epochs=epochs)]
 
 
-def goes_on(ckpt_path: Any, command: str) -> bool:
-    """Whether ``ckpt_path`` asks to go on with what is in the run folder.
+def is_resume(ckpt_path: Any, command: str) -> bool:
+    """Whether ``ckpt_path`` asks to resume what is in the run folder.
 
     Raises:
         RecipeError: it asks for something else.
     """
     if ckpt_path not in (None, "last"):
-        raise RecipeError(f"ckpt_path={ckpt_path}: {command} goes on with the run in --run_dir. Use --ckpt_path last.")
+        text = f"names no run: {command} resumes the run in --run_dir"
+        raise RecipeError(Problem("ckpt_path", ckpt_path, text, "Use --ckpt_path last."))
     return ckpt_path is not None
 
 
