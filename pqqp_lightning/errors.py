@@ -30,6 +30,8 @@ class Problem:
         value: what the setting holds, as the message shall show it; NOT_GIVEN where the value is not the point.
         text: what is wrong and how far it reaches. It continues the sentence that the setting begins:
             "does not divide in_features=576 of 12 layers (...)". No full stop at its end.
+        complete: whether ``text`` is a whole sentence, as in "Unknown argument 'bitz'", before which the argument and
+            its value are not repeated.
         way_out: what to do instead, whole sentences.
         section: the part of ``key`` that names a section or a stage; shown apart from the argument.
         owner: the class that the section names (``GPTQ``).
@@ -43,6 +45,7 @@ class Problem:
     section: str = ""
     owner: str = ""
     source: str = ""
+    complete: bool = False
 
     def within(self, section: str, owner: str = "") -> Problem:
         """The same problem, its key taken from inside ``section``, whose class is ``owner``."""
@@ -58,7 +61,7 @@ class Problem:
         argument = self.argument
         place = f"{self.section} ({self.owner})" if self.owner else self.section
         given = "" if self.value is NOT_GIVEN else f"={self.value!r}" if argument else f"{self.value!r}"
-        sentence = f"{argument}{given} {self.text}".strip()
+        sentence = self.text if self.complete else f"{argument}{given} {self.text}".strip()
         plain = not (argument or place or self.way_out)  # whoever gave text alone has worded it
         ending = "" if plain or sentence.endswith((".", "?", "!")) else "."
         parts = [part for part in (self.source, place, f"{sentence}{ending} {self.way_out}".strip()) if part]
@@ -72,14 +75,14 @@ class RecipeError(Exception):
     can find several problems collects them and raises once.
 
     Args:
-        problems: one problem, or all of them. Plain text is a problem of no setting.
+        problems: one problem, or all of them; those that read the same are kept once. Plain text is a problem of no
+            setting.
     """
 
     def __init__(self, problems: str | Problem | Iterable[str | Problem]) -> None:
         several = [problems] if isinstance(problems, str | Problem) else problems
-        self.problems: list[Problem] = [
-            Problem(text=problem) if isinstance(problem, str) else problem for problem in several
-        ]
+        worded = [Problem(text=problem) if isinstance(problem, str) else problem for problem in several]
+        self.problems: list[Problem] = list({str(problem): problem for problem in worded}.values())
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 

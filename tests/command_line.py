@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from forked import run_forked
 from tiny import ACCELERATOR
 
 from pqqp_lightning.__main__ import main
+from pqqp_lightning.errors import Problem, RecipeError
 
 RECIPE = """\
 model:
@@ -63,6 +65,16 @@ def run(*arguments: str) -> int:
     except SystemExit as exit:
         return int(exit.code or 0)
     return 0
+
+
+def refused(*arguments: str) -> list[Problem]:
+    """What the user must put right of a command that runs in this process and exits with code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = stop.value.__context__
+    assert isinstance(error, RecipeError)
+    return error.problems
 
 
 def run_process(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from pqqp_lightning.algorithms.interference import additivity, mixed_units
 from pqqp_lightning.callbacks import GPTQ, RTN, SLEB, BasisSharing, ChannelPruning, LoRA, Magnitude, QuaRot, SparseGPT
 from pqqp_lightning.checkpoint.load import load
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.experiments.analysis import analyze_pair
+from pqqp_lightning.experiments import AnalysisOptions, analyze_pair
 
 
 def named(**stages):
@@ -26,7 +26,8 @@ def named(**stages):
 def analyze(folder, *stages, kind="llama", layers=2, **options):
     folder.mkdir(exist_ok=True)
     model = make_model(kind, layers)
-    analyze_pair(trainer(folder / "run", *stages), model, make_data(kind, folder), **options)
+    data = make_data(kind, folder)
+    analyze_pair(trainer(folder / "run", *stages), model, data, AnalysisOptions(**options))
     return json.loads((folder / "run/analysis.json").read_text())
 
 

@@ -17,7 +17,7 @@ from tiny import RegressionData, Regressor, trainer
 import pqqp_lightning
 from pqqp_lightning.callbacks import RTN, Magnitude
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.experiments.order import search_orders
+from pqqp_lightning.experiments import OrderOptions, search_orders
 from pqqp_lightning.experiments.session import alone
 from pqqp_lightning.runs.run_data import DataSource
 from pqqp_lightning.runs.stage_runner import Runner
@@ -440,7 +440,7 @@ def test_killed_at_random_moments_the_search_ends_with_the_same_table(seed, fini
 
 
 def regression_search(folder: Path, *stages, **options) -> dict:
-    search_orders(trainer(folder, *stages), Regressor(), RegressionData(), **options)
+    search_orders(trainer(folder, *stages), Regressor(), RegressionData(), OrderOptions(**options))
     return json.loads((folder / "order.json").read_text())
 
 
@@ -463,7 +463,7 @@ def test_a_metric_whose_direction_is_unknown(folder, monkeypatch):
         regression_search(folder / "run", Magnitude(0.5), RTN(3))
     assert seen == [0]  # and not a whole evaluation
     assert not (folder / "run/run.json").exists()
-    assert regression_search(folder / "run", Magnitude(0.5), RTN(3), higher=True)["higher_is_better"] is True
+    assert regression_search(folder / "run", Magnitude(0.5), RTN(3), higher_is_better=True)["higher_is_better"] is True
 
 
 @pytest.mark.parametrize("count", [1, 5])

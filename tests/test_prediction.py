@@ -10,7 +10,7 @@ from test_analysis import fitted, named, slow_errors
 from tiny import make_data, make_model, trainer
 
 from pqqp_lightning.callbacks import GPTQ, RTN, SLEB, BasisSharing, QuaRot, SparseGPT
-from pqqp_lightning.experiments.order import search_orders
+from pqqp_lightning.experiments import OrderOptions, search_orders
 from pqqp_lightning.report.prediction import print_prediction
 from pqqp_lightning.runs.stage_runner import Runner
 
@@ -23,9 +23,8 @@ STAGES = {
 
 
 def predict(folder, *stages, **options):
-    search_orders(
-        trainer(folder / "run", *stages), make_model("llama"), make_data("llama", folder), strategy="predict", **options
-    )
+    chosen = OrderOptions(strategy="predict", **options)
+    search_orders(trainer(folder / "run", *stages), make_model("llama"), make_data("llama", folder), chosen)
     return json.loads((folder / "run/prediction.json").read_text())
 
 

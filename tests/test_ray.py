@@ -18,7 +18,7 @@ from tiny import RegressionData, Regressor, trainer
 
 from pqqp_lightning.callbacks import RTN, Magnitude
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.experiments.order import search_orders
+from pqqp_lightning.experiments import OrderOptions, search_orders
 from pqqp_lightning.runs.run_data import DataSource
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import WEIGHTS
@@ -168,7 +168,7 @@ def test_progressive_and_limits_with_a_module_of_ones_own(folder, capsys):
     def search(name: str, **options) -> dict:
         stages = [Magnitude(0.5), RTN(3), Magnitude(0.7, targets=["blocks.0"])]
         engine = trainer(folder / name / "run", *stages, enable_progress_bar=True)
-        search_orders(engine, Regressor(), RegressionData(), **options)
+        search_orders(engine, Regressor(), RegressionData(), OrderOptions(**options))
         return plain(json.loads((folder / name / "run/order.json").read_text()))
 
     options = {"strategy": "progressive", "max_runs": 2}
@@ -187,15 +187,17 @@ def test_a_worker_that_would_measure_something_else_is_refused(folder, monkeypat
     monkeypatch.setattr(
         executor_ray, "settings_of", lambda search, base: ray_worker.settings_of(search, ("another", ""))
     )
+    engine = trainer(folder / "run", Magnitude(0.5), RTN(3))
     with pytest.raises(RecipeError, match="needs the same model, data, packages and code on every machine"):
-        search_orders(trainer(folder / "run", Magnitude(0.5), RTN(3)), Regressor(), RegressionData(), executor="ray")
+        search_orders(engine, Regressor(), RegressionData(), OrderOptions(executor="ray"))
 
 
 def test_what_cannot_be_sent_is_refused_before_any_work(folder):
     data = RegressionData()
     data.lock = threading.Lock()
+    engine = trainer(folder / "run", Magnitude(0.5), RTN(3))
     with pytest.raises(RecipeError, match="executor='ray' cannot send the model, data or trainer to other processes"):
-        search_orders(trainer(folder / "run", Magnitude(0.5), RTN(3)), Regressor(), data, executor="ray")
+        search_orders(engine, Regressor(), data, OrderOptions(executor="ray"))
     assert not list(folder.glob("store/*/record.json"))
 
 

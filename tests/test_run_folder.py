@@ -50,7 +50,7 @@ def test_stages_are_no_matter_of_a_test(folder, capfd):
     assert run("test", "--run_dir", "mine", "--stages.prune.sparsity", "0.9") == 2
     assert "stages.prune.sparsity: test measures the model in mine as it was saved" in capfd.readouterr().err
     assert run("test", "--config", "recipe.yaml", "--run_dir", "mine") == 0
-    assert "test: the recipe's model, not compressed; without --config it would be the one in mine." in (
+    assert "test: measures the recipe's model, not compressed. Leave --config out for the one in mine." in (
         capfd.readouterr().out
     )
 

@@ -15,7 +15,7 @@ from tiny import RegressionData, Regressor, trainer
 from pqqp_lightning.callbacks import RTN, Magnitude
 from pqqp_lightning.cli.settings import Setting, merged_section, without_section
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.experiments.sweep import sweep_grid
+from pqqp_lightning.experiments import SweepOptions, sweep_grid
 from pqqp_lightning.runs.stage_runner import Runner
 
 TWO = RECIPE[RECIPE.index("stages:") :]
@@ -278,7 +278,7 @@ def test_one_stage_alone(folder):
 def test_from_python_with_a_module_of_ones_own(folder):
     grid = {"magnitude": {"sparsity": [0.3, 0.6]}, "rtn": {"bits": [4, 2]}}
     stages = (Magnitude(0.5), RTN(3))
-    sweep_grid(trainer(folder / "sweep", *stages), Regressor(), RegressionData(), grid)
+    sweep_grid(trainer(folder / "sweep", *stages), Regressor(), RegressionData(), SweepOptions(grid=grid))
     report = json.loads((folder / "sweep/sweep.json").read_text())
     assert (report["metric"], report["higher_is_better"]) == ("mse", False)
     assert (report["pruning"], report["quantizing"]) == ("magnitude", "rtn")
@@ -288,8 +288,9 @@ def test_from_python_with_a_module_of_ones_own(folder):
 
 def test_points_that_can_run_in_no_order_are_refused(folder):
     grid = {"rtn": {"group_size": [4, 3]}}
+    engine = trainer(folder / "sweep", Magnitude(0.5), RTN(3))
     with pytest.raises(RecipeError) as caught:
-        sweep_grid(trainer(folder / "sweep", Magnitude(0.5), RTN(3)), Regressor(), RegressionData(), grid)
+        sweep_grid(engine, Regressor(), RegressionData(), SweepOptions(grid=grid))
     for problem, width in zip(caught.value.problems, (8, 16), strict=True):
         assert (problem.key, problem.value) == ("grid.rtn.group_size", 3)
         assert str(problem).startswith(f"grid.rtn (RTN): group_size=3 does not divide in_features={width} of")

@@ -1,4 +1,4 @@
-"""``pqqp-lightning methods``: every installed stage with its knobs and its source."""
+"""``pqqp-lightning methods``: every installed stage with its arguments and its source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pqqp_lightning.stages.stage import Stage
 
 
 def print_methods(stages: Mapping[str, type[Stage]], console: Console | None = None) -> None:
-    """Print a table for each stage: its summary and source, then knob, default and meaning."""
+    """Print a table for each stage: its summary and source, then argument, default and meaning."""
     console = console or wide_console()
     for name, cls in stages.items():
         documented = documentation(cls)
@@ -25,17 +25,20 @@ def print_methods(stages: Mapping[str, type[Stage]], console: Console | None = N
         if cls.source:
             console.print(f"Source: {cls.source}", highlight=False, markup=False)
         table = Table(show_edge=False, pad_edge=False)
-        for column in ("knob", "default", "meaning"):
+        for column in ("argument", "default", "meaning"):
             table.add_column(column)
-        for knob, parameter in knobs(cls).items():
+        for argument, parameter in knobs(cls).items():
             default = "" if parameter.default is parameter.empty else repr(parameter.default)
-            table.add_row(knob, default, documented.get(knob, ""))
+            table.add_row(argument, default, documented.get(argument, ""))
         console.print(table)
 
 
 def summarize(stages: Mapping[str, type[Stage]]) -> str:
-    """The methods with their own knobs, and the knobs that they share, in two sentences."""
+    """The methods with their own arguments, and the arguments that they share, in two sentences."""
     shared = knobs(Stage)
-    own = {name: [knob for knob in knobs(cls) if knob not in shared] for name, cls in stages.items()}
-    methods = "; ".join(f"{name} ({', '.join(names)})" if names else name for name, names in own.items())
-    return f"Methods and their knobs: {methods}. Shared knobs: {', '.join(shared)}. More: pqqp-lightning methods."
+    methods = []
+    for name, cls in stages.items():
+        own = [argument for argument in knobs(cls) if argument not in shared]
+        methods.append(f"{name} ({', '.join(own)})" if own else name)
+    words = f"Methods and their arguments: {'; '.join(methods)}. Shared arguments: {', '.join(shared)}."
+    return f"{words} More: pqqp-lightning methods."

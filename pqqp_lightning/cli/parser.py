@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import errno
-import sys
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from pqqp_lightning.cli.command_table import COMMANDS
+from pqqp_lightning.cli.command_trainer import NOT_OPTIONS, RECIPE_OPTIONS, CommandTrainer
 from pqqp_lightning.cli.methods import summarize
 from pqqp_lightning.cli.settings import ENVIRONMENT
-from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.report.html import show_run
 from pqqp_lightning.stages.discovery import known_stages
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.files import not_written
-from pqqp_lightning.trials.fingerprint import DECIDING
+from pqqp_lightning.trials.fingerprint import TRAINER_OPTIONS
 
 NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-
-SEARCHES = ("order", "sweep", "analyze")
+CHANGE_OPTION = "Change the option, or leave it out."
 
 
 class NotStarted(RecipeError):
@@ -32,57 +33,79 @@ class NotStarted(RecipeError):
 
 
 class CommandLine(LightningCLI):
-    """LightningCLI with ``--stages``, ``--stage_order`` and ``--run_dir``."""
+    """LightningCLI with ``--stages``, ``--stage_order`` and ``--run_dir``. Creating it parses and runs the command.
+
+    ``sys.argv`` is neither read nor changed. The other processes of a distributed run are started by Lightning with
+    this process's ``sys.argv``, the user's own command, and so read the same arguments by themselves.
+
+    Args:
+        command: one that takes a recipe.
+        arguments: what follows it.
+    """
+
+    def __init__(self, command: str, arguments: list[str]) -> None:
+        self._command = command
+        super().__init__(
+            LightningModule,
+            save_config_callback=None,
+            trainer_class=CommandTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            args=[command, *arguments],
+        )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Errors are raised, so that they can be worded; options can come from the environment."""
-        kwargs |= {"exit_on_error": False, "default_env": True, "env_prefix": ENVIRONMENT}
+        """Errors are raised, so that we can word them; options can come from the environment."""
+        kwargs |= {"prog": "pqqp-lightning", "exit_on_error": False, "default_env": True, "env_prefix": ENVIRONMENT}
         return super().init_parser(**kwargs)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The command that was asked for; making the parsers of all of them takes most of a short command's time."""
-        skipped = {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders", "weights_only"}
-        return {sys.argv[1]: skipped}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static in Lightning, which calls it on self
+        """Only the command that was asked for: making all parsers takes most of a short command's time."""
+        return {self._command: NOT_OPTIONS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our options beside Lightning's."""
         stages_help = f"Stages by name, in order. {summarize(known_stages())}"
         parser.add_argument("--stages", type=dict[str, Stage], default={}, help=stages_help)
-        parser.add_argument("--stage_order", type=list[str] | None, default=None, help="The stages in another order.")
-        parser.add_argument("--run_dir", type=str | None, default=None, help="The run folder.")
+        for name, (kind, words) in RECIPE_OPTIONS.items():
+            parser.add_argument(f"--{name}", type=kind, default=None, help=words)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take hyperparameters from the checkpoint; here the recipe says what the model is."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """A recipe that is no text is an error like others."""
+        """Parse ``args`` only; Lightning's own method warns where ``sys.argv`` has words, too."""
         try:
-            super().parse_arguments(parser, args)
-        except UnicodeDecodeError as error:
+            self.config = parser.parse_args(args)
+        except UnicodeDecodeError as error:  # a recipe that is not text
             raise ArgumentError(None, str(error)) from error
 
     def _set_seed(self) -> None:
         try:
             super()._set_seed()
         except ValueError as error:
-            raise NotStarted(f"seed_everything={self._get(self.config, 'seed_everything')}: {error}.") from error
+            seed = self._get(self.config, "seed_everything")
+            way_out = "Use a whole number from 0 to 4294967295."
+            raise NotStarted(Problem("seed_everything", seed, "is not a seed", way_out)) from error
 
     def before_instantiate_classes(self) -> None:
         """Settle the run folder and the order of the stages before anything is built."""
         config = self.config[self.subcommand]
-        config.run_dir = str(run_folder(config, self.subcommand or "fit"))
+        config.run_dir = str(run_folder(config, self._command))
         config.trainer.default_root_dir = config.run_dir
-        stages = {str(name): stage for name, stage in config.stages.items()}  # 1 and yes are no texts in YAML
+        stages = {str(name): stage for name, stage in config.stages.items()}  # YAML reads 1 and yes as other types
         config.stages = ordered(stages, config.stage_order)
         config.stage_order = None
 
     def instantiate_classes(self) -> None:
-        """Build the model, the data, the stages and the trainer; what they refuse comes out of the parser's errors."""
+        """Build the model, the data, the stages and the trainer. What they refuse is inside the parser's errors."""
         try:
             super().instantiate_classes()
         except Exception as error:
-            if problems := _refused(error):
+            if problems := problems_behind(error):
                 raise NotStarted(problems) from error
             raise
 
@@ -94,25 +117,26 @@ class CommandLine(LightningCLI):
         config = dict(self.config_init[self.subcommand]["trainer"])
         given = config.pop("callbacks") or []
         config["callbacks"] = [*stages.values(), *(given if isinstance(given, list) else [given])]
-        if self.subcommand in ("validate", "test") and config["logger"] is None:
+        if self._command in ("validate", "test") and config["logger"] is None:
             config["logger"] = False  # the run's own logs stay as they are
         try:
-            trainer = self.trainer_class(**config)
+            trainer = CommandTrainer(**config)
         except (MisconfigurationException, TypeError, ValueError) as error:
-            raise RecipeError(_refused(error) or f"trainer: {error} Change the option, or leave it out.") from error
+            raise RecipeError(_trainer_problem(config, error)) from error
         trainer.recipe_text = self._resolved_recipe()
         resolved = yaml.safe_load(trainer.recipe_text)
         trainer.recipe = {key: resolved[key] for key in ("model", "data") if resolved.get(key) is not None}
-        trainer.recipe["trainer"] = {key: resolved["trainer"][key] for key in DECIDING if key in resolved["trainer"]}
+        options = resolved["trainer"]
+        trainer.recipe["trainer"] = {key: options[key] for key in TRAINER_OPTIONS if key in options}
         return trainer
 
     def after_fit(self) -> None:
-        """The table of the run."""
+        """Show the table of the run."""
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             show_run(Path(self.trainer.default_root_dir))
 
     def _resolved_recipe(self) -> str:
-        """The recipe with every default written out, runnable again."""
+        """The recipe with every default written out. It can be run again."""
         config = self.config[self.subcommand].clone()
         for key in ("config", "ckpt_path"):
             config.pop(key, None)
@@ -120,12 +144,12 @@ class CommandLine(LightningCLI):
 
 
 def run_folder(config: Namespace, command: str) -> Path:
-    """``--run_dir``, or ``runs/`` and the names of the recipes (searches have folders of their own)."""
+    """``--run_dir``, or ``runs/`` and the names of the recipes; experiments add their own name."""
     if given := config.run_dir or config.trainer.default_root_dir:
         return Path(given)
     files = config.get("config") or []
     stem = "-".join(Path(str(file)).stem for file in files) or "run"
-    return Path("runs") / (f"{stem}-{command}" if command in SEARCHES else stem)
+    return Path("runs") / (f"{stem}-{command}" if COMMANDS[command].is_experiment else stem)
 
 
 def ordered(stages: dict[str, Any], order: list[str] | None) -> dict[str, Any]:
@@ -136,24 +160,46 @@ def ordered(stages: dict[str, Any], order: list[str] | None) -> dict[str, Any]:
     """
     if order is None:
         return stages
-    problems = [f"stage_order: '{name}' is no stage.{suggest(name, stages)}" for name in order if name not in stages]
+    problems = []
+    for name in order:
+        if name not in stages:
+            text = f"Unknown stage '{name}'"
+            problems.append(
+                Problem("stage_order", order, text, suggest(name, stages).strip(), section="stage_order", complete=True)
+            )
     if missing := [name for name in stages if name not in order]:
-        problems.append(f"stage_order={order} leaves out {', '.join(missing)}. Name every stage once.")
+        problems.append(Problem("stage_order", order, f"leaves out {', '.join(missing)}", "Name every stage once."))
     if len(set(order)) != len(order):
-        problems.append(f"stage_order={order} names a stage twice. Name every stage once.")
+        problems.append(Problem("stage_order", order, "names a stage twice", "Name every stage once."))
     if problems:
         raise NotStarted(problems)
     return {name: stages[name] for name in order}
 
 
-def _refused(error: BaseException | None) -> list[str]:
+def problems_behind(error: BaseException | None) -> list[Problem]:
     """What a class that the recipe names, or Lightning, refused with ``error`` or with a cause of it."""
     while error is not None:
         if isinstance(error, RecipeError):
-            return [str(problem) for problem in error.problems]
+            return error.problems
         if isinstance(error, MisconfigurationException | ModuleNotFoundError):
-            return [f"trainer: {' '.join(str(error).split())} Change the option, or leave it out."]
+            words = " ".join(str(error).split())
+            return [Problem("trainer", text=words, way_out=CHANGE_OPTION, section="trainer")]
         if isinstance(error, OSError) and error.errno in NOT_WRITTEN:
-            return [not_written(error.filename or "a file of the run", error)]
+            return [Problem(text=not_written(error.filename or "a file of the run", error))]
         error = error.__cause__
     return []
+
+
+def _trainer_problem(config: dict[str, Any], error: Exception) -> Problem:
+    """What Lightning's trainer refused. The option to blame is the one without which it can be made."""
+    words = " ".join(str(error).split())
+    options = {key: value for key, value in config.items() if key not in ("callbacks", "logger") and value is not None}
+    for name, value in options.items():
+        others = {key: other for key, other in options.items() if key != name}
+        try:
+            CommandTrainer(**others, logger=False)
+        except (MisconfigurationException, TypeError, ValueError):
+            continue
+        text = f"is not accepted ({words.rstrip('.')})"
+        return Problem(f"trainer.{name}", value, text, CHANGE_OPTION, section="trainer")
+    return Problem("trainer", text=words, way_out=CHANGE_OPTION, section="trainer")

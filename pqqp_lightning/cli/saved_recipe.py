@@ -1,61 +1,73 @@
-"""Recipes that the user does not write on the command line: that of a run's folder, and those in the package."""
+"""Recipes that the user does not write: the one in a run's folder, and those in the package."""
 
 from __future__ import annotations
 
-import atexit
-import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
 import pqqp_lightning
-from pqqp_lightning.cli.diagnosis import OPTIONS, OPTIONS_OF, SECTIONS
+from pqqp_lightning.cli.command_trainer import SECTIONS, option_names
 from pqqp_lightning.cli.settings import COMMAND_LINE, load_yaml, option, read_settings
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.storage.run_folder import RECIPE
 
 
-def with_saved_recipe(command: str, arguments: list[str]) -> list[str]:
-    """``validate`` and ``test`` of a run need its folder alone: the recipe and the checkpoint are in it."""
+@contextmanager
+def with_saved_recipe(command: str, arguments: list[str]) -> Iterator[list[str]]:
+    """The arguments of a command; ``validate --run_dir RUN`` and ``test`` get the recipe and the checkpoint of the run.
+
+    Raises:
+        RecipeError: the folder has no recipe, or the command line changes stages that are applied already.
+    """
     run = option(arguments, "run_dir")
     if command not in ("validate", "test") or run is None:
-        return arguments
+        yield arguments
+        return
     if option(arguments, "config") is not None:
         if option(arguments, "ckpt_path") is None:
-            print(f"{command}: the recipe's model, not compressed; without --config it would be the one in {run}.")
-        return arguments
+            print(f"{command}: measures the recipe's model, not compressed. Leave --config out for the one in {run}.")
+        yield arguments
+        return
     recipe = Path(run) / RECIPE
     if not recipe.is_file():
-        raise RecipeError(f"{run}: holds no {RECIPE}. Name the folder of a run, or give --config.")
+        way_out = "Name the folder of a run, or give --config."
+        raise RecipeError(Problem("run_dir", run, f"has no {RECIPE}", way_out, source=COMMAND_LINE))
     settings, _ = read_settings(command, arguments)
-    if idle := [setting.key for setting in settings if setting.key.split(".")[0] in ("stages", "stage_order")]:
+    idle = [setting for setting in settings if setting.key.split(".")[0] in ("stages", "stage_order")]
+    if idle:
+        text = f"has no effect: {command} measures the model in {run} as it was saved"
         raise RecipeError(
-            f"{COMMAND_LINE}: {', '.join(idle)}: {command} measures the model in {run} as it was saved. Leave it out."
+            Problem(setting.key, text=text, way_out="Leave it out.", source=setting.where) for setting in idle
         )
-    extra = [] if option(arguments, "ckpt_path") else ["--ckpt_path", "last"]
-    return ["--config", str(_without_options_of_searches(recipe, command)), *arguments, *extra]
+    if option(arguments, "ckpt_path") is None:
+        arguments = [*arguments, "--ckpt_path", "last"]
+    with tempfile.TemporaryDirectory(prefix="pqqp-recipe-") as folder:
+        yield ["--config", str(_without_other_options(recipe, command, Path(folder))), *arguments]
 
 
-def _without_options_of_searches(recipe: Path, command: str) -> Path:
-    """The recipe that a search saved, for another command: a copy without the search's own options."""
-    text = recipe.read_text(encoding="utf-8")
-    content = load_yaml(text)
-    known = SECTIONS | OPTIONS.keys() | OPTIONS_OF[command].keys()
+def _without_other_options(recipe: Path, command: str, folder: Path) -> Path:
+    """The recipe that another command saved; a copy in ``folder`` without that command's options if it has any."""
+    content = load_yaml(recipe.read_text(encoding="utf-8"))
+    known = {*SECTIONS, *option_names(command)}
     if not isinstance(content, dict) or content.keys() <= known:
         return recipe
-    folder = Path(tempfile.mkdtemp(prefix="pqqp-recipe-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     kept = {key: value for key, value in content.items() if key in known}
     (folder / RECIPE).write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
     return folder / RECIPE
 
 
-def bundled(argument: str) -> str:
-    """A recipe that is not in the working folder, but in the package: ``recipes/quickstart.yaml`` works anywhere."""
+def packaged(argument: str) -> str:
+    """The argument; a recipe that is not in the working folder but in the package as the path of that one.
+
+    ``--config recipes/quickstart.yaml`` so works in any folder.
+    """
     key, equals, value = argument.rpartition("=")
     if value.startswith(("recipes/", "configs/")) and value.endswith(".yaml") and not Path(value).exists():
-        packaged = Path(pqqp_lightning.__file__).parent / value
-        if packaged.is_file():
-            return f"{key}{equals}{packaged}"
+        path = Path(pqqp_lightning.__file__).parent / value
+        if path.is_file():
+            return f"{key}{equals}{path}"
     return argument

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,17 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader
 
-from pqqp_lightning.errors import suggest
+from pqqp_lightning.errors import Problem, suggest
 
 COMMAND_LINE = "command line"
 FRAGMENTS = ("model", "data", "trainer")
-FLAGS = {"print_config", "help", "h", "print_shtab"}
 NO_VALUE = object()
 ENVIRONMENT = "PQQP"
 _parser_yaml = get_loader("yaml")
-_SUBJECT = re.compile(r"(?P<section>\w+(?:\.[\w-]+)?)(?: \(\w+\))?: ")
-_KNOB = re.compile(r"\b(?P<knob>[\w.]+)(?:=|: )")
 
 
 class DuplicateKey(yaml.MarkedYAMLError):
-    """A key stands twice in one mapping."""
+    """A mapping has the same key twice."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class Setting:
     Attributes:
         where: the recipe's path, "command line", or an environment variable.
         key: dotted, as in ``stages.prune.sparsity``.
-        value: plain data; NO_VALUE of an option that stands alone.
+        value: plain data; NO_VALUE for an option that is given without one.
     """
 
     where: str
@@ -46,18 +42,38 @@ class Setting:
 
     def sets(self, key: str) -> bool:
         """Whether this gives ``key`` (dotted, without ``init_args``) a value."""
-        return any(leaf == key or leaf.startswith(f"{key}.") for leaf in _leaves(self.key, self.value))
+        own = self._path()
+        if own == key:
+            return True
+        if not key.startswith(f"{own}."):
+            return False
+        value = self.value
+        for name in key.removeprefix(f"{own}.").split("."):
+            if isinstance(value, dict) and name not in value:
+                value = value.get("init_args")
+            if not isinstance(value, dict) or name not in value:
+                return False
+            value = value[name]
+        return True
+
+    def is_inside(self, section: str) -> bool:
+        """Whether this sets something below ``section``."""
+        return self._path().startswith(f"{section}.")
+
+    def _path(self) -> str:
+        return self.key.replace(".init_args", "").removesuffix(".class_path")
 
 
-def read_settings(command: str, arguments: Sequence[str]) -> tuple[list[Setting], list[str]]:
+def read_settings(command: str, arguments: Sequence[str]) -> tuple[list[Setting], list[Problem]]:
     """What the environment, the recipes and the command line set, in this order, and what cannot be read."""
-    problems: list[str] = []
+    problems: list[Problem] = []
     settings = list(_settings_of_environment(command))
     for key, value in _pairs(arguments):
         if key in ("config", "c") and value is not None:
             settings += _settings_of_file(Path(value), problems)
         elif key == "" and value is not None:
-            problems.append(f"{COMMAND_LINE}: '{value}' belongs to no option. {_instead(value)}")
+            text = f"Unexpected argument '{value}'"
+            problems.append(Problem("", value, text, _way_out(value), source=COMMAND_LINE, complete=True))
         elif value is None:
             settings.append(Setting(COMMAND_LINE, key, NO_VALUE))
         else:
@@ -66,10 +82,10 @@ def read_settings(command: str, arguments: Sequence[str]) -> tuple[list[Setting]
 
 
 def load_yaml(text: str) -> Any:
-    """YAML as the parser reads it, but a key that stands twice in a mapping is an error: YAML keeps the last alone.
+    """YAML as the parser reads it, but a duplicate key in a mapping is an error: the parser would keep the last only.
 
     Raises:
-        yaml.YAMLError: no YAML, or a key stands twice.
+        yaml.YAMLError: not YAML, or a duplicate key.
     """
     _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader))
     return _parser_yaml(text)
@@ -87,7 +103,7 @@ def option(arguments: Sequence[str], name: str) -> str | None:
 
 
 def merged_section(settings: Iterable[Setting], section: str) -> Any:
-    """What the settings make of ``section`` together: a dotted key changes its own place alone."""
+    """What the settings make of ``section`` together: a dotted key changes its own place only."""
     merged: Any = {}
     for setting in settings:
         first, *rest = setting.key.split(".")
@@ -129,7 +145,7 @@ def replaced_stages(settings: Iterable[Setting]) -> list[str]:
 
 
 def stage_class_names(settings: Iterable[Setting]) -> list[str]:
-    """The bare class names that are given to stages."""
+    """The class names without a module that are given to stages."""
     names = []
     for setting in settings:
         parts = setting.key.split(".")
@@ -140,35 +156,23 @@ def stage_class_names(settings: Iterable[Setting]) -> list[str]:
     return names
 
 
-def place(problems: Iterable[str], settings: Sequence[Setting], otherwise: str) -> list[str]:
-    """Each problem once, with the place where its value was set in front of it; ``otherwise`` if none is found."""
-    return list(dict.fromkeys(f"{_where(problem, settings) or otherwise}: {problem}" for problem in map(str, problems)))
+def add_sources(problems: Iterable[Problem], settings: Sequence[Setting], otherwise: str) -> list[Problem]:
+    """The problems, each with who set its key as the source; ``otherwise`` where nobody did."""
+    return [
+        problem if problem.source else replace(problem, source=_source_of(problem.key, settings) or otherwise)
+        for problem in problems
+    ]
 
 
-def _where(problem: str, settings: Sequence[Setting]) -> str | None:
-    """Of ``"section (Class): ... knob=value ..."``: who set the knob last, or a knob that is mentioned; else who set
-    the section first."""
-    found = _SUBJECT.match(problem)
-    knob = _KNOB.search(problem, found.end() if found else 0)
-    section = found["section"] if found else None
-    name = knob["knob"] if knob else ""
-    for key in (f"{section}.{name}", f"{name}.{name}", name):
-        if places := [s.where for s in settings if s.sets(key)]:
-            return places[-1]
-    own = [s for s in settings if section and s.sets(section)]
-    words = set(re.findall(r"\w+", problem))
-    if places := [s.where for s in own if any(leaf.rpartition(".")[2] in words for leaf in _leaves(s.key, s.value))]:
-        return places[-1]
-    return own[0].where if own else None
-
-
-def _leaves(key: str, value: Any) -> Iterator[str]:
-    key = key.replace(".init_args", "")
-    if not isinstance(value, dict) or not value:
-        yield key
-        return
-    for name, inner in value.items():
-        yield from _leaves(key if name == "init_args" else f"{key}.{name}", inner)
+def _source_of(key: str, settings: Sequence[Setting]) -> str | None:
+    """Who set ``key`` last; else who first set something inside it; else the same for the section around it."""
+    while key:
+        if setters := [setting.where for setting in settings if setting.sets(key)]:
+            return setters[-1]
+        if inside := [setting.where for setting in settings if setting.is_inside(key)]:
+            return inside[0]
+        key = key.rpartition(".")[0]
+    return None
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -195,12 +199,13 @@ def _settings_of_environment(command: str) -> Iterator[Setting]:
             yield Setting(name, name.removeprefix(prefix).lower().replace("__", "."), _parse(value))
 
 
-def _settings_of_file(path: Path, problems: list[str]) -> Iterator[Setting]:
+def _settings_of_file(path: Path, problems: list[Problem]) -> Iterator[Setting]:
     content = _read_yaml(path, problems)
     if content is None:
         return
     if not isinstance(content, dict):
-        problems.append(f"{path}: is not a recipe: expected 'model:', 'data:', 'stages:' ..., got {content!r:.60}.")
+        text = f"is not a recipe: expected 'model:', 'data:', 'stages:' ..., but got {content!r:.60}"
+        problems.append(Problem(text=text, source=str(path)))
         return
     for key, value in content.items():
         where = path
@@ -212,41 +217,47 @@ def _settings_of_file(path: Path, problems: list[str]) -> Iterator[Setting]:
         yield from _split_stages(Setting(str(where), str(key), value))
 
 
-def _read_yaml(path: Path, problems: list[str]) -> Any:
+def _read_yaml(path: Path, problems: list[Problem]) -> Any:
+    """The content of a recipe or fragment; None, and a problem more, if it cannot be read."""
+
+    def refuse(text: str, way_out: str = "") -> None:
+        problems.append(Problem(text=text, way_out=way_out, source=str(path)))
+
     if path.is_dir():
-        inside = [f.name for f in sorted(path.glob("*.yaml"))]
-        hint = f"Name a file in it: {path / inside[0]}." if inside else "It holds no recipe."
-        problems.append(f"{path}: is a folder. {hint}")
+        inside = [file.name for file in sorted(path.glob("*.yaml"))]
+        refuse("is a folder", f"Name a file in it: {path / inside[0]}." if inside else "It has no recipe.")
         return None
     if not path.is_file():
-        near = suggest(path.name, [f.name for f in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
-        problems.append(f"{path}: there is no such file.{near}")
+        near = suggest(path.name, [file.name for file in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
+        refuse("there is no such file", near.strip())
         return None
     try:
         return load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        problems.append(f"{path}: cannot be read: {error.strerror}. Make it readable.")
-        return None
+        refuse(f"cannot be read: {error.strerror}", "Make it readable.")
     except UnicodeDecodeError as error:
-        problems.append(f"{path}: is no UTF-8 text (byte {error.start + 1}). Save it as UTF-8.")
-        return None
+        refuse(f"is not UTF-8 text (byte {error.start + 1})", "Save it as UTF-8.")
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problems.append(f"{path}: {at}{problem if isinstance(error, DuplicateKey) else f'is not YAML: {problem}'}.")
-        return None
+        if isinstance(error, DuplicateKey):
+            refuse(f"{at}{reason}", "Rename one.")
+        else:
+            refuse(f"{at}is not YAML: {reason}")
+    return None
 
 
-def _instead(word: str) -> str:
-    """How a word that stands alone may have been meant."""
+def _way_out(word: str) -> str:
+    """How a word that is no option may have been meant."""
     if word.endswith((".yaml", ".yml")):
-        return f"A recipe is given with --config {word}."
+        return f"Give a recipe with --config {word}."
     if word.endswith(("]", "}", ",")):
-        return "Quote a value that holds blanks, as in '[0.5, 0.7]'."
+        return "Quote a value that has blanks, as in '[0.5, 0.7]'."
     return "Options start with --."
 
 
 def _refuse_duplicates(node: Any) -> None:
+    """Raise :class:`DuplicateKey` if a mapping at or below ``node`` has a key twice; merge keys may repeat."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _refuse_duplicates(item)
@@ -255,8 +266,7 @@ def _refuse_duplicates(node: Any) -> None:
         for key, value in node.value:
             if isinstance(key.value, str) and key.value != "<<":
                 if key.value in seen:
-                    problem = f"'{key.value}' stands there for the second time, and only one would count. Rename one"
-                    raise DuplicateKey(None, None, problem, key.start_mark)
+                    raise DuplicateKey(None, None, f"Duplicate key '{key.value}'", key.start_mark)
                 seen.add(key.value)
             _refuse_duplicates(value)
 

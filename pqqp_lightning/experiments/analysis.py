@@ -16,7 +16,6 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from pqqp_lightning.algorithms.interference import additivity
 from pqqp_lightning.calibration.layer_errors import (
-    SAMPLES,
     Layers,
     block_changes,
     first_batches,
@@ -26,6 +25,7 @@ from pqqp_lightning.calibration.layer_errors import (
     samples_in,
 )
 from pqqp_lightning.errors import Problem, RecipeError
+from pqqp_lightning.experiments.options import AnalysisOptions
 from pqqp_lightning.experiments.session import Show, alone, check_store, open_search, store_of
 from pqqp_lightning.report.analysis import ANALYSIS, LAYERS, PICTURE, layer_rows, order_key
 from pqqp_lightning.runs.checks import check_places, check_run
@@ -48,12 +48,9 @@ def analyze_pair(
     trainer: Trainer,
     module: LightningModule,
     datamodule: LightningDataModule | None,
+    options: AnalysisOptions = AnalysisOptions(),  # noqa: B008 (frozen)
     *,
     resume: bool = False,
-    metric: str | None = None,
-    higher: bool | None = None,
-    samples: int = SAMPLES,
-    store: str | Path | None = None,
     show: Show | None = None,
 ) -> None:
     """Compare the layers after each of two stages and after both orders, and write ``analysis.json``.
@@ -62,22 +59,19 @@ def analyze_pair(
         trainer: has the two stages, and the run folder as ``default_root_dir``.
         module: the dense model.
         datamodule: its data.
-        resume: the run folder holds this analysis already, and is gone on with.
-        metric: what the orders are judged by; the module's ``primary_metric`` or the first metric by default.
-        higher: whether more of it is better; known for common metrics.
-        samples: calibration samples on which outputs are compared.
-        store: folder of results that searches share; ``store`` beside the run folder by default.
-        show: what to do with the run folder at the end, before another process may search there.
+        options: the metric that judges the orders, and the samples to compare on.
+        resume: continue the analysis in the run folder.
+        show: called with the run folder at the end, before another process may search there.
 
     Raises:
         RecipeError: everything that must be put right, before any work.
     """
-    results = store_of(trainer, store)
+    results = store_of(trainer, options.store)
     data = DataSource(module, datamodule=datamodule)
-    orders = check_analysis(trainer, data, results, samples)
+    orders = check_analysis(trainer, data, results, options.samples)
     data.read(trainer)
     with alone(trainer, results, show):
-        Analysis(trainer, data, orders, results, samples).go(resume=resume, metric=metric, higher=higher)
+        Analysis(trainer, data, orders, results, options).go(resume=resume)
 
 
 def check_analysis(trainer: Trainer, data: DataSource, store: ResultStore, samples: int) -> list[Order]:
@@ -116,21 +110,22 @@ class Analysis:
         data: the dense model and its data.
         orders: that can run.
         store: where results are looked up and kept.
-        samples: calibration samples on which outputs are compared.
+        options: the metric that judges the orders, and the samples to compare on.
     """
 
     def __init__(
-        self, trainer: Trainer, data: DataSource, orders: Sequence[Order], store: ResultStore, samples: int
+        self, trainer: Trainer, data: DataSource, orders: Sequence[Order], store: ResultStore, options: AnalysisOptions
     ) -> None:
-        self._trainer, self._data, self._orders, self._samples = trainer, data, orders, samples
+        self._trainer, self._data, self._orders = trainer, data, orders
+        self._options, self._samples = options, options.samples
         self._folder, self._store = Path(trainer.default_root_dir), store
         self._stages = {stage.name: stage for stage in trainer.stages}
         self._tree = PrefixTree(trainer, data, self._stages, store)
 
-    def go(self, *, resume: bool, metric: str | None, higher: bool | None) -> None:
+    def go(self, *, resume: bool) -> None:
         """Measure what nobody has measured yet, compare, and write it all."""
         asked = {"command": "analyze", "samples": self._samples}
-        judge = open_search(self._trainer, self._data, self._tree, asked, resume=resume, metric=metric, higher=higher)
+        judge = open_search(self._trainer, self._data, self._tree, asked, self._options, resume=resume)
         nodes = [*((order[0],) for order in self._orders), *self._orders]
         for node in nodes:
             self._tree.measure(node)

@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from pqqp_lightning.errors import Problem, RecipeError, suggest
+from pqqp_lightning.experiments.options import OrderOptions
 from pqqp_lightning.experiments.prediction import PREDICT, Prediction, check_prediction
 from pqqp_lightning.experiments.repeats import Repeats, check_draws, check_repeats
 from pqqp_lightning.experiments.session import (
@@ -34,7 +35,7 @@ from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.files import write_json
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import MODEL
-from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, executing
+from pqqp_lightning.trials.executors import Executor, check_executor, executing
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.strategies import STRATEGIES, Strategy
@@ -49,17 +50,9 @@ def search_orders(
     trainer: Trainer,
     module: LightningModule,
     datamodule: LightningDataModule | None,
+    options: OrderOptions = OrderOptions(),  # noqa: B008 (frozen)
     *,
     resume: bool = False,
-    metric: str | None = None,
-    higher: bool | None = None,
-    strategy: str = "exhaustive",
-    max_runs: int | None = None,
-    time_limit: float | None = None,
-    comparable_only: bool = False,
-    repeats: int = 1,
-    store: str | Path | None = None,
-    executor: str = LOCAL,
     show: Show | None = None,
 ) -> None:
     """Find the best order of the trainer's stages, and write ``order.json``.
@@ -68,80 +61,60 @@ def search_orders(
         trainer: has the stages, and the run folder as ``default_root_dir``.
         module: the dense model.
         datamodule: its data.
-        resume: go on with the search in the run folder.
-        metric: what decides; the module's ``primary_metric`` or the first metric by default.
-        higher: whether more of it is better; known for common metrics.
-        strategy: "exhaustive" for all orders that the stages' checks allow; "progressive" for the order of growing
-            intensity and moves of one stage from there; "predict" to measure nothing, and only say which order the
-            layers' errors on calibration data speak for.
-        max_runs: at most so many whole orders.
-        time_limit: begin no further order after so many minutes.
-        comparable_only: leave orders out that end larger than the smallest, or lose a constraint.
-        repeats: measure the orders with so many draws of calibration samples, the recipe's own among them.
-        store: folder of results that searches share; ``store`` beside the run folder by default.
-        executor: "local", or "ray" for many nodes at the same time, on this machine or a cluster.
-        show: what to do with the run folder at the end, before another process may search there.
+        options: the metric, the strategy and its limits.
+        resume: continue the search in the run folder.
+        show: called with the run folder at the end, before another process may search there.
 
     Raises:
         RecipeError: everything that must be put right, before any work.
     """
-    results = store_of(trainer, store)
-    search = OrderSearch(trainer, DataSource(module, datamodule=datamodule), trainer.stages, results, executor)
-    search.check(strategy, max_runs, time_limit, repeats, comparable_only)
+    results = store_of(trainer, options.store)
+    search = OrderSearch(trainer, DataSource(module, datamodule=datamodule), trainer.stages, results, options)
+    search.check()
     with alone(trainer, results, show):
-        if strategy == PREDICT:
-            search.predict(resume=resume, metric=metric, higher=higher)
-            return
-        search.go(
-            STRATEGIES[strategy], resume=resume, metric=metric, higher=higher, max_runs=max_runs, minutes=time_limit,
-            comparable_only=comparable_only, repeats=repeats,
-        )  # fmt: skip
+        if options.strategy == PREDICT:
+            search.predict(resume=resume)
+        else:
+            search.go(resume=resume)
 
 
 class OrderSearch:
     """A search over the orders of ``stages``."""
 
     def __init__(
-        self, trainer: Trainer, data: DataSource, stages: Sequence[Stage], store: ResultStore, executor: str = LOCAL
+        self,
+        trainer: Trainer,
+        data: DataSource,
+        stages: Sequence[Stage],
+        store: ResultStore,
+        options: OrderOptions,
     ) -> None:
-        self._trainer, self._data, self._stages = trainer, data, {stage.name: stage for stage in stages}
+        self._trainer = trainer
+        self._data = data
+        self._stages = {stage.name: stage for stage in stages}
+        self._options = options
         self._folder = Path(trainer.default_root_dir)
-        self._store, self._tree = store, PrefixTree(trainer, data, self._stages, store)
-        self._executor, self._progress = executor, Progress("order", trainer, self._tree, bound="at most ")
+        self._store = store
+        self._tree = PrefixTree(trainer, data, self._stages, store)
+        self._progress = Progress("order", trainer, self._tree, bound="at most ")
         self._refused: dict[Order, list[Problem]] = {}
         self._allowed: list[Order] = []
 
-    def check(
-        self, strategy: str, max_runs: int | None, minutes: float | None, repeats: int, comparable_only: bool
-    ) -> None:
+    def check(self) -> None:
         """Which orders can run; refuse if none can.
 
         Raises:
             RecipeError: too few or too many stages, bad options, or no order passes its checks.
         """
-        problems = check_store(self._trainer, self._store) + check_executor(self._executor, self._trainer)
-        if strategy not in (*STRATEGIES, PREDICT):
-            way_out = suggest(strategy, (*STRATEGIES, PREDICT)).strip()
-            problems.append(Problem("strategy", strategy, "is unknown", way_out))
-        if strategy == PREDICT:
-            problems += check_prediction(list(self._stages.values()))
-            given: dict[str, tuple[Any, Any]] = {
-                "max_runs": (max_runs, None),
-                "time_limit": (minutes, None),
-                "repeats": (repeats, 1),
-                "comparable_only": (comparable_only, False),
-                "executor": (self._executor, LOCAL),
-            }
-            text = f"has no effect with strategy='{PREDICT}', which measures no order"
-            problems += [
-                Problem(option, value, text, "Leave it out.")
-                for option, (value, default) in given.items()
-                if value != default
-            ]
-        if max_runs is not None and max_runs < 1:
-            problems.append(Problem("max_runs", max_runs, "measures no order", "Use 1 or more."))
-        problems += check_time_limit(minutes) + check_repeats(repeats, self._data, list(self._stages.values()))
-        problems += check_run(self._trainer, self._data, list(self._stages.values()))
+        stages, options = list(self._stages.values()), self._options
+        problems: list[Problem] = check_store(self._trainer, self._store) + check_executor(
+            options.executor, self._trainer
+        )
+        problems += self._check_strategy()
+        if options.max_runs is not None and options.max_runs < 1:
+            problems.append(Problem("max_runs", options.max_runs, "measures no order", "Use 1 or more."))
+        problems += check_time_limit(options.time_limit) + check_repeats(options.repeats, self._data, stages)
+        problems += check_run(self._trainer, self._data, stages)
         if not 2 <= len(self._stages) <= MOST_STAGES:
             text = f"order needs 2 to {MOST_STAGES} stages, but the recipe has {len(self._stages)}"
             problems.append(Problem(text=text, way_out="Change the stages.").within("stages"))
@@ -155,44 +128,50 @@ class OrderSearch:
         if problems:
             raise RecipeError(dict.fromkeys(problems))
         self._data.read(self._trainer)
-        if self._trainer.is_global_zero and (problems := check_draws(self._data, repeats)):
+        if self._trainer.is_global_zero and (problems := check_draws(self._data, options.repeats)):
             raise RecipeError(problems)
 
-    def go(
-        self,
-        strategy: type[Strategy],
-        *,
-        resume: bool,
-        metric: str | None,
-        higher: bool | None,
-        max_runs: int | None,
-        minutes: float | None,
-        comparable_only: bool,
-        repeats: int = 1,
-    ) -> None:
+    def _check_strategy(self) -> list[Problem]:
+        """Whether the strategy exists, and the other options go with it."""
+        strategy = self._options.strategy
+        known = (*STRATEGIES, PREDICT)
+        if strategy not in known:
+            return [Problem("strategy", strategy, "is unknown", suggest(strategy, known).strip())]
+        if strategy != PREDICT:
+            return []
+        problems: list[Problem] = list(check_prediction(list(self._stages.values())))
+        for name in ("max_runs", "time_limit", "repeats", "comparable_only", "executor"):
+            value = getattr(self._options, name)
+            if value != getattr(OrderOptions, name):
+                reason = f"has no effect with strategy='{PREDICT}', which measures no order"
+                problems.append(Problem(name, value, reason, "Leave it out."))
+        return problems
+
+    def go(self, *, resume: bool) -> None:
         """Search what is not searched yet."""
-        with executing(self._executor, self._trainer, self._tree, self._progress) as executor:
-            judge = open_search(
-                self._trainer, self._data, self._tree, {"command": "order"}, resume=resume, metric=metric, higher=higher
-            )
-            chosen = strategy(list(self._stages), self._allowed, judge)
-            self._announce(chosen, max_runs, repeats)
-            limit = TimeLimit(self._trainer, minutes)
-            measured, notes = self._measure(executor, chosen, max_runs, limit)
-        verdict = judge.decide(measured, comparable_only)
-        if comparable_only and all(verdict.marks.values()):
+        options = self._options
+        with executing(options.executor, self._trainer, self._tree, self._progress) as executor:
+            judge = open_search(self._trainer, self._data, self._tree, {"command": "order"}, options, resume=resume)
+            chosen = STRATEGIES[options.strategy](list(self._stages), self._allowed, judge)
+            self._announce(chosen, options.max_runs, options.repeats)
+            limit = TimeLimit(self._trainer, options.time_limit)
+            measured, notes = self._measure(executor, chosen, options.max_runs, limit)
+        verdict = judge.decide(measured, options.comparable_only)
+        if options.comparable_only and all(verdict.marks.values()):
             notes.append("comparable_only leaves no order: every one is marked, and so all of them compete")
         again = Repeats(self._trainer, self._data, self._stages, self._store, self._tree, judge)
-        repeated = again.report(verdict.ranked, repeats, limit)
-        if repeated and len(repeated["seeds"]) < repeats:
-            notes.append(f"stopped after {len(repeated['seeds'])} of {repeats} draws: time_limit={minutes:g} minutes")
+        repeated = again.report(verdict.ranked, options.repeats, limit)
+        if repeated and len(repeated["seeds"]) < options.repeats:
+            drawn = f"{len(repeated['seeds'])} of {options.repeats} draws"
+            notes.append(f"stopped after {drawn}: time_limit={options.time_limit:g} minutes")
         self._finish(chosen, verdict, notes, repeated, again.applications)
 
-    def predict(self, *, resume: bool, metric: str | None, higher: bool | None) -> None:
+    def predict(self, *, resume: bool) -> None:
         """Say which order is best without measuring any, and write ``prediction.json``."""
         begin(self._trainer, self._data, {"command": "order", "strategy": PREDICT}, resume=resume)
         self._tree.identify()
         prediction = Prediction(self._tree, self._stages, self._allowed, self._store.folder)
+        metric, higher = self._options.metric, self._options.higher_is_better
         report = prediction.report() | {"measured": prediction.measured(self._data.module, metric, higher)}
         self._tree.drop(())
         if self._trainer.is_global_zero:

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.records import finite_or_none
 from pqqp_lightning.storage.result_store import ResultStore

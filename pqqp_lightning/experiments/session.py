@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pqqp_lightning.errors import Problem
+from pqqp_lightning.experiments.options import ExperimentOptions
 from pqqp_lightning.runs.run import identity
 from pqqp_lightning.runs.run_data import DataSource
 from pqqp_lightning.runs.trainer import Trainer
@@ -49,25 +50,24 @@ def open_search(
     data: DataSource,
     tree: PrefixTree,
     asked: dict[str, Any],
+    options: ExperimentOptions,
     *,
     resume: bool,
-    metric: str | None,
-    higher: bool | None,
 ) -> Judge:
-    """Measure the dense model, settle what decides, and then begin in the run folder, or go on there.
+    """Measure the dense model, settle which metric decides, then start or resume in the run folder.
 
     Args:
         trainer: has the stages, and the run folder as ``default_root_dir``.
         data: the dense model and its data.
         tree: not open yet.
         asked: the command and what else makes two searches the same.
-        resume: go on with the search in the run folder.
-        metric: what the user wants.
-        higher: what the user says.
+        options: name the metric and its direction.
+        resume: continue the search in the run folder.
 
     Raises:
         RecipeError: the run folder holds another search, or the metric is not known.
     """
+    metric, higher = options.metric, options.higher_is_better
     if resume:
         begin(trainer, data, asked, resume=True)
     dense = tree.open(lambda names: deciding_metric(data.module, names, metric, higher))

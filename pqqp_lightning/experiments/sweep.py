@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from pqqp_lightning.errors import Problem, RecipeError
+from pqqp_lightning.experiments.options import SweepOptions
 from pqqp_lightning.experiments.session import Show, alone, check_store, check_time_limit, open_search, store_of
 from pqqp_lightning.experiments.sweep_grid import Point
 from pqqp_lightning.experiments.sweep_pair import PairAnalysis, analyse, pair_notes
@@ -23,84 +23,55 @@ from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.storage.files import write_json
 from pqqp_lightning.storage.records import finite_or_none, hardware, package_versions
 from pqqp_lightning.storage.result_store import ResultStore
-from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, executing
+from pqqp_lightning.trials.executors import Executor, check_executor, executing
 from pqqp_lightning.trials.prefix_tree import PrefixTree, prefixes
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.verdict import Judge
-
-MOST_POINTS = 200
 
 
 def sweep_grid(
     trainer: Trainer,
     module: LightningModule,
     datamodule: LightningDataModule | None,
-    grid: Mapping[str, Mapping[str, Sequence[Any]]],
+    options: SweepOptions,
     *,
     resume: bool = False,
-    metric: str | None = None,
-    higher: bool | None = None,
-    curve: str | None = None,
-    curve_bits: Sequence[int] = (),
-    max_points: int = MOST_POINTS,
-    time_limit: float | None = None,
-    store: str | Path | None = None,
-    executor: str = LOCAL,
     show: Show | None = None,
 ) -> None:
-    """Measure every point of ``grid`` in every order, and write ``sweep.json``, tables and figures.
+    """Measure every point of ``options.grid`` in every order, and write ``sweep.json``, tables and figures.
 
     Args:
         trainer: has the stages, and the run folder as ``default_root_dir``.
         module: the dense model.
         datamodule: its data.
-        grid: the values of knobs, by stage and knob: ``{"prune": {"sparsity": [0.5, 0.7]}}``.
-        resume: the run folder holds this sweep already, and is gone on with.
-        metric: what decides; the module's ``primary_metric`` or the first metric by default.
-        higher: whether more of it is better; known for common metrics.
-        curve: the stage that quantizes, where the knobs in the grid leave it open.
-        curve_bits: further bit widths for the curve of quantization alone.
-        max_points: refuse a grid of more points.
-        time_limit: begin nothing new after so many minutes.
-        store: folder of results that searches share; ``store`` beside the run folder by default.
-        executor: "local", or "ray" for many nodes at the same time, on this machine or a cluster.
-        show: what to do with the run folder at the end, before another process may search there.
+        options: the grid, the metric and the limits.
+        resume: continue the sweep in the run folder.
+        show: called with the run folder at the end, before another process may search there.
 
     Raises:
         RecipeError: everything that must be put right, before any work.
     """
-    results = store_of(trainer, store)
+    results = store_of(trainer, options.store)
     data = DataSource(module, datamodule=datamodule)
-    plan = check_sweep(trainer, data, results, grid, curve, curve_bits, max_points, time_limit, executor)
+    plan = check_sweep(trainer, data, results, options)
     data.read(trainer)
     with alone(trainer, results, show):
-        Sweep(trainer, data, plan, results, grid, executor).go(
-            resume=resume, metric=metric, higher=higher, minutes=time_limit
-        )
+        Sweep(trainer, data, plan, results, options).go(resume=resume)
 
 
-def check_sweep(
-    trainer: Trainer,
-    data: DataSource,
-    store: ResultStore,
-    grid: Mapping[str, Any],
-    curve: str | None,
-    curve_bits: Sequence[int],
-    max_points: int,
-    minutes: float | None,
-    executor: str,
-) -> Plan:
+def check_sweep(trainer: Trainer, data: DataSource, store: ResultStore, options: SweepOptions) -> Plan:
     """What the sweep will measure.
 
     Raises:
         RecipeError: everything that must be put right.
     """
-    problems = check_run(trainer, data, trainer.stages) + check_store(trainer, store)
+    problems: list[Problem] = check_run(trainer, data, trainer.stages) + check_store(trainer, store)
+    max_points = options.max_points
     if max_points < 1:
         problems.append(Problem("max_points", max_points, "allows no point", "Use 1 or more."))
-    problems += check_time_limit(minutes) + check_executor(executor, trainer)
+    problems += check_time_limit(options.time_limit) + check_executor(options.executor, trainer)
     try:
-        plan = make_plan(trainer.stages, data, grid, curve, curve_bits, max(1, max_points))
+        plan = make_plan(trainer.stages, data, options.grid, options.curve, options.curve_bits, max(1, max_points))
     except RecipeError as error:
         problems += error.problems
     if problems:
@@ -116,35 +87,27 @@ class Sweep:
         data: the dense model and its data.
         plan: what to measure.
         store: where results are looked up and kept.
-        grid: as the user gave it, for the record.
-        executor: who measures.
+        options: the grid as the user gave it, the executor and the limits.
     """
 
     def __init__(
-        self,
-        trainer: Trainer,
-        data: DataSource,
-        plan: Plan,
-        store: ResultStore,
-        grid: Mapping[str, Any],
-        executor: str = LOCAL,
+        self, trainer: Trainer, data: DataSource, plan: Plan, store: ResultStore, options: SweepOptions
     ) -> None:
         self._trainer, self._data, self._plan = trainer, data, plan
-        self._grid = json.loads(json.dumps(grid, default=str))
+        self._options = options
+        self._grid = json.loads(json.dumps(options.grid, default=str))
         self._folder = Path(trainer.default_root_dir)
         self._tree = PrefixTree(trainer, data, plan.steps, store)
         self._nodes = list(dict.fromkeys(node for sequence in plan.sequences for node in prefixes(sequence)))
-        self._executor, self._progress = executor, Progress("sweep", trainer, self._tree)
+        self._progress = Progress("sweep", trainer, self._tree)
 
-    def go(self, *, resume: bool, metric: str | None, higher: bool | None, minutes: float | None) -> None:
+    def go(self, *, resume: bool) -> None:
         """Measure what nobody has measured yet, and write it all."""
         asked = {"command": "sweep", "grid": self._grid}
-        with executing(self._executor, self._trainer, self._tree, self._progress) as executor:
-            judge = open_search(
-                self._trainer, self._data, self._tree, asked, resume=resume, metric=metric, higher=higher
-            )
+        with executing(self._options.executor, self._trainer, self._tree, self._progress) as executor:
+            judge = open_search(self._trainer, self._data, self._tree, asked, self._options, resume=resume)
             self._announce()
-            notes = self._measure(executor, minutes)
+            notes = self._measure(executor, self._options.time_limit)
         if self._trainer.is_global_zero:
             report = self._report(judge, notes)
             report["figures"] = _draw(self._folder, report)

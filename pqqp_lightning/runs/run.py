@@ -6,9 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING, Any
 
 from pqqp_lightning.checkpoint.format import read_manifest
 from pqqp_lightning.checkpoint.save import save_checkpoint
@@ -24,12 +22,15 @@ from pqqp_lightning.storage.files import checkpoint_bytes
 from pqqp_lightning.storage.records import Record, append_record, write_report
 from pqqp_lightning.storage.run_folder import MANIFEST, MODEL, STAGES, finished_records, keep_recipe, open_folder
 
+if TYPE_CHECKING:
+    from pqqp_lightning.runs.trainer import Trainer  # which imports this module
+
 
 class Run:
     """A list of stages applied in a run folder.
 
     Args:
-        trainer: ours or Lightning's; its attribute ``recipe``, if any, is kept with the run.
+        trainer: ours; its recipe is kept with the run.
         data: the model and its data.
         stages: in the order of compression.
         folder: the run folder.
@@ -43,7 +44,7 @@ class Run:
 
     def go(self, *, resume: bool) -> list[Record]:
         """Do what is not done yet, and return the records of all stages, baseline first."""
-        recipe = getattr(self._trainer, "recipe_text", "")
+        recipe = self._trainer.recipe_text
         if resume:
             self._records = finished_records(self._folder, self._identity)
             if self._trainer.is_global_zero:
@@ -147,6 +148,6 @@ def identity(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) -> dic
         "stages": {s.name: {"class_path": class_path(s), "init_args": s.options()} for s in stages},
         "model": class_path(data.module),
         "data": None if data.datamodule is None else class_path(data.datamodule),
-        **getattr(trainer, "recipe", {}),
+        **trainer.recipe,
     }
     return json.loads(json.dumps(plain, default=str))

@@ -34,11 +34,19 @@ class Trainer(pl.Trainer):
     differ: a CSV logger in the run folder, no model summary, no sanity validation, and no checkpoint callback
     unless you add one (stages save themselves).
 
+    Attributes:
+        recipe: the model's, the data's and the trainer's settings as plain data, which decide whether a run may be
+            resumed; the command line sets it, and it is empty in Python.
+        recipe_text: the whole recipe with its defaults, for the run folder; the command line sets it.
+
     Example::
 
         trainer = Trainer(callbacks=[SparseGPT(0.5), GPTQ(4)], default_root_dir="runs/first")
         trainer.fit(CausalLM("smollm2-135m"), datamodule=TextData())
     """
+
+    recipe: dict[str, Any]
+    recipe_text: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         callbacks = kwargs.get("callbacks") or []
@@ -54,7 +62,7 @@ class Trainer(pl.Trainer):
             kwargs["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
         name_stages([c for c in callbacks if isinstance(c, Stage)])  # Lightning wants their states' keys distinct
         super().__init__(*args, **kwargs)
-        self.recipe: dict[str, Any] = {}
+        self.recipe = {}
         self.recipe_text = ""
 
     @property
@@ -86,7 +94,7 @@ class Trainer(pl.Trainer):
         """
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
-        resume = goes_on(ckpt_path, "fit")
+        resume = is_resume(ckpt_path, "fit")
         data = DataSource(model, train_dataloaders, val_dataloaders, datamodule)
         stages = self.stages or self._plain_training()
         check_recipe(self, data, stages)
@@ -146,8 +154,8 @@ class Trainer(pl.Trainer):
         return [Training(epochs=epochs)]
 
 
-def goes_on(ckpt_path: Any, command: str) -> bool:
-    """Whether ``ckpt_path`` asks to go on with what is in the run folder.
+def is_resume(ckpt_path: Any, command: str) -> bool:
+    """Whether ``ckpt_path`` asks to resume what is in the run folder.
 
     Raises:
         RecipeError: it asks for something else.

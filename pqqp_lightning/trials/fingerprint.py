@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from pqqp_lightning.data.loaders import whole
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.structure import class_path
 from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stages.knobs import knobs
 from pqqp_lightning.stages.stage import Stage
@@ -37,7 +38,13 @@ DEEPEST = 12
 """Objects within objects; what lies deeper does not count."""
 
 
-DECIDING = ("precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches", "limit_val_batches")
+TRAINER_OPTIONS = (
+    "precision",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "limit_val_batches",
+)
 """Options of the trainer that decide the numbers: a run is not resumed with others."""
 
 TRAINING = ("max_steps", "min_steps", "min_epochs", "gradient_clip_algorithm", "overfit_batches")
@@ -58,7 +65,7 @@ def base_fingerprint(trainer: Trainer, data: DataSource, targeted: Sequence[str]
         data: the dense model, and data that is set up.
         targeted: the layers that fractions are taken of.
     """
-    settings = {name: str(getattr(trainer, name, None)) for name in (*DECIDING, "fast_dev_run")}
+    settings = {name: str(getattr(trainer, name, None)) for name in (*TRAINER_OPTIONS, "fast_dev_run")}
     settings |= {"ranks": str(trainer.world_size), "device": trainer.strategy.root_device.type}
     module = data.module
     code = [package_sources(), sources_of([type(m) for m in module.modules()])]
@@ -74,7 +81,7 @@ def training_fingerprint(trainer: Trainer, data: DataSource) -> str:
     module = {name: value for name, value in vars(data.module).items() if name not in bare}
     idle = (Stage, Checkpoint, ModelSummary, ProgressBar)
     callbacks = [c for c in getattr(trainer, "callbacks", []) if not isinstance(c, idle)]
-    given = getattr(trainer, "recipe", {}).get("model")
+    given = trainer.recipe.get("model")
     code = sources_of([type(callback) for callback in callbacks])
     return digest_of([settings, module, given, callbacks, code, _sampled(_training_samples(data))])
 

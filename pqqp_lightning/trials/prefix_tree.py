@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 
 from pqqp_lightning.calibration.layer_errors import mark_blocks
 from pqqp_lightning.calibration.walk import Walk
@@ -22,6 +22,7 @@ from pqqp_lightning.metrics.samples import Samples, restored
 from pqqp_lightning.network.blocks import model_blocks
 from pqqp_lightning.runs.run_data import DataSource
 from pqqp_lightning.runs.stage_runner import Runner
+from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.records import Record
 from pqqp_lightning.storage.result_store import Result, ResultStore

@@ -21,7 +21,7 @@ from ray import cloudpickle
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 
-DECIDING = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
+SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
 """Environment variables that decide the numbers."""
 
 LATEST_S = 60.0
@@ -37,7 +37,7 @@ class Settings:
         base: the driver's digests of all that results depend on besides the stages.
         folder: the working folder.
         path: where modules are imported from.
-        environment: those of :data:`DECIDING` that are set.
+        environment: those of :data:`SEED_VARIABLES` that are set.
         threads: torch's.
         numerics: torch's switches, from :func:`read_numerics`.
     """
@@ -77,7 +77,7 @@ def pack(trainer: Trainer, tree: PrefixTree) -> bytes:
 
 def settings_of(search: str, base: tuple[str, str] | None) -> Settings:
     """This process's."""
-    environment = {name: os.environ[name] for name in DECIDING if name in os.environ}
+    environment = {name: os.environ[name] for name in SEED_VARIABLES if name in os.environ}
     path = [entry or os.getcwd() for entry in sys.path]
     return Settings(search, base, os.getcwd(), path, environment, torch.get_num_threads(), read_numerics())
 
@@ -172,7 +172,7 @@ def _tree_of(settings: Settings, copy: list[Any]) -> PrefixTree:
 def _take_over(settings: Settings) -> None:
     os.chdir(settings.folder)
     sys.path[:0] = [entry for entry in settings.path if entry not in sys.path]
-    for name in DECIDING:
+    for name in SEED_VARIABLES:
         os.environ.pop(name, None)
     os.environ.update(settings.environment)
     torch.set_num_threads(settings.threads)
