@@ -65,11 +65,11 @@ WRONG = [
     ),
     Wrong(
         "option",
-        "command line: stagse ~ Did you mean 'stages'?",
+        "command line: stagse ~ Did you mean '--stages'?",
         "--stagse.prune.sparsity 0.4",
-        message="command line: Unknown option '--stagse'. Did you mean 'stages'?",
+        message="command line: Unknown option '--stagse'. Did you mean '--stages'?",
     ),
-    Wrong("flag", "command line: print_confg ~ Did you mean 'print_config'?", "--print_confg"),
+    Wrong("flag", "command line: print_confg ~ Did you mean '--print_config'?", "--print_confg"),
     Wrong("section", "recipe.yaml: stagse ~ Did you mean 'stages'?", recipe={"stages:": "stagse:"}),
     Wrong(
         "stray word",
