@@ -6,7 +6,7 @@ import copy
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
@@ -128,9 +128,12 @@ def check_arguments(cls: type, section: str, owner: str, arguments: Sequence[Set
 
 def wrong_value(setting: Setting, kind: Any) -> Problem:
     """The problem of a value that is not of the type ``kind``."""
-    near = near_miss(str(setting.value), map(str, _choices(kind))).strip()
+    way_out = near_miss(str(setting.value), map(str, _choices(kind))).strip()
+    plain_list = any(get_origin(part) is list and get_args(part)[0] in WORDS for part in _parts(kind))
+    if plain_list and isinstance(setting.value, str | int | float):
+        way_out = f"Write [{setting.value}]."
     expected = f"one of {_in_words(kind)}" if get_origin(kind) is Literal else _in_words(kind)
-    return Problem(setting.key, setting.value, f"should be {expected}", near, source=setting.where)
+    return Problem(setting.key, setting.value, f"should be {expected}", way_out, source=setting.where)
 
 
 def accepts(parser: ArgumentParser, setting: Setting) -> bool:

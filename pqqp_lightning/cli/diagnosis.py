@@ -23,9 +23,10 @@ from pqqp_lightning.cli.class_checks import (
 )
 from pqqp_lightning.cli.command_trainer import SECTIONS, commands_with, option_names, option_parser
 from pqqp_lightning.cli.settings import COMMAND_LINE, NO_VALUE, Setting, read_settings, recipe_name
-from pqqp_lightning.errors import Problem, RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, near_miss, suggest
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.stages.discovery import known_stages
+from pqqp_lightning.stages.knobs import knobs
 from pqqp_lightning.stages.stage import Stage
 
 WRITE_STAGES = "Write stages: {prune: {class_path: SparseGPT, init_args: {sparsity: 0.5}}}."
@@ -56,46 +57,60 @@ def diagnose(command: str, arguments: Sequence[str], error: ArgumentError) -> li
     """Every problem of the command line and its recipes; the parser's own words if none is found."""
     settings, problems = read_settings(command, arguments)
     recipe = recipe_name(arguments) or COMMAND_LINE
-    known = {*SECTIONS, *option_names(command)}
     for setting in settings:
-        problems += _check_name(setting, known)
+        problems += _check_name(setting, command, settings)
     for word in arguments:
         name = word.partition("=")[0].partition(".")[0].lstrip("-")
-        if re.match(r"-[a-z]\w", word) and name in known:
-            problems.append(Problem(name, text=f"'{word}' has one dash", way_out=f"Write -{word}.",
-                                    source=COMMAND_LINE, complete=True))  # fmt: skip
+        if re.match(r"-[a-z]\w", word) and name in (*SECTIONS, *option_names(command)):
+            text, way_out = f"'{word}' has one dash", f"Write -{word}."
+            problems.append(Problem(name, text=text, way_out=way_out, source=COMMAND_LINE, complete=True))
     settings = [setting for setting in settings if setting.value is not NO_VALUE]
     if not problems and not any(setting.key.split(".")[0] == "model" for setting in settings):
         way_out = "Add model: {class_path: CausalLM}, or give --config."
+        if command in ("validate", "test"):
+            way_out = "Name the folder of a run with --run_dir, or give --config."
         problems.append(Problem("model", text="is missing", way_out=way_out, source=recipe))
     problems += _check_options(command, settings)
     problems += check_sections(settings)
     return problems or [Problem(text=_first_lines(error), source=recipe)]
 
 
-def _check_name(setting: Setting, known: set[str]) -> list[Problem]:
+def _check_name(setting: Setting, command: str, settings: Sequence[Setting]) -> list[Problem]:
     """Whether the first part of a setting's key is a section or an option of the command, and has a value."""
     name, where = setting.key.split(".")[0], setting.where
     if name in ("config", "c"):
         return [Problem("config", text="has no value", way_out="Write --config recipe.yaml.", source=where)]
     if name in PARSER_OPTIONS:
         return []
+    known = {*SECTIONS, *option_names(command)}
     if name not in known:
-        kind = "option" if where == COMMAND_LINE else "section"
-        given = f"--{name}" if where == COMMAND_LINE else name
-        owners = commands_with(name)
-        if owners:
-            text = f"'{given}' is an option of {' and '.join(owners)}"
+        dashes = "--" if where == COMMAND_LINE else ""
+        if owners := commands_with(name):
+            text = f"'{dashes}{name}' is an option of {', '.join(owners)}"
             way_out = f"Remove it, or run pqqp-lightning {owners[0]}."
         else:
-            also_known = {"config", "print_config"} if where == COMMAND_LINE else set()
-            text = f"Unknown {kind} '{given}'"
-            way_out = suggest(name, known | also_known).strip()
+            text = f"Unknown option '{dashes}{name}'" if dashes else f"Unknown section '{name}'"
+            way_out = _suggest_name(setting, known, settings)
         return [Problem(name, text=text, way_out=way_out, source=where, complete=True)]
     if setting.value is NO_VALUE:
-        way_out = f"Write --{setting.key} VALUE."
-        return [Problem(setting.key, text="has no value", way_out=way_out, source=where)]
+        kinds = {action.dest: getattr(action, "_typehint", None) for action in option_parser(command)._actions}
+        example = "true" if kinds.get(name) is bool else "VALUE"
+        return [Problem(setting.key, text="has no value", way_out=f"Write --{setting.key} {example}.", source=where)]
     return []
+
+
+def _suggest_name(setting: Setting, known: set[str], settings: Sequence[Setting]) -> str:
+    """What an unknown option or section may have been meant for: another one, a stage, or an argument of a stage."""
+    name = setting.key.split(".")[0]
+    if setting.where != COMMAND_LINE:
+        return suggest(name, known).strip()
+    if any(other.key.split(".")[:2] == ["stages", name] for other in settings):
+        section = "grid" if "grid" in known else "stages"
+        return f"Did you mean '--{section}.{setting.key}'?"
+    near = near_miss(f"--{name}", [f"--{option}" for option in (*known, "config", "print_config")], cutoff=0.7)
+    if not near and any(name in knobs(cls) for cls in known_stages().values()):
+        return f"An argument of a stage is given as --stages.NAME.{name} VALUE."
+    return near.strip() or "pqqp-lightning COMMAND --help lists the options."
 
 
 def _check_options(command: str, settings: Sequence[Setting]) -> list[Problem]:
@@ -137,8 +152,8 @@ def _check_stages(settings: Sequence[Setting]) -> list[Problem]:
         else:  # only arguments of it are given
             near = suggest(name, [other for other in by_name if other != name])
             way_out = f"{near} To add it, also give --stages.{name} METHOD.".strip()
-            problems.append(Problem(key, text=f"Unknown stage '{name}'", way_out=way_out, source=own[0].where,
-                                    complete=True))  # fmt: skip
+            text, where = f"Unknown stage '{name}'", own[0].where
+            problems.append(Problem(key, text=text, way_out=way_out, source=where, complete=True))
     return problems
 
 

@@ -253,6 +253,8 @@ def _way_out(word: str) -> str:
         return f"Give a recipe with --config {word}."
     if word.endswith(("]", "}", ",")):
         return "Quote a value that has blanks, as in '[0.5, 0.7]'."
+    if Path(word).is_dir():
+        return f"Name a run folder with --run_dir {word}."
     return "Options start with --."
 
 

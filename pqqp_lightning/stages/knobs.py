@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from pqqp_lightning.errors import near_miss
 from pqqp_lightning.stages.stage import Stage
 
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null", Any: "a value"}
 
 
 def knobs(cls: type[Stage]) -> dict[str, inspect.Parameter]:
