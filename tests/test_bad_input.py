@@ -940,7 +940,7 @@ def test_disk_full_loses_nothing_and_the_run_goes_on_once_there_is_room(folder):
 
 
 def test_disk_full_in_the_second_stage_keeps_the_first(folder, monkeypatch, capfd):
-    import pqqp_lightning.checkpoint.format as checkpoint
+    import pqqp_lightning.checkpoint.save as checkpoint
 
     save, calls = checkpoint.save_file, []
 
