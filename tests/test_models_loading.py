@@ -168,7 +168,7 @@ def test_a_file_that_is_no_gguf_is_refused(folder):
 
 
 def test_without_the_hub_the_ways_out_are_named():
-    with pytest.raises(RecipeError, match=r"'org/model': .* from the hub .*Give a local folder .*HF_HUB_OFFLINE"):
+    with pytest.raises(RecipeError, match=r"'org/model' .* from the hub .*Give a local folder .*HF_HUB_OFFLINE"):
         CausalLM("org/model")
     with pytest.raises(RecipeError, match=r"Did you mean 'smollm2-135m'"):
         CausalLM("smollm2-135")

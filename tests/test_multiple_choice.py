@@ -308,21 +308,21 @@ def test_questions_that_cannot_be_had_are_refused(folder, monkeypatch, change, m
     [
         (
             {"answerKey": "9"},
-            r"has a row 1 without an answer among its choices \(answerKey='9', labels 1, 2.*Use a split with ans",
+            r"row 1\) has no answer among its choices \(answerKey='9', labels 1, 2.*Use a split with ans",
         ),
         (
             {"choices": {"text": ["one"], "label": ["1"]}},
-            r"has a row 1 that is not a question with two or more choices",
+            r"row 1\) is not a question with two or more choices",
         ),
         (
             {"choices": {"text": ["one", ""], "label": ["1", "2"]}},
-            r"has a row 1 that is not a question with two or more choices",
+            r"row 1\) is not a question with two or more choices",
         ),
         (
             {"choices": {"text": ["one", "two"], "label": ["1"]}},
-            r"has a row 1 that is not a question with two or more choices",
+            r"row 1\) is not a question with two or more choices",
         ),
-        ({"question": None}, r"has a row 1 that is not a question with two or more choices"),
+        ({"question": None}, r"row 1\) is not a question with two or more choices"),
     ],
 )
 def test_rows_that_are_no_questions_are_refused(folder, change, message):

@@ -205,7 +205,7 @@ def test_what_cannot_be_sent_is_refused_before_any_work(folder):
 def test_bad_executors(command, folder, monkeypatch, capsys):
     words = [command, "--config", "recipe.yaml", *(["--grid.quantize.bits", "[4]"] if command == "sweep" else [])]
     assert run(*words, "--executor", "rey") == 2
-    assert capsys.readouterr().err == "command line: executor='rey' is none. Did you mean 'ray'?\n"
+    assert capsys.readouterr().err == "command line: executor='rey' is unknown. Did you mean 'ray'?\n"
     assert run(*words, "--executor", "ray", "--trainer.devices", "2") == 2
     assert "executor=ray gives every task one device, but the trainer has 2 with" in capsys.readouterr().err
     monkeypatch.setattr(executor, "find_spec", lambda name: None if name == "ray" else importlib.util.find_spec(name))

@@ -82,8 +82,9 @@ class Questions:
         """Batches as :func:`collate` makes them, shared out to the processes."""
         return evaluation_loader(questions, self.batch_size, 0, collate)
 
-    def _problem(self, text: str, way_out: str) -> Problem:
-        return Problem(f"{INSIDE}source", self.source, f"(split {self.split!r}) {text}", way_out).within("data")
+    def _problem(self, text: str, way_out: str, row: int | None = None) -> Problem:
+        where = f"(split {self.split!r})" if row is None else f"(split {self.split!r}, row {row})"
+        return Problem(f"{INSIDE}source", self.source, f"{where} {text}", way_out).within("data")
 
     def _check_columns(self, table: Dataset) -> None:
         missing = [name for name in COLUMNS if name not in table.column_names]
@@ -96,19 +97,19 @@ class Questions:
         question, choices, key = (row[name] for name in COLUMNS)
         texts, labels = (choices.get(k) or [] if isinstance(choices, dict) else [] for k in ("text", "label"))
         if not isinstance(question, str) or len(texts) < 2 or len(texts) != len(labels) or not all(texts):
-            text = f"has a row {number} that is not a question with two or more choices, each a text and a label"
-            raise RecipeError(self._problem(text, "Use data in the layout of allenai/ai2_arc."))
+            text = "is not a question with two or more choices, each a text and a label"
+            raise RecipeError(self._problem(text, "Use data in the layout of allenai/ai2_arc.", number))
         if key not in labels:
             given = f"answerKey={key!r}, labels {', '.join(map(str, labels))}"
-            text = f"has a row {number} without an answer among its choices ({given})"
-            raise RecipeError(self._problem(text, "Use a split with answers."))
+            text = f"has no answer among its choices ({given})"
+            raise RecipeError(self._problem(text, "Use a split with answers.", number))
         prompt = PROMPT.format(question)
         start = len(tokenizer(prompt)["input_ids"])
         whole = [tokenizer(prompt + DELIMITER + text)["input_ids"] for text in texts]
         if any(len(w) <= start for w in whole):
-            text = f"has a row {number} with a choice that adds no token to the question"
+            text = "has a choice that adds no token to the question"
             way_out = "Set data.tokenizer to the one that the model was trained with."
-            raise RecipeError(self._problem(text, way_out))
+            raise RecipeError(self._problem(text, way_out, number))
         encoded = [Choice(w, len(w) - start, len(text)) for w, text in zip(whole, texts, strict=True)]
         return Question(encoded, labels.index(key))
 
