@@ -15,11 +15,10 @@ from pqqp_lightning.calibration.channel_scores import mean_squared_inputs, taylo
 from pqqp_lightning.errors import RecipeError, shorten, suggest
 from pqqp_lightning.network.activation_hooks import RotateInput, transformed_layers
 from pqqp_lightning.network.blocks import tied_weights
-from pqqp_lightning.network.layers import LAYER_TYPES, Layer, columns_of, is_adapter
+from pqqp_lightning.network.layers import LAYER_TYPES, columns_of, is_adapter
 from pqqp_lightning.network.name_patterns import matches_any, value_for
 from pqqp_lightning.network.structure import weightless_copy
-from pqqp_lightning.stages.pruning import PruningStage
-from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.stages import Context, Layer, Plan, PruningStage, Stage
 from pqqp_lightning.surgery.coupling import CoupledGroup, Coupling, built_groups, has_attention
 from pqqp_lightning.surgery.dependency import example_input, run_example, traced_groups
 from pqqp_lightning.surgery.narrowing import narrow, plan_narrowing, rebuild_narrowed, uneven
@@ -148,7 +147,8 @@ class ChannelPruning(Stage):
             context.found(f"undone: {what}", layers)
         return plan
 
-    def restructure(self, model: LightningModule, plan: Plan) -> None:
+    @staticmethod
+    def restructure(model: LightningModule, plan: Plan) -> None:
         rebuild_narrowed(model, plan)
 
     def _amount(self, group: CoupledGroup) -> tuple[float, int]:

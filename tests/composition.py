@@ -99,7 +99,7 @@ def _pair_cell(problems: dict[str, list[str]] | None, reasons: dict[str, int]) -
 
 
 def _cell(problems, reasons: dict[str, int]) -> str:
-    texts = dict.fromkeys(reason_of(p) for found in problems for p in found)
+    texts = dict.fromkeys(reason_of(str(p)) for found in problems for p in found)
     return ", ".join(f"no [{reasons.setdefault(t, len(reasons) + 1)}]" for t in texts) or "yes"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,21 @@ class Walk:
             if outside:
                 self._whole_model(outside, kind, compress)
 
+    def first(self, samples: int) -> Walk:
+        """The same walk over the first batches alone, as many as it takes to have so many samples."""
+        taken, count = [], 0
+        for batch in self.batches:
+            if count >= samples:
+                break
+            taken.append(batch)
+            count += samples_in(batch)
+        return replace(self, batches=taken)
+
+    @property
+    def samples(self) -> int:
+        """Samples in all its batches."""
+        return sum(map(samples_in, self.batches))
+
     def _forward(self, batch: Any) -> object:
         with self.forward_context():
             return self.run(batch)
@@ -125,6 +140,14 @@ class Walk:
 
     def _block_of(self, layer: str) -> str | None:
         return next((b for b in self.blocks if layer.startswith(f"{b}.") or layer == b), None)
+
+
+def samples_in(batch: Any) -> int:
+    """Samples in a batch: the first dimension of the first tensor in it."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
+    return next((samples_in(v) for v in values if isinstance(v, Tensor | dict | tuple | list)), 1)
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from pqqp_lightning.cli.settings import COMMAND_LINE, FLAGS, NO_VALUE, Setting, place, read_settings, recipe_name
 from pqqp_lightning.errors import RecipeError, near_miss, suggest
 from pqqp_lightning.runs.trainer import Trainer
+from pqqp_lightning.stages.arguments import WORDS, choices, in_words, parser_of, parts_of, required, takes_null
 from pqqp_lightning.stages.discovery import known_stages
-from pqqp_lightning.stages.knobs import WORDS, _choices, _in_words, _parser_of, _parts, _required, _takes_null
 from pqqp_lightning.stages.stage import Stage
 
 SECTIONS = {"model", "data", "trainer", "stages"}
@@ -140,9 +140,9 @@ def _check_options(settings: Iterable[Setting], options: dict[str, Any]) -> list
         parser.add_argument(f"--{name}", type=kind)
     problems = []
     for setting in settings:
-        null = setting.value is None and NoneType not in _parts(options[setting.key])
+        null = setting.value is None and NoneType not in parts_of(options[setting.key])
         if null or not _accepts(parser, setting):
-            expected = _in_words(options[setting.key])
+            expected = in_words(options[setting.key])
             problems.append(f"{setting.where}: {setting.key}={setting.value!r}: expected {expected}.")
     return problems
 
@@ -193,7 +193,7 @@ def _check_class(
         return problems or [f"{first}: {key}: class_path is missing. Known: {', '.join(sorted(known))}."]
     where = f"{key} ({cls.__name__})"
     problems += _check_knobs(cls, where, knobs)
-    missing = [name for name in _required(cls) if name not in {knob.key for knob in knobs}] if complete else []
+    missing = [name for name in required(cls) if name not in {knob.key for knob in knobs}] if complete else []
     problems += [f"{first}: {where}: {name} is required. Add it." for name in missing]
     return problems or place(_own_problems(cls, where, knobs), settings, first)
 
@@ -247,7 +247,7 @@ def _check_trainer(settings: Sequence[Setting]) -> list[str]:
 
 
 def _check_knobs(cls: type, where: str, knobs: Sequence[Setting]) -> list[str]:
-    parser = _parser_of(cls)
+    parser = parser_of(cls)
     kinds = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     names = {name for name in kinds if name not in FLAGS and "." not in name}
     problems = []
@@ -258,8 +258,8 @@ def _check_knobs(cls: type, where: str, knobs: Sequence[Setting]) -> list[str]:
             problems.append(f"{knob.where}: {where}: '{knob.key}' is no knob.{suggest(knob.key, names)}")
         elif not _accepts(parser, knob):
             inside = _check_classes_inside(knob, where.partition(" ")[0], kinds[knob.key])
-            near = near_miss(str(knob.value), map(str, _choices(kinds[knob.key])))
-            wrong = f"{knob.key}={knob.value!r}: expected {_in_words(kinds[knob.key])}.{near}"
+            near = near_miss(str(knob.value), map(str, choices(kinds[knob.key])))
+            wrong = f"{knob.key}={knob.value!r}: expected {in_words(kinds[knob.key])}.{near}"
             problems += inside or [f"{knob.where}: {where}: {wrong}"]
     return problems
 
@@ -267,14 +267,14 @@ def _check_knobs(cls: type, where: str, knobs: Sequence[Setting]) -> list[str]:
 def _check_field(knob: Setting, section: str, kinds: dict[str, Any]) -> list[str]:
     """What is wrong with one field of a knob that takes a dataclass, as in ``distill.weight``; of others nothing."""
     name, _, field = knob.key.partition(".")
-    found = [part for part in _parts(kinds.get(name)) if isinstance(part, type) and is_dataclass(part)]
+    found = [part for part in parts_of(kinds.get(name)) if isinstance(part, type) and is_dataclass(part)]
     fields = [Setting(knob.where, field, knob.value)]
     return [p for cls in found for p in _check_knobs(cls, f"{section}.{name} ({cls.__name__})", fields)]
 
 
 def _check_classes_inside(knob: Setting, section: str, kind: Any) -> list[str]:
     """What is wrong with the classes in a knob that takes some (callbacks, a logger, an optimizer, a dataclass)."""
-    bases = tuple(c for c in _parts(kind) if isinstance(c, type) and c not in WORDS)
+    bases = tuple(c for c in parts_of(kind) if isinstance(c, type) and c not in WORDS)
     known = {c.__name__: c for base in bases for c in (base, *_subclasses(base))}
     key, problems = f"{section}.{knob.key}", []
     plain = [{"class_path": base.__name__} for base in bases if is_dataclass(base)]
@@ -292,7 +292,7 @@ def _own_problems(cls: type, where: str, knobs: Sequence[Setting]) -> list[str]:
     if not issubclass(cls, Stage | LightningDataModule):
         return []
     try:
-        values = _parser_of(cls).parse_object({knob.key: copy.deepcopy(knob.value) for knob in knobs})
+        values = parser_of(cls).parse_object({knob.key: copy.deepcopy(knob.value) for knob in knobs})
         instance = cls(**values.as_dict())
         if isinstance(instance, Stage):
             return [f"{where}: {problem}" for problem in instance.check_knobs()]
@@ -305,7 +305,7 @@ def _own_problems(cls: type, where: str, knobs: Sequence[Setting]) -> list[str]:
 
 def _accepts(parser: ArgumentParser, setting: Setting) -> bool:
     action = next((action for action in parser._actions if action.dest == setting.key), None)
-    if setting.value is None and action is not None and not _takes_null(action):
+    if setting.value is None and action is not None and not takes_null(action):
         return False
     try:
         parser.parse_object({setting.key: copy.deepcopy(setting.value)})  # which changes what it is given

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pqqp_lightning.report.formatting import wide_console
-from pqqp_lightning.stages.knobs import documentation, knobs
+from pqqp_lightning.stages.arguments import arguments_of, documentation
 from pqqp_lightning.stages.stage import Stage
 
 
@@ -27,7 +27,7 @@ def print_methods(stages: Mapping[str, type[Stage]], console: Console | None = N
         table = Table(show_edge=False, pad_edge=False)
         for column in ("knob", "default", "meaning"):
             table.add_column(column)
-        for knob, parameter in knobs(cls).items():
+        for knob, parameter in arguments_of(cls).items():
             default = "" if parameter.default is parameter.empty else repr(parameter.default)
             table.add_row(knob, default, documented.get(knob, ""))
         console.print(table)
@@ -35,7 +35,7 @@ def print_methods(stages: Mapping[str, type[Stage]], console: Console | None = N
 
 def summarize(stages: Mapping[str, type[Stage]]) -> str:
     """The methods with their own knobs, and the knobs that they share, in two sentences."""
-    shared = knobs(Stage)
-    own = {name: [knob for knob in knobs(cls) if knob not in shared] for name, cls in stages.items()}
+    shared = arguments_of(Stage)
+    own = {name: [knob for knob in arguments_of(cls) if knob not in shared] for name, cls in stages.items()}
     methods = "; ".join(f"{name} ({', '.join(names)})" if names else name for name, names in own.items())
     return f"Methods and their knobs: {methods}. Shared knobs: {', '.join(shared)}. More: pqqp-lightning methods."

@@ -13,7 +13,7 @@ from typing import Any
 from pqqp_lightning.errors import RecipeError, suggest
 from pqqp_lightning.runs.checks import check_places
 from pqqp_lightning.runs.run_data import DataSource
-from pqqp_lightning.stages.knobs import knob_value, knobs
+from pqqp_lightning.stages.arguments import argument_value, arguments_of
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.trials.prefix_tree import Order
 
@@ -41,7 +41,7 @@ class Variant:
     @property
     def plain(self) -> dict[str, Any]:
         """The knobs as plain data."""
-        return {knob: self.stage.options()[knob] for knob in self.knobs}
+        return {knob: self.stage.arguments()[knob] for knob in self.knobs}
 
     @property
     def step(self) -> str:
@@ -129,7 +129,7 @@ def count_points(variants: Mapping[str, Sequence[Variant]]) -> int:
 
 def read_values(stage: Stage, knob: str, values: Any) -> tuple[list[Any], list[str]]:
     """A knob's values as the stage takes them, and what is wrong with them."""
-    known = [name for name in knobs(type(stage)) if name in vars(stage)]
+    known = [name for name in arguments_of(type(stage)) if name in vars(stage)]
     if knob not in known:
         return [], [f"'{knob}' is no knob.{suggest(knob, known)}"]
     if not isinstance(values, list) or not values:
@@ -138,7 +138,7 @@ def read_values(stage: Stage, knob: str, values: Any) -> tuple[list[Any], list[s
     problems, read = [], []
     for value in values:
         try:
-            read.append(knob_value(type(stage), knob, value))
+            read.append(argument_value(type(stage), knob, value))
         except ValueError as error:
             problems.append(f"{knob}={value!r}: expected {error}")
     if twice := [value for i, value in enumerate(read) if value in read[:i]]:
@@ -160,12 +160,12 @@ def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:
     """
     if not chosen:
         return Variant(copy.deepcopy(stage), chosen)
-    if lost := [knob for knob in knobs(type(stage)) if knob not in vars(stage)]:
+    if lost := [knob for knob in arguments_of(type(stage)) if knob not in vars(stage)]:
         raise RecipeError(
             f"grid.{stage.name} ({type(stage).__name__}): cannot be made anew, since it keeps no attribute "
             f"{', '.join(lost)}. Have its constructor keep every argument under its own name."
         )
-    kept = {knob: vars(stage)[knob] for knob in knobs(type(stage))}
+    kept = {knob: vars(stage)[knob] for knob in arguments_of(type(stage))}
     changed = type(stage)(**copy.deepcopy(kept | chosen))
     changed.name = stage.name
     return Variant(changed, chosen)

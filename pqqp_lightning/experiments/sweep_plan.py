@@ -147,11 +147,11 @@ def _further(own: Sequence[Variant], bits: Sequence[int], problems: list[str]) -
     stage = own[0].stage
     values, found = read_values(stage, BITS, list(bits))
     problems += [f"curve_bits ({type(stage).__name__}): {problem}" for problem in found]
-    there, further = [variant.stage.options() for variant in own], dict[str, Variant]()
+    there, further = [variant.stage.arguments() for variant in own], dict[str, Variant]()
     for variant in own:
         for value in values:
             new = vary(variant.stage, {**variant.knobs, BITS: value})
-            if new.stage.options() not in there:
+            if new.stage.arguments() not in there:
                 further[new.step] = new
     problems += [
         problem.replace(f"grid.{v.name}", "curve_bits", 1) for v in further.values() for problem in own_problems(v)

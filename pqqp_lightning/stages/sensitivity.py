@@ -13,9 +13,8 @@ from tqdm.auto import tqdm
 
 from pqqp_lightning.algorithms.allocation import output_error
 from pqqp_lightning.calibration.collect import Reading
-from pqqp_lightning.calibration.layer_errors import samples_in
 from pqqp_lightning.calibration.statistics import Hessian, sum_over_ranks
-from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept
+from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept, samples_in
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.layers import Layer, weight_matrix

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule
@@ -17,6 +16,7 @@ from pqqp_lightning.errors import RecipeError, near_miss, shorten
 from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, model_blocks, tied_weights
 from pqqp_lightning.network.layers import LAYER_TYPES, Layer, is_packed
 from pqqp_lightning.network.name_patterns import matches, value_for
+from pqqp_lightning.stages.arguments import argument_values
 from pqqp_lightning.stages.distillation import Distillation
 
 Plan = dict[str, Any]
@@ -108,23 +108,27 @@ class Stage(Callback):
         self.blocks, self.allow_undo, self.distill = blocks, allow_undo, distill
         self.name = type(self).__name__.lower()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a ``restructure`` that expects an instance: a checkpoint is loaded without one.
+
+        Raises:
+            TypeError: it is not a static method.
+        """
+        super().__init_subclass__(**kwargs)
+        if "restructure" in vars(cls) and not isinstance(vars(cls)["restructure"], staticmethod):
+            raise TypeError(
+                f"{cls.__name__}.restructure expects an instance, and a checkpoint is loaded without one. Write "
+                "@staticmethod, then def restructure(model, plan), and read every number from the plan."
+            )
+
     @property
     def state_key(self) -> str:
         """Unique among stages of one class."""
         return f"{type(self).__qualname__}:{self.name}"
 
-    def options(self) -> dict[str, Any]:
-        """The knobs as plain data, for records: the constructor's parameters, as far as they are kept."""
-        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        parameters = [
-            name
-            for cls in type(self).__mro__
-            if issubclass(cls, Stage) and "__init__" in vars(cls)
-            for name, parameter in inspect.signature(cls.__init__).parameters.items()
-            if parameter.kind not in kinds and name != "self"
-        ]
-        kept = {name: vars(self)[name] for name in dict.fromkeys(parameters) if name in vars(self)}
-        return {n: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for n, v in kept.items()}
+    def arguments(self) -> dict[str, Any]:
+        """Its arguments as plain data, for records, as far as it keeps them under their own names."""
+        return argument_values(self)
 
     def find_blocks(self, model: nn.Module) -> Blocks:
         """The blocks of ``model``: this stage's, the model's own list (``compression_blocks``), or by structure."""
@@ -216,10 +220,12 @@ class Stage(Callback):
         """
         return {}
 
-    def restructure(self, model: LightningModule, plan: Plan) -> None:
-        """Rebuild shapes, modules and ``requires_grad`` from a plan, values irrelevant; knobs are not there to be read.
+    @staticmethod
+    def restructure(model: LightningModule, plan: Plan) -> None:
+        """Rebuild shapes, modules and ``requires_grad`` from the plan alone; values do not matter.
 
-        Nothing to do where structure stays. New modules take the device and dtype of what they replace.
+        A checkpoint holds the plan but no stage, so that there are no arguments to read. By default the structure
+        stays. New modules take the device and dtype of what they replace.
         """
 
     def finish(self, model: LightningModule, context: Context, plan: Plan) -> Plan:
