@@ -152,7 +152,7 @@ def samples_in(batch: Any) -> int:
 
 @contextmanager
 def gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Which parameters ask for gradients, and those that they hold, are afterwards as before, whatever happens."""
+    """Restore ``requires_grad`` and ``grad`` of every parameter on exit."""
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     try:
         yield
@@ -164,7 +164,7 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients and no caches inside; everything is put back, random state too, whatever happens.
+    """Inside, evaluation mode without gradients and caches; restores modes, caching and random state on exit.
 
     A Hugging Face model's cache of keys and values would grow with each replay of a block.
     """
@@ -178,7 +178,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         with keep_random_state(), torch.no_grad():
             yield
     finally:
-        for module in model.modules():  # those that came in the place of others included
+        for module in model.modules():  # including those that replaced others
             module.training = modes.get(module, modes[model])
         for config in caching.values():
             setattr(config, "use_cache", True)  # noqa: B010

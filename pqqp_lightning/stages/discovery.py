@@ -15,7 +15,7 @@ GROUP = "pqqp_lightning.callbacks"
 
 
 def load_installed() -> list[str]:
-    """Import every module of the entry-point group; returns a word on each that fails."""
+    """Import every module of the entry-point group; returns a message for each that fails."""
     failed = []
     for entry in entry_points(group=GROUP):
         try:
@@ -56,8 +56,11 @@ def import_from_working_folder(name: str) -> bool:
 
 
 def import_working_folder() -> list[str]:
-    """Import every file in the working folder, or in its ``callbacks/``, that defines a stage; a word on each that
-    fails."""
+    """Import every file in the working folder, or in its ``callbacks/``, that defines a stage.
+
+    Returns:
+        A message for each that fails.
+    """
     failed = []
     bases = {"Stage", *(cls.__name__ for cls in _stage_classes())}
     for _, text in _working_folder():

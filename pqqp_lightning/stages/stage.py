@@ -67,10 +67,11 @@ class Context:
 
 
 class Stage(Callback):
-    """A compression stage. As it stands it compresses nothing, and finetunes if ``epochs`` says so.
+    """A compression stage. This base class compresses nothing; it finetunes if ``epochs`` says so.
 
     A method overrides :meth:`compress`, extends :meth:`check`, and names its ``source``. Ordinary callback hooks fire
-    during its finetuning.
+    during its finetuning. A method that looks at one layer at a time extends
+    :class:`~pqqp_lightning.stages.LayerwiseStage` instead.
 
     Class attributes say what a stage is: ``promises`` ("mask", "grid"), ``needs_calibration``, ``compresses``,
     ``keeps_function`` (the model computes the same as before), and ``comparable_layers`` (a layer reads and gives out
@@ -151,7 +152,7 @@ class Stage(Callback):
         return self.check_knobs() + (self._check_targets(model) if self.compresses else [])
 
     def check_knobs(self) -> list[str]:
-        """The problems of the knobs by themselves, which :meth:`check` includes: whatever the model is."""
+        """The problems of the arguments alone, whatever the model is. :meth:`check` includes them."""
         problems = []
         if self.epochs < 0:
             problems.append(f"epochs={self.epochs} is negative. Use 0 for no finetuning.")
@@ -195,7 +196,7 @@ class Stage(Callback):
         return [(stage, both) for stage, both in found if both]
 
     def check_patterns(self, knob: str, layers: Iterable[str]) -> list[str]:
-        """Problems of a knob by name pattern: a layer that it gives no value, a pattern that matches no layer."""
+        """Problems of an argument by name pattern: layers without a value, patterns that match no layer."""
         value, problems = getattr(self, knob), []
         if not isinstance(value, dict):
             return []
