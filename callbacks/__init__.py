@@ -6,7 +6,7 @@ if __name__ == "callbacks":
 from importlib import import_module
 from pkgutil import iter_modules
 
-from pqqp_lightning.stages.stage import Stage
+from pqqp_lightning.stages import Stage
 
 for _module in iter_modules(__path__):
     for _name, _value in vars(import_module(f"{__name__}.{_module.name}")).items():

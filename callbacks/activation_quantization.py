@@ -10,7 +10,7 @@ from torch import nn
 
 from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.network.activation_hooks import QuantizeHeads, QuantizeInput, transformed_layers
-from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.stages import Context, Plan, Stage
 
 CACHED = ("k_proj", "v_proj")
 
@@ -87,7 +87,8 @@ class ActivationQuantization(Stage):
             "outliers": self.outliers,
         }
 
-    def restructure(self, model: LightningModule, plan: Plan) -> None:
+    @staticmethod
+    def restructure(model: LightningModule, plan: Plan) -> None:
         options = {name: plan[name] for name in ("symmetric", "clip")}
         inputs = QuantizeInput(plan["bits"], outliers=plan["outliers"], **options)  # one, so that q, k and v share it
         for name in plan["layers"]:

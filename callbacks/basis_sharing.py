@@ -11,14 +11,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from pqqp_lightning.algorithms.basis_sharing import rank_for, share_basis
-from pqqp_lightning.calibration.collect import Reading
-from pqqp_lightning.calibration.statistics import Hessian
-from pqqp_lightning.errors import Problem, shorten
+from pqqp_lightning.errors import shorten
 from pqqp_lightning.network.blocks import Blocks
-from pqqp_lightning.network.constraints import constraints_of
-from pqqp_lightning.network.layers import Layer, is_adapter
+from pqqp_lightning.network.layers import is_adapter
 from pqqp_lightning.network.name_patterns import matches
-from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.stages import Context, Hessian, Layer, Plan, Problem, Reading, Stage, constraints_of
 from pqqp_lightning.surgery.factored import factor_layers, factors_of, group_layers
 
 SHARING = [
@@ -104,7 +101,8 @@ class BasisSharing(Stage):
         groups, _ = self._groups(layers, self.find_blocks(model))
         return {"groups": [{"layers": names, "rank": rank_for(self.ratio, *_shape(layers, names))} for names in groups]}
 
-    def restructure(self, model: LightningModule, plan: Plan) -> None:
+    @staticmethod
+    def restructure(model: LightningModule, plan: Plan) -> None:
         for group in plan["groups"]:
             factor_layers(model, group["layers"], group["rank"])
 

@@ -15,11 +15,10 @@ from pqqp_lightning.calibration.channel_scores import mean_squared_inputs, taylo
 from pqqp_lightning.errors import Problem, RecipeError, shorten, suggest
 from pqqp_lightning.network.activation_hooks import RotateInput, transformed_layers
 from pqqp_lightning.network.blocks import tied_weights
-from pqqp_lightning.network.layers import LAYER_TYPES, Layer, columns_of, is_adapter
+from pqqp_lightning.network.layers import LAYER_TYPES, columns_of, is_adapter
 from pqqp_lightning.network.name_patterns import matches_any, value_for
 from pqqp_lightning.network.structure import weightless_copy
-from pqqp_lightning.stages.pruning import PruningStage
-from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.stages import Context, Layer, Plan, PruningStage, Stage
 from pqqp_lightning.surgery.coupling import CoupledGroup, Coupling, built_groups, has_attention
 from pqqp_lightning.surgery.dependency import example_input, run_example, traced_groups
 from pqqp_lightning.surgery.narrowing import narrow, plan_narrowing, rebuild_narrowed, uneven
@@ -51,8 +50,6 @@ class ChannelPruning(Stage):
             them, which costs a backward pass.
         head_ratio: fraction of each attention's heads to remove, in (0, 1), counted in key and value heads; none by
             default.
-        round_to: keep a multiple of so many channels (never fewer than asked for); 8 suits most hardware. Heads are
-            not rounded.
         targets: name patterns of the layers whose outputs may be pruned; all by default. A group goes only if all
             layers that make it are chosen: the stem and the ends of its blocks for a ResNet's residual stream; q, k
             and v for heads; gate and up for a LLaMA's MLP.
@@ -69,11 +66,10 @@ class ChannelPruning(Stage):
         ratio: float = 0.5,
         importance: Literal["norm", "activation", "taylor"] = "norm",
         head_ratio: float | None = None,
-        round_to: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.ratio, self.importance, self.head_ratio, self.round_to = ratio, importance, head_ratio, round_to
+        self.ratio, self.importance, self.head_ratio = ratio, importance, head_ratio
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
@@ -99,8 +95,6 @@ class ChannelPruning(Stage):
             problems.append(Problem("head_ratio", self.head_ratio, "is not in (0, 1)", way_out))
         if self.ratio == 0 and self.head_ratio is None:
             problems.append(Problem("ratio", self.ratio, "without head_ratio removes nothing", "Set one of them."))
-        if self.round_to < 1:
-            problems.append(Problem("round_to", self.round_to, "is not above 0", "Use 1 for exact counts, or 8."))
         if self.importance not in IMPORTANCES:
             near = suggest(self.importance, IMPORTANCES).strip()
             problems.append(Problem("importance", self.importance, f"is not one of {', '.join(IMPORTANCES)}", near))
@@ -135,7 +129,7 @@ class ChannelPruning(Stage):
         kept = {}
         for group, scores in zip(groups, self._scores(model, groups, context), strict=True):
             try:
-                kept[group.name] = choose_units(scores.cpu(), *self._amount(group))
+                kept[group.name] = choose_units(scores.cpu(), self._share(group))
             except ArithmeticError as error:
                 problem = Problem(text=f"{group.name}: {error}", way_out="Check the model's weights.")
                 raise RecipeError(problem.within(f"stages.{context.title}")) from error
@@ -146,15 +140,18 @@ class ChannelPruning(Stage):
             context.found(f"undone: {what}", layers)
         return plan
 
-    def restructure(self, model: LightningModule, plan: Plan) -> None:
+    @staticmethod
+    def restructure(model: LightningModule, plan: Plan) -> None:
         rebuild_narrowed(model, plan)
 
-    def _amount(self, group: CoupledGroup) -> tuple[float, int]:
-        """(fraction to remove, multiple to keep)."""
-        return (self.head_ratio or 0.0, 1) if group.kind == "heads" else (self.ratio, self.round_to)
+    def _share(self, group: CoupledGroup) -> float:
+        """The fraction of its units that the group loses."""
+        if group.kind == "heads":
+            return self.head_ratio or 0.0
+        return self.ratio
 
     def _kept_count(self, group: CoupledGroup) -> int:
-        return kept_count(group.width, *self._amount(group))
+        return kept_count(group.width, self._share(group))
 
     def _chosen(self, model: nn.Module, coupling: Coupling) -> list[CoupledGroup]:
         """The groups that lose something."""

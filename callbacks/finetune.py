@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pqqp_lightning.stages.distillation import Distillation
-from pqqp_lightning.stages.stage import Stage
+from pqqp_lightning.stages import Distillation, Stage
 
 
 class Finetune(Stage):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from pqqp_lightning.algorithms.gptq import quantize_gptq
-from pqqp_lightning.calibration.collect import Reading
-from pqqp_lightning.calibration.statistics import Hessian
-from pqqp_lightning.errors import Problem
-from pqqp_lightning.network.constraints import constraints_of
-from pqqp_lightning.network.layers import Layer, row_groups, weight_matrix
-from pqqp_lightning.stages.hessian import check_hessian_knobs, factorize
-from pqqp_lightning.stages.quantization import GroupSize, QuantizationStage, merge_rows
-from pqqp_lightning.stages.stage import Context, Plan
+from pqqp_lightning.algorithms.hessian import InverseFactor
+from pqqp_lightning.stages import (
+    Compressed,
+    Found,
+    GroupSize,
+    Hessian,
+    LayerInputs,
+    Problem,
+    QuantizationStage,
+    check_hessian_knobs,
+    factorize,
+)
 
 
 class GPTQ(QuantizationStage):
@@ -42,7 +47,7 @@ class GPTQ(QuantizationStage):
     """
 
     source = "Frantar et al. 2023, GPTQ (OPTQ), arXiv 2210.17323"
-    needs_calibration = True
+    statistic = Hessian
 
     def __init__(
         self,
@@ -61,23 +66,12 @@ class GPTQ(QuantizationStage):
     def check_knobs(self) -> list[Problem]:
         return super().check_knobs() + check_hessian_knobs(self.block_size, self.damping)
 
-    def compress(self, model: LightningModule, context: Context) -> Plan:
-        self.quantize_layers(model, self.find_layers(model), context)
-        return {}
+    def prepare(self, statistic: Tensor, found: Found) -> Sequence[InverseFactor]:
+        return factorize(statistic, self.damping, found, activation_order=self.activation_order)
 
-    def quantize_layers(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> None:
-        """Quantize ``layers`` in place, block by block, calibrated on ``model`` as it is."""
-
-        def quantize(reading: Reading) -> None:
-            hessians, order = reading.statistic.value(), self.activation_order
-            inverses = factorize(hessians, self.damping, reading.layers, context, activation_order=order)
-            for name, layer in reading.layers.items():
-                matrix, options = weight_matrix(layer), self.grid_options(name)
-                rows = row_groups(matrix, constraints_of(layer).mask(matrix.device), groups=len(inverses))
-                parts = [
-                    quantize_gptq(w, inverse, mask=mask, block_size=self.block_size, **options)
-                    for inverse, (w, mask) in zip(inverses, rows, strict=True)
-                ]
-                self.write_grid(layer, merge_rows(parts))
-
-        context.calibrate(self.find_blocks(model), layers, Hessian, quantize)
+    def compress_layer(self, inputs: LayerInputs) -> Compressed:
+        options = self.grid_options(inputs.name)
+        quantized = quantize_gptq(
+            inputs.weight, inputs.statistic, mask=inputs.mask, block_size=self.block_size, **options
+        )
+        return Compressed(quantized.weight, grid=quantized.grid)

@@ -11,13 +11,22 @@ from torch import Tensor
 from pqqp_lightning.algorithms.gradual import cubic_sparsity, grow_mask
 from pqqp_lightning.algorithms.magnitude import prune_magnitude
 from pqqp_lightning.algorithms.packing import pack_mask, unpack_mask
-from pqqp_lightning.errors import Problem, RecipeError
-from pqqp_lightning.network.constraints import constraints_of
+from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.held_zeros import HoldZeros
-from pqqp_lightning.network.layers import Layer, to_weight, weight_matrix
+from pqqp_lightning.network.layers import to_weight
 from pqqp_lightning.network.name_patterns import values_of
-from pqqp_lightning.stages.pruning import PruningStage, parse_pattern
-from pqqp_lightning.stages.stage import Context, Plan
+from pqqp_lightning.stages import (
+    Compressed,
+    Context,
+    Layer,
+    Plan,
+    Problem,
+    PruningStage,
+    constraints_of,
+    parse_pattern,
+    weight_matrix,
+    write_back,
+)
 
 UPDATES = 100
 """How often the mask grows in a run where ``every`` is not given."""
@@ -84,7 +93,7 @@ class GradualPruning(PruningStage):
             for name, layer in context.each(self.find_layers(model)):
                 matrix, earlier = weight_matrix(layer), constraints_of(layer).mask(layer.weight.device)
                 mask = grow_mask(matrix, sparsity=self.initial_sparsity, pattern=self._pattern(name), mask=earlier)
-                self.write_mask(layer, matrix, mask, None)
+                write_back(layer, Compressed(matrix, mask=mask))
         return {}
 
     def finish(self, model: LightningModule, context: Context, plan: Plan) -> Plan:
@@ -92,7 +101,7 @@ class GradualPruning(PruningStage):
         for name, layer in context.each(self.find_layers(model)):
             matrix, amount = weight_matrix(layer), self.amount(name)
             mask = prune_magnitude(matrix, mask=self._mask(name, layer), **amount)
-            self.write_mask(layer, matrix, mask, amount.get("pattern"))
+            write_back(layer, Compressed(matrix, mask=mask, pattern=amount.get("pattern")))
         self._masks = {}
         return plan
 

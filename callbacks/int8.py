@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule
-
 from pqqp_lightning.algorithms.rtn import quantize_int8
-from pqqp_lightning.network.layers import weight_matrix
-from pqqp_lightning.stages.quantization import GridStage
-from pqqp_lightning.stages.stage import Context, Plan
+from pqqp_lightning.stages import Compressed, GridStage, LayerInputs
 
 
 class INT8(GridStage):
@@ -28,7 +24,6 @@ class INT8(GridStage):
 
     source = "Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339; bitsandbytes"
 
-    def compress(self, model: LightningModule, context: Context) -> Plan:
-        for _, layer in context.each(self.find_layers(model)):
-            self.write_grid(layer, quantize_int8(weight_matrix(layer)))
-        return {}
+    def compress_layer(self, inputs: LayerInputs) -> Compressed:
+        quantized = quantize_int8(inputs.weight)
+        return Compressed(quantized.weight, grid=quantized.grid)

@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from pqqp_lightning.algorithms.lora import Merged, merge_low_rank
-from pqqp_lightning.errors import Problem, shorten
-from pqqp_lightning.network.constraints import Constraints, constraints_of
-from pqqp_lightning.network.layers import Layer, columns_of, set_weight_matrix, weight_matrix
-from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.errors import shorten
+from pqqp_lightning.network.constraints import Constraints
+from pqqp_lightning.network.layers import columns_of, set_weight_matrix
+from pqqp_lightning.stages import Context, Layer, Plan, Problem, Stage, constraints_of, weight_matrix
 from pqqp_lightning.surgery.adapters import (
     Adapters,
     base_of,
@@ -133,7 +133,8 @@ class LoRA(Stage):
         name = unused_name(model, f"{self.name}_adapter")  # with a suffix, so that it is no attribute of a ModuleDict
         return {"adapters": vars(Adapters(name, self.rank, float(self.alpha), self.dropout, layers))}
 
-    def restructure(self, model: LightningModule, plan: Plan) -> None:
+    @staticmethod
+    def restructure(model: LightningModule, plan: Plan) -> None:
         if not plan:  # merged
             return
         inject(model, Adapters(**plan["adapters"]))

@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
-from pqqp_lightning.algorithms.magnitude import prune_magnitude, prune_magnitude_global
-from pqqp_lightning.errors import Problem
-from pqqp_lightning.network.constraints import constraints_of
-from pqqp_lightning.network.layers import Layer, weight_matrix
-from pqqp_lightning.stages.sparsity_by_layer import OneShotPruning
-from pqqp_lightning.stages.stage import Context, Plan
+from pqqp_lightning.algorithms.magnitude import prune_magnitude_global
+from pqqp_lightning.stages import (
+    Compressed,
+    Context,
+    Layer,
+    OneShotPruning,
+    Problem,
+    constraints_of,
+    weight_matrix,
+    write_back,
+)
 
 
 class Magnitude(OneShotPruning):
@@ -31,6 +37,7 @@ class Magnitude(OneShotPruning):
     """
 
     source = "Han et al. 2015, Learning both Weights and Connections, arXiv 1506.02626"
+    compared_within = "matrix"
 
     def __init__(
         self,
@@ -52,27 +59,16 @@ class Magnitude(OneShotPruning):
             problems.append(Problem("scope", self.scope, text, "Set one of scope and allocation."))
         return problems
 
-    @property
-    def needs_calibration(self) -> bool:  # type: ignore[override]
-        """Sensitivities are measured on calibration data."""
-        return self.allocation == "sensitivity"
+    def scores(self, weight: Tensor, statistic: None) -> Tensor:
+        return weight.abs()
 
-    def compress(self, model: LightningModule, context: Context) -> Plan:
-        layers = self.find_layers(model)
-        if self.scope == "global":
-            self._prune_globally(layers)
-            return {}
-        self.spread(model, layers, context)
-        for name, layer in context.each(layers):
-            matrix, amount = weight_matrix(layer), self.amount(name)
-            mask = prune_magnitude(matrix, mask=constraints_of(layer).mask(matrix.device), **amount)
-            self.write_mask(layer, matrix, mask, amount.get("pattern"))
-        return {}
-
-    def _prune_globally(self, layers: dict[str, Layer]) -> None:
+    def compress_layers(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> None:
+        if self.scope == "layer":
+            super().compress_layers(model, layers, context)
+            return
         assert isinstance(self.sparsity, float)
         matrices = [weight_matrix(layer) for layer in layers.values()]
         earlier = [constraints_of(layer).mask(layer.weight.device) for layer in layers.values()]
         masks = prune_magnitude_global(matrices, sparsity=self.sparsity, masks=earlier)
         for layer, matrix, mask in zip(layers.values(), matrices, masks, strict=True):
-            self.write_mask(layer, matrix, mask, None)
+            write_back(layer, Compressed(matrix, mask=mask))

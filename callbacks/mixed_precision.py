@@ -17,13 +17,22 @@ from pqqp_lightning.callbacks.gptq import GPTQ
 from pqqp_lightning.callbacks.rtn import RTN
 from pqqp_lightning.checkpoint.encoding import encode_weight
 from pqqp_lightning.checkpoint.size import measure_size
-from pqqp_lightning.errors import Problem, RecipeError
-from pqqp_lightning.network.constraints import Constraints, constraints_of
-from pqqp_lightning.network.layers import Layer, weight_matrix
-from pqqp_lightning.stages.hessian import check_hessian_knobs
-from pqqp_lightning.stages.quantization import GroupSize, QuantizationStage
-from pqqp_lightning.stages.sensitivity import Sensitivity, measure_costs
-from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.network.constraints import Constraints
+from pqqp_lightning.stages import (
+    Context,
+    GroupSize,
+    Layer,
+    Plan,
+    Problem,
+    QuantizationStage,
+    Sensitivity,
+    Stage,
+    check_hessian_knobs,
+    constraints_of,
+    measure_costs,
+    weight_matrix,
+)
 
 DEFAULT_BITS = 4.0
 
@@ -62,7 +71,7 @@ class MixedPrecision(QuantizationStage):
     """
 
     source = "Kim et al. 2026, Prune-then-Quantize or Quantize-then-Prune?, arXiv 2603.18426"
-    needs_calibration = True
+    needs_calibration = True  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -119,7 +128,7 @@ class MixedPrecision(QuantizationStage):
         used = sorted(set(chosen.values()), reverse=self.schedule == "progressive")
         for bits in used:
             group = {name: layer for name, layer in layers.items() if chosen[name] == bits}
-            self._stage(bits).quantize_layers(model, group, context)
+            self._stage(bits).compress_layers(model, group, context)
         context.notes[:] = [*dict.fromkeys(context.notes), _summary(layers, chosen, used)]
         self._check_size(model, context)
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pqqp_lightning.stages.quantization import CodebookStage
+from pqqp_lightning.stages import CodebookStage
 
 
 class NF4(CodebookStage):

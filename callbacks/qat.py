@@ -6,12 +6,19 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from pqqp_lightning.algorithms.grid import Grid, Quantized, fit_grid, round_to_grid
-from pqqp_lightning.errors import Problem, RecipeError, shorten
+from pqqp_lightning.algorithms.grid import Grid, fit_grid, round_to_grid
+from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.network.held_zeros import trained_weight
-from pqqp_lightning.network.layers import weight_matrix
-from pqqp_lightning.stages.quantization import GroupSize, QuantizationStage
-from pqqp_lightning.stages.stage import Context, Plan
+from pqqp_lightning.stages import (
+    Compressed,
+    Context,
+    GroupSize,
+    Plan,
+    Problem,
+    QuantizationStage,
+    weight_matrix,
+    write_back,
+)
 from pqqp_lightning.surgery.fake_quantize import attach, detach, quantizer_of
 
 
@@ -74,7 +81,8 @@ class QAT(QuantizationStage):
             quantizer_of(layer).start_from(grids[name], trained_weight(layer))
         return plan
 
-    def restructure(self, model: LightningModule, plan: Plan) -> None:
+    @staticmethod
+    def restructure(model: LightningModule, plan: Plan) -> None:
         modules: dict[str, Any] = dict(model.named_modules())
         for name, (bits, scales, symmetric) in plan.get("layers", {}).items():
             attach(modules[name], bits, scales, symmetric=symmetric, learn_scale=plan["learn_scales"])
@@ -93,7 +101,7 @@ class QAT(QuantizationStage):
         """Round the weights underneath to the grid as trained; the model is an ordinary one again."""
         for _, layer in context.each(self.find_layers(model)):
             grid = detach(layer)
-            self.write_grid(layer, Quantized(round_to_grid(weight_matrix(layer), grid), grid))
+            write_back(layer, Compressed(round_to_grid(weight_matrix(layer), grid), grid=grid))
         return {}
 
 

@@ -9,12 +9,8 @@ from lightning.pytorch import LightningModule
 
 from pqqp_lightning.callbacks.lora import LoRA
 from pqqp_lightning.callbacks.nf4 import NF4
-from pqqp_lightning.errors import Problem
-from pqqp_lightning.network.constraints import constraints_of
-from pqqp_lightning.network.layers import Layer
 from pqqp_lightning.network.name_patterns import values_of
-from pqqp_lightning.stages.quantization import BlockSize
-from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.stages import BlockSize, Context, Plan, Problem, Stage, constraints_of
 
 
 class QLoRA(LoRA):
@@ -79,18 +75,12 @@ class QLoRA(LoRA):
         gridded = {name for stage in earlier if "grid" in stage.promises for name in stage.find_layers(model)}
         layers = {name: layer for name, layer in self.find_layers(model).items() if name not in gridded}
         if layers:
-            return self._quantizer(layers).check(model, data, earlier)
+            return NF4(self.group_size).check_layers(layers)
         if values_of(self.group_size) == ["auto"]:
             return []
         return [Problem("group_size", self.group_size, "has no effect: every layer is already quantized", "Drop it.")]
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         layers = {n: x for n, x in self.find_layers(model).items() if constraints_of(x).grid is None}
-        self._quantizer(layers).compress(model, context)
+        NF4(self.group_size).compress_layers(model, layers, context)
         return super().compress(model, context)
-
-    def _quantizer(self, layers: dict[str, Layer]) -> NF4:
-        """NF4 on these layers alone."""
-        quantizer = NF4(self.group_size)
-        vars(quantizer)["find_layers"] = lambda model: layers
-        return quantizer

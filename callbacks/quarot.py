@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.activation_hooks import Transform, transformed_layers
 from pqqp_lightning.network.layers import is_adapter
-from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.stages import Context, Plan, Stage
 from pqqp_lightning.surgery.decoder import describe_decoder
 from pqqp_lightning.surgery.rotation import plan_structure, rotate_decoder, rotate_structure
 
@@ -89,7 +89,8 @@ class QuaRot(Stage):
             model, describe_decoder(model), fold=self.gains == "fold", online=self.online, seed=self.seed
         )
 
-    def restructure(self, model: LightningModule, plan: Plan) -> None:
+    @staticmethod
+    def restructure(model: LightningModule, plan: Plan) -> None:
         rotate_structure(model, plan)
 
     def compress(self, model: LightningModule, context: Context) -> Plan:

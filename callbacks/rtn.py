@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule
-
 from pqqp_lightning.algorithms.rtn import quantize_rtn
-from pqqp_lightning.network.layers import Layer, weight_matrix
-from pqqp_lightning.stages.quantization import QuantizationStage
-from pqqp_lightning.stages.stage import Context, Plan
+from pqqp_lightning.stages import Compressed, LayerInputs, QuantizationStage
 
 
 class RTN(QuantizationStage):
@@ -29,11 +25,6 @@ class RTN(QuantizationStage):
 
     source = "round to nearest, the baseline of Frantar et al. 2023, arXiv 2210.17323"
 
-    def compress(self, model: LightningModule, context: Context) -> Plan:
-        self.quantize_layers(model, self.find_layers(model), context)
-        return {}
-
-    def quantize_layers(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> None:
-        """Quantize ``layers`` in place; the rest of ``model`` does not matter."""
-        for name, layer in context.each(layers):
-            self.write_grid(layer, quantize_rtn(weight_matrix(layer), **self.grid_options(name)))
+    def compress_layer(self, inputs: LayerInputs) -> Compressed:
+        quantized = quantize_rtn(inputs.weight, **self.grid_options(inputs.name))
+        return Compressed(quantized.weight, grid=quantized.grid)

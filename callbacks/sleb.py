@@ -17,7 +17,7 @@ from pqqp_lightning.calibration.walk import Walk, calibrating
 from pqqp_lightning.errors import Problem, RecipeError, near_miss
 from pqqp_lightning.network.blocks import keep_blocks, model_blocks
 from pqqp_lightning.network.name_patterns import matches, matches_any
-from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.stages import Context, Plan, Stage
 from pqqp_lightning.surgery.removal import (
     Sublayer,
     outside_of_a_list,
@@ -60,7 +60,7 @@ class SLEB(Stage):
     Example::
 
         stages:
-          shorten: {class_path: SLEB, init_args: {amount: 0.1, ignore: [layers.0]}}
+          shorten: {class_path: SLEB, init_args: {amount: 0.25, ignore: [layers.0]}}
 
     Args:
         amount: how many to remove, or which fraction of all blocks (sublayers), in (0, 1), rounded to a whole number.
@@ -123,7 +123,8 @@ class SLEB(Stage):
         self.restructure(model, plan)
         return plan
 
-    def restructure(self, model: LightningModule, plan: Plan) -> None:
+    @staticmethod
+    def restructure(model: LightningModule, plan: Plan) -> None:
         default = list(model_blocks(model)) == plan["blocks"]
         left = {name: model.get_submodule(name) for name in plan["blocks"]}
         if plan["granularity"] == "block":

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from pqqp_lightning.algorithms.hessian import factorize_inverse
+from pqqp_lightning.algorithms.hessian import InverseFactor
 from pqqp_lightning.algorithms.sparsegpt import prune_sparsegpt
-from pqqp_lightning.calibration.collect import Reading
-from pqqp_lightning.calibration.statistics import Hessian
-from pqqp_lightning.errors import Problem
-from pqqp_lightning.network.constraints import constraints_of
-from pqqp_lightning.network.layers import Layer, groups_of, row_groups, weight_matrix
-from pqqp_lightning.stages.hessian import check_hessian_knobs, factorize
-from pqqp_lightning.stages.sparsity_by_layer import OneShotPruning
-from pqqp_lightning.stages.stage import Context, Plan
+from pqqp_lightning.stages import (
+    Compressed,
+    Found,
+    Hessian,
+    LayerInputs,
+    OneShotPruning,
+    Problem,
+    check_hessian_knobs,
+    factorize,
+)
 
 
 class SparseGPT(OneShotPruning):
@@ -40,7 +41,8 @@ class SparseGPT(OneShotPruning):
     """
 
     source = "Frantar & Alistarh 2023, SparseGPT, arXiv 2301.00774"
-    needs_calibration = True
+    statistic = Hessian
+    compared_within = "matrix"
 
     def __init__(
         self,
@@ -56,30 +58,20 @@ class SparseGPT(OneShotPruning):
     def check_knobs(self) -> list[Problem]:
         return super().check_knobs() + check_hessian_knobs(self.block_size, self.damping)
 
-    def trial_scores(self, matrix: Tensor, hessians: Tensor) -> Tensor:
-        factors = [factorize_inverse(hessian, self.damping).factor for hessian in hessians]
-        scale = torch.stack([factor.diagonal() for factor in factors])  # [groups, I]
-        return (matrix / scale.repeat_interleave(len(matrix) // len(scale), dim=0)).square()
+    def prepare(self, statistic: Tensor, found: Found) -> Sequence[InverseFactor]:
+        return factorize(statistic, self.damping, found)
 
-    def parts(self, layer: Layer) -> int:
-        return groups_of(layer)
+    def scores(self, weight: Tensor, statistic: InverseFactor) -> Tensor:
+        return (weight / statistic.factor.diagonal()).square()
 
-    def compress(self, model: LightningModule, context: Context) -> Plan:
-        def prune(reading: Reading) -> None:
-            inverses = factorize(reading.statistic.value(), self.damping, reading.layers, context)
-            for name, layer in reading.layers.items():
-                constraints, matrix, amount = constraints_of(layer), weight_matrix(layer), self.amount(name)
-                grid = constraints.grid
-                grids = [None] * len(inverses) if grid is None else grid.to(matrix.device).chunk(len(inverses))
-                rows = row_groups(matrix, constraints.mask(matrix.device), groups=len(inverses))
-                parts = [
-                    prune_sparsegpt(w, inverse, mask=m, grid=g, block_size=self.block_size, **amount)
-                    for inverse, (w, m), g in zip(inverses, rows, grids, strict=True)
-                ]
-                pruned, mask = (torch.cat([getattr(p, part) for p in parts]) for part in ("weight", "mask"))
-                self.write_mask(layer, pruned, mask, amount.get("pattern"))
-
-        layers = self.find_layers(model)
-        self.spread(model, layers, context)
-        context.calibrate(self.find_blocks(model), layers, Hessian, prune)
-        return {}
+    def compress_layer(self, inputs: LayerInputs) -> Compressed:
+        amount = self.amount(inputs.name)
+        pruned = prune_sparsegpt(
+            inputs.weight,
+            inputs.statistic,
+            mask=inputs.mask,
+            grid=inputs.grid,
+            block_size=self.block_size,
+            **amount,
+        )
+        return Compressed(pruned.weight, mask=pruned.mask, pattern=amount.get("pattern"))

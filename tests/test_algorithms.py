@@ -17,8 +17,9 @@ from pqqp_lightning.algorithms.grid import Grid, decode, encode, fit_grid
 from pqqp_lightning.algorithms.magnitude import prune_magnitude, prune_magnitude_global
 from pqqp_lightning.algorithms.packing import pack_bits, unpack_bits
 from pqqp_lightning.algorithms.rtn import quantize_rtn
+from pqqp_lightning.algorithms.selection import keep_highest
 from pqqp_lightning.algorithms.sparsegpt import prune_sparsegpt
-from pqqp_lightning.algorithms.wanda import prune_wanda
+from pqqp_lightning.algorithms.wanda import scores_wanda
 
 ROWS, COLUMNS = 48, 256
 SEEDS = range(6)
@@ -166,7 +167,7 @@ def prune(
     mask = (
         prune_magnitude(weight, **options)
         if method == "magnitude"
-        else prune_wanda(weight, layer.column_norm, **options)
+        else keep_highest(scores_wanda(weight, layer.column_norm), **options)
     )
     return weight * mask, mask
 
@@ -186,7 +187,7 @@ def test_score_masks_match_reference(amount, earlier):
         at_least=1,
     )
     assert_mostly_equal(
-        prune_wanda(layer.weight, layer.column_norm, **amount, mask=mask),
+        keep_highest(scores_wanda(layer.weight, layer.column_norm), **amount, mask=mask),
         reference.wanda(layer.weight, layer.column_norm, **amount, mask=array),
         at_least=0.9999,
     )
@@ -338,7 +339,7 @@ def test_sparsegpt_spends_its_sparsity_evenly_over_blocks(block_size):
 def test_sparsegpt_on_a_given_mask_reconstructs():
     """With sparsity 0 and a mask, only reconstruction is left: it beats masking alone."""
     layer = make_layer()
-    mask = prune_wanda(layer.weight, layer.column_norm, sparsity=0.5)
+    mask = keep_highest(scores_wanda(layer.weight, layer.column_norm), sparsity=0.5)
     # Not the masked weight: the error of pruning has to be there for the loop to compensate.
     actual = prune_sparsegpt(layer.weight, layer.hessian, sparsity=0, mask=mask)
     assert torch.equal(actual.mask, mask)
@@ -554,7 +555,7 @@ def test_gptq_zeroes_dead_columns(group_size, activation_order):
 
 def test_dead_columns_go_first_in_wanda():
     layer = make_layer(4, dead=DEAD)
-    mask = prune_wanda(layer.weight, layer.column_norm, sparsity=0.1)
+    mask = keep_highest(scores_wanda(layer.weight, layer.column_norm), sparsity=0.1)
     assert not mask[:, list(DEAD)].any()
 
 

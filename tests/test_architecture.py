@@ -4,6 +4,9 @@ import ast
 from pathlib import Path
 
 import pytest
+from composition import STAGES
+
+from pqqp_lightning.stages import LayerwiseStage
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pqqp_lightning"
@@ -123,6 +126,15 @@ def test_algorithms_are_pure_functions_of_tensors(file):
         own = name.startswith("pqqp_lightning.algorithms")
         assert own or name.split(".")[0] in PURE, name
         assert not name.startswith("torch.nn")
+
+
+LAYERWISE = [name for name, cls in STAGES.items() if cls.compress is LayerwiseStage.compress]
+
+
+@pytest.mark.parametrize("name", LAYERWISE)
+def test_a_layerwise_method_needs_the_stages_and_the_algorithms_alone(name):
+    for target in our_imports(MODULES[STAGES[name].__module__]):
+        assert target == "pqqp_lightning.stages.__init__" or room_of(target) == "algorithms", target
 
 
 def test_callbacks_cannot_be_imported_from_the_root(monkeypatch):

@@ -19,6 +19,11 @@ needs_smollm2 = pytest.mark.skipif(
 )
 
 
+def test_the_method_imports_stages_alone():
+    method = dict(BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()))["callbacks/ria.py"]
+    assert re.findall(r"^(?:from|import) (\S+)", method, re.MULTILINE) == ["pqqp_lightning.stages"]
+
+
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
     """A copy of the repository with the three files in it, and nothing else changed."""

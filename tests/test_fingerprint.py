@@ -18,7 +18,7 @@ from pqqp_lightning.trials.prefix_tree import PrefixTree
 
 STAGE = """\
 import torch
-from pqqp_lightning.stages.sparsity_by_layer import OneShotPruning
+from pqqp_lightning.stages import OneShotPruning
 
 def scores(weight):
     return weight.abs()

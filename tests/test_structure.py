@@ -136,7 +136,8 @@ class Halve(Stage):
         self.restructure(model, plan)
         return plan
 
-    def restructure(self, model, plan):
+    @staticmethod
+    def restructure(model, plan):
         model.blocks = model.blocks[: plan["kept"]]
 
 
@@ -174,3 +175,11 @@ def test_what_is_removed_counts_as_removed(tmp_path):
     assert last["sparsity"] == pytest.approx(0.5)
     assert last["nominal_rate"] == pytest.approx(2.0)
     assert last["size_bytes"] == sum(p.numel() * 4 for p in module.parameters())
+
+
+def test_a_restructure_that_expects_an_instance_is_refused():
+    with pytest.raises(TypeError, match=r"Old.restructure expects an instance.*@staticmethod"):
+
+        class Old(Stage):
+            def restructure(self, model, plan):
+                pass

@@ -21,6 +21,7 @@ from pqqp_lightning.data.loaders import train_loader
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.constraints import collect_constraints, constrained_layers
 from pqqp_lightning.network.layers import weight_matrix
+from pqqp_lightning.stages import Compressed, write_back
 from pqqp_lightning.storage.records import read_records
 
 
@@ -361,7 +362,7 @@ def test_a_pruning_stage_may_leave_a_grid_with_leave(tmp_path):
         def compress(self, model, context):
             for layer in self.find_layers(model).values():
                 matrix = weight_matrix(layer) * 1.01
-                self.write_mask(layer, matrix, matrix.abs() > matrix.abs().median(), None)
+                write_back(layer, Compressed(matrix, mask=matrix.abs() > matrix.abs().median()))
             return {}
 
     with pytest.raises(RecipeError, match="entries are off the 4-bit grid"):
@@ -523,11 +524,12 @@ class Narrow(Stage):
             block.down.load_state_dict({"weight": down.weight[:, kept], "bias": down.bias})
         return {"kept": kept, "units": len(kept)}
 
-    def restructure(self, model, plan):
+    @staticmethod
+    def restructure(model, plan):
         assert len(plan["kept"]) == plan["units"]
         for block in model.blocks:
             assert block.up.out_features == 16, "restructured twice"
-            self._rebuild(block, plan["units"])
+            Narrow._rebuild(block, plan["units"])
 
     @staticmethod
     def _rebuild(block, units):

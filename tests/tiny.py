@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ from torchmetrics import MeanSquaredError
 from pqqp_lightning import Stage, Trainer
 from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.models import CausalLM, ImageClassifier
-from pqqp_lightning.stages.knobs import knobs
+from pqqp_lightning.stages.arguments import required
 
 ACCELERATOR = os.environ.get("TEST_ACCELERATOR", "cpu")
 """``TEST_ACCELERATOR=gpu`` runs the tests that use :func:`trainer` or the recipe of ``command_line`` on a GPU."""
@@ -192,11 +194,23 @@ def make_data(kind: str, folder: Path, **options: Any) -> LightningDataModule:
 
 
 def make_stage(cls: type[Stage], name: str | None = None) -> Stage:
-    """A stage with its defaults; where it must be told how much: half of the weights, one of the blocks."""
-    amounts = {"sparsity": 0.5, "amount": 1}
-    stage = cls(**{knob: amounts[knob] for knob in knobs(cls) if knob in amounts})
-    stage.name = name or stage.name
-    return stage
+    """A stage with its defaults, and with as many arguments of its docstring's example as it cannot do without."""
+    example = example_arguments(cls)
+    for count in range(len(example) + 1):
+        chosen = dict(list(example.items())[:count])
+        if set(required(cls)) <= set(chosen) and not cls(**chosen).check_knobs():
+            stage = cls(**chosen)
+            stage.name = name or stage.name
+            return stage
+    raise AssertionError(f"{cls.__name__}: the example in its docstring does not pass its own checks: {example}")
+
+
+def example_arguments(cls: type[Stage]) -> dict[str, Any]:
+    """The arguments that the YAML example in the docstring of a stage gives it."""
+    _, _, indented = (inspect.getdoc(cls) or "").partition("Example::\n")
+    text = indented.partition("\nArgs:")[0]
+    stages = yaml.safe_load(text)["stages"] if text.strip() else {}
+    return next((item.get("init_args", {}) for item in stages.values() if item["class_path"] == cls.__name__), {})
 
 
 def blamed(error) -> list[tuple[str, object]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -56,6 +57,62 @@ def spend_rest(
         counts[i] -= step
         rest -= step
     return counts
+
+
+@dataclass(frozen=True)
+class SparsityOptions:
+    """What each of the sparsities to choose from would do to one layer.
+
+    Attributes:
+        entries: weights of the layer.
+        parts: parts of the matrix, of equal size, that each lose the same number of entries.
+        removed: entries that go, for each sparsity; more than its share where an earlier mask removed more.
+        costs: what that costs, for each sparsity.
+    """
+
+    entries: int
+    parts: int
+    removed: Sequence[int]
+    costs: Sequence[float]
+
+
+def allocate_sparsities(sparsity: float, sparsities: Sequence[float], layers: Sequence[SparsityOptions]) -> list[float]:
+    """Each layer's sparsity: the cheapest of ``sparsities``, with ``sparsity`` over all layers together.
+
+    The options rarely add up to the entries that are due. The cheapest choice that removes at least as many is found,
+    and then the layers that gain most by it get entries back, until as many go as were asked for.
+
+    Args:
+        sparsity: fraction of all entries to remove.
+        sparsities: those to choose from.
+        layers: of each layer, what they would do.
+    """
+    entries = sum(layer.entries for layer in layers)
+    due = round(sparsity * entries)
+    kept = []
+    for layer in layers:
+        kept.append([layer.entries - count for count in layer.removed])
+    budget = max(entries - due, sum(map(min, kept)))  # earlier masks may have removed more than is due
+    picked = allocate([layer.costs for layer in layers], kept, budget)
+    chosen, lower, gains = [], [], []
+    for layer, k in zip(layers, picked, strict=True):
+        below = _option_below(layer.removed, k)
+        chosen.append(layer.removed[k])
+        lower.append(layer.removed[below])
+        gains.append((layer.costs[k] - layer.costs[below]) / max(1, layer.removed[k] - layer.removed[below]))
+    rest = max(0, sum(chosen) - due)
+    lowered = spend_rest(chosen, lower, gains, [layer.parts for layer in layers], rest)
+    fractions = []
+    for layer, k, before, after in zip(layers, picked, chosen, lowered, strict=True):
+        part = layer.entries // layer.parts  # the entries of which the fraction is rounded to a count
+        fractions.append((round(sparsities[k] * part) - (before - after) // layer.parts) / part)
+    return fractions
+
+
+def _option_below(removed: Sequence[int], chosen: int) -> int:
+    """The option that removes the next fewer entries, or the one chosen where there is none."""
+    fewer = [k for k, count in enumerate(removed) if count < removed[chosen]]
+    return max(fewer, key=removed.__getitem__, default=chosen)
 
 
 def allocate(costs: Costs, amounts: Amounts, budget: int) -> list[int]:

@@ -47,27 +47,22 @@ def taylor_terms(weight: Tensor, gradient: Tensor) -> Tensor:
     return (weight.float() * gradient.float()).abs()
 
 
-def kept_count(width: int, ratio: float, round_to: int = 1) -> int:
-    """Units that stay of ``width``: ``width - round(ratio * width)``, raised to a multiple of ``round_to``, at least 1.
-
-    It is never more than ``width``.
-    """
-    kept = max(1, width - round(ratio * width))
-    return min(width, -(-kept // round_to) * round_to)
+def kept_count(width: int, ratio: float) -> int:
+    """Units that stay of ``width``: ``width - round(ratio * width)``, at least 1."""
+    return max(1, width - round(ratio * width))
 
 
-def choose_units(scores: Tensor, ratio: float, round_to: int = 1) -> Tensor:
+def choose_units(scores: Tensor, ratio: float) -> Tensor:
     """The indices of the units that stay, ascending: the most important ones; of equal ones the later.
 
     Args:
         scores: importance of each unit, [U].
         ratio: fraction to remove.
-        round_to: the number that stays is a multiple of this.
 
     Raises:
         ArithmeticError: a score is NaN or infinite.
     """
     if not bool(torch.isfinite(scores).all()):
         raise ArithmeticError("its channels' importance holds NaN or infinite values")
-    gone = lowest(scores[None], len(scores) - kept_count(len(scores), ratio, round_to))[0]
+    gone = lowest(scores[None], len(scores) - kept_count(len(scores), ratio))[0]
     return (~gone).nonzero().flatten()

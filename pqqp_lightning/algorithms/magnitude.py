@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pqqp_lightning.algorithms.selection import Pattern, keep_across, keep_by_pattern, keep_by_score
+from pqqp_lightning.algorithms.selection import Pattern, keep_across, keep_highest
 
 
 def prune_magnitude(
@@ -22,12 +22,7 @@ def prune_magnitude(
         pattern: (N, M) instead of ``sparsity``.
         mask: [O, I], earlier keep-mask; its zeros stay removed and count.
     """
-    scores = weight.float().abs()
-    if pattern is not None:
-        return keep_by_pattern(scores, pattern, mask)
-    assert sparsity is not None
-    flat_mask = None if mask is None else mask.reshape(1, -1)
-    return keep_by_score(scores.reshape(1, -1), sparsity, flat_mask).view_as(weight)
+    return keep_highest(weight.float().abs(), sparsity=sparsity, pattern=pattern, mask=mask, within="matrix")
 
 
 def prune_magnitude_global(

@@ -6,6 +6,8 @@ least. Entries that an earlier mask removed are removed again, and count towards
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,33 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     tied = scores == threshold
     missing = count - below.sum(dim=-1, keepdim=True)
     return below | (tied & (tied.cumsum(dim=-1) <= missing))
+
+
+def keep_highest(
+    scores: Tensor,
+    *,
+    sparsity: float | None = None,
+    pattern: Pattern | None = None,
+    mask: Tensor | None = None,
+    within: Literal["row", "matrix"] = "row",
+) -> Tensor:
+    """Keep-mask [O, I] of the highest ``scores`` [O, I].
+
+    Args:
+        scores: >= 0, [O, I].
+        sparsity: fraction to remove, in [0, 1): ``round(sparsity * I)`` entries of every row, or
+            ``round(sparsity * O * I)`` of the matrix.
+        pattern: (N, M) instead: all but N of every M consecutive columns go.
+        mask: [O, I], earlier keep-mask; its zeros stay removed and count.
+        within: where scores are compared under ``sparsity``.
+    """
+    if pattern is not None:
+        return keep_by_pattern(scores, pattern, mask)
+    assert sparsity is not None
+    if within == "row":
+        return keep_by_score(scores, sparsity, mask)
+    flat_mask = None if mask is None else mask.reshape(1, -1)
+    return keep_by_score(scores.reshape(1, -1), sparsity, flat_mask).view_as(scores)
 
 
 def keep_by_score(scores: Tensor, sparsity: float, mask: Tensor | None = None) -> Tensor:

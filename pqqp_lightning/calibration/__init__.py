@@ -1,1 +1,1 @@
-"""Block-by-block calibration: replay the calibration set through one block at a time, collect, compress, go on."""
+"""Block-by-block calibration: replay the samples through a block, collect statistics, compress it."""

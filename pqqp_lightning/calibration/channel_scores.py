@@ -51,8 +51,8 @@ def mean_squared_inputs(walk: Walk, layers: Iterable[str]) -> dict[str, Tensor]:
 def taylor_by_channel(walk: Walk, parts: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Tensor]:
     """|weight * gradient| of the module's training loss, summed over each row or column of weights: (name, dim) to [C].
 
-    It is averaged over the calibration batches, each with a gradient of its own. Evaluation mode; gradients that the
-    model holds stay as they are.
+    Averaged over the calibration batches, one gradient each. Runs in evaluation mode and leaves the model's own
+    gradients alone.
 
     Raises:
         RecipeError: the loss does not depend on one of the weights, or a gradient is NaN or infinite.
@@ -82,7 +82,7 @@ def taylor_by_channel(walk: Walk, parts: Iterable[tuple[str, int]]) -> dict[tupl
 
 @contextmanager
 def _alone_trainable(model: nn.Module, weights: dict[str, Any]) -> Iterator[None]:
-    """Gradients for ``weights`` alone; everything is afterwards as it was, gradients too."""
+    """Inside, only ``weights`` get gradients; restores ``requires_grad`` and ``grad`` of every parameter on exit."""
     chosen = {id(weight) for weight in weights.values()}
     with gradients_kept(model):
         for parameter in model.parameters():

@@ -95,25 +95,6 @@ def block_changes(walk: Walk, variant: Layers) -> tuple[list[Tensor], Tensor]:
     return single, whole
 
 
-def first_batches(batches: Sequence[Any], samples: int) -> list[Any]:
-    """The first batches, as many as it takes to have so many samples."""
-    taken, count = [], 0
-    for batch in batches:
-        if count >= samples:
-            break
-        taken.append(batch)
-        count += samples_in(batch)
-    return taken
-
-
-def samples_in(batch: Any) -> int:
-    """Samples in a batch: the first dimension of the first tensor in it."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
-    return next((samples_in(v) for v in values if isinstance(v, Tensor | dict | tuple | list)), 1)
-
-
 class _Silent(nn.Module):
     """Zeros in the shape of what ``layer`` gives out."""
 

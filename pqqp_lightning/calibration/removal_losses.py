@@ -200,7 +200,7 @@ class RemovalLosses:
 
 @contextmanager
 def other_forwards(forwards: Forwards) -> Iterator[None]:
-    """Give modules another ``forward`` for a while; all stays but the transforms that belong to their own one."""
+    """Inside, modules have another ``forward``, without the transforms that belong to their own one."""
     with ExitStack() as stack:
         for module, forward in forwards.items():
             own = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}

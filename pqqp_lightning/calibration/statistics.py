@@ -42,6 +42,15 @@ class Statistic(ABC):
     def value(self) -> Tensor:
         """The statistic, first dimension groups."""
 
+    @classmethod
+    def of_hessian(cls, hessians: Tensor) -> Tensor:
+        """The value where X^T X per group [groups, I, I] is known, for a sparsity by layer.
+
+        Raises:
+            NotImplementedError: it does not follow from them.
+        """
+        raise NotImplementedError(f"{cls.__name__} defines no of_hessian, which allocation: sensitivity needs")
+
     def add(self, rows: Tensor) -> None:
         """Add ``rows`` [groups, T, I] and count them."""
         self.rows += rows.shape[1]
@@ -68,6 +77,10 @@ class Hessian(Statistic):
             complete(total)
         return self.total
 
+    @classmethod
+    def of_hessian(cls, hessians: Tensor) -> Tensor:
+        return hessians
+
 
 class SquaredNorm(Statistic):
     """The squared l2 norm of every input column: [groups, I] (Wanda)."""
@@ -80,3 +93,7 @@ class SquaredNorm(Statistic):
 
     def value(self) -> Tensor:
         return self.total
+
+    @classmethod
+    def of_hessian(cls, hessians: Tensor) -> Tensor:
+        return hessians.diagonal(dim1=1, dim2=2)

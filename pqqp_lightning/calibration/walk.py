@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,21 @@ class Walk:
             if outside:
                 self._whole_model(outside, kind, compress)
 
+    def first(self, samples: int) -> Walk:
+        """The same walk over the first batches alone, as many as it takes to have so many samples."""
+        taken, count = [], 0
+        for batch in self.batches:
+            if count >= samples:
+                break
+            taken.append(batch)
+            count += samples_in(batch)
+        return replace(self, batches=taken)
+
+    @property
+    def samples(self) -> int:
+        """Samples in all its batches."""
+        return sum(map(samples_in, self.batches))
+
     def _forward(self, batch: Any) -> object:
         with self.forward_context():
             return self.run(batch)
@@ -125,9 +140,17 @@ class Walk:
         return next((b for b in self.blocks if layer.startswith(f"{b}.") or layer == b), None)
 
 
+def samples_in(batch: Any) -> int:
+    """Samples in a batch: the first dimension of the first tensor in it."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
+    return next((samples_in(v) for v in values if isinstance(v, Tensor | dict | tuple | list)), 1)
+
+
 @contextmanager
 def gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Which parameters ask for gradients, and those that they hold, are afterwards as before, whatever happens."""
+    """Restore ``requires_grad`` and ``grad`` of every parameter on exit."""
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     try:
         yield
@@ -139,7 +162,7 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients and no caches inside; everything is put back, random state too, whatever happens.
+    """Inside, evaluation mode without gradients and caches; restores modes, caching and random state on exit.
 
     A Hugging Face model's cache of keys and values would grow with each replay of a block.
     """
@@ -153,7 +176,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         with keep_random_state(), torch.no_grad():
             yield
     finally:
-        for module in model.modules():  # those that came in the place of others included
+        for module in model.modules():  # including those that replaced others
             module.training = modes.get(module, modes[model])
         for config in caching.values():
             setattr(config, "use_cache", True)  # noqa: B010

@@ -37,7 +37,7 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
         origin = origin_of(module)
         manifest["applied"] = _applied(manifest, file)[len(origin.applied) if origin else 0 :]
         for item in manifest["applied"]:
-            item.stage.restructure(item.stage.__new__(item.stage), module, item.plan)
+            item.stage.restructure(module, item.plan)
         own = module.state_dict(keep_vars=True)
         names = _weight_names(file.names()) | set(manifest["aliases"])
         if names != set(own):

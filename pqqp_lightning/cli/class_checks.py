@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 
 from pqqp_lightning.cli.settings import Setting, add_sources
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, suggest
-from pqqp_lightning.stages.knobs import WORDS, _choices, _in_words, _parser_of, _parts, _required, _takes_null
+from pqqp_lightning.stages.arguments import WORDS, choices, in_words, parser_of, parts_of, required, takes_null
 from pqqp_lightning.stages.stage import Stage
 
 PARSER_OPTIONS = {"print_config", "help", "h", "print_shtab", "config"}
@@ -53,7 +53,7 @@ def check_class(
         return problems or [Problem(key, text="class_path is missing", way_out=way_out, section=key, source=first)]
     problems += check_arguments(cls, key, cls.__name__, arguments)
     if complete:
-        for name in _required(cls):
+        for name in required(cls):
             if name not in {argument.key for argument in arguments}:
                 problem = Problem(name, text="is required", way_out="Add it.", source=first)
                 problems.append(problem.within(key, cls.__name__))
@@ -108,7 +108,7 @@ def check_arguments(cls: type, section: str, owner: str, arguments: Sequence[Set
         owner: the class as the messages name it; empty where the section says it already.
         arguments: their keys are relative to the section.
     """
-    parser = _parser_of(cls)
+    parser = parser_of(cls)
     kinds = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     names = {name for name in kinds if name not in PARSER_OPTIONS and "." not in name}
     problems: list[Problem] = []
@@ -128,18 +128,18 @@ def check_arguments(cls: type, section: str, owner: str, arguments: Sequence[Set
 
 def wrong_value(setting: Setting, kind: Any) -> Problem:
     """The problem of a value that is not of the type ``kind``."""
-    way_out = near_miss(str(setting.value), map(str, _choices(kind))).strip()
-    plain_list = any(get_origin(part) is list and get_args(part)[0] in WORDS for part in _parts(kind))
+    way_out = near_miss(str(setting.value), map(str, choices(kind))).strip()
+    plain_list = any(get_origin(part) is list and get_args(part)[0] in WORDS for part in parts_of(kind))
     if plain_list and isinstance(setting.value, str | int | float):
         way_out = f"Write [{setting.value}]."
-    expected = f"one of {_in_words(kind)}" if get_origin(kind) is Literal else _in_words(kind)
+    expected = f"one of {in_words(kind)}" if get_origin(kind) is Literal else in_words(kind)
     return Problem(setting.key, setting.value, f"should be {expected}", way_out, source=setting.where)
 
 
 def accepts(parser: ArgumentParser, setting: Setting) -> bool:
     """Whether the parser takes the value. It would take null for anything, so that null is checked by the type."""
     action = next((action for action in parser._actions if action.dest == setting.key), None)
-    if setting.value is None and action is not None and not _takes_null(action):
+    if setting.value is None and action is not None and not takes_null(action):
         return False
     try:
         parser.parse_object({setting.key: copy.deepcopy(setting.value)})  # which changes what it is given
@@ -152,7 +152,7 @@ def _check_field(argument: Setting, section: str, kinds: dict[str, Any]) -> list
     """What is wrong with one field of an argument that takes a dataclass, as in ``distill.weight``."""
     name, _, field = argument.key.partition(".")
     problems: list[Problem] = []
-    for part in _parts(kinds.get(name)):
+    for part in parts_of(kinds.get(name)):
         if isinstance(part, type) and is_dataclass(part):
             fields = [Setting(argument.where, field, argument.value)]
             problems += check_arguments(part, f"{section}.{name}", part.__name__, fields)
@@ -161,7 +161,7 @@ def _check_field(argument: Setting, section: str, kinds: dict[str, Any]) -> list
 
 def _check_classes_inside(argument: Setting, section: str, kind: Any) -> list[Problem]:
     """What is wrong with the classes in an argument: callbacks, a logger, an optimizer, a dataclass."""
-    bases = tuple(part for part in _parts(kind) if isinstance(part, type) and part not in WORDS)
+    bases = tuple(part for part in parts_of(kind) if isinstance(part, type) and part not in WORDS)
     known = {cls.__name__: cls for base in bases for cls in (base, *subclasses(base))}
     if not known:
         return []
@@ -184,7 +184,7 @@ def _own_problems(cls: type, section: str, arguments: Sequence[Setting]) -> list
     if not issubclass(cls, Stage | LightningDataModule):
         return []
     try:
-        values = _parser_of(cls).parse_object({a.key: copy.deepcopy(a.value) for a in arguments})
+        values = parser_of(cls).parse_object({a.key: copy.deepcopy(a.value) for a in arguments})
         instance = cls(**values.as_dict())
         if isinstance(instance, Stage):
             found = RecipeError(instance.check_knobs()).problems

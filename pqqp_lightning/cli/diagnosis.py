@@ -25,8 +25,8 @@ from pqqp_lightning.cli.command_trainer import SECTIONS, commands_with, option_n
 from pqqp_lightning.cli.settings import COMMAND_LINE, NO_VALUE, Setting, read_settings, recipe_name
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, suggest
 from pqqp_lightning.runs.trainer import Trainer
+from pqqp_lightning.stages.arguments import arguments_of
 from pqqp_lightning.stages.discovery import known_stages
-from pqqp_lightning.stages.knobs import knobs
 from pqqp_lightning.stages.stage import Stage
 
 WRITE_STAGES = "Write stages: {prune: {class_path: SparseGPT, init_args: {sparsity: 0.5}}}."
@@ -108,7 +108,7 @@ def _suggest_name(setting: Setting, known: set[str], settings: Sequence[Setting]
         section = "grid" if "grid" in known else "stages"
         return f"Did you mean '--{section}.{setting.key}'?"
     near = near_miss(f"--{name}", [f"--{option}" for option in (*known, "config", "print_config")], cutoff=0.7)
-    if not near and any(name in knobs(cls) for cls in known_stages().values()):
+    if not near and any(name in arguments_of(cls) for cls in known_stages().values()):
         return f"An argument of a stage is given as --stages.NAME.{name} VALUE."
     return near.strip() or "pqqp-lightning COMMAND --help lists the options."
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pqqp_lightning.report.formatting import wide_console
-from pqqp_lightning.stages.knobs import documentation, knobs
+from pqqp_lightning.stages.arguments import arguments_of, documentation
 from pqqp_lightning.stages.stage import Stage
 
 
@@ -27,7 +27,7 @@ def print_methods(stages: Mapping[str, type[Stage]], console: Console | None = N
         table = Table(show_edge=False, pad_edge=False)
         for column in ("argument", "default", "meaning"):
             table.add_column(column)
-        for argument, parameter in knobs(cls).items():
+        for argument, parameter in arguments_of(cls).items():
             default = "" if parameter.default is parameter.empty else repr(parameter.default)
             table.add_row(argument, default, documented.get(argument, ""))
         console.print(table)
@@ -35,10 +35,10 @@ def print_methods(stages: Mapping[str, type[Stage]], console: Console | None = N
 
 def summarize(stages: Mapping[str, type[Stage]]) -> str:
     """The methods with their own arguments, and the arguments that they share, in two sentences."""
-    shared = knobs(Stage)
+    shared = arguments_of(Stage)
     methods = []
     for name, cls in stages.items():
-        own = [argument for argument in knobs(cls) if argument not in shared]
+        own = [argument for argument in arguments_of(cls) if argument not in shared]
         methods.append(f"{name} ({', '.join(own)})" if own else name)
     words = f"Methods and their arguments: {'; '.join(methods)}. Shared arguments: {', '.join(shared)}."
     return f"{words} More: pqqp-lightning methods."

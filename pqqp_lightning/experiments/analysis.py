@@ -18,11 +18,9 @@ from pqqp_lightning.algorithms.interference import additivity
 from pqqp_lightning.calibration.layer_errors import (
     Layers,
     block_changes,
-    first_batches,
     layer_errors,
     layers_of,
     mixed_share,
-    samples_in,
 )
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.experiments.options import AnalysisOptions
@@ -146,12 +144,10 @@ class Analysis:
         self._tree.bring_to(())
         best = max(self._orders, key=judge.score)
         with self._tree.walking("analyze") as walk:
-            batches = walk.batches
-            walk.batches = first_batches(batches, self._samples)
-            compared = sum(map(samples_in, walk.batches))
-            errors = layer_errors(walk, variants)
-            walk.batches = first_batches(batches, min(BLOCKWISE, self._samples))
-            adding = None if "" in walk.blocks else additivity(*block_changes(walk, variants[order_key(best)]))
+            compared = walk.first(self._samples)
+            errors = layer_errors(compared, variants)
+            few = walk.first(min(BLOCKWISE, self._samples))
+            adding = None if "" in walk.blocks else additivity(*block_changes(few, variants[order_key(best)]))
         first, second = self._orders[0], self._orders[-1]
         return {
             "status": "finished",
@@ -162,7 +158,7 @@ class Analysis:
             "higher_is_better": judge.higher,
             "stages": list(self._stages),
             "orders": [list(order) for order in self._orders],
-            "samples": compared,
+            "samples": compared.samples,
             "records": {order_key(node): result.record for node, result in self._tree.results().items()},
             "advantage": None if first == second else judge.difference(first, second).plain(),
             "best": list(best),

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from pqqp_lightning.calibration.layer_errors import SAMPLES, Layers, first_batches, layer_errors, layers_of, samples_in
+from pqqp_lightning.calibration.layer_errors import SAMPLES, Layers, layer_errors, layers_of
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
@@ -101,9 +101,9 @@ class Prediction:
                     self._gone[name] = sum(layer is None for layer in variants[name].values())
             self._tree.bring_to(())
             with self._tree.walking(PREDICT) as walk:
-                walk.batches = first_batches(walk.batches, SAMPLES)
-                self._samples = sum(map(samples_in, walk.batches))
-                errors = layer_errors(walk, variants) if variants else {}
+                compared = walk.first(SAMPLES)
+                self._samples = compared.samples
+                errors = layer_errors(compared, variants) if variants else {}
         for name in variants:
             found[name] = sum(error[name] for error in errors.values()) / len(errors)
         return found

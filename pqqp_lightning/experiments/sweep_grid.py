@@ -13,7 +13,7 @@ from typing import Any
 from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.runs.checks import check_places
 from pqqp_lightning.runs.run_data import DataSource
-from pqqp_lightning.stages.knobs import knob_value, knobs
+from pqqp_lightning.stages.arguments import argument_value, arguments_of
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.trials.prefix_tree import Order
 
@@ -41,7 +41,7 @@ class Variant:
     @property
     def plain(self) -> dict[str, Any]:
         """The knobs as plain data."""
-        return {knob: self.stage.options()[knob] for knob in self.knobs}
+        return {knob: self.stage.arguments()[knob] for knob in self.knobs}
 
     @property
     def step(self) -> str:
@@ -135,7 +135,7 @@ def count_points(variants: Mapping[str, Sequence[Variant]]) -> int:
 
 def read_values(stage: Stage, knob: str, values: Any) -> tuple[list[Any], list[Problem]]:
     """An argument's values as the stage takes them, and what is wrong with them."""
-    known = [name for name in knobs(type(stage)) if name in vars(stage)]
+    known = [name for name in arguments_of(type(stage)) if name in vars(stage)]
     if knob not in known:
         return [], [Problem(knob, text="is not an argument of this stage", way_out=suggest(knob, known).strip())]
     if not isinstance(values, list) or not values:
@@ -144,7 +144,7 @@ def read_values(stage: Stage, knob: str, values: Any) -> tuple[list[Any], list[P
     problems, read = [], []
     for value in values:
         try:
-            read.append(knob_value(type(stage), knob, value))
+            read.append(argument_value(type(stage), knob, value))
         except ValueError as error:
             problems.append(Problem(knob, value, f"is not accepted: expected {error}"))
     if twice := [value for i, value in enumerate(read) if value in read[:i]]:
@@ -166,11 +166,11 @@ def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:
     """
     if not chosen:
         return Variant(copy.deepcopy(stage), chosen)
-    if lost := [knob for knob in knobs(type(stage)) if knob not in vars(stage)]:
+    if lost := [name for name in arguments_of(type(stage)) if name not in vars(stage)]:
         text = f"cannot be created again, since it has no attribute {', '.join(lost)}"
         problem = Problem(text=text, way_out="Have its constructor keep every argument under its own name.")
         raise RecipeError(problem.within(f"grid.{stage.name}", type(stage).__name__))
-    kept = {knob: vars(stage)[knob] for knob in knobs(type(stage))}
+    kept = {name: vars(stage)[name] for name in arguments_of(type(stage))}
     changed = type(stage)(**copy.deepcopy(kept | chosen))
     changed.name = stage.name
     return Variant(changed, chosen)

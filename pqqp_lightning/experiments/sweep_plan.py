@@ -152,11 +152,11 @@ def _further(own: Sequence[Variant], bits: Sequence[int], problems: list[Problem
     stage = own[0].stage
     values, found = read_values(stage, BITS, list(bits))
     problems += [_of_curve_bits(problem, type(stage).__name__) for problem in found]
-    there, further = [variant.stage.options() for variant in own], dict[str, Variant]()
+    there, further = [variant.stage.arguments() for variant in own], dict[str, Variant]()
     for variant in own:
         for value in values:
             new = vary(variant.stage, {**variant.knobs, BITS: value})
-            if new.stage.options() not in there:
+            if new.stage.arguments() not in there:
                 further[new.step] = new
     for variant in further.values():
         for problem in own_problems(variant):

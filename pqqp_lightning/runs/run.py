@@ -145,7 +145,7 @@ def identity(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) -> dic
     plain = {
         "command": "fit",
         "seed": run_seed(),
-        "stages": {s.name: {"class_path": class_path(s), "init_args": s.options()} for s in stages},
+        "stages": {s.name: {"class_path": class_path(s), "init_args": s.arguments()} for s in stages},
         "model": class_path(data.module),
         "data": None if data.datamodule is None else class_path(data.datamodule),
         **trainer.recipe,

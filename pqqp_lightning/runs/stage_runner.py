@@ -235,7 +235,7 @@ class Runner:
         return make_record(
             name=stage.name,
             method=type(stage).__name__,
-            options=stage.options(),
+            options=stage.arguments(),
             metrics=self.evaluate(),
             size=size_numbers(self.size(), self.original_bits),
             dense=self.dense,

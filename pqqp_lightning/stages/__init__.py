@@ -1,1 +1,53 @@
-"""The contract that a method extends, its helpers, and how stages are discovered."""
+"""The contract that a method extends, its helpers, and how stages are discovered.
+
+A method file imports what it needs from here and from :mod:`pqqp_lightning.algorithms`.
+"""
+
+from pqqp_lightning.algorithms.selection import Pattern
+from pqqp_lightning.calibration.collect import Reading
+from pqqp_lightning.calibration.statistics import Hessian, SquaredNorm, Statistic
+from pqqp_lightning.errors import Problem
+from pqqp_lightning.network.constraints import constraints_of
+from pqqp_lightning.network.layers import Layer, weight_matrix
+from pqqp_lightning.stages.distillation import Distillation
+from pqqp_lightning.stages.hessian import check_hessian_knobs, factorize
+from pqqp_lightning.stages.layerwise import Compressed, Found, LayerInputs, LayerwiseStage, write_back
+from pqqp_lightning.stages.one_shot_pruning import OneShotPruning
+from pqqp_lightning.stages.pruning import PatternArgument, PruningStage, parse_pattern
+from pqqp_lightning.stages.quantization import BlockSize, CodebookStage, GridStage, GroupSize, QuantizationStage
+from pqqp_lightning.stages.sensitivity import Sensitivity, measure_costs
+from pqqp_lightning.stages.stage import Context, Plan, Stage
+
+__all__ = [
+    "BlockSize",
+    "CodebookStage",
+    "Compressed",
+    "Context",
+    "Distillation",
+    "Found",
+    "GridStage",
+    "GroupSize",
+    "Hessian",
+    "Layer",
+    "LayerInputs",
+    "LayerwiseStage",
+    "OneShotPruning",
+    "Pattern",
+    "PatternArgument",
+    "Plan",
+    "Problem",
+    "PruningStage",
+    "QuantizationStage",
+    "Reading",
+    "Sensitivity",
+    "SquaredNorm",
+    "Stage",
+    "Statistic",
+    "check_hessian_knobs",
+    "constraints_of",
+    "factorize",
+    "measure_costs",
+    "parse_pattern",
+    "weight_matrix",
+    "write_back",
+]

@@ -15,7 +15,7 @@ GROUP = "pqqp_lightning.callbacks"
 
 
 def load_installed() -> list[str]:
-    """Import every module of the entry-point group; returns a word on each that fails."""
+    """Import every module of the entry-point group; returns a message for each that fails."""
     failed = []
     for entry in entry_points(group=GROUP):
         try:
@@ -28,10 +28,7 @@ def load_installed() -> list[str]:
 def known_stages() -> dict[str, type[Stage]]:
     """Every imported method by class name: concrete subclasses of Stage."""
     found: dict[str, type[Stage]] = {}
-    pending = list(Stage.__subclasses__())
-    while pending:
-        cls = pending.pop()
-        pending.extend(cls.__subclasses__())
+    for cls in _stage_classes():
         if not cls.__name__.startswith("_") and (cls.source or not cls.__module__.startswith("pqqp_lightning.")):
             found[cls.__name__] = cls
     return dict(sorted(found.items()))
@@ -59,10 +56,13 @@ def import_from_working_folder(name: str) -> bool:
 
 
 def import_working_folder() -> list[str]:
-    """Import every file in the working folder, or in its ``callbacks/``, that defines a stage; a word on each that
-    fails."""
+    """Import every file in the working folder, or in its ``callbacks/``, that defines a stage.
+
+    Returns:
+        A message for each that fails.
+    """
     failed = []
-    bases = {"Stage", "PruningStage", "QuantizationStage", "OneShotPruning", *known_stages()}
+    bases = {"Stage", *(cls.__name__ for cls in _stage_classes())}
     for _, text in _working_folder():
         for name, base in re.findall(r"^class (\w+)\((?:\w+\.)*(\w+)", text, re.MULTILINE):
             if base in bases and name not in known_stages():
@@ -71,6 +71,17 @@ def import_working_folder() -> list[str]:
                 except RecipeError as error:
                     failed += [str(problem) for problem in error.problems]
     return failed
+
+
+def _stage_classes() -> list[type[Stage]]:
+    """Every imported subclass of Stage, those that methods extend included."""
+    found: list[type[Stage]] = []
+    pending = list(Stage.__subclasses__())
+    while pending:
+        cls = pending.pop()
+        pending.extend(cls.__subclasses__())
+        found.append(cls)
+    return found
 
 
 def _working_folder() -> list[tuple[Path, str]]:

@@ -1,4 +1,4 @@
-"""What the stages that use the layer-wise Hessian share: the checks of its knobs, and its factorization."""
+"""What the stages that use the layer-wise Hessian share: the checks of its arguments, and its factorization."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pqqp_lightning.algorithms.hessian import InverseFactor, factorize_inverse
 from pqqp_lightning.errors import Problem
-from pqqp_lightning.stages.stage import Context
+from pqqp_lightning.stages.layerwise import Found
 
 
 def check_hessian_knobs(block_size: int, damping: float) -> list[Problem]:
@@ -22,21 +22,22 @@ def check_hessian_knobs(block_size: int, damping: float) -> list[Problem]:
 
 
 def factorize(
-    hessians: Iterable[Tensor],
-    damping: float,
-    layers: Iterable[str],
-    context: Context,
-    *,
-    activation_order: bool = False,
+    hessians: Iterable[Tensor], damping: float, found: Found, *, activation_order: bool = False
 ) -> list[InverseFactor]:
-    """The factorized inverse of each row group's Hessian [I, I]; what was unusual is noted.
+    """The factorized inverse of each row group's Hessian [I, I].
+
+    Args:
+        hessians: one for each row group.
+        damping: fraction of the mean diagonal that is added to it; raised where that is not enough.
+        found: notes what was unusual.
+        activation_order: columns by descending diagonal.
 
     Raises:
         ArithmeticError: a Hessian cannot be factorized.
     """
     inverses = [factorize_inverse(h, damping, activation_order=activation_order) for h in hessians]
     if any(bool(inverse.dead.any()) for inverse in inverses):
-        context.found("some inputs are always zero; their weights became zero", layers)
+        found("some inputs are always zero; their weights became zero")
     if (used := max(inverse.damping for inverse in inverses)) > damping:
-        context.found(f"damping raised to {used:g}, the Hessian is ill-conditioned", layers)
+        found(f"damping raised to {used:g}, the Hessian is ill-conditioned")
     return inverses

@@ -1,4 +1,4 @@
-"""What the pruning stages share: their knobs, their checks, and writing a mask into a layer."""
+"""What the pruning stages share: their arguments and their checks."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
 from pqqp_lightning.algorithms.selection import Pattern
 from pqqp_lightning.errors import Problem, RecipeError, shorten
-from pqqp_lightning.network.constraints import constraints_of, set_constraints
-from pqqp_lightning.network.layers import Layer, columns_of, set_weight_matrix
+from pqqp_lightning.network.layers import Layer, columns_of
 from pqqp_lightning.network.name_patterns import value_for, values_of
+from pqqp_lightning.stages.layerwise import LayerwiseStage
 from pqqp_lightning.stages.stage import Stage
 
-PatternKnob = str | int
+PatternArgument = str | int
 """``"2:4"``, or what YAML 1.1 makes of an unquoted 2:4: the number 124."""
 
 
-def parse_pattern(value: PatternKnob) -> Pattern:
+def parse_pattern(value: PatternArgument) -> Pattern:
     """(N, M) of ``"N:M"``: N kept of every M. An unquoted 2:4 arrives as 2 * 60 + 4 and is understood.
 
     Raises:
@@ -37,7 +37,7 @@ def parse_pattern(value: PatternKnob) -> Pattern:
     return n, m
 
 
-class PruningStage(Stage):
+class PruningStage(LayerwiseStage):
     """A stage that removes weights.
 
     Args:
@@ -46,13 +46,12 @@ class PruningStage(Stage):
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
-    compresses = True
     promises = ("mask",)
 
     def __init__(
         self,
         sparsity: float | dict[str, float] | None = None,
-        pattern: PatternKnob | dict[str, PatternKnob] | None = None,
+        pattern: PatternArgument | dict[str, PatternArgument] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -79,11 +78,6 @@ class PruningStage(Stage):
             return problems
         problems += self.check_patterns("sparsity", layers) + self.check_patterns("pattern", layers)
         return problems + self._check_divisible(layers)
-
-    def write_mask(self, layer: Layer, matrix: Tensor, mask: Tensor, pattern: Pattern | None) -> None:
-        """Write the pruned ``matrix`` [O, I] and remember its mask."""
-        set_weight_matrix(layer, matrix.masked_fill(~mask, 0.0))
-        set_constraints(layer, constraints_of(layer).with_mask(mask, pattern))
 
     def _check_amounts(self) -> list[Problem]:
         problems = []

@@ -1,21 +1,19 @@
-"""What the quantization stages share: their knobs, their checks, and writing a grid into a layer."""
+"""What the quantization stages share: their arguments and their checks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.algorithms.codebook import Codebook
-from pqqp_lightning.algorithms.grid import Quantized, stacked
 from pqqp_lightning.algorithms.rtn import quantize_codebook
 from pqqp_lightning.errors import Problem, shorten
-from pqqp_lightning.network.constraints import constraints_of, set_constraints
-from pqqp_lightning.network.layers import Layer, columns_of, set_weight_matrix, weight_matrix
+from pqqp_lightning.network.layers import Layer, columns_of
 from pqqp_lightning.network.name_patterns import value_for, values_of
-from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.stages.layerwise import Compressed, LayerInputs, LayerwiseStage
+from pqqp_lightning.stages.stage import Context, Stage
 
 GroupSize = int | Literal["channel", "tensor"]
 BlockSize = int | Literal["auto"]
@@ -27,18 +25,14 @@ SMALLEST_BLOCK = 8
 """It chooses no fewer in wider layers."""
 
 
-class GridStage(Stage):
+class GridStage(LayerwiseStage):
     """A stage that leaves its layers' weights on a grid, and not on another stage's.
 
     Args:
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
-    compresses = True
     promises = ("grid",)
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
@@ -61,11 +55,6 @@ class GridStage(Stage):
             way_out = f"Use {_divisors_near(columns, size)}, or add them to ignore."
             problems.append(Problem("group_size", size, text, way_out))
         return problems
-
-    def write_grid(self, layer: Layer, quantized: Quantized) -> None:
-        """Write the quantized weights and remember their grid."""
-        set_weight_matrix(layer, quantized.weight)
-        set_constraints(layer, constraints_of(layer).with_grid(quantized.grid))
 
 
 class QuantizationStage(GridStage):
@@ -134,10 +123,14 @@ class CodebookStage(GridStage):
         return super().check_knobs() + _too_small(self.group_size, "'auto' for 64 or the nearest divisor below")
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
-        problems, layers = super().check(model, data, earlier), self.find_layers(model)
+        return super().check(model, data, earlier) + self.check_layers(self.find_layers(model))
+
+    def check_layers(self, layers: dict[str, Layer]) -> list[Problem]:
+        """Problems of ``group_size`` on ``layers``."""
+        problems: list[Problem] = []
         odd: dict[tuple[int, int], list[str]] = {}
         for name, layer in layers.items():
-            size, columns = self.block_size(name, layer), columns_of(layer)
+            size, columns = self.block_size(name, columns_of(layer)), columns_of(layer)
             if size < SMALLEST_BLOCK < columns and not isinstance(value_for(name, self.group_size), int):
                 odd.setdefault((size, columns), []).append(name)
         for (size, columns), names in odd.items():
@@ -149,28 +142,25 @@ class CodebookStage(GridStage):
             problems.append(Problem("group_size", "auto", text, way_out))
         return problems + self.check_group_size(layers)
 
-    def block_size(self, name: str, layer: Layer) -> int:
-        """Input columns of ``layer`` that share a scale."""
-        size, columns = value_for(name, self.group_size), columns_of(layer)
+    def block_size(self, name: str, columns: int) -> int:
+        """Of the ``columns`` input columns of a layer, how many share a scale."""
+        size = value_for(name, self.group_size)
         if isinstance(size, int):
             return size
         return max(d for d in range(1, min(LARGEST_BLOCK, columns) + 1) if columns % d == 0)
 
-    def compress(self, model: LightningModule, context: Context) -> Plan:
-        for name, layer in context.each(self.find_layers(model)):
-            size, columns = self.block_size(name, layer), columns_of(layer)
+    def compress_layers(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> None:
+        for name, layer in layers.items():
+            columns = columns_of(layer)
             if columns % LARGEST_BLOCK and not isinstance(value_for(name, self.group_size), int):
+                size = self.block_size(name, columns)
                 context.found(f"blocks of {size}, since {LARGEST_BLOCK} does not divide {columns} inputs", [name])
-            self.write_grid(layer, quantize_codebook(weight_matrix(layer), self.codebook, size))
-        return {}
+        super().compress_layers(model, layers, context)
 
-
-def merge_rows(parts: list[Quantized]) -> Quantized:
-    """The row groups of one matrix as one: weights and grids stacked."""
-    if len(parts) == 1:
-        return parts[0]
-    grid = stacked([p.grid for p in parts], [p.weight.shape[0] for p in parts])
-    return Quantized(torch.cat([p.weight for p in parts]), grid)
+    def compress_layer(self, inputs: LayerInputs) -> Compressed:
+        size = self.block_size(inputs.name, inputs.weight.shape[1])
+        quantized = quantize_codebook(inputs.weight, self.codebook, size)
+        return Compressed(quantized.weight, grid=quantized.grid)
 
 
 def _too_small(group_size: Any, instead: str) -> list[Problem]:

@@ -13,9 +13,8 @@ from tqdm.auto import tqdm
 
 from pqqp_lightning.algorithms.allocation import output_error
 from pqqp_lightning.calibration.collect import Reading
-from pqqp_lightning.calibration.layer_errors import samples_in
 from pqqp_lightning.calibration.statistics import Hessian, sum_over_ranks
-from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept
+from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept, samples_in
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.layers import Layer, weight_matrix
@@ -69,8 +68,8 @@ def measure_costs(
 def mean_squared_gradients(walk: Walk, layers: dict[str, Layer]) -> dict[str, Tensor]:
     """The mean squared gradient [O] of a sample's loss with respect to each layer's outputs, over all tokens.
 
-    The loss is the module's own (its ``training_step``), in evaluation mode. Nothing but activations gets a gradient,
-    so memory is that of the activations of one batch.
+    The loss is the module's own (its ``training_step``), in evaluation mode. Only activations get gradients, so that
+    memory is that of one batch's activations.
     """
     assert walk.loss is not None, "the walk has no loss"
     sums = {name: torch.zeros(layer.weight.shape[0], device=layer.weight.device) for name, layer in layers.items()}
@@ -95,9 +94,10 @@ def mean_squared_gradients(walk: Walk, layers: dict[str, Layer]) -> dict[str, Te
 
 @contextmanager
 def _watching(model: nn.Module, layers: dict[str, Layer], add: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call ``add`` with the gradient of each layer's output; weights get none, and are afterwards as they were.
+    """Inside, call ``add`` with the gradient of each layer's output; weights keep their own gradients.
 
-    A layer whose input has no gradient (the first ones) gets one through its weight, which is dropped.
+    Where a layer's input has no gradient (the first layers), its weight asks for one, so that its output has one. The
+    weight's is dropped on exit.
     """
 
     def before(layer: nn.Module, args: tuple[Any, ...]) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule
@@ -17,6 +16,7 @@ from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten
 from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, model_blocks, tied_weights
 from pqqp_lightning.network.layers import LAYER_TYPES, Layer, is_packed
 from pqqp_lightning.network.name_patterns import matches, value_for
+from pqqp_lightning.stages.arguments import argument_values
 from pqqp_lightning.stages.distillation import Distillation
 
 Plan = dict[str, Any]
@@ -69,10 +69,11 @@ class Context:
 
 
 class Stage(Callback):
-    """A compression stage. As it stands it compresses nothing, and finetunes if ``epochs`` says so.
+    """A compression stage. This base class compresses nothing; it finetunes if ``epochs`` says so.
 
     A method overrides :meth:`compress`, extends :meth:`check`, and names its ``source``. Ordinary callback hooks fire
-    during its finetuning.
+    during its finetuning. A method that looks at one layer at a time extends
+    :class:`~pqqp_lightning.stages.LayerwiseStage` instead.
 
     Class attributes say what a stage is: ``promises`` ("mask", "grid"), ``needs_calibration``, ``compresses``,
     ``keeps_function`` (the model computes the same as before), and ``comparable_layers`` (a layer reads and gives out
@@ -110,23 +111,27 @@ class Stage(Callback):
         self.blocks, self.allow_undo, self.distill = blocks, allow_undo, distill
         self.name = type(self).__name__.lower()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a ``restructure`` that expects an instance: a checkpoint is loaded without one.
+
+        Raises:
+            TypeError: it is not a static method.
+        """
+        super().__init_subclass__(**kwargs)
+        if "restructure" in vars(cls) and not isinstance(vars(cls)["restructure"], staticmethod):
+            raise TypeError(
+                f"{cls.__name__}.restructure expects an instance, and a checkpoint is loaded without one. Write "
+                "@staticmethod, then def restructure(model, plan), and read every number from the plan."
+            )
+
     @property
     def state_key(self) -> str:
         """Unique among stages of one class."""
         return f"{type(self).__qualname__}:{self.name}"
 
-    def options(self) -> dict[str, Any]:
-        """The knobs as plain data, for records: the constructor's parameters, as far as they are kept."""
-        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        parameters = [
-            name
-            for cls in type(self).__mro__
-            if issubclass(cls, Stage) and "__init__" in vars(cls)
-            for name, parameter in inspect.signature(cls.__init__).parameters.items()
-            if parameter.kind not in kinds and name != "self"
-        ]
-        kept = {name: vars(self)[name] for name in dict.fromkeys(parameters) if name in vars(self)}
-        return {n: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for n, v in kept.items()}
+    def arguments(self) -> dict[str, Any]:
+        """Its arguments as plain data, for records, as far as it keeps them under their own names."""
+        return argument_values(self)
 
     def find_blocks(self, model: nn.Module) -> Blocks:
         """The blocks of ``model``: this stage's, the model's own list (``compression_blocks``), or by structure."""
@@ -149,7 +154,7 @@ class Stage(Callback):
         return self.check_knobs() + (self._check_targets(model) if self.compresses else [])
 
     def check_knobs(self) -> list[Problem]:
-        """The problems of the arguments, whatever the model is; :meth:`check` includes them."""
+        """The problems of the arguments alone, whatever the model is. :meth:`check` includes them."""
         problems = []
         if self.epochs < 0:
             problems.append(Problem("epochs", self.epochs, "is negative", "Use 0 for no finetuning."))
@@ -197,7 +202,7 @@ class Stage(Callback):
         return [(stage, both) for stage, both in found if both]
 
     def check_patterns(self, argument: str, layers: Iterable[str]) -> list[Problem]:
-        """Problems of an argument by name pattern: a layer without a value, a pattern that matches no layer."""
+        """Problems of an argument by name pattern: layers without a value, patterns that match no layer."""
         value = getattr(self, argument)
         if not isinstance(value, dict):
             return []
@@ -226,10 +231,12 @@ class Stage(Callback):
         """
         return {}
 
-    def restructure(self, model: LightningModule, plan: Plan) -> None:
-        """Rebuild shapes, modules and ``requires_grad`` from a plan, values irrelevant; knobs are not there to be read.
+    @staticmethod
+    def restructure(model: LightningModule, plan: Plan) -> None:
+        """Rebuild shapes, modules and ``requires_grad`` from the plan alone; values do not matter.
 
-        Nothing to do where structure stays. New modules take the device and dtype of what they replace.
+        A checkpoint holds the plan but no stage, so that there are no arguments to read. By default the structure
+        stays. New modules take the device and dtype of what they replace.
         """
 
     def finish(self, model: LightningModule, context: Context, plan: Plan) -> Plan:

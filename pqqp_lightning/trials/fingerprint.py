@@ -28,7 +28,7 @@ from pqqp_lightning.network.structure import class_path
 from pqqp_lightning.runs.run_data import DataSource
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
-from pqqp_lightning.stages.knobs import knobs
+from pqqp_lightning.stages.arguments import arguments_of
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.records import package_versions
 
@@ -91,8 +91,8 @@ def stage_fingerprint(stage: Stage) -> str:
 
     Where it keeps an argument under another name than its constructor's, everything that it holds counts.
     """
-    options = stage.options()
-    held = {} if options.keys() >= knobs(type(stage)).keys() else vars(stage)
+    options = stage.arguments()
+    held = {} if options.keys() >= arguments_of(type(stage)).keys() else vars(stage)
     return digest_of([class_path(stage), stage.name, options, held, sources_of([type(stage)])])
 
 

@@ -1,0 +1,129 @@
+"""A stage's arguments, as its constructor declares them: names, types, defaults, meaning."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from argparse import ArgumentError
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import docstring_parser
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
+
+from pqqp_lightning.errors import near_miss
+
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null", Any: "a value"}
+STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def arguments_of(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a stage class: those of its constructor, and of its bases' as far as ``**kwargs`` reaches."""
+    found: dict[str, inspect.Parameter] = {}
+    for parameters in _constructors(cls):
+        for parameter in parameters:
+            if parameter.kind not in STARRED:
+                found.setdefault(parameter.name, parameter)
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
+def argument_values(stage: object) -> dict[str, Any]:
+    """The arguments of a stage as plain data, for records: those that it keeps under their own names.
+
+    Arguments of its bases that its own constructor does not offer (``targets`` of ``Finetune``) are among them.
+    """
+    values: dict[str, Any] = {}
+    for parameters in _constructors(type(stage)):
+        for parameter in parameters:
+            if parameter.kind not in STARRED and parameter.name in vars(stage):
+                value = vars(stage)[parameter.name]
+                plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+                values.setdefault(parameter.name, plain)
+    return values
+
+
+def documentation(cls: type) -> dict[str, str]:
+    """The meaning of each argument, from the docstrings of the class and its bases."""
+    found: dict[str, str] = {}
+    for base in cls.__mro__:
+        for text in (vars(base).get("__doc__"), getattr(vars(base).get("__init__"), "__doc__", None)):
+            for parameter in docstring_parser.parse(text or "").params:
+                found.setdefault(parameter.arg_name, (parameter.description or "").replace("\n", " "))
+    return found
+
+
+def argument_value(cls: type, name: str, value: Any) -> Any:
+    """``value`` as the constructor of ``cls`` takes it for the argument ``name``, converted as in a recipe.
+
+    Raises:
+        ValueError: it does not take it; the words say what it expects.
+    """
+    (action,) = (action for action in parser_of(cls)._actions if action.dest == name)
+    kind = getattr(action, "_typehint", None)
+    if value is None and not takes_null(action):
+        raise ValueError(f"{in_words(kind)}.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        return parser.instantiate_classes(parser.parse_object({"value": copy.deepcopy(value)})).value
+    except ArgumentError as error:
+        raise ValueError(f"{in_words(kind)}.{near_miss(str(value), map(str, choices(kind)))}") from error
+
+
+def parser_of(cls: type) -> ArgumentParser:
+    """A parser of the constructor's arguments."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, None, fail_untyped=False, sub_configs=True)
+    return parser
+
+
+def takes_null(action: Any) -> bool:
+    """Whether an argument may be null: its type or its default says so. The parser itself takes null for anything."""
+    kind = getattr(action, "_typehint", None)
+    optional = action.default is None and not getattr(action, "required", False)
+    return optional or kind in (None, Any) or any(part in (None, NoneType) for part in parts_of(kind))
+
+
+def required(cls: type) -> list[str]:
+    """The arguments that have no default."""
+    parameters = inspect.signature(cls).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in STARRED]
+
+
+def in_words(kind: Any) -> str:
+    """A type for people: ``"a number, {name: a number} or null"``."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        parts = list(dict.fromkeys(in_words(part) for part in inner))
+        return " or ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+    if origin is Literal:
+        return ", ".join(map(repr, inner))
+    if origin is dict:
+        return f"{{name: {in_words(inner[1])}}}"
+    if origin is list:
+        return f"[{in_words(inner[0])}, ...]"
+    return WORDS.get(kind) or str(getattr(kind, "__name__", kind))
+
+
+def parts_of(kind: Any) -> Iterator[Any]:
+    """The types and values that a type is made of."""
+    yield kind
+    for inner in get_args(kind):
+        yield from parts_of(inner)
+
+
+def choices(kind: Any) -> list[Any]:
+    """The values that a type names one by one (``Literal``)."""
+    return [value for part in parts_of(kind) if get_origin(part) is Literal for value in get_args(part)]
+
+
+def _constructors(cls: type) -> Iterator[list[inspect.Parameter]]:
+    """The parameters, without ``self``, of each constructor among the class and its bases; other mixins have none."""
+    for base in cls.__mro__:
+        if "__init__" in vars(base) and issubclass(base, Callback):
+            yield list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]

@@ -1,0 +1,147 @@
+"""Methods that look at one layer at a time: the walk, row groups, constraints and writing back are done here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from pqqp_lightning.algorithms.grid import Grid, stacked
+from pqqp_lightning.algorithms.selection import Pattern
+from pqqp_lightning.calibration.collect import Reading
+from pqqp_lightning.calibration.statistics import Statistic
+from pqqp_lightning.network.constraints import constraints_of, set_constraints
+from pqqp_lightning.network.layers import Layer, row_groups, set_weight_matrix, weight_matrix
+from pqqp_lightning.stages.stage import Context, Plan, Stage
+
+Found = Callable[[str], None]
+"""Notes in the stage's record what was found in the layers at hand."""
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a method compresses at a time: the weight of one layer, or of one group of a grouped convolution.
+
+    Attributes:
+        name: the layer's.
+        weight: [O, I], in the layer's dtype.
+        statistic: what :meth:`LayerwiseStage.prepare` made of the calibration inputs; None without calibration.
+        mask: the keep-mask [O, I] of earlier stages, or None.
+        grid: the grid of an earlier stage, or None.
+    """
+
+    name: str
+    weight: Tensor
+    statistic: Any = None
+    mask: Tensor | None = None
+    grid: Grid | None = None
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A new weight [O, I], with what it promises from now on.
+
+    Attributes:
+        weight: [O, I].
+        mask: the keep-mask [O, I], within the earlier one; None leaves the earlier one.
+        pattern: (N, M) if the mask keeps at most N of every M columns.
+        grid: the grid of the weight; None leaves the earlier one.
+    """
+
+    weight: Tensor
+    mask: Tensor | None = None
+    pattern: Pattern | None = None
+    grid: Grid | None = None
+
+
+class LayerwiseStage(Stage):
+    """A stage that compresses layer by layer. A method writes :meth:`compress_layer`.
+
+    It gets the whole weight of a layer. A method that names a ``statistic`` gets a grouped convolution group by group
+    instead, since each group has inputs of its own.
+
+    Args:
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
+    """
+
+    compresses = True
+    statistic: ClassVar[type[Statistic] | None] = None
+    """What to collect about each layer's calibration inputs: ``SquaredNorm``, ``Hessian``, or nothing."""
+
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        """Whether there is a statistic to collect."""
+        return self.statistic is not None
+
+    def compress_layer(self, inputs: LayerInputs) -> Compressed:
+        """The method itself: the new weight, which keeps the mask and the grid in ``inputs``."""
+        raise NotImplementedError(f"{type(self).__name__} defines no compress_layer")
+
+    def prepare(self, statistic: Tensor, found: Found) -> Sequence[Any]:
+        """What ``compress_layer`` gets for each group; computed once for all layers that share an input.
+
+        Args:
+            statistic: its value, first dimension groups.
+            found: notes in the record what is unusual about it.
+        """
+        return list(statistic)
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        self.compress_layers(model, self.find_layers(model), context)
+        return {}
+
+    def compress_layers(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> None:
+        """Compress ``layers`` in place, calibrated on ``model`` as it is."""
+        if self.statistic is None:
+            for name, layer in context.each(layers):
+                self._compress_groups(name, layer, [None])
+            return
+
+        def compress(reading: Reading) -> None:
+            prepared = self.prepare(reading.statistic.value(), lambda what: context.found(what, reading.layers))
+            for name, layer in reading.layers.items():
+                self._compress_groups(name, layer, prepared)
+
+        context.calibrate(self.find_blocks(model), layers, self.statistic, compress)
+
+    def _compress_groups(self, name: str, layer: Layer, statistics: Sequence[Any]) -> None:
+        """Compress one layer, in as many row groups as there are ``statistics``."""
+        constraints, matrix, count = constraints_of(layer), weight_matrix(layer), len(statistics)
+        grids: Sequence[Grid | None] = [None] * count
+        if constraints.grid is not None:
+            grids = constraints.grid.to(matrix.device).chunk(count)
+        groups = row_groups(matrix, constraints.mask(matrix.device), groups=count)
+        parts = []
+        for (weight, mask), statistic, grid in zip(groups, statistics, grids, strict=True):
+            parts.append(self.compress_layer(LayerInputs(name, weight, statistic, mask, grid)))
+        write_back(layer, _joined(parts))
+
+
+def write_back(layer: Layer, compressed: Compressed) -> None:
+    """Write a layer's new weight, with zeros where its mask has them, and remember the mask and the grid."""
+    weight, constraints = compressed.weight, constraints_of(layer)
+    if compressed.mask is not None:
+        weight = weight.masked_fill(~compressed.mask, 0.0)
+        constraints = constraints.with_mask(compressed.mask, compressed.pattern)
+    if compressed.grid is not None:
+        constraints = constraints.with_grid(compressed.grid)
+    set_weight_matrix(layer, weight)
+    set_constraints(layer, constraints)
+
+
+def _joined(parts: list[Compressed]) -> Compressed:
+    """The row groups of one matrix as one."""
+    if len(parts) == 1:
+        return parts[0]
+    masks = [part.mask for part in parts if part.mask is not None]
+    grids = [part.grid for part in parts if part.grid is not None]
+    return Compressed(
+        torch.cat([part.weight for part in parts]),
+        mask=torch.cat(masks) if masks else None,
+        pattern=parts[0].pattern,
+        grid=stacked(grids, [len(part.weight) for part in parts]) if grids else None,
+    )
