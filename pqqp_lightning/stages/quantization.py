@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.algorithms.codebook import Codebook
-from pqqp_lightning.algorithms.grid import Quantized, stacked
+from pqqp_lightning.algorithms.grid import Quantized, concatenate_rows
 from pqqp_lightning.algorithms.rtn import quantize_codebook
 from pqqp_lightning.errors import shorten
 from pqqp_lightning.network.constraints import constraints_of, set_constraints
@@ -168,7 +168,7 @@ def merge_rows(parts: list[Quantized]) -> Quantized:
     """The row groups of one matrix as one: weights and grids stacked."""
     if len(parts) == 1:
         return parts[0]
-    grid = stacked([p.grid for p in parts], [p.weight.shape[0] for p in parts])
+    grid = concatenate_rows([p.grid for p in parts], [p.weight.shape[0] for p in parts])
     return Quantized(torch.cat([p.weight for p in parts]), grid)
 
 

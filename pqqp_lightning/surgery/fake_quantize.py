@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from pqqp_lightning.algorithms.grid import Grid
-from pqqp_lightning.algorithms.lsq import fake_quantize, grid_of, in_units, stored_scale, unit_of
+from pqqp_lightning.algorithms.lsq import fake_quantize, grid_of, scale_from_units, scale_unit, stored_scale
 from pqqp_lightning.network.layers import Layer, columns_of, to_weight
 
 
@@ -49,13 +49,13 @@ class FakeQuantize(nn.Module):
     def start_from(self, grid: Grid, weight: Tensor) -> None:
         """Take over the scales and zero points of ``grid``, which was fitted to ``weight`` (in any layout)."""
         with torch.no_grad():
-            self.unit.copy_(unit_of(grid.scale, weight.detach()))
+            self.unit.copy_(scale_unit(grid.scale, weight.detach()))
             self.scale.copy_(grid.scale.float() / self.unit)
             if self.zero is not None and grid.zero is not None:
                 self.zero.copy_(grid.zero)
 
     def _scale(self) -> Tensor:
-        return in_units(self.scale.float(), self.unit.float())
+        return scale_from_units(self.scale.float(), self.unit.float())
 
 
 def attach(layer: Layer, bits: int, scales: tuple[int, int], *, symmetric: bool, learn_scale: bool) -> FakeQuantize:
