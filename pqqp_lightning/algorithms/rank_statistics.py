@@ -158,19 +158,20 @@ def monotone_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, Any] | Non
     return {"x": a.tolist(), "y": fitted.tolist(), "explained": explained}
 
 
-def sentence(advantage: str, quantity: str, found: Correlation) -> str:
+def sentence(advantage: str, quantity: str, correlation: Correlation) -> str:
     """Say in one sentence whether ``advantage`` grows with ``quantity``."""
-    if found.value is None:
-        why = "too few points" if found.points < FEWEST else "the points do not differ"
-        return f"Whether {advantage} grows with {quantity} cannot be said: {why} ({found.points})."
-    spearman = f"Spearman {found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
-    few = ", which are few" if found.points < FEW else ""
-    numbers = f"{spearman} over {found.points} points"
-    if found.grows:
+    points = correlation.points
+    if correlation.value is None:
+        why = "too few points" if points < FEWEST else "the points do not differ"
+        return f"Whether {advantage} grows with {quantity} cannot be said: {why} ({points})."
+    spearman = f"Spearman {correlation.value:.2f} ({correlation.low:.2f} to {correlation.high:.2f})"
+    few = ", which are few" if points < FEW else ""
+    numbers = f"{spearman} over {points} points"
+    if correlation.grows:
         return f"{advantage} grows with {quantity}: {numbers}{few}."
-    if found.falls:
+    if correlation.falls:
         return f"{advantage} falls with {quantity}, against the hypothesis: {numbers}{few}."
-    luck = f"; chance alone gives as much in {found.chance:.0%} of cases" if found.value > 0 else ""
+    luck = f"; chance alone gives as much in {correlation.chance:.0%} of cases" if correlation.value > 0 else ""
     return f"No evidence that {advantage} grows with {quantity}: {numbers}{few}{luck}."
 
 

@@ -99,7 +99,9 @@ class _MaskChooser:
     def __init__(self, mask: Tensor, scale_of: Tensor, sparsity: float | None, pattern: Pattern | None) -> None:
         self.columns = mask.T.contiguous()  # [I, O], chosen in place
         self._earlier = self.columns.clone()
-        self._scale_of, self._sparsity, self._pattern = scale_of, sparsity, pattern
+        self._scale_of = scale_of
+        self._sparsity = sparsity
+        self._pattern = pattern
         self._removed = 0
 
     def choose(self, start: int, stop: int, columns: Tensor) -> None:

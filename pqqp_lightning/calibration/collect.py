@@ -49,9 +49,9 @@ def watching_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor
 class Collector:
     """Collects one statistic for each distinct input of ``layers`` over forward passes of their block.
 
-    Layers that read the same tensor object (q, k and v projections) share a reading. The first pass finds them, and
-    every later pass checks them. From the second pass on, the forward pass ends as soon as every layer has been called,
-    so that the rest of the block is not computed.
+    Layers that read the same tensor object (q, k and v projections) share a reading. The first pass determines these
+    layers, and every later pass checks that they still share their input. From the second pass on, the forward pass
+    ends as soon as every layer has been called, so that the rest of the block is not computed.
 
     Args:
         layers: name to layer.

@@ -12,6 +12,7 @@ from pqqp_lightning.network.constraints import Constraints
 
 MaskKind = Literal["bits", "positions"]
 _HIDDEN = ".parametrizations.weight.original"
+"""Suffix of the tensor from which torch.nn.utils.parametrize computes a weight."""
 
 
 @dataclass(frozen=True)

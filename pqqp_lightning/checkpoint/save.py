@@ -41,8 +41,10 @@ def save_checkpoint(
         extra: plain data to add to the manifest (records).
         skeleton: how to build the dense module, from :func:`skeleton_of`; by default that of ``module`` itself.
     """
-    if origin := origin_of(module):
-        applied, skeleton = [*origin.applied, *applied], origin.skeleton
+    origin = origin_of(module)
+    if origin is not None:
+        applied = [*origin.applied, *applied]
+        skeleton = origin.skeleton
     elif skeleton is None:
         skeleton = skeleton_of(module)
     with new_folder(folder) as temporary, Spill(temporary) as spill:

@@ -1,4 +1,4 @@
-"""The repeated blocks of a network, found by structure: decoder layers, ViT blocks, residual blocks."""
+"""Finds the repeated blocks of a network by structure: decoder layers, ViT blocks, residual blocks."""
 
 from __future__ import annotations
 
@@ -123,7 +123,10 @@ def _has_layers(module: nn.Module) -> bool:
 
 
 def _count_parameters(blocks: Blocks) -> int:
-    return sum(p.numel() for block in blocks.values() for p in block.parameters())
+    count = 0
+    for block in blocks.values():
+        count += sum(parameter.numel() for parameter in block.parameters())
+    return count
 
 
 def pack_output(hidden: Tensor, outputs: int) -> Any:

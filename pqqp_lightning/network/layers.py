@@ -77,18 +77,17 @@ def input_rows(layer: Layer, inputs: Tensor) -> Tensor:
     """Return the rows [groups, T, I] that the layer multiplies its matrix with, from its input."""
     if isinstance(layer, nn.Linear):
         return inputs.reshape(1, -1, inputs.shape[-1])
-    patches = _unfold(layer, inputs)  # [B, C * kh * kw, L]
-    batch, _, positions = patches.shape
-    groups, kernel = layer.groups, layer.kernel_size[0] * layer.kernel_size[1]
-    patches = patches.view(batch, groups, -1, kernel, positions)  # [B, groups, C / groups, kernel, L]
-    return patches.permute(1, 0, 4, 3, 2).reshape(groups, batch * positions, -1)
-
-
-def _unfold(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
-    inputs = inputs if inputs.dim() == 4 else inputs[None]  # Conv2d also accepts one image without a batch
+    if inputs.dim() == 3:  # Conv2d also accepts one image without a batch
+        inputs = inputs[None]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-    return F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
+    patches = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # [B, C * kh * kw, L]
+    batch, _, positions = patches.shape
+    groups = layer.groups
+    kernel = layer.kernel_size[0] * layer.kernel_size[1]
+    patches = patches.view(batch, groups, -1, kernel, positions)  # [B, groups, C / groups, kernel, L]
+    # The columns of the weight matrix run over kernel positions, then channels.
+    return patches.permute(1, 0, 4, 3, 2).reshape(groups, batch * positions, -1)
 
 
 def row_groups(*tensors: Tensor | None, groups: int) -> list[list[Any]]:

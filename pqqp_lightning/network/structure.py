@@ -54,18 +54,14 @@ class Skeleton:
             stores: list[dict[str, Any]] = [module._parameters, module._buffers]
             for tensors in stores:
                 for name, tensor in tensors.items():
-                    if tensor is not None and tensor.is_meta:
-                        tensors[name] = _materialized(tensor, device)
+                    if tensor is None or not tensor.is_meta:
+                        continue
+                    tensors[name] = torch.empty_like(tensor, device=device)
+                    if isinstance(tensor, nn.Parameter):
+                        tensors[name] = nn.Parameter(tensors[name], requires_grad=tensor.requires_grad)
         _tie_again(self._copy, fresh)
         model._modules.clear()
         model._modules.update(fresh._modules)
-
-
-def _materialized(tensor: Tensor, device: torch.device) -> Tensor:
-    empty = torch.empty_like(tensor, device=device)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
-    return empty
 
 
 def _tie_again(original: nn.Module, fresh: nn.Module) -> None:

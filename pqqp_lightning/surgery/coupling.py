@@ -142,14 +142,18 @@ def has_attention(model: nn.Module) -> bool:
 def _mlp_group(model: nn.Module, name: str, module: nn.Module) -> CoupledGroup | None:
     for maker_names, reader_name in MLPS:
         reader = _columns_of(module, name, reader_name)
-        makers = [maker for child in maker_names if (maker := _rows_of(module, name, child)) is not None]
+        makers = []
+        for maker_name in maker_names:
+            maker = _rows_of(module, name, maker_name)
+            if maker is not None:
+                makers.append(maker)
         if reader is None or len(makers) < len(maker_names):
             continue
         width = reader[1]
         if any(rows != width for _, rows in makers):
             continue
         channels = torch.arange(width)[:, None]  # [U, 1]: a unit is one row or column
-        members = [Member(maker, "out", channels) for maker, _ in makers]
+        members = [Member(layer, "out", channels) for layer, _ in makers]
         norm = getattr(module, "norm", None)
         if isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (width,):
             members.append(Member(_join(name, "norm"), "out", channels))
@@ -193,15 +197,14 @@ def _attention_group(model: nn.Module, name: str, module: nn.Module) -> CoupledG
         *config_counts,
         ("embed_dim", heads * head_dim, queries_per_unit * head_dim),
     ]
-    patches = [Patch(name, setting, per_unit) for setting, value, per_unit in counts if _holds(module, setting, value)]
+    patches = []
+    for setting, value, per_unit in counts:
+        if getattr(module, setting, None) == value:
+            patches.append(Patch(name, setting, per_unit))
     config = [_config_patch(model, name, setting, value, per_unit) for setting, value, per_unit in config_counts]
     # With fewer heads, hidden_size / num_attention_heads is no longer the head width: state it.
     config.append(_config_patch(model, name, "head_dim", None, 0, head_dim))
     return CoupledGroup(members[0].name, "heads", key_heads, members, (*patches, *_present(config)))
-
-
-def _holds(module: nn.Module, setting: str, value: int) -> bool:
-    return getattr(module, setting, None) == value
 
 
 def _fused_attention_group(model: nn.Module, name: str, module: nn.Module) -> CoupledGroup | None:

@@ -133,12 +133,12 @@ class _Description:
         for block in self._blocks(f"{base}.layers"):
             self._only(block, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
             if self._alive(f"{block}.self_attn"):
-                norm, output = f"{block}.input_layernorm", f"{block}.self_attn.o_proj"
-                decoder.sublayers.append(self._attention(block, norm, output))
+                norm = f"{block}.input_layernorm"
+                decoder.sublayers.append(self._attention(block, norm, f"{block}.self_attn.o_proj"))
             if self._alive(f"{block}.mlp"):
+                norm = f"{block}.post_attention_layernorm"
                 reads = (f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj")
-                norm, output = f"{block}.post_attention_layernorm", f"{block}.mlp.down_proj"
-                decoder.sublayers.append(Sublayer(norm, reads, output))
+                decoder.sublayers.append(Sublayer(norm, reads, f"{block}.mlp.down_proj"))
         return self._checked(decoder)
 
     def opt(self) -> Decoder:
@@ -148,19 +148,19 @@ class _Description:
         decoder = self._decoder(f"{base}.embed_tokens", f"{base}.embed_positions", f"{base}.final_layer_norm")
         for block in self._blocks(f"{base}.layers"):
             if self._alive(f"{block}.self_attn"):
-                norm, output = f"{block}.self_attn_layer_norm", f"{block}.self_attn.out_proj"
-                decoder.sublayers.append(self._attention(block, norm, output))
+                norm = f"{block}.self_attn_layer_norm"
+                decoder.sublayers.append(self._attention(block, norm, f"{block}.self_attn.out_proj"))
             if self._alive(f"{block}.fc1"):
                 decoder.sublayers.append(Sublayer(f"{block}.final_layer_norm", (f"{block}.fc1",), f"{block}.fc2"))
         return self._checked(decoder)
 
     def _decoder(self, embedding: str, positions: str | None, norm: str) -> Decoder:
         head = f"{self._prefix}lm_head"
-        table, last = self._modules.get(embedding), self._modules.get(norm)
+        table = self._modules.get(embedding)
         if not isinstance(table, nn.Embedding):
             raise RecipeError(f"{embedding} is a {type(table).__name__}, not an Embedding. Drop the stage.")
         tied = getattr(self._modules[head], "weight", None) is table.weight
-        centred = isinstance(last, nn.LayerNorm)
+        centred = isinstance(self._modules.get(norm), nn.LayerNorm)
         return Decoder(embedding, positions, norm, head, tied, centred, table.embedding_dim)
 
     def _attention(self, block: str, norm: str, output: str) -> Attention:

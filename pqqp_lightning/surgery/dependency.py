@@ -136,7 +136,8 @@ class _Groups:
         """The group, or None and the reason why it cannot be pruned (empty for the network's output)."""
         members: list[Member] = []
         for item in items:
-            node, module = item.dep.target, item.dep.target.module
+            node = item.dep.target
+            module = node.module
             side = self._side(module, item.dep.handler)
             if not node.outputs and side == "out":
                 return None, ""  # the network's output

@@ -135,8 +135,8 @@ def _set_numbers(model: nn.Module, numbers: Sequence[Sequence[Any]]) -> None:
     for name, attribute, value in numbers:
         target: Any = model.get_submodule(name)
         if attribute.startswith("config."):
-            target, attribute = target.config, attribute.removeprefix("config.")
-        setattr(target, attribute, value)
+            target = target.config
+        setattr(target, attribute.removeprefix("config."), value)
 
 
 def _width(module: nn.Module, side: str) -> int:

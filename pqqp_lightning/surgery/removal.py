@@ -145,7 +145,7 @@ def _configurations(model: nn.Module, names: Sequence[str]) -> Iterator[Any]:
 
 
 def _shorten_config(config: Any, kept: list[int], total: int) -> None:
-    # Another number of layers means that the configuration describes other blocks, such as an encoder's.
+    # A configuration with another number of layers describes other blocks, such as those of an encoder.
     if getattr(config, "num_hidden_layers", None) != total:
         return
     config.num_hidden_layers = len(kept)

@@ -153,7 +153,10 @@ def _rotate_ends(model: nn.Module, decoder: Decoder, plan: dict[str, Any], strea
     for table in filter(None, (decoder.embedding, decoder.positions)):
         # A tied embedding is also the head, which needs its mean: ProjectedEmbedding removes it at run time instead.
         keep_mean = decoder.tied and table == decoder.embedding
-        _rotate_rows(model.get_submodule(table).weight, stream, centred=decoder.centred and not keep_mean)
+        weight: Any = model.get_submodule(table).weight
+        for rows in weight.split(ROWS_AT_ONCE):
+            wide = rows.double()
+            rows.copy_(stream.apply(centre(wide) if decoder.centred and not keep_mean else wide))
     if decoder.tied:
         gain, shift, _ = last_norm
         _write(model.get_submodule(f"{decoder.norm}.gain"), *rotate_gain(stream, gain, shift))
@@ -198,12 +201,6 @@ def _write(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
     layer.weight.copy_(weight)
     if bias is not None:
         layer.bias.copy_(bias)
-
-
-def _rotate_rows(table: Any, rotation: Rotation, *, centred: bool) -> None:
-    for rows in table.split(ROWS_AT_ONCE):
-        wide = rows.double()
-        rows.copy_(rotation.apply(centre(wide) if centred else wide))
 
 
 def _with_gain(norm: nn.Module, gain: Tensor | None, bias: bool) -> nn.Sequential:
