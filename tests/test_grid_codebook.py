@@ -1,4 +1,4 @@
-"""Grids with a codebook against slow loops and what they promise, alone and with pruning, packing and stages."""
+"""Grids with a codebook against slow loops, alone and with pruning, packing and stages."""
 
 from __future__ import annotations
 
