@@ -20,7 +20,7 @@ from pqqp_lightning.network.name_patterns import matches, matches_any
 from pqqp_lightning.stages.stage import Context, Plan, Stage
 from pqqp_lightning.surgery.removal import (
     Sublayer,
-    blocks_outside_lists,
+    outside_of_a_list,
     remove_blocks,
     remove_sublayer,
     sublayers_of,
@@ -175,7 +175,7 @@ class SLEB(Stage):
         if self.granularity == "block":
             return [
                 f"block {name} is no element of a ModuleList or Sequential and cannot be taken out. Change blocks."
-                for name in blocks_outside_lists(model, blocks)
+                for name in outside_of_a_list(model, blocks)
             ]
         other = {type(block).__name__: None for block in blocks.values() if sublayers_of(block) is None}
         if not other:

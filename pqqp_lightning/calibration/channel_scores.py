@@ -67,10 +67,10 @@ def taylor_by_channel(walk: Walk, parts: Iterable[tuple[str, int]]) -> dict[tupl
         RecipeError: the loss does not depend on one of the weights, or a gradient is NaN or infinite.
     """
     assert walk.loss is not None, "the walk has no loss"
-    parts = list(parts)
-    weights = {name: walk.model.get_parameter(f"{name}.weight") for name, _ in parts}
+    wanted = list(parts)
+    weights = {name: walk.model.get_parameter(f"{name}.weight") for name, _ in wanted}
     sums: dict[tuple[str, int], Tensor] = {}
-    for name, dim in parts:
+    for name, dim in wanted:
         weight = weights[name]
         sums[name, dim] = weight.new_zeros(weight.shape[dim], dtype=torch.float32)
     with calibrating(walk.model), walk.forward_context(), torch.enable_grad(), _alone_trainable(walk.model, weights):
@@ -78,7 +78,7 @@ def taylor_by_channel(walk: Walk, parts: Iterable[tuple[str, int]]) -> dict[tupl
             walk.loss(batch).backward()
             if missed := [name for name, weight in weights.items() if weight.grad is None]:
                 raise RecipeError(f"the loss has no gradient for {shorten(missed)}. Add them to ignore.")
-            for name, dim in parts:
+            for name, dim in wanted:
                 gradient = weights[name].grad
                 assert gradient is not None
                 sums[name, dim] += sum_by_channel(taylor_terms(weights[name].detach(), gradient), dim)

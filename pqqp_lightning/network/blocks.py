@@ -70,10 +70,10 @@ def _named_blocks(model: nn.Module, names: list[str]) -> Blocks:
     modules = dict(model.named_modules())
     blocks: Blocks = {}
     for wanted in names:
-        matching = {name: m for name, m in modules.items() if name == wanted or name.endswith(f".{wanted}")}
-        if not matching:
+        found = {name: m for name, m in modules.items() if name == wanted or name.endswith(f".{wanted}")}
+        if not found:
             raise RecipeError(f"blocks: '{wanted}' is no module of the model.{near_miss(wanted, modules)}")
-        blocks.update(matching)
+        blocks.update(found)
     return blocks
 
 

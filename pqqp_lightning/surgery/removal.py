@@ -85,7 +85,7 @@ def substitutes(block: nn.Module, sublayer: Sublayer, outputs: int) -> dict[str,
     return {name: module.train(block.training) for name, module in modules.items()}
 
 
-def blocks_outside_lists(model: nn.Module, blocks: Blocks) -> list[str]:
+def outside_of_a_list(model: nn.Module, blocks: Blocks) -> list[str]:
     """Return the names of blocks that cannot be removed: those outside of a ``ModuleList`` or ``Sequential``."""
     outside = []
     for name in blocks:
