@@ -48,30 +48,26 @@ def taylor_terms(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def kept_count(width: int, ratio: float, round_to: int = 1) -> int:
-    """Return the units kept of ``width``: ``width - round(ratio * width)``, rounded up to a multiple of ``round_to``.
+    """Units that stay of ``width``: ``width - round(ratio * width)``, raised to a multiple of ``round_to``, at least 1.
 
-    The result is at least 1 and at most ``width``.
+    It is never more than ``width``.
     """
     kept = max(1, width - round(ratio * width))
     return min(width, -(-kept // round_to) * round_to)
 
 
 def choose_units(scores: Tensor, ratio: float, round_to: int = 1) -> Tensor:
-    """Choose the most important units; of equal ones the later units stay.
+    """The indices of the units that stay, ascending: the most important ones; of equal ones the later.
 
     Args:
         scores: importance of each unit, [U].
         ratio: fraction to remove.
-        round_to: the number of units kept is a multiple of this.
-
-    Returns:
-        The indices of the units kept, ascending.
+        round_to: the number that stays is a multiple of this.
 
     Raises:
         ArithmeticError: a score is NaN or infinite.
     """
     if not bool(torch.isfinite(scores).all()):
         raise ArithmeticError("its channels' importance holds NaN or infinite values")
-    removed_count = len(scores) - kept_count(len(scores), ratio, round_to)
-    removed = lowest(scores[None], removed_count)[0]
-    return (~removed).nonzero().flatten()
+    gone = lowest(scores[None], len(scores) - kept_count(len(scores), ratio, round_to))[0]
+    return (~gone).nonzero().flatten()

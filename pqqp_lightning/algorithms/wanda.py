@@ -18,14 +18,14 @@ def prune_wanda(
     pattern: Pattern | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute the keep-mask [O, I]: remove ``round(sparsity * I)`` entries of every row, or all but N of M columns.
+    """Keep-mask [O, I]; ``round(sparsity * I)`` entries go in every row, or all but N in every M columns.
 
     Args:
         weight: [O, I].
         column_norm: [I], the l2 norm of each input feature over the calibration tokens.
         sparsity: fraction of each row to remove, in [0, 1).
         pattern: (N, M) instead of ``sparsity``.
-        mask: [O, I], earlier keep-mask; entries that it removes stay removed and count.
+        mask: [O, I], earlier keep-mask; its zeros stay removed and count.
     """
     scores = weight.float().abs() * column_norm.float()  # [O, I]
     if pattern is not None:

@@ -51,17 +51,10 @@ def mean_squared_inputs(walk: Walk, layers: Iterable[str]) -> dict[str, Tensor]:
 
 
 def taylor_by_channel(walk: Walk, parts: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Tensor]:
-    """Compute |weight * gradient| of the training loss, summed over each row or column of the weights.
+    """|weight * gradient| of the module's training loss, summed over each row or column of weights: (name, dim) to [C].
 
-    Each calibration batch gives one gradient; the result is the mean over the batches. The model runs in evaluation
-    mode, and keeps the gradients that it holds.
-
-    Args:
-        walk: with the model, the loss and the batches.
-        parts: (module name, dimension): dimension 0 for one number per row, 1 for one per column.
-
-    Returns:
-        (name, dimension) to [C].
+    It is averaged over the calibration batches, each with a gradient of its own. Evaluation mode; gradients that the
+    model holds stay as they are.
 
     Raises:
         RecipeError: the loss does not depend on one of the weights, or a gradient is NaN or infinite.
@@ -92,7 +85,7 @@ def taylor_by_channel(walk: Walk, parts: Iterable[tuple[str, int]]) -> dict[tupl
 
 @contextmanager
 def _alone_trainable(model: nn.Module, weights: dict[str, Any]) -> Iterator[None]:
-    """Compute gradients for ``weights`` only; restore ``requires_grad`` and ``grad`` of every parameter on exit."""
+    """Gradients for ``weights`` alone; everything is afterwards as it was, gradients too."""
     chosen = {id(weight) for weight in weights.values()}
     with gradients_kept(model):
         for parameter in model.parameters():

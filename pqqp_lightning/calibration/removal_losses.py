@@ -217,11 +217,7 @@ class RemovalLosses:
 
 @contextmanager
 def other_forwards(forwards: Forwards) -> Iterator[None]:
-    """Replace the ``forward`` of modules inside the context, without the transforms that belong to the original.
-
-    Replacing ``forward`` leaves every reference to the module and its other hooks intact, which replacing the module
-    would not.
-    """
+    """Give modules another ``forward`` for a while; all stays but the transforms that belong to their own one."""
     with ExitStack() as stack:
         for module, forward in forwards.items():
             # A module may have an instance attribute ``forward`` of its own already; usually the class has it.

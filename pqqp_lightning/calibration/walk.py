@@ -149,7 +149,7 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode, no gradients and no caches inside the context; restore these and the random state on exit.
+    """Evaluation mode, no gradients and no caches inside; everything is put back, random state too, whatever happens.
 
     A Hugging Face model's cache of keys and values would grow with each replay of a block.
     """
@@ -163,7 +163,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         with keep_random_state(), torch.no_grad():
             yield
     finally:
-        for module in model.modules():  # modules that replaced others take the model's mode
+        for module in model.modules():  # those that came in the place of others included
             module.training = modes.get(module, modes[model])
         for config in caching.values():
             setattr(config, "use_cache", True)  # noqa: B010

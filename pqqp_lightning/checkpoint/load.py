@@ -44,11 +44,11 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
         manifest["applied"] = _applied(manifest, file)[len(origin.applied) if origin else 0 :]
         for item in manifest["applied"]:
             item.stage.restructure(item.stage.__new__(item.stage), module, item.plan)
-        targets = module.state_dict(keep_vars=True)
+        own = module.state_dict(keep_vars=True)
         names = _weight_names(file.names()) | set(manifest["aliases"])
-        if names != set(targets):
+        if names != set(own):
             raise RecipeError(
-                f"{folder}: is of another model: {shorten(sorted(names ^ set(targets)))} in only one of the two. "
+                f"{folder}: is of another model: {shorten(sorted(names ^ set(own)))} in only one of the two. "
                 "Use the recipe that made it."
             )
         # Constraints that the module carries from before are replaced by those of the checkpoint.
@@ -56,7 +56,7 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
             set_constraints(layer, None)
         modules = dict(module.named_modules())
         with torch.no_grad():
-            for name, target in targets.items():
+            for name, target in own.items():
                 if name in manifest["aliases"]:
                     continue
                 if name in manifest["packed"]:
