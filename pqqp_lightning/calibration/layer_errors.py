@@ -125,8 +125,8 @@ def samples_in(batch: Any) -> int:
     return next((samples_in(v) for v in values if isinstance(v, Tensor | dict | tuple | list)), 1)
 
 
-class _ZeroOutput(nn.Module):
-    """Replaces a removed layer: zeros in the shape of ``layer``'s output."""
+class _Silent(nn.Module):
+    """Zeros in the shape of what ``layer`` gives out."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def _swapped(model: nn.Module, variant: Layers, names: Sequence[str]) -> Iterato
             siblings = model.get_submodule(parent)._modules
             dense_layer = model.get_submodule(name)
             stack.callback(siblings.__setitem__, child, dense_layer)
-            siblings[child] = _on_device(variant[name], device) or _ZeroOutput(dense_layer)
+            siblings[child] = _on_device(variant[name], device) or _Silent(dense_layer)
         yield
 
 
@@ -197,24 +197,23 @@ def mark_blocks(blocks: Blocks) -> None:
 
 
 def layers_of(model: nn.Module, names: Sequence[str], spill: Spill) -> Layers:
-    """Copy the layers of a compressed model that correspond to dense layers, with their weights in ``spill``.
+    """Copies of the layers that have the place of the dense layers ``names``, with their weights in ``spill``.
 
     Args:
-        model: compressed; :func:`mark_blocks` marked its blocks while it was dense.
-        names: names of the dense layers.
-        spill: stores the weights.
+        model: compressed; its blocks were marked while it was dense.
+        names: of dense layers.
+        spill: for the weights.
     """
-    current_names = {vars(module)[_BLOCK]: name for name, module in model.named_modules() if _BLOCK in vars(module)}
-    layers: dict[str, nn.Module | None] = {}
+    marked = {vars(module)[_BLOCK]: name for name, module in model.named_modules() if _BLOCK in vars(module)}
+    had_blocks = bool(marked)
+    found: dict[str, nn.Module | None] = {}
     for name in names:
-        block = next((b for b in current_names if name.startswith(f"{b}.")), None)
-        module = None
-        if block is not None:
-            module = _submodule(model, current_names[block] + name.removeprefix(block))
-        elif not current_names or not _is_taken_or_missing(model, name):
-            module = _submodule(model, name)
-        layers[name] = None if module is None else _spilled(module, spill)
-    return layers
+        block = next((b for b in marked if name.startswith(f"{b}.")), None)
+        now = name if block is None else f"{marked[block]}{name.removeprefix(block)}"
+        gone = block is None and had_blocks and _is_of_a_marked(model, name)
+        module = None if gone else _submodule(model, now)
+        found[name] = None if module is None else _spilled(module, spill)
+    return found
 
 
 def mixed_share(layers: Layers) -> tuple[int, int]:
@@ -235,7 +234,7 @@ def mixed_share(layers: Layers) -> tuple[int, int]:
     return mixed_count, unit_count
 
 
-def _is_taken_or_missing(model: nn.Module, name: str) -> bool:
+def _is_of_a_marked(model: nn.Module, name: str) -> bool:
     """Whether ``name`` now lies in a block that had another name, or does not exist any more."""
     parts = name.split(".")
     for length in range(1, len(parts)):
@@ -253,7 +252,6 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _spilled(module: nn.Module, spill: Spill) -> nn.Module:
-    """A copy of ``module`` in evaluation mode whose tensors are in ``spill``."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(_put(parameter.detach(), spill), requires_grad=False)
@@ -263,6 +261,5 @@ def _spilled(module: nn.Module, spill: Spill) -> nn.Module:
 
 
 def _put(tensor: Tensor, spill: Spill) -> Tensor:
-    stored = spill.put(tensor)
-    # The spill returns small tensors unchanged: copy them, since later stages change the model's own.
-    return stored.to(tensor.device) if stored.data_ptr() != tensor.data_ptr() else tensor.clone()
+    kept = spill.put(tensor)
+    return kept.to(tensor.device) if kept.data_ptr() != tensor.data_ptr() else tensor.clone()

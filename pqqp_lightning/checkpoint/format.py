@@ -1,9 +1,9 @@
-"""The packed checkpoint: a folder with ``model.safetensors`` and ``manifest.json.gz``.
+"""The packed checkpoint: a folder with ``model.safetensors`` and ``manifest.json.gz`` that is as small as the size
+report says, and rebuilds the model bit for bit.
 
-It takes the bytes that the size report counts, and rebuilds the model bit for bit. Quantized weights are stored as
-codes at their bit width with scales and zero points; pruned weights as their kept values with a bitmask or N:M
-positions; everything else unchanged, tied weights once. The manifest holds how to build the module, every stage's
-plan, the encoding of each weight, and checksums: a truncated or altered file is refused.
+Codes are packed at their bit width with scales and zero points; pruned weights keep a bitmask or N:M positions and
+the kept values only; everything else is stored as it is, tied weights once. The manifest holds how to build the
+module, every stage's plan, how each weight is encoded, and checksums: a truncated or altered file is refused.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def origin_of(module: LightningModule) -> Origin | None:
 
 
 def model_folder(run: Path) -> Path:
-    """Return the checkpoint folder of ``run``, which may be a run folder or the checkpoint folder itself."""
+    """The checkpoint folder of a run: ``model/`` in it, or itself."""
     return run if (run / MANIFEST).is_file() else run / "model"
 
 

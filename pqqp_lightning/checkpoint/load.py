@@ -21,7 +21,7 @@ from pqqp_lightning.network.constraints import constrained_layers, set_constrain
 from pqqp_lightning.storage.run_folder import WEIGHTS
 
 MOVED = {"pqqp_lightning.trainer.Training": "pqqp_lightning.runs.trainer.Training"}
-"""Old to new class paths: checkpoints of earlier versions name classes by modules that have moved since."""
+"""Classes that checkpoints of earlier versions name by a module that has moved."""
 
 
 def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
@@ -74,12 +74,12 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
 
 
 def _applied(manifest: dict[str, Any], file: BundleReader) -> list[Applied]:
-    """The stages with their plans: plain data from the manifest, tensors from the weights file."""
-    applied = []
+    """The stages with their whole plans."""
+    found = []
     for position, entry in enumerate(manifest["plans"]):
-        tensors = {key: file.get(f"plan.{position}:{key}") for key in entry["tensors"]}
-        applied.append(Applied(_stage_class(entry["class_path"]), entry["plan"] | tensors))
-    return applied
+        tensors = {k: file.get(f"plan.{position}:{k}") for k in entry["tensors"]}
+        found.append(Applied(_stage_class(entry["class_path"]), entry["plan"] | tensors))
+    return found
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

@@ -78,14 +78,9 @@ def _contents(
             stored[name] = tensor
     plans = []
     for position, item in enumerate(applied):
-        plain: dict[str, Any] = {}
-        tensor_keys: list[str] = []
-        for key, value in item.plan.items():  # tensors go to the weights file, the rest to the manifest
-            if isinstance(value, Tensor):
-                stored[f"plan.{position}:{key}"] = value
-                tensor_keys.append(key)
-            else:
-                plain[key] = value
-        plans.append({"class_path": dotted_name(item.stage), "plan": plain, "tensors": sorted(tensor_keys)})
+        plain = {k: v for k, v in item.plan.items() if not isinstance(v, Tensor)}
+        tensors_of_plan = {k: v for k, v in item.plan.items() if isinstance(v, Tensor)}
+        stored.update({f"plan.{position}:{k}": v for k, v in tensors_of_plan.items()})
+        plans.append({"class_path": dotted_name(item.stage), "plan": plain, "tensors": sorted(tensors_of_plan)})
     stored, small = bundle_small(stored)
     return stored, {"plans": plans, "packed": entries, "aliases": aliases, "small": small}

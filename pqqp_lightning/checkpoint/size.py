@@ -132,7 +132,7 @@ def _is_within(name: str, parents: set[str]) -> bool:
 
 
 def size_numbers(size: ModelSize, original_bits: int) -> dict[str, float]:
-    """Return the numbers that a record holds of a model's size.
+    """What a record keeps of a size.
 
     Args:
         size: of the model.
