@@ -21,7 +21,7 @@ from pqqp_lightning.network.structure import weightless_copy
 from pqqp_lightning.stages import Context, Layer, Plan, PruningStage, Stage
 from pqqp_lightning.surgery.coupling import CoupledGroup, Coupling, built_groups, has_attention
 from pqqp_lightning.surgery.dependency import example_input, run_example, traced_groups
-from pqqp_lightning.surgery.narrowing import narrow, plan_narrowing, rebuild_narrowed, uneven
+from pqqp_lightning.surgery.narrowing import conflicting_settings, narrow, plan_narrowing, rebuild_narrowed
 
 IMPORTANCES = ("norm", "activation", "taylor")
 
@@ -254,9 +254,9 @@ class ChannelPruning(Stage):
             if some:
                 kept, whole = sum(units[g.name] for g in some), sum(g.width for g in some)
                 context.notes.append(f"kept {kept} of {whole} {kind} in {len(some)} coupled groups")
-        for reason, layers in coupling.left.items():
+        for reason, layers in coupling.unprunable.items():
             context.found(reason, layers)
-        if settings := uneven(coupling.groups, units):
+        if settings := conflicting_settings(coupling.groups, units):
             names = ", ".join(sorted({setting.removeprefix("config.") for setting in settings}))
             context.notes.append(f"layers differ in {names}: the configuration keeps its old value")
 

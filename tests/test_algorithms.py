@@ -277,7 +277,7 @@ def test_asking_for_exactly_what_is_pruned_changes_no_mask(method):
     ],
 )
 def test_a_skewed_mask_still_counts_towards_the_sparsity(method, half):
-    """Half of the columns carry all earlier zeros; the total is the promised one all the same."""
+    """Half of the columns carry all earlier zeros; the total still equals the requested sparsity."""
     layer = make_layer()
     mask = earlier_mask(0.8)
     mask[:, slice(COLUMNS // 2, None) if half == "early" else slice(0, COLUMNS // 2)] = True

@@ -1,4 +1,4 @@
-"""Costs of a layer's change, and one option for each layer under one budget."""
+"""The cost of changing a layer, and the choice of one option per layer under a budget."""
 
 import itertools
 import random
@@ -31,7 +31,7 @@ def brute_force(costs, amounts, budget):
 
 
 def greedy(costs, amounts, budget):
-    """From the smallest options, the largest saving per unit first."""
+    """Start from the smallest options and take the step with the largest saving per unit first."""
     chosen = [min(range(len(row)), key=row.__getitem__) for row in amounts]
     while True:
         used = sum(amounts[i][k] for i, k in enumerate(chosen))

@@ -40,7 +40,7 @@ def best_product(weights, gram, rank):
 
 
 def plain_svd(weight, rank):
-    """Truncated without regard to the inputs."""
+    """Truncated SVD of the weights alone, which ignores the inputs."""
     u, s, vt = np.linalg.svd(np.asarray(weight, float), full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ vt[:rank]
 

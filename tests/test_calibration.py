@@ -52,7 +52,7 @@ def batches_of(kind):
 
 
 def randomize_norms(model):
-    """Norms with running statistics that are not those of a fresh network."""
+    """Give the norms random running statistics."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -150,7 +150,7 @@ def walk_of(model, run, batches, blocks=None):
 
 
 def halve(reading):
-    """A crude compression, so that later blocks see other inputs than in the dense model."""
+    """A crude compression, so that the inputs of later blocks differ from those of the dense model."""
     for layer in reading.layers.values():
         with torch.no_grad():
             layer.weight.mul_((layer.weight.abs() > layer.weight.abs().median()).float())
@@ -283,7 +283,7 @@ class WriteInside(Chain):
 
 
 class TwoStreams(Block):
-    """Gets the hidden state and what an earlier block made of it."""
+    """Gets the hidden state and a result that an earlier block computed from it."""
 
     def forward(self, x, other):
         return super().forward(x + other)
@@ -302,7 +302,7 @@ class DependentArgument(Chain):
 
 
 class Remembering(Block):
-    """Adds up what it was called with in a list that the caller gives."""
+    """Appends its inputs to a memory that the caller passes, and depends on how many there are."""
 
     def forward(self, x, memory):
         memory.seen.append(x)

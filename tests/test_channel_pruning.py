@@ -40,7 +40,7 @@ IMPORTANCES = ["norm", "activation", "taylor"]
 
 
 def make(kind, seed=0):
-    """A network whose norms and biases are not those of a fresh one."""
+    """A network with random norms and biases."""
     torch.manual_seed(seed)
     if kind in ("llama", "opt"):
         settings = GQA | {"attention_bias": True, "mlp_bias": True} if kind == "llama" else tiny.OPT
@@ -85,7 +85,7 @@ def compress(module, stage, data=()):
 
 
 def removed_units(plan):
-    """Group name to the units that went."""
+    """Group name to the removed units."""
     found = {}
     for key, bits in plan.items():
         if key.endswith(":kept"):
@@ -95,7 +95,7 @@ def removed_units(plan):
 
 
 def gone(plan, name, width):
-    """The units below ``width`` that went from a group."""
+    """The removed units of a group of ``width`` units."""
     return [unit for unit in removed_units(plan)[name] if unit < width]
 
 

@@ -1,4 +1,4 @@
-"""The clipping search of uniform grids against a slow loop, and the inequality that it is there for."""
+"""The clipping search of uniform grids against a slow loop, and the inequality that justifies it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def power_error(weight, rounded):
 
 
 def slow_clip(unit, bits, symmetric, half):
-    """(scale, zero) of one group: every range of the list, rounded and summed one number at a time."""
+    """(scale, zero) of one group: tries every range, and rounds and sums one number at a time."""
     lowest, highest, levels = min(unit.min(), 0), max(unit.max(), 0), 2**bits - 1
     best = None
     for factor in (1.0, *grids.CLIP_FACTORS):
@@ -106,7 +106,7 @@ def test_clipping_by_importance_finds_the_least_of_all_candidates(unit, piece, m
 
 
 def loss(weight, hessian, changed):
-    """tr((W - W') H (W - W')^T): what GPTQ makes small."""
+    """tr((W - W') H (W - W')^T), which GPTQ minimizes."""
     return float(((changed - weight) @ hessian).mul(changed - weight).sum())
 
 

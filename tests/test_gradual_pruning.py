@@ -64,7 +64,7 @@ def test_the_schedule_is_the_papers_equation():
 
 
 def grow_by_loops(weight, sparsity, pattern, mask):
-    """One entry after another: the smallest that is left, and that its group of M columns can still lose."""
+    """Remove one entry after another: the smallest remaining one that its group of M columns may still lose."""
     removed = ~mask
     rows, columns = weight.shape
     by_size = sorted(

@@ -1,4 +1,4 @@
-"""Grids with a codebook against slow loops and what they promise, alone and with pruning, packing and stages."""
+"""Grids with a codebook against slow loops, alone and with pruning, packing and stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from torch import nn
 
 from pqqp_lightning import load
 from pqqp_lightning.algorithms.codebook import _tables, bounds_of, levels_of
-from pqqp_lightning.algorithms.grid import ColumnGrid, decode, encode, fit_codebook, fit_grid, round_to_grid, stacked
+from pqqp_lightning.algorithms.grid import (
+    ColumnGrid,
+    concatenate_rows,
+    decode,
+    encode,
+    fit_codebook,
+    fit_grid,
+    round_to_grid,
+)
 from pqqp_lightning.algorithms.packing import packed_bytes
 from pqqp_lightning.algorithms.rtn import quantize_codebook, quantize_rtn
 from pqqp_lightning.algorithms.sparsegpt import prune_sparsegpt
@@ -162,7 +170,7 @@ def test_row_groups_of_a_codebook_grid_come_apart_and_together():
     grid = fit_codebook(weight, "nf4", 32)
     parts = grid.chunk(3)
     assert [part.codebook for part in parts] == ["nf4"] * 3
-    again = stacked(parts, [8, 8, 8])
+    again = concatenate_rows(parts, [8, 8, 8])
     assert torch.equal(again.scale, grid.scale)
     assert again.codebook == "nf4"
     assert grid.to(torch.device("cpu")).codebook == "nf4"

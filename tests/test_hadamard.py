@@ -37,7 +37,7 @@ def test_the_smallest_factor_at_hand_is_taken(order, small):
 
 @pytest.mark.parametrize("order", [0, *WITHOUT])
 def test_an_order_without_a_construction_is_refused(order):
-    with pytest.raises(ValueError, match=f"no Hadamard matrix of order {order} is at hand"):
+    with pytest.raises(ValueError, match=f"no construction gives a Hadamard matrix of order {order}"):
         hadamard(order)
 
 

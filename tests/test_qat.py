@@ -13,7 +13,7 @@ from torch import nn
 
 from pqqp_lightning import load
 from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
-from pqqp_lightning.algorithms.lsq import fake_quantize, grid_of, in_units, stored_scale, unit_of
+from pqqp_lightning.algorithms.lsq import fake_quantize, grid_of, scale_from_units, scale_unit, stored_scale
 from pqqp_lightning.callbacks.finetune import Finetune
 from pqqp_lightning.callbacks.gradual_pruning import GradualPruning
 from pqqp_lightning.callbacks.magnitude import Magnitude
@@ -134,19 +134,19 @@ def steps_of(optimizer, learning_rate, unit):
     parameter = (start / unit).requires_grad_()
     step = optimizer([weight, parameter], lr=learning_rate)
     before = weight.detach().clone()
-    (fake_quantize(weight, in_units(parameter, unit), None, 4) - torch.ones(4, 64)).square().sum().backward()
+    (fake_quantize(weight, scale_from_units(parameter, unit), None, 4) - torch.ones(4, 64)).square().sum().backward()
     step.step()
     moved = (parameter.detach() * unit - start).abs() / start
     return moved, float((weight.detach() - before).norm() / before.norm())
 
 
 def test_plain_sgd_moves_a_scale_as_if_it_were_the_parameter():
-    ours, plain = (steps_of(torch.optim.SGD, 1e-3, unit)[0] for unit in (unit_of, None))
+    ours, plain = (steps_of(torch.optim.SGD, 1e-3, unit)[0] for unit in (scale_unit, None))
     assert ours.numpy() == pytest.approx(plain.numpy(), rel=1e-4)
 
 
 def test_adam_moves_a_scale_by_the_fraction_by_which_it_moves_the_weights():
-    ours, weights = steps_of(torch.optim.Adam, 1e-3, unit_of)
+    ours, weights = steps_of(torch.optim.Adam, 1e-3, scale_unit)
     plain, _ = steps_of(torch.optim.Adam, 1e-3, None)
     assert all(0.6 < float(ratio) < 1.7 for ratio in ours / weights)
     assert float((plain / weights).min()) > 2
@@ -154,7 +154,7 @@ def test_adam_moves_a_scale_by_the_fraction_by_which_it_moves_the_weights():
 
 @pytest.mark.parametrize("weight", [torch.zeros(3, 8), torch.eye(8)[:3], 1e-30 * torch.ones(3, 8)], ids=str)
 def test_units_are_powers_of_two_whatever_the_weights(weight):
-    unit = unit_of(fit_grid(weight, 4).scale, weight)
+    unit = scale_unit(fit_grid(weight, 4).scale, weight)
     assert bool(torch.isfinite(unit).all())
     assert bool((unit.log2() == unit.log2().round()).all())
 

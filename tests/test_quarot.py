@@ -1,4 +1,4 @@
-"""QuaRot: the function stays, the outliers go, and what cannot be rotated is refused."""
+"""QuaRot keeps the function, removes outliers, and refuses models that it cannot rotate."""
 
 import copy
 

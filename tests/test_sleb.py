@@ -1,4 +1,4 @@
-"""SLEB against a brute force that really deletes, the work it takes, and what it leaves behind."""
+"""SLEB against a brute force that deletes blocks, its number of evaluations, and the models that it returns."""
 
 import copy
 import json
@@ -98,7 +98,7 @@ def mean_loss(module, loss=loss_of):
 
 
 def without_block(module, index):
-    """A copy from which the block is really deleted."""
+    """A copy without the block."""
     other = copy.deepcopy(module)
     del decoder(other)[index]
     other.model.config.num_hidden_layers -= 1
@@ -106,7 +106,7 @@ def without_block(module, index):
 
 
 def without_sublayer(module, name):
-    """A copy whose branch adds nothing, since its last layer is zero."""
+    """A copy whose branch adds zeros, since the weights of its last layer are zero."""
     other = copy.deepcopy(module)
     last = {"self_attn": ("o_proj", "out_proj"), "mlp": ("down_proj",), "fc2": ("",)}[name.rsplit(".", 1)[-1]]
     for layer_name, layer in other.get_submodule(name).named_modules():

@@ -1,4 +1,4 @@
-"""Copies without weights, the way back to a dense structure, and promises that follow a layer under another name."""
+"""Copies without weights, restoring a dense structure, and constraints that follow a renamed layer."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What a change of a layer costs, and how a budget's remainder is spent, for allocating bits and sparsities.
+"""Allocation of bits and sparsities to layers under a budget, and the cost that it minimizes.
 
 The cost of a change dW [O, I] of a layer's weight, with inputs X [T, I] and H = X^T X, is
 ``sum_o g_o * dW_o H dW_o^T``: the squared error of each output, summed over the tokens and weighted. With g = 1 it is
@@ -19,42 +19,50 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 Costs = Sequence[Sequence[float]]
+"""The cost of each option of each layer."""
 
 Amounts = Sequence[Sequence[int]]
+"""What each option of each layer takes of the budget."""
 
 
 def output_error(change: Tensor, hessian: Tensor, importance: Tensor | None = None) -> float:
-    """``sum_o g_o * dW_o H dW_o^T``.
+    """Compute ``sum_o g_o * dW_o H dW_o^T``.
 
     Args:
         change: dW [O, I].
         hessian: X^T X [I, I].
-        importance: g [O], >= 0; 1 for every output if left out.
+        importance: g [O], >= 0; by default 1 for every output.
     """
     change = change.float()
-    rows = (change @ hessian).mul_(change).sum(dim=1).clamp_(min=0)  # [O]; rounding may leave it below 0
-    return float((rows if importance is None else rows * importance).double().sum())
+    rows = (change @ hessian).mul_(change).sum(dim=1).clamp_(min=0)  # [O]; rounding can make it slightly negative
+    if importance is not None:
+        rows = rows * importance
+    return float(rows.double().sum())
 
 
 def spend_rest(
     chosen: Sequence[int], lower: Sequence[int], gains: Sequence[float], granules: Sequence[int], rest: int
 ) -> list[int]:
-    """Counts that together are ``rest`` below those ``chosen``, as nearly as the granules allow and never further.
+    """Lower the ``chosen`` counts by ``rest`` in total, or by as much less as whole granules allow.
 
-    An allocation from a few options a layer leaves some of its budget over. Here each layer's count is lowered towards
-    its next option, the layers that gain most by it first, by whole granules.
+    An allocation from a few options per layer does not use up its budget. This function lowers each layer's count
+    towards its next option, in whole granules, and starts with the layers that gain most.
 
     Args:
         chosen: count of each layer (weights to remove).
-        lower: the count that each may be lowered to; equal to ``chosen`` where there is none.
-        gains: what a layer gains by each unit that its count is lowered.
-        granules: units by which each count can change.
-        rest: how far the sum is to be lowered.
+        lower: the count that each layer may be lowered to; equal to ``chosen`` for a layer that must not change.
+        gains: what a layer gains per unit by which its count is lowered.
+        granules: the step in which each count can change.
+        rest: by how much to lower the sum.
+
+    Returns:
+        The new count of each layer.
     """
     counts = list(chosen)
-    for i in sorted(range(len(counts)), key=lambda i: -gains[i]):
-        step = min(rest, counts[i] - lower[i]) // granules[i] * granules[i]
-        counts[i] -= step
+    most_gain_first = sorted(range(len(counts)), key=lambda layer: -gains[layer])
+    for layer in most_gain_first:
+        step = min(rest, counts[layer] - lower[layer]) // granules[layer] * granules[layer]
+        counts[layer] -= step
         rest -= step
     return counts
 
@@ -116,57 +124,87 @@ def _option_below(removed: Sequence[int], chosen: int) -> int:
 
 
 def allocate(costs: Costs, amounts: Amounts, budget: int) -> list[int]:
-    """The index of one option for each layer: the least summed cost with summed amounts at most ``budget``.
+    """Choose one option per layer: the least total cost whose total amount is within ``budget``.
 
-    Of equally cheap choices one that spends more of the budget.
+    Among equally cheap choices it prefers one that spends more of the budget.
 
     Args:
-        costs: for each layer the cost of each option, >= 0.
-        amounts: for each layer what each option takes of the budget (bits, bytes, weights kept), integers >= 0.
-        budget: the most that all may take together, in the same unit.
+        costs: the cost of each option of each layer, >= 0.
+        amounts: what each option of each layer takes of the budget (bits, bytes, weights kept), integers >= 0.
+        budget: the largest total amount, in the same unit.
+
+    Returns:
+        The index of the chosen option of each layer.
 
     Raises:
         ValueError: no choice fits, or a cost is NaN, infinite or negative.
     """
-    if bad := [i for i, options in enumerate(costs) if not all(math.isfinite(c) and c >= 0 for c in options)]:
-        raise ValueError(f"the costs of layer {bad[0]} are not all finite and >= 0: {list(costs[bad[0]])}")
+    for layer, options in enumerate(costs):
+        if not all(math.isfinite(cost) and cost >= 0 for cost in options):
+            raise ValueError(f"the costs of layer {layer} are not all finite and >= 0: {list(options)}")
     least = sum(map(min, amounts))
     if least > budget:
         raise ValueError(f"the smallest options take {least} together, more than the budget of {budget}")
-    chosen = [min(range(len(row)), key=lambda k: (row[k], costs[i][k])) for i, row in enumerate(amounts)]
-    for _ in range(3):  # the solver's tolerances are absolute: solve again at the scale of what was found
-        scale = sum(costs[i][k] for i, k in enumerate(chosen))
-        found = _solve(costs, amounts, budget, scale or 1.0)
-        if sum(costs[i][k] for i, k in enumerate(found)) >= scale:
+    chosen = []  # start from each layer's smallest option, the cheaper one of equals: it fits
+    for row, prices in zip(amounts, costs, strict=True):
+        chosen.append(min(range(len(row)), key=list(zip(row, prices, strict=True)).__getitem__))
+    # The solver's tolerances are absolute, so its answer is only as exact as the scale of the costs. Solve again at
+    # the scale of the last answer until that no longer helps.
+    for _ in range(3):
+        cost = _total(costs, chosen)
+        better = _solve(costs, amounts, budget, cost or 1.0)
+        if _total(costs, better) >= cost:
             break
-        chosen = found
-    return _spend(chosen, costs, amounts, budget)
+        chosen = better
+    return _spend_for_free(chosen, costs, amounts, budget)
 
 
-def _spend(chosen: Sequence[int], costs: Costs, amounts: Amounts, budget: int) -> list[int]:
-    """What is left of the budget goes round, one option at a time, to layers whose cost does not rise by it.
+def _total(values: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
+    """The sum of the chosen options' values over the layers."""
+    return sum(row[option] for row, option in zip(values, chosen, strict=True))
 
-    So layers that cost nothing whatever they get share the rest evenly.
+
+def _spend_for_free(chosen: Sequence[int], costs: Costs, amounts: Amounts, budget: int) -> list[int]:
+    """Spend the unused budget on layers whose cost does not rise.
+
+    Each round offers every layer its next larger option. Layers that cost nothing therefore share the budget evenly.
     """
-    chosen, left = list(chosen), budget - sum(amounts[i][k] for i, k in enumerate(chosen))
-    before = None
-    while before != chosen:
-        before = list(chosen)
-        for i, k in enumerate(before):
-            more = [j for j, a in enumerate(amounts[i]) if a > amounts[i][k] and costs[i][j] <= costs[i][k]]
-            if more and (step := amounts[i][j := min(more, key=amounts[i].__getitem__)] - amounts[i][k]) <= left:
-                chosen[i], left = j, left - step
+    chosen = list(chosen)
+    unused = budget - sum(row[option] for row, option in zip(amounts, chosen, strict=True))
+    changed = True
+    while changed:
+        changed = False
+        for layer, option in enumerate(chosen):
+            amount = amounts[layer]
+            cost = costs[layer]
+            larger = [k for k in range(len(amount)) if amount[k] > amount[option] and cost[k] <= cost[option]]
+            if not larger:
+                continue
+            next_option = min(larger, key=amount.__getitem__)
+            extra = amount[next_option] - amount[option]
+            if extra <= unused:
+                chosen[layer] = next_option
+                unused -= extra
+                changed = True
     return chosen
 
 
 def _solve(costs: Costs, amounts: Amounts, budget: int, scale: float) -> list[int]:
-    """The optimum among options that cost at most ``scale``, which some feasible choice costs in all."""
-    pairs = [(i, k) for i, row in enumerate(costs) for k, cost in enumerate(row) if cost <= scale]
-    unit = math.gcd(*(amounts[i][k] for i, k in pairs)) or 1  # small integers: tolerances then cannot hide a unit
-    sizes = np.array([amounts[i][k] // unit for i, k in pairs], dtype=float)
-    prices = np.array([costs[i][k] for i, k in pairs]) * (len(costs) / scale)
-    columns = np.arange(len(pairs))
-    one_each = csr_matrix((np.ones(len(pairs)), ([i for i, _ in pairs], columns)), shape=(len(costs), len(pairs)))
+    """Solve the allocation as a multiple-choice knapsack by integer programming.
+
+    ``scale`` is the total cost of some feasible choice. Options that alone cost more cannot be part of the optimum.
+    """
+    pairs: list[tuple[int, int]] = []  # (layer, option), one binary variable each
+    for layer, row in enumerate(costs):
+        pairs.extend((layer, option) for option, cost in enumerate(row) if cost <= scale)
+    # In units of their greatest common divisor the sizes are small integers, so that the solver's tolerance cannot
+    # hide a unit. The prices are scaled to about 1 per layer for the same reason.
+    unit = math.gcd(*(amounts[layer][option] for layer, option in pairs)) or 1
+    sizes = np.array([amounts[layer][option] // unit for layer, option in pairs], dtype=float)
+    prices = np.array([costs[layer][option] for layer, option in pairs]) * (len(costs) / scale)
+    variables = np.arange(len(pairs))
+    rows = [layer for layer, _ in pairs]
+    one_each = csr_matrix((np.ones(len(pairs)), (rows, variables)), shape=(len(costs), len(pairs)))
     limit = budget // unit
     while True:
         fits = LinearConstraint(sizes[None], ub=limit)
@@ -179,8 +217,12 @@ def _solve(costs: Costs, amounts: Amounts, budget: int, scale: float) -> list[in
         )
         if result.x is None:
             raise ArithmeticError(f"the solver found no allocation: {result.message}")
-        chosen = {i: k for (i, k), x in zip(pairs, result.x, strict=True) if x > 0.5}
-        over = sum(amounts[i][k] for i, k in chosen.items()) - budget
-        if over <= 0:
-            return [chosen[i] for i in range(len(costs))]
-        limit -= -(-over // unit)  # within the solver's tolerance, but not within the budget
+        chosen = {}
+        for (layer, option), selected in zip(pairs, result.x, strict=True):
+            if selected > 0.5:
+                chosen[layer] = option
+        excess = sum(amounts[layer][option] for layer, option in chosen.items()) - budget
+        if excess <= 0:
+            return [chosen[layer] for layer in range(len(costs))]
+        # The answer is within the solver's tolerance but over the budget: lower the limit by the excess, rounded up.
+        limit -= -(-excess // unit)

@@ -1,14 +1,14 @@
-"""Importance of the channels of a coupled group, and which of them stay.
+"""Importance of the channels of a coupled group, and the choice of the channels to keep.
 
-A group is everything that loses one channel together: rows of the layers that make it, columns of those that read it,
-the entries of the norms between. A unit is a channel, or an attention head of several rows. Its importance is a sum
-over the whole group:
+A coupled group holds everything that one channel runs through: the rows of the layers that compute it, the columns of
+the layers that read it, and the entries of the norms between them. A unit is a channel, or an attention head of
+several rows. The importance of a unit is a sum over the whole group:
 
 - norm: the l2 norm of all its weights (Fang et al. 2023, DepGraph, arXiv 2301.12900, section 3.3, without its learned
-  sparsity weights; for one filter it is the criterion of Li et al. 2017, arXiv 1608.08710, with l2 for l1);
-- activation: its mean squared activation, as each layer that reads it gets it;
+  sparsity weights; for one filter it is the criterion of Li et al. 2017, arXiv 1608.08710, with l2 instead of l1);
+- activation: its mean squared activation at the input of each layer that reads it;
 - taylor: first-order |weight * gradient|, summed over its weights and averaged over batches (Molchanov et al. 2019,
-  arXiv 1906.10771, section 3.1, with the absolute value for the square).
+  arXiv 1906.10771, section 3.1, with the absolute value instead of the square).
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from pqqp_lightning.algorithms.selection import lowest
 
 
 def sum_by_channel(values: Tensor, dim: int) -> Tensor:
-    """``values`` [..., C, ...] summed over all dimensions but ``dim``, in float32 at least: [C]."""
+    """Sum ``values`` [..., C, ...] over all dimensions except ``dim``, in float32 or wider: [C]."""
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
     return wide.movedim(dim, 0).flatten(1).sum(dim=1) if wide.dim() > 1 else wide
 
 
 def sum_by_unit(channels: Tensor, index: Tensor) -> Tensor:
-    """``channels`` [C] summed over each unit's channels: [U].
+    """Sum over each unit's channels: [U].
 
     Args:
-        channels: one number a channel.
+        channels: one number per channel, [C].
         index: the channels of each unit, [U, K].
     """
     return channels[index.to(channels.device)].sum(dim=1)
 
 
 def group_norm(squares: Sequence[Tensor]) -> Tensor:
-    """The l2 norm of each unit [U] from the squared weights of every member of the group, each [U]."""
+    """Compute the l2 norm of each unit [U] from the summed squared weights of every member of the group, each [U]."""
     return torch.stack(list(squares)).sum(dim=0).sqrt()
 
 
 def taylor_terms(weight: Tensor, gradient: Tensor) -> Tensor:
-    """First-order change of the loss when each weight is removed, without its sign: same shape, in float32."""
+    """Estimate to first order how much the loss changes when each weight is removed: same shape, float32, >= 0."""
     return (weight.float() * gradient.float()).abs()
 
 

@@ -1,9 +1,9 @@
 """Codebooks of 4-bit grids: sorted levels in [-1, 1], 0 among them.
 
 - ``nf4``: NormalFloat (Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E): quantiles of a normal
-  distribution, half of them each side of an exact zero, which lies at code 7.
-- ``fp4``: a sign, two bits of exponent and one of mantissa: 0, 1/16, 2, 3, 4, 6, 8, 12, each over 12, as bitsandbytes
-  has it. Its two zeros are one level here, so that it has 15.
+  distribution on both sides of an exact zero, which has code 7.
+- ``fp4``: one sign bit, two exponent bits and one mantissa bit, as in bitsandbytes: 0, 1/16, 2, 3, 4, 6, 8 and 12,
+  divided by 12. The two zeros are one level here, so it has 15 levels.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ _FP4_ABOVE = (0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 
 
 def levels_of(codebook: Codebook, like: Tensor) -> Tensor:
-    """The levels, float32, ascending, on the device of ``like``."""
+    """Return the levels, float32, ascending, on the device of ``like``."""
     return _tables(codebook, like.device)[0]
 
 
 def bounds_of(codebook: Codebook, like: Tensor) -> Tensor:
-    """The midpoints between neighbouring levels; a value on one belongs to the level below it."""
+    """Return the midpoints between neighbouring levels; a value on a midpoint is rounded down."""
     return _tables(codebook, like.device)[1]
 
 
 @cache
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # the cached tensors outlive this call, and training cannot use inference tensors
 def _tables(codebook: Codebook, device: torch.device) -> tuple[Tensor, Tensor]:
     if codebook == "nf4":
         levels = torch.tensor([*_NF4_BELOW, 0.0, *_NF4_ABOVE], dtype=torch.float32, device="cpu")

@@ -1,10 +1,11 @@
-"""The column sweep of SparseGPT and GPTQ: decide a column, feed its error to the columns after it.
+"""The column sweep of SparseGPT and GPTQ: decide one column, then feed its error to the columns after it.
 
 For column i with U from :func:`~pqqp_lightning.algorithms.hessian.factorize_inverse` (GPTQ, arXiv 2210.17323,
 Algorithm 1; SparseGPT, arXiv 2301.00774, Algorithm 1): e = (w_i - decided_i) / U_ii, and w_j -= e * U_ij for j > i.
-The updates are collected: within a step each column gathers them when its turn comes (one matrix-vector product
-instead of a write to all later columns), and whole steps and blocks are brought up to date by matrix products.
-The weights are held transposed, so that a column is contiguous.
+
+The updates are lazy. Within a step each column gathers the earlier errors when its turn comes: one matrix-vector
+product instead of a write to all later columns. Matrix products update the following steps and blocks. The weights
+are held transposed, so that a column is contiguous.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from pqqp_lightning.algorithms.grid import ColumnGrid
 
 Prepare = Callable[[int, int, Tensor], None]
-"""Called with (start, stop, columns [stop - start, O]) when these columns hold every earlier column's feedback."""
+"""Called with (start, stop, columns [stop - start, O]) once these columns hold the feedback of all earlier columns."""
 
 
 def sweep_columns(
@@ -34,17 +35,20 @@ def sweep_columns(
     on_block: Prepare | None = None,
     on_step: Prepare | None = None,
 ) -> Tensor:
-    """Sweep over the columns of ``weight`` [O, I] and return the decided weights [O, I] in float32.
+    """Sweep over the columns of ``weight`` [O, I].
 
     Args:
         weight: [O, I].
         factor: U [I, I].
-        block_size: columns a block.
-        step: columns a step within a block.
-        mask: keep-mask [I, O], contiguous; its columns are read after ``on_block`` and ``on_step``.
-        grid: what the kept entries are rounded to; None leaves them as they are.
+        block_size: columns per block.
+        step: columns per step within a block.
+        mask: keep-mask [I, O], contiguous; its columns are read after ``on_block`` and ``on_step``, which may set them.
+        grid: rounds the kept entries; None keeps them unrounded.
         on_block: called at the start of each block.
         on_step: called at the start of each step.
+
+    Returns:
+        The decided weights [O, I], float32.
     """
     columns = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # [I, O]
     width = columns.shape[0]
@@ -56,11 +60,13 @@ def sweep_columns(
             on_block(start, stop, columns[start:stop])
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            if first > start:
+            if first > start:  # feedback of the block's earlier steps
                 columns[first:last].addmm_(factor[start:first, first:last].T, errors[: first - start], alpha=-1)
             if on_step is not None:
                 on_step(first, last, columns[first:last])
             sweep_step(columns, factor, errors[first - start :], mask, grid, first, last)
+        # Later columns get the whole block's feedback in one large matrix product, which is far faster than a write
+        # to all of them for each column.
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     return columns.T.contiguous()
 
@@ -74,21 +80,23 @@ def _sweep_step(
     first: int,
     last: int,
 ) -> None:
-    """One step: ``errors[k]`` becomes the error of column ``first + k``."""
-    diagonal = factor.diagonal()[first:last].tolist()
+    """Sweep one step: decide the columns in place and set ``errors[k]`` to the error of column ``first + k``."""
+    diagonal = factor.diagonal()[first:last].tolist()  # one transfer instead of one for each column
     for i in range(first, last):
-        column, error = columns[i], errors[i - first]
+        column = columns[i]
+        error = errors[i - first]
         if i > first:
             column.addmv_(errors[: i - first].T, factor[first:i, i], alpha=-1)
         decided = column if grid is None else grid.round(i, column)
-        decided = decided if mask is None else decided * mask[i]
+        if mask is not None:
+            decided = decided * mask[i]
         torch.sub(column, decided, out=error)
         error.div_(diagonal[i - first])
         column.copy_(decided)
 
 
 def step_for(columns: Tensor, grid: ColumnGrid | None) -> Callable[..., None]:
-    """What sweeps one step: one kernel on a GPU where Triton can build it, and tensor by tensor elsewhere."""
+    """Return the function that sweeps one step: a Triton kernel on a GPU if it builds, else the loop over columns."""
     if columns.is_cuda and (grid is None or grid.is_uniform):
         return _kernel() or _sweep_step
     return _sweep_step
@@ -102,9 +110,9 @@ def _kernel() -> Callable[..., None] | None:
         from pqqp_lightning.algorithms import column_sweep_triton as sweep_kernel
 
         sweep_kernel.build()
-    except Exception as error:  # Triton's own, among them that there is no C compiler
+    except Exception as error:  # Triton raises many types, for instance where it finds no C compiler
         warnings.warn(
-            f"column sweeps on the GPU are slower here, as Triton cannot build their kernel: {error}", stacklevel=2
+            f"Triton cannot build the kernel for column sweeps, so they run slower on the GPU: {error}", stacklevel=2
         )
         return None
     return sweep_kernel.sweep_step

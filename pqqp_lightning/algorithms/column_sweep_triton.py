@@ -1,7 +1,7 @@
-"""One step of the column sweep as one Triton kernel, for GPUs; ``sweep.py`` says what a step computes.
+"""One step of the column sweep as one Triton kernel, for GPUs; ``column_sweep.py`` says what a step computes.
 
-Within a step no row depends on another, so each thread sweeps a row. Tensor by tensor a step takes ten launches a
-column, which is what the time goes to on a GPU.
+Within a step the rows are independent, so each thread sweeps one row. Without the kernel a step takes ten launches per
+column, and launches dominate its time on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from pqqp_lightning.algorithms.grid import ColumnGrid
 
 ROWS = 64
-"""Rows a program."""
+"""Rows per program."""
 
 NOT_SPECIALIZED = [
     "count",
@@ -26,7 +26,7 @@ NOT_SPECIALIZED = [
     "zero_column",
     "zero_row",
 ]
-"""Numbers that differ from layer to layer; the kernel is not compiled again for them."""
+"""Numbers that differ from layer to layer; Triton must not compile the kernel again for each value."""
 
 POINTERS = ["columns", "errors", "factor", "mask", "scale", "zero"]
 
@@ -86,12 +86,23 @@ def sweep_step(
     first: int,
     last: int,
 ) -> None:
-    """As ``sweep._sweep_step``, for a grid without a codebook."""
-    count, rows = last - first, columns.shape[1]
+    """Sweep one step as ``column_sweep._sweep_step`` does, for a grid without a codebook."""
+    count = last - first
+    rows = columns.shape[1]
     step = columns[first:last]
-    scale, origin, levels = (step, 0.0, 0) if grid is None else grid.uniform(first, last, rows)
-    zero, middle = (origin, 0.0) if isinstance(origin, Tensor) else (None, origin)
-    at = step if zero is None else zero
+    # The kernel does not read the pointers of absent tensors, but needs valid ones: the columns stand in.
+    scale: Tensor = step
+    zero: Tensor = step
+    middle = 0.0
+    levels = 0
+    asymmetric = False
+    if grid is not None:
+        scale, origin, levels = grid.uniform(first, last, rows)
+        if isinstance(origin, Tensor):
+            zero = origin
+            asymmetric = True
+        else:
+            middle = origin
     with torch.cuda.device_of(columns):
         _sweep[(triton.cdiv(rows, ROWS),)](
             step,
@@ -99,22 +110,22 @@ def sweep_step(
             factor[first:, first:],
             step if mask is None else mask[first:last].view(torch.uint8),
             scale,
-            at,
+            zero,
             count,
             rows,
             factor.stride(0),
             factor.stride(1),
             scale.stride(0),
             scale.stride(1),
-            at.stride(0),
-            at.stride(1),
+            zero.stride(0),
+            zero.stride(1),
             middle,
             float(levels),
             ROUNDED=grid is not None,
-            ASYMMETRIC=zero is not None,
+            ASYMMETRIC=asymmetric,
             MASKED=mask is not None,
             BLOCK=ROWS,
-            num_warps=ROWS // 32,  # a thread a row: it reads no error but its own
+            num_warps=ROWS // 32,  # one thread per row, which reads only the errors that it wrote itself
         )
 
 
@@ -122,7 +133,7 @@ def build() -> None:
     """Compile the kernel and run it once.
 
     Raises:
-        Exception: whatever Triton raises where it cannot.
+        Exception: Triton cannot compile or run it.
     """
     columns = torch.ones(2, 2, device="cuda")
     sweep_step(columns, torch.eye(2, device="cuda"), torch.zeros_like(columns), None, None, 0, 2)

@@ -1,13 +1,13 @@
-"""Hadamard matrices and randomised rotations built on them.
+"""Hadamard matrices, and randomised rotations built from them.
 
 A Hadamard matrix H of order n has entries +-1 and H H^T = n I. Sylvester's construction gives the orders 2^k, Paley's
 two constructions (Paley 1933, On Orthogonal Matrices, J. Math. Phys. 12) q + 1 for a prime power q = 3 mod 4 and
 2 (q + 1) for q = 1 mod 4, and Kronecker products combine them: 576 = 36 x 16, 1536 = 12 x 128.
 
-A rotation is x -> x diag(s) (A (x) S) / sqrt(n) with random signs s, a small A and Sylvester's S, so that it is applied
-with the fast Walsh-Hadamard transform. This is the randomised Hadamard transform of QuaRot (arXiv 2404.00456, section
-3.1), transposed: the signs come first, so that they act on what is rotated. Where no Hadamard matrix of the order is
-at hand, A is a random orthogonal matrix. Shapes: n order, m order of the small factor, V any leading dimensions.
+A rotation is x -> x diag(s) (A (x) S) / sqrt(n) with random signs s, a small A and Sylvester's S. The fast
+Walsh-Hadamard transform applies it. This is the randomised Hadamard transform of QuaRot (arXiv 2404.00456, section
+3.1), transposed: the signs come first and so act on the rotated vector. If no construction gives a Hadamard matrix of
+the order, A is a random orthogonal matrix. Shapes: n order, m order of the small factor, V any leading dimensions.
 """
 
 from __future__ import annotations
@@ -19,28 +19,30 @@ import torch
 from torch import Tensor
 
 LARGEST_POWER = 3
-"""The fields GF(p^k) are built up to this k."""
+"""The largest k for which the fields GF(p^k) are built: a polynomial of degree <= 3 without roots is irreducible."""
 
 RADIX = 128
-"""The fast transform goes in steps of this size; a matter of speed only."""
+"""The radix of the fast transform; affects speed only."""
 
 
 def hadamard(order: int) -> Tensor:
-    """A Hadamard matrix of ``order``, float64 [n, n] of +-1.
+    """Build a Hadamard matrix of ``order``, float64 [n, n] of +-1.
 
     Raises:
         ValueError: none of the constructions gives this order.
     """
     small = small_factor(order)
     if small is None:
-        raise ValueError(f"no Hadamard matrix of order {order} is at hand")
+        raise ValueError(f"no construction gives a Hadamard matrix of order {order}")
     return torch.kron(_paley(small), _sylvester(order // small))
 
 
 def small_factor(order: int) -> int | None:
-    """The smallest m with order = m * 2^k for which m is 1 or an order of Paley's; None if there is none."""
-    small = order // (order & -order) if order > 0 else 0
-    while 0 < small <= order:
+    """Return the smallest m with order = m * 2^k such that m is 1 or an order of Paley's, or None."""
+    if order <= 0:
+        return None
+    small = order // (order & -order)  # the odd part
+    while small <= order:
         if small == 1 or _paley_field(small) is not None:
             return small
         small *= 2
@@ -48,9 +50,9 @@ def small_factor(order: int) -> int | None:
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:
-    """``x`` [V, 2^k] times Sylvester's matrix of order 2^k along the last dimension; not normalised.
+    """Multiply ``x`` [V, 2^k] by Sylvester's matrix of order 2^k along the last dimension, without normalising.
 
-    A fast transform of radix :data:`RADIX`: matrix products of that size are faster than additions step by step.
+    The fast transform has radix :data:`RADIX`: matrix products of that size are faster than butterflies of radix 2.
     """
     width = x.shape[-1]
     if width <= RADIX:
@@ -74,31 +76,32 @@ class Rotation:
     signs: Tensor | None = None
 
     def apply(self, x: Tensor) -> Tensor:
-        """``x Q`` along the last dimension, [V, n], in the dtype of ``x``."""
+        """Compute ``x Q`` along the last dimension, [V, n], in the dtype of ``x``."""
         small = len(self.factor)
-        x = x if self.signs is None else x * self.signs.to(x)
+        if self.signs is not None:
+            x = x * self.signs.to(x)
         x = walsh_hadamard(x.unflatten(-1, (small, self.order // small)))  # [V, m, 2^k]
         factor = self.factor.to(x)
         x = x * factor if small == 1 else factor.T @ x
         return x.flatten(-2)
 
     def matrix(self) -> Tensor:
-        """Q as a whole, float64 [n, n]."""
+        """Build Q explicitly, float64 [n, n]."""
         return self.apply(torch.eye(self.order, dtype=torch.float64, device=self.factor.device))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Rotation:
-        """The same rotation on another device, and in another dtype if given."""
+        """Return the same rotation on another device, and in another dtype if given."""
         signs = None if self.signs is None else self.signs.to(device, dtype)
         return replace(self, factor=self.factor.to(device, dtype), signs=signs)
 
 
 def make_rotation(order: int, generator: torch.Generator, *, random_signs: bool = True) -> Rotation:
-    """A rotation of ``order`` in float64: Hadamard where one is at hand, else orthogonal (x) Sylvester.
+    """Build a rotation of ``order`` in float64: a Hadamard matrix where possible, else orthogonal (x) Sylvester.
 
     Args:
         order: n, above 0.
-        generator: where the signs, and an orthogonal matrix if need be, come from.
-        random_signs: False for a plain Hadamard matrix.
+        generator: draws the signs, and the orthogonal matrix if one is needed.
+        random_signs: False for a Hadamard matrix without signs.
     """
     small = small_factor(order)
     if small is not None:
@@ -113,9 +116,10 @@ def make_rotation(order: int, generator: torch.Generator, *, random_signs: bool 
 
 
 def random_orthogonal(order: int, generator: torch.Generator) -> Tensor:
-    """A uniformly random orthogonal matrix, float64 [n, n]: QR of a Gaussian one, with a positive diagonal of R."""
+    """Draw a uniformly random orthogonal matrix, float64 [n, n], as the Q of a Gaussian matrix's QR decomposition."""
     gaussian = torch.randn(order, order, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
+    # LAPACK chooses the signs of R's diagonal; only with all of them positive is Q uniformly distributed.
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()
 
 
@@ -128,28 +132,33 @@ def _sylvester(order: int) -> Tensor:
 
 
 def _paley(order: int) -> Tensor:
-    """Paley's Hadamard matrix of ``order`` (or the one of order 1), float64 [n, n]."""
+    """Paley's Hadamard matrix of ``order`` (or the matrix of order 1), float64 [n, n]."""
     if order == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     field = _paley_field(order)
     assert field is not None
-    prime, power = field
-    core = _jacobsthal(prime, power)  # [q, q], of 0 and +-1
+    core = _jacobsthal(*field)  # [q, q], of 0 and +-1
     size = len(core) + 1
     conference = torch.ones(size, size, dtype=torch.float64)
-    conference[1:, 1:], conference[0, 0] = core, 0
+    conference[1:, 1:] = core
+    conference[0, 0] = 0
     eye = torch.eye(size, dtype=torch.float64)
-    if size == order:  # the first construction
+    if size == order:  # first construction: the conference matrix is skew-symmetric, and I + C is Hadamard
         conference[1:, 0] = -1
         return eye + conference
-    ones, signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), torch.tensor([[1.0, -1.0], [-1.0, -1.0]]).double()
-    return torch.kron(conference, ones) + torch.kron(eye, signs)
+    # second construction: each entry becomes a block of 2 x 2
+    off_diagonal = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double()
+    diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]]).double()
+    return torch.kron(conference, off_diagonal) + torch.kron(eye, diagonal)
 
 
 def _paley_field(order: int) -> tuple[int, int] | None:
-    """(prime, power) of the field from which Paley's first or second construction makes ``order``."""
+    """(prime, power) of the field from which Paley's first or second construction makes ``order``, or None."""
+    if order % 4 != 0:
+        return None
     for size, remainder in ((order - 1, 3), (order // 2 - 1, 1)):
-        if order % 4 == 0 and size % 4 == remainder and (field := _prime_power(size)) is not None:
+        field = _prime_power(size)
+        if size % 4 == remainder and field is not None:
             return field
     return None
 
@@ -158,13 +167,15 @@ def _prime_power(number: int) -> tuple[int, int] | None:
     """(p, k) with number = p^k, p prime and k at most :data:`LARGEST_POWER`, or None."""
     if number < 2:
         return None
-    prime = next((d for d in range(2, math.isqrt(number) + 1) if number % d == 0), number)
+    prime = next((d for d in range(2, math.isqrt(number) + 1) if number % d == 0), number)  # smallest divisor
     power = round(math.log(number, prime))
-    return (prime, power) if prime**power == number and power <= LARGEST_POWER else None
+    if prime**power != number or power > LARGEST_POWER:
+        return None
+    return prime, power
 
 
 def _jacobsthal(prime: int, power: int) -> Tensor:
-    """chi(a - b) for all a, b of GF(prime^power), where chi is 1 on squares, -1 on other elements and 0 on 0."""
+    """chi(a - b) for all a, b of GF(prime^power) [q, q], where chi is 1 on squares, -1 on other elements and 0 on 0."""
     size = prime**power
     places = prime ** torch.arange(power)  # [k]
     digits = torch.arange(size)[:, None] // places % prime  # [q, k], coefficients of each element's polynomial
@@ -183,13 +194,17 @@ def _squares(digits: Tensor, prime: int) -> Tensor:
         for j in range(power):
             product[:, i + j] += digits[:, i] * digits[:, j]
     lower = _irreducible(prime, power)
-    for degree in range(2 * power - 2, power - 1, -1):  # x^power = -(lower coefficients)
+    # Reduce from the highest degree down: x^power = -(lower coefficients) modulo the polynomial.
+    for degree in range(2 * power - 2, power - 1, -1):
         product[:, degree - power : degree] -= product[:, degree, None] * lower
     return product[:, :power] % prime
 
 
 def _irreducible(prime: int, power: int) -> Tensor:
-    """The lower coefficients [k] of a monic polynomial of degree k <= 3 that has no root in GF(prime)."""
+    """The lower coefficients [k] of a monic polynomial of degree k <= 3 without a root in GF(prime).
+
+    Up to degree 3 a polynomial without roots is irreducible.
+    """
     points = torch.arange(prime)
     for number in range(prime**power):
         lower = number // prime ** torch.arange(power) % prime  # [k]

@@ -1,7 +1,7 @@
-"""The layer-wise Hessian of SparseGPT and GPTQ, H = X^T X, and the factor of its inverse that both sweep with.
+"""The layer-wise Hessian of SparseGPT and GPTQ, H = X^T X, and the factor of its inverse that their sweep uses.
 
-Damping is relative to the mean diagonal, so a common scale of H changes neither method, and the sum over tokens is
-used as it is, without the papers' factor 2 / n. (With dead inputs the scale shows: their 1 enters that mean.)
+H is the sum over tokens, without the papers' factor 2 / n: damping is relative to the mean diagonal, so scaling H
+changes neither method. (Dead inputs are the exception: their diagonal of 1 enters the mean.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 PANEL = 512
-"""Columns a panel: the lower half of the symmetric product is mirrored, not computed (67% of the work at I = 1536)."""
+"""Columns per panel: the product is symmetric, so panels below the diagonal are mirrored instead of computed."""
 
 
 def add_gram(total: Tensor, inputs: Tensor) -> None:
@@ -24,8 +24,8 @@ def add_gram(total: Tensor, inputs: Tensor) -> None:
         total[:stop, start:stop].addmm_(x[:, :stop].T, x[:, start:stop])
 
 
-def complete(total: Tensor) -> None:
-    """Make ``total`` the full symmetric matrix from the upper triangle that :func:`add_gram` fills, in place."""
+def mirror_upper_triangle(total: Tensor) -> None:
+    """Make ``total`` [I, I] symmetric by copying the upper triangle, which :func:`add_gram` fills, in place."""
     total.triu_().add_(total.triu(1).mT)
 
 
@@ -36,8 +36,8 @@ class InverseFactor:
     Attributes:
         factor: U [I, I], float32.
         dead: bool [I], input features that were zero on every calibration token.
-        damping: the damping that was used; above the one asked for where the matrix was too ill-conditioned.
-        order: [I], the column that comes up at each turn; None for the columns' own order. U and ``dead`` follow it.
+        damping: the damping used; larger than requested if the matrix was too ill-conditioned.
+        order: [I], the column swept at each position; None for the original order. U and ``dead`` follow it.
     """
 
     factor: Tensor
@@ -49,23 +49,32 @@ class InverseFactor:
 def factorize_inverse(hessian: Tensor, damping: float, *, activation_order: bool = False) -> InverseFactor:
     """Factorize the inverse of ``hessian`` [I, I] + damping * mean(diagonal).
 
-    With ``activation_order`` the columns come up by descending diagonal (GPTQ code).
-
-    Dead features get 1 on the diagonal before damping (SparseGPT and GPTQ code). U comes from one Cholesky
+    Dead features get 1 on the diagonal before damping (as in the SparseGPT and GPTQ code). U comes from one Cholesky
     factorization in reversed column order and one triangular inverse, half the work of inverting H and factorizing
     again. If float32 cannot factorize the matrix, damping grows tenfold, up to 1; the caller records it.
+
+    Args:
+        hessian: X^T X [I, I].
+        damping: fraction of the mean diagonal.
+        activation_order: sort the columns by descending diagonal (as in the GPTQ code).
 
     Raises:
         ArithmeticError: the Hessian has NaN or infinite entries, or stays indefinite.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise ArithmeticError("its calibration inputs hold NaN or infinite values")
-    order = hessian.diagonal().argsort(descending=True, stable=True) if activation_order else None
-    h = hessian.float().clone() if order is None else hessian.float()[order][:, order]
+    order = None
+    h = hessian.float()
+    if activation_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        h = h[order][:, order]
+    else:
+        h = h.clone()  # changed in place below
     dead = h.diagonal() == 0
     h.diagonal()[dead] = 1.0
     mean = h.diagonal().mean()
-    used, added = damping, 0.0
+    used = damping
+    added = 0.0  # what the diagonal holds already: a retry adds the difference only
     while True:
         h.diagonal().add_((used - added) * mean)
         added = used
@@ -75,7 +84,7 @@ def factorize_inverse(hessian: Tensor, damping: float, *, activation_order: bool
         if used >= 1.0:
             raise ArithmeticError("its Hessian is not positive definite even with damping 1")
         used = min(1.0, max(used, 1e-6) * 10)
-    del h
+    del h  # [I, I] matrices are large: free each one as early as possible
     upper = reversed_factor.flip(0, 1)  # R with H = R R^T, upper triangular
     del reversed_factor
     identity = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)

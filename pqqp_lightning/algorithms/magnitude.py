@@ -1,7 +1,7 @@
-"""Magnitude pruning: the smallest weights go (Han et al., Learning both Weights and Connections, NeurIPS 2015).
+"""Magnitude pruning: remove the smallest weights (Han et al., Learning both Weights and Connections, NeurIPS 2015).
 
-Per layer (one threshold a matrix), global (one threshold for all matrices) or N:M (the N largest of every M
-consecutive columns of a row). Counts are exact: ``round(sparsity * entries)``.
+The threshold is per layer (one per matrix) or global (one for all matrices); N:M keeps the N largest of every M
+consecutive columns of a row. Counts are exact: ``round(sparsity * entries)``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pqqp_lightning.algorithms.selection import Pattern, keep_across, keep_highe
 def prune_magnitude(
     weight: Tensor, *, sparsity: float | None = None, pattern: Pattern | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Keep-mask [O, I] of the largest weights.
+    """Compute the keep-mask [O, I] of the largest weights.
 
     Args:
         weight: [O, I].
         sparsity: fraction of the matrix to remove, in [0, 1).
         pattern: (N, M) instead of ``sparsity``.
-        mask: [O, I], earlier keep-mask; its zeros stay removed and count.
+        mask: [O, I], earlier keep-mask; entries that it removes stay removed and count.
     """
     return keep_highest(weight.float().abs(), sparsity=sparsity, pattern=pattern, mask=mask, within="matrix")
 
@@ -28,5 +28,11 @@ def prune_magnitude(
 def prune_magnitude_global(
     weights: list[Tensor], *, sparsity: float, masks: list[Tensor | None] | None = None
 ) -> list[Tensor]:
-    """Keep-masks of the largest weights of all matrices together."""
+    """Compute keep-masks with one threshold for all matrices.
+
+    Args:
+        weights: matrices [O, I].
+        sparsity: fraction of all entries together to remove, in [0, 1).
+        masks: earlier keep-mask of each matrix, or None; removed entries stay removed and count.
+    """
     return keep_across(weights, sparsity, masks or [None] * len(weights))

@@ -1,9 +1,11 @@
-"""QuaRot's rewriting of a network that changes no function (Ashkboos et al., arXiv 2404.00456, section 4, stage 1).
+"""QuaRot's rotation of a network, which keeps its function (Ashkboos et al., arXiv 2404.00456, section 4, stage 1).
 
-The norms' gains go into the layers that read them, the residual stream x becomes x Q: a layer y = x W^T + b on it
-reads with W Q and writes with Q^T W and b Q. RMSNorm commutes with Q; a LayerNorm is an RMSNorm on a stream whose mean
-was taken out by its writers (SliceGPT, arXiv 2401.15024, section 3.2). Differs from the paper in a tied head: embedding
-and head stay one weight E Q, and the last norm's gain becomes a layer of its own behind it. Everything in float64.
+The gains of the norms are folded into the layers that read them, and the residual stream x becomes x Q: a layer that
+reads the stream gets the weight W Q, one that writes to it Q^T W and the bias b Q. RMSNorm commutes with Q. A LayerNorm
+becomes an RMSNorm once the layers that write to the stream remove its mean (SliceGPT, arXiv 2401.15024, section 3.2).
+
+Differs from the paper for a tied head: embedding and head stay one weight E Q, and the last norm's gain becomes a
+separate layer behind the norm. Everything is computed in float64.
 Shapes: O out, I in, H hidden, V any leading dimensions.
 """
 
@@ -30,54 +32,60 @@ def rewrite_linear(
     inputs: Sequence[Map] = (),
     outputs: Sequence[Map] = (),
 ) -> tuple[Tensor, Tensor | None]:
-    """The layer that does on changed inputs what the old one did, with its outputs changed: float64 weight and bias.
+    """Rewrite a layer for transformed inputs, and transform its outputs.
 
     Args:
         weight: [O, I].
         bias: [O], or None.
-        gain: [I], of the norm in front, to be folded in.
-        shift: [I], the norm's bias, to be folded in.
-        inputs: orthogonal maps that the inputs have gone through, in order.
+        gain: [I], the gain of the norm in front, to fold in.
+        shift: [I], the bias of the norm in front, to fold in.
+        inputs: orthogonal maps that were applied to the inputs, in order.
         outputs: maps to apply to the outputs, in order.
+
+    Returns:
+        Weight [O, I] and bias [O] in float64; the bias is None if there is none.
     """
-    weight, bias = weight.double(), None if bias is None else bias.double()
-    if shift is not None:
-        moved = weight @ shift.double()  # [O]
-        bias = moved if bias is None else bias + moved
+    weight = weight.double()
+    if bias is not None:
+        bias = bias.double()
+    if shift is not None:  # before the gain: the norm adds its bias after scaling
+        shift_output = weight @ shift.double()  # [O]
+        bias = shift_output if bias is None else bias + shift_output
     if gain is not None:
         weight = weight * gain.double()
-    for change in inputs:
-        weight = change(weight)
-    for change in outputs:
-        weight = change(weight.T).T
-        bias = None if bias is None else change(bias)
+    for transform in inputs:
+        weight = transform(weight)
+    for transform in outputs:
+        weight = transform(weight.T).T
+        if bias is not None:
+            bias = transform(bias)
     return weight, bias
 
 
 def rotate_gain(rotation: Rotation, gain: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight [H, H] and bias [H] of the layer that does to x Q what x -> x * gain + shift does to x."""
+    """Return weight [H, H] and bias [H] of the layer that does to x Q what x -> x * gain + shift does to x."""
     eye = torch.eye(rotation.order, dtype=torch.float64, device=rotation.factor.device)
     return rewrite_linear(eye, None, gain=gain, shift=shift, inputs=[rotation.apply], outputs=[rotation.apply])
 
 
 def rotate_heads(rotation: Rotation) -> Map:
-    """The map that rotates each head of [V, heads * head_dim] by itself."""
+    """Return the map that rotates each head of [V, heads * head_dim] separately."""
     return lambda x: rotation.apply(x.unflatten(-1, (-1, rotation.order))).flatten(-2)
 
 
 def rotate_across(rotation: Rotation, width: int) -> Map:
-    """The map that mixes the n parts of [V, n * width] with one another; with width 1, the rotation itself."""
+    """Return the map that mixes the n parts of [V, n * width]; with width 1 it is the rotation itself."""
     if width == 1:
         return rotation.apply
     return lambda x: rotation.apply(x.unflatten(-1, (-1, width)).transpose(-1, -2)).transpose(-1, -2).flatten(-2)
 
 
 def centre(x: Tensor) -> Tensor:
-    """``x`` [V, H] without its mean."""
+    """Subtract the mean over the last dimension from ``x`` [V, H]."""
     return x - x.mean(dim=-1, keepdim=True)
 
 
 def mean_direction(rotation: Rotation) -> Tensor:
-    """The direction [H], of length 1, along which the mean of x lies in x Q."""
+    """Return the unit vector [H] along which x Q holds the mean of x."""
     ones = torch.full((rotation.order,), 1 / math.sqrt(rotation.order), dtype=torch.float64)
     return rotation.apply(ones.to(rotation.factor.device))

@@ -1,7 +1,7 @@
-"""Which entries a pruning method removes: exact counts, ties broken by position, earlier zeros first.
+"""Choice of the entries that a pruning method removes: exact counts, ties broken by position.
 
-A mask is a bool tensor [O, I] that is True where the entry is kept. Scores are >= 0 and low where an entry matters
-least. Entries that an earlier mask removed are removed again, and count towards the sparsity asked for.
+A mask is a bool tensor [O, I], True where the entry is kept. Scores are >= 0; the entries with the lowest scores are
+removed. Entries that an earlier mask removed are removed first, and count towards the requested sparsity.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Pattern = tuple[int, int]
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` lowest entries of each row of ``scores`` [R, C], as a bool tensor [R, C]; exact under ties."""
+    """Mark the ``count`` lowest entries of each row of ``scores`` [R, C]: bool [R, C]; exact under ties."""
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(count, dim=-1, keepdim=True).values  # [R, 1]
     below = scores < threshold
     tied = scores == threshold
-    missing = count - below.sum(dim=-1, keepdim=True)
+    missing = count - below.sum(dim=-1, keepdim=True)  # how many of the tied entries to take: the first ones
     return below | (tied & (tied.cumsum(dim=-1) <= missing))
 
 
@@ -54,14 +54,14 @@ def keep_highest(
 
 
 def keep_by_score(scores: Tensor, sparsity: float, mask: Tensor | None = None) -> Tensor:
-    """Keep-mask that removes ``round(sparsity * C)`` of the lowest entries in each row of ``scores`` [R, C]."""
+    """Compute the keep-mask that removes the ``round(sparsity * C)`` lowest entries per row of ``scores`` [R, C]."""
     scores = removed_first(scores, mask)
     removed = lowest(scores, round(sparsity * scores.shape[-1]))
     return _within(~removed, mask)
 
 
 def keep_by_pattern(scores: Tensor, pattern: Pattern, mask: Tensor | None = None) -> Tensor:
-    """Keep-mask with the N best of every M consecutive columns of ``scores`` [O, I]; M must divide I."""
+    """Compute the keep-mask of the N best of every M consecutive columns of ``scores`` [O, I]; M must divide I."""
     kept, size = pattern
     grouped = removed_first(scores, mask).unflatten(-1, (-1, size))  # [O, I / M, M]
     rank = grouped.argsort(dim=-1, stable=True).argsort(dim=-1)  # 0 is the lowest
@@ -69,10 +69,10 @@ def keep_by_pattern(scores: Tensor, pattern: Pattern, mask: Tensor | None = None
 
 
 def keep_across(scores: list[Tensor], sparsity: float, masks: list[Tensor | None]) -> list[Tensor]:
-    """Keep-masks that together remove ``round(sparsity * all entries)``: one threshold for all matrices.
+    """Compute keep-masks that together remove ``round(sparsity * all entries)``: one threshold for all matrices.
 
-    The threshold is found by bisection on the bits of the float32 scores (ordered as the scores are, since these are
-    not negative), so that no copy of all the matrices is made.
+    The threshold is found by bisection on the bits of the float32 scores, which avoids a copy of all matrices. The bits
+    sort like the scores, since the scores are not negative.
     """
     total = sum(s.numel() for s in scores)
     count = round(sparsity * total)
@@ -85,13 +85,16 @@ def keep_across(scores: list[Tensor], sparsity: float, masks: list[Tensor | None
         earlier = masks[index]
         return as_integers if earlier is None else as_integers.masked_fill(~earlier, -1)
 
-    low, high = -1, torch.iinfo(torch.int32).max  # the smallest value with at least `count` entries at or below it
+    # Find the smallest value with at least `count` entries at or below it.
+    low = -1
+    high = torch.iinfo(torch.int32).max
     while low < high:
         middle = (low + high) // 2
         if sum(int((bits(i) <= middle).sum()) for i in range(len(scores))) >= count:
             high = middle
         else:
             low = middle + 1
+    # All entries below the threshold go; of those equal to it, the first ones until the count is exact.
     missing = count - sum(int((bits(i) < low).sum()) for i in range(len(scores)))
     masks_out = []
     for i, earlier in enumerate(masks):
@@ -104,7 +107,7 @@ def keep_across(scores: list[Tensor], sparsity: float, masks: list[Tensor | None
 
 
 def removed_first(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Scores below every other for entries that are removed already."""
+    """Give entries that ``mask`` removes a score below all others."""
     return scores if mask is None else scores.masked_fill(~mask, -1.0)
 
 

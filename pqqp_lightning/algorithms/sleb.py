@@ -1,8 +1,8 @@
 """SLEB: greedy removal of redundant transformer blocks (Song et al. 2024, arXiv 2402.09025, section 3.3, algorithm 1).
 
-In each round the unit (a block, or an attention or MLP sublayer) goes without which the calibration loss of the model
-as pruned so far is lowest. The paper runs the whole model for every candidate; here candidates share the activations
-of the blocks before them, which changes no loss and halves the work: see :func:`count_evaluations`.
+Each round removes the unit (a block, or an attention or MLP sublayer) whose removal gives the pruned model the lowest
+calibration loss. The paper runs the whole model for every candidate. Here candidates share the activations of the
+blocks before them, which gives the same losses for half the work: see :func:`count_evaluations`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Losses = Callable[[list[int], list[int]], Sequence[float]]
-"""(removed, left) to the loss for each of ``left``: that of the model without ``removed`` and that one."""
+"""(removed, candidates) to one loss per candidate: that of the model without ``removed`` and that candidate."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Removal:
     """One round's choice.
 
     Attributes:
-        unit: its number among the candidates.
-        loss: of the model without it and without those removed before.
+        unit: index of the removed unit.
+        loss: of the model without it and without the units removed before.
         refused: candidates whose loss was NaN or infinite.
     """
 
@@ -31,9 +31,14 @@ class Removal:
 
 
 def remove_greedily(amount: int, candidates: int, losses: Losses) -> list[Removal]:
-    """Remove ``amount`` of ``candidates`` units one at a time, each time the one that leaves the lowest loss.
+    """Remove ``amount`` of ``candidates`` units one at a time, each time the one whose removal gives the lowest loss.
 
-    Of equal losses the first unit's wins. A loss that is NaN or infinite never wins.
+    On ties the first unit is removed. Units with a NaN or infinite loss are never removed.
+
+    Args:
+        amount: number of units to remove.
+        candidates: number of units.
+        losses: computes the losses of one round.
 
     Raises:
         ValueError: ``amount`` is not between 1 and ``candidates``.
@@ -41,29 +46,32 @@ def remove_greedily(amount: int, candidates: int, losses: Losses) -> list[Remova
     """
     if not 1 <= amount <= candidates:
         raise ValueError(f"Expected `amount` to be between 1 and {candidates}, but got {amount}")
-    left = list(range(candidates))
+    remaining = list(range(candidates))
     removals: list[Removal] = []
     for _ in range(amount):
-        found = dict(zip(left, losses([r.unit for r in removals], list(left)), strict=True))
-        finite = [unit for unit in left if math.isfinite(found[unit])]
+        removed = [removal.unit for removal in removals]
+        loss_without = dict(zip(remaining, losses(removed, list(remaining)), strict=True))
+        finite = [unit for unit in remaining if math.isfinite(loss_without[unit])]
         if not finite:
             raise ArithmeticError("the loss is NaN or infinite without any of the candidates")
-        best = min(finite, key=found.__getitem__)
-        removals.append(Removal(best, found[best], tuple(unit for unit in left if unit not in finite)))
-        left.remove(best)
+        best = min(finite, key=loss_without.__getitem__)
+        refused = tuple(unit for unit in remaining if unit not in finite)
+        removals.append(Removal(best, loss_without[best], refused))
+        remaining.remove(best)
     return removals
 
 
 def count_evaluations(units: Sequence[int], candidates: Sequence[int], *, shared: bool = True) -> int:
-    """Units that one round evaluates for one batch.
+    """Count the unit evaluations of one round for one batch.
 
-    With L blocks, each of them one unit and a candidate, it is L(L-1)/2 to finish every candidate's forward pass from
-    the block behind it, and L-1 to carry the common prefix on: near half of the L(L-1) of whole forward passes.
+    With L blocks of one unit each, all of them candidates, it takes L(L-1)/2 evaluations to finish every candidate's
+    forward pass behind its block, and L-1 to extend the common prefix: about half of the L(L-1) evaluations of whole
+    forward passes.
 
     Args:
-        units: how many units each block has left.
+        units: number of units that each block still has.
         candidates: for each candidate, the position of its block.
-        shared: whether candidates share the blocks before them; else each is a whole forward pass.
+        shared: whether candidates share the blocks before them; if not, each takes a whole forward pass.
     """
     if not shared:
         return len(candidates) * (sum(units) - 1)

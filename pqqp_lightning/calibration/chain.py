@@ -1,7 +1,7 @@
-"""How a network's blocks follow one another, learned from one forward pass.
+"""How a network's blocks follow one another, observed in one forward pass.
 
-Replaying a block alone is right only if each block's input is the previous block's output, and nothing between them
-changes it. That is observed, not assumed: where it does not hold, the whole model is one block.
+Replaying a block alone is correct only if each block's input is the previous block's output, unchanged. This module
+checks that on the real model. If it does not hold, the caller treats the whole model as one block.
 """
 
 from __future__ import annotations
@@ -30,26 +30,30 @@ class Call:
 
     @property
     def hidden(self) -> Tensor | None:
-        """The hidden state that the block reads, if it gets a tensor at all."""
+        """The hidden state that the block reads, or None if it gets no tensor."""
         return next((v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)), None)
 
     def with_hidden(self, hidden: Tensor) -> Call:
-        """The same call with another hidden state."""
+        """Return the same call with another hidden state."""
         old = self.hidden
-        swap = lambda v: hidden if v is old else v  # noqa: E731
-        return Call(tuple(map(swap, self.args)), {k: swap(v) for k, v in self.kwargs.items()})
+
+        def swap(value: Any) -> Any:
+            return hidden if value is old else value
+
+        return Call(tuple(map(swap, self.args)), {name: swap(value) for name, value in self.kwargs.items()})
 
     def without_hidden(self) -> Call:
-        """The same call with an empty hidden state, so that the real one can be freed."""
+        """Return the same call with an empty hidden state, so that the real one can be freed."""
         return self.with_hidden(torch.empty(0))
 
     def rest(self) -> list[Any]:
-        """Everything but the hidden state, in a comparable order."""
-        return [v for v in (*self.args, *(self.kwargs[k] for k in sorted(self.kwargs))) if v is not self.hidden]
+        """Return all arguments except the hidden state, in a comparable order."""
+        values = [*self.args, *(self.kwargs[name] for name in sorted(self.kwargs))]
+        return [value for value in values if value is not self.hidden]
 
 
 def first_output(output: object) -> Tensor | None:
-    """The hidden state in what a block returns: the tensor itself, or the first of a tuple."""
+    """Return the hidden state of a block's output: the tensor, or the first item of a tuple."""
     if isinstance(output, tuple | list) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None
@@ -57,13 +61,13 @@ def first_output(output: object) -> Tensor | None:
 
 @dataclass
 class _Passage:
-    """One forward pass as the blocks saw it.
+    """The calls of the blocks in one forward pass.
 
     Attributes:
-        order: names of the blocks as they were called.
-        rest: what each block got besides its hidden state.
-        linked: each block got the previous one's output, as it was, and left it so.
-        latest: the latest block's output, and how often it had been written to.
+        order: names of the blocks in the order of the calls.
+        rest: each block's arguments besides its hidden state.
+        linked: whether each block read the previous block's output unchanged and did not write to it.
+        latest: the hidden state seen last, and its version, which counts in-place writes.
     """
 
     order: list[str] = field(default_factory=list)
@@ -72,16 +76,17 @@ class _Passage:
     latest: tuple[Tensor | None, int] = (None, 0)
 
     def enter(self, name: str, call: Call) -> None:
-        """Note a call of block ``name``."""
+        """Record a call of block ``name``."""
         hidden = call.hidden
         if self.order:
-            self.linked &= hidden is self.latest[0] and _version(hidden) == self.latest[1]
+            previous_output, version = self.latest
+            self.linked &= hidden is previous_output and _version(hidden) == version
         self.order.append(name)
         self.rest[name] = call.rest()
         self.latest = hidden, _version(hidden)
 
     def leave(self, output: object) -> None:
-        """Note what it returned."""
+        """Record what the block returned."""
         hidden, version = self.latest
         result = first_output(output)
         self.linked &= result is not None and _version(hidden) == version
@@ -89,27 +94,36 @@ class _Passage:
 
 
 def is_chain(blocks: Blocks, run: Run, batch: Any) -> tuple[bool, bool]:
-    """Whether ``blocks`` form a chain on ``batch``, and whether they all get the same other arguments.
+    """Check whether ``blocks`` form a chain on ``batch``.
 
-    Other arguments may differ from block to block, but must not depend on what earlier blocks compute: that is seen
-    by disturbing the first block's output.
+    The arguments besides the hidden state may differ from block to block, but must not depend on what earlier blocks
+    compute. A second pass tests that: it disturbs the first block's output and compares the arguments.
+
+    Returns:
+        (whether the blocks form a chain, whether they all get the same other arguments).
     """
-    seen = _watch(blocks, run, batch)
-    arguments = list(seen.rest.values())
-    if seen.order != list(blocks) or not seen.linked or not all(map(_is_plain, arguments)):
+    passage = _watch(blocks, run, batch)
+    arguments = list(passage.rest.values())
+    if passage.order != list(blocks) or not passage.linked or not all(map(_is_plain, arguments)):
         return False, False
     if all(_same(arguments[0], other) for other in arguments[1:]):
         return True, True
     disturbed = _watch(blocks, run, batch, disturb=True)
-    return all(_same(disturbed.rest[name], rest, by_value=True) for name, rest in seen.rest.items()), False
+    independent = all(_same(disturbed.rest[name], rest, by_value=True) for name, rest in passage.rest.items())
+    return independent, False
 
 
 def _watch(blocks: Blocks, run: Run, batch: Any, *, disturb: bool = False) -> _Passage:
-    """Run ``batch`` through the model; with ``disturb``, the first block gives out something else than it computes."""
-    passage, first = _Passage(), next(iter(blocks.values()))
+    """Run ``batch`` through the model and record the blocks' calls.
+
+    With ``disturb``, the first block returns other values than it computes.
+    """
+    passage = _Passage()
+    first = next(iter(blocks.values()))
 
     def leave(block: nn.Module, args: Any, output: Any) -> Any:
         if disturb and block is first:
+            # Any change of the values would do; an affine one keeps their scale, so that nothing overflows.
             other = 1.5 * first_output(output) + 1  # type: ignore[operator]
             output = other if isinstance(output, Tensor) else type(output)((other, *output[1:]))
         passage.leave(output)
@@ -129,9 +143,19 @@ def _watch(blocks: Blocks, run: Run, batch: Any, *, disturb: bool = False) -> _P
 
 
 def capture_calls(blocks: Blocks, run: Run, batches: Iterable[Any], *, every_block: bool) -> list[list[Call]]:
-    """The calls of the blocks for each batch: of the first block alone, or of every block where they differ.
+    """Capture the blocks' calls for each batch.
 
-    With the first block alone the forward pass stops there. Hidden states are kept of the first block only.
+    Only the first block's hidden state is kept: the walk computes the others.
+
+    Args:
+        blocks: a chain, see :func:`is_chain`.
+        run: runs the whole model on one batch.
+        batches: the calibration batches.
+        every_block: capture every block's arguments, for blocks with different ones. If False, only the first block's
+            call is captured and the forward pass stops there.
+
+    Returns:
+        The calls of each batch, in the order of the blocks.
     """
     captured: list[list[Call]] = []
     first = next(iter(blocks.values()))
@@ -156,7 +180,7 @@ def capture_calls(blocks: Blocks, run: Run, batches: Iterable[Any], *, every_blo
 
 
 def _same(a: Any, b: Any, *, by_value: bool = False) -> bool:
-    """Whether two arguments are one and the same; with ``by_value``, tensors may be equal copies."""
+    """Whether two arguments are the same; tensors must be the same object, or with ``by_value`` hold equal values."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -171,7 +195,7 @@ def _same(a: Any, b: Any, *, by_value: bool = False) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether ``value`` cannot remember a call, as a cache does: then a block can be called again with it."""
+    """Whether ``value`` is plain data. Other objects, such as a cache, may remember a call, which rules out replay."""
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
     if isinstance(value, tuple | list):
@@ -180,5 +204,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def _version(tensor: Tensor | None) -> int:
-    """How often a tensor was written to in place."""
+    """How often a tensor was written to in place; tensors of inference mode do not count it."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version

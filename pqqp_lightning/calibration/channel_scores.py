@@ -17,16 +17,19 @@ from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 
 Parts = dict[str, int]
-"""Module name to the dimension of its weight that is asked for: 0 rows, 1 columns."""
+"""Module name to a dimension of its weight: 0 for rows, 1 for columns."""
 
 
 def mean_squared_inputs(walk: Walk, layers: Iterable[str]) -> dict[str, Tensor]:
-    """The mean squared input of each channel of each of ``layers``, over the calibration data: name to [I].
+    """Compute the mean squared input of each channel of ``layers`` over the calibration data.
 
-    The whole model runs once on every batch, in evaluation mode; one number a channel is kept.
+    The whole model runs once on every batch in evaluation mode; only one number per channel is kept.
+
+    Returns:
+        Layer name to [I].
 
     Raises:
-        RecipeError: the calibration data never reaches one of them.
+        RecipeError: the calibration data never reaches one of the layers.
     """
     modules = {name: walk.model.get_submodule(name) for name in layers}
     sums: dict[str, Tensor] = {}
@@ -60,7 +63,10 @@ def taylor_by_channel(walk: Walk, parts: Iterable[tuple[str, int]]) -> dict[tupl
     assert walk.loss is not None, "the walk has no loss"
     wanted = list(parts)
     weights = {name: walk.model.get_parameter(f"{name}.weight") for name, _ in wanted}
-    sums = {(name, dim): weights[name].new_zeros(weights[name].shape[dim], dtype=torch.float32) for name, dim in wanted}
+    sums: dict[tuple[str, int], Tensor] = {}
+    for name, dim in wanted:
+        weight = weights[name]
+        sums[name, dim] = weight.new_zeros(weight.shape[dim], dtype=torch.float32)
     with calibrating(walk.model), walk.forward_context(), torch.enable_grad(), _alone_trainable(walk.model, weights):
         for batch in tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False):
             walk.loss(batch).backward()
@@ -71,7 +77,7 @@ def taylor_by_channel(walk: Walk, parts: Iterable[tuple[str, int]]) -> dict[tupl
                 gradient = weights[name].grad
                 assert gradient is not None
                 sums[name, dim] += sum_by_channel(taylor_terms(weights[name].detach(), gradient), dim)
-            for weight in weights.values():
+            for weight in weights.values():  # else the next batch's gradient would be added to it
                 weight.grad = None
     if odd := [name for (name, _), total in sums.items() if not bool(torch.isfinite(total).all())]:
         text = f"the loss has NaN or infinite gradients for {shorten(dict.fromkeys(odd))}"

@@ -1,4 +1,4 @@
-"""Hooks that sum up the inputs of a block's layers, one statistic for all layers that read the same input."""
+"""Hooks that collect statistics of a block's layer inputs, one statistic for all layers that read the same input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pqqp_lightning.network.layers import Layer, columns_of, geometry, groups_of
 
 
 class StopForward(Exception):
-    """Raised by a hook when a forward pass has shown all that was asked for."""
+    """Raised by a hook to end a forward pass whose remaining layers are not needed."""
 
 
 @dataclass
@@ -23,7 +23,8 @@ class Reading:
 
     Attributes:
         layers: name to layer; all read the same input.
-        statistic: their statistic.
+        statistic: of this input.
+        latest: the input in the current forward pass, by which layers that share it are recognised.
     """
 
     layers: dict[str, Layer]
@@ -33,7 +34,7 @@ class Reading:
 
 @contextmanager
 def watching_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, ``see`` is called with the name and the input of each of ``modules`` that runs."""
+    """Call ``see`` with name and input whenever one of ``modules`` runs inside the context."""
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
         for name, module in modules.items()
@@ -48,9 +49,9 @@ def watching_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor
 class Collector:
     """Collects one statistic for each distinct input of ``layers`` over forward passes of their block.
 
-    Layers that get the very same tensor (q, k and v projections) share a reading, found in the first pass and checked
-    in every later one. From the second pass on, the forward pass ends as soon as every layer has been called, so that
-    the rest of the block is not computed.
+    Layers that read the same tensor object (q, k and v projections) share a reading. The first pass determines these
+    layers, and every later pass checks that they still share their input. From the second pass on, the forward pass
+    ends as soon as every layer has been called, so that the rest of the block is not computed.
 
     Args:
         layers: name to layer.
@@ -69,46 +70,48 @@ class Collector:
         return list({id(r): r for r in self._reading_of.values()}.values())
 
     def uncalled(self) -> list[str]:
-        """Layers that no forward pass reached."""
+        """Return the layers that no forward pass has reached."""
         return [name for name in self._layers if name not in self._reading_of]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks in place for the forward passes inside."""
+        """Collect from the forward passes inside the context."""
         with watching_inputs(self._layers, self._see):
             yield
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """Around one forward pass."""
+        """Wrap one forward pass: end it early where possible, and forget its inputs afterwards."""
         self._calls.clear()
         with suppress(StopForward):
             yield
         for reading in self.readings:
             reading.latest = None
+        # A pass may stop early only if every layer ran exactly once: a layer that runs twice has more inputs to come.
         self._may_stop = sorted(self._calls) == sorted(self._layers)
 
     def _see(self, name: str, inputs: Tensor) -> None:
         self._calls.append(name)
         reading = self._reading_of.get(name)
         if reading is None:
-            self._first(name, inputs)
-        elif next(iter(reading.layers)) == name:
+            self._add_layer(name, inputs)
+        elif next(iter(reading.layers)) == name:  # the reading's first layer counts for all of them
             reading.latest = inputs
             reading.statistic.add(input_rows(self._layers[name], inputs))
         elif reading.latest is not inputs:
-            leader = next(iter(reading.layers))
+            first_name = next(iter(reading.layers))
             raise RuntimeError(
-                f"{name} and {leader} shared an input in the first calibration batch, not in a later one"
+                f"{name} and {first_name} shared an input in the first calibration batch, but not in a later one"
             )
         if self._may_stop and len(self._calls) == len(self._layers):
             raise StopForward
 
-    def _first(self, name: str, inputs: Tensor) -> None:
+    def _add_layer(self, name: str, inputs: Tensor) -> None:
+        """Add a layer to the reading that has the same input, or start a new reading."""
         layer = self._layers[name]
         for reading in self.readings:
-            leader = next(iter(reading.layers.values()))
-            if reading.latest is inputs and geometry(leader) == geometry(layer):
+            first_layer = next(iter(reading.layers.values()))
+            if reading.latest is inputs and geometry(first_layer) == geometry(layer):
                 reading.layers[name] = layer
                 self._reading_of[name] = reading
                 return
@@ -118,10 +121,10 @@ class Collector:
 
 
 def check_reading(reading: Reading) -> None:
-    """Refuse statistics that cannot be used.
+    """Check that a statistic is usable.
 
     Raises:
-        ArithmeticError: NaN or infinite activations, or no calibration row at all.
+        ArithmeticError: it has no row, or the activations are NaN or infinite.
     """
     if int(reading.statistic.rows) == 0:
         raise ArithmeticError("no calibration token reached it")

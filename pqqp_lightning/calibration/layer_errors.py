@@ -1,4 +1,4 @@
-"""Compressed layers beside the dense ones: what each gives out for the very inputs that the dense model gives it."""
+"""Errors of compressed layers: their outputs compared with the dense layers' outputs on the dense model's inputs."""
 
 from __future__ import annotations
 
@@ -25,42 +25,46 @@ _BLOCK = "_pqqp_dense_block"
 
 
 SAMPLES = 8
-"""Calibration samples on which outputs are compared, unless the user says otherwise."""
+"""Default number of calibration samples on which outputs are compared."""
 
 Layers = Mapping[str, nn.Module | None]
-"""A compressed model's layers by their names in the dense one; None for one that is gone."""
+"""A compressed model's layers by their names in the dense model; None for a removed layer."""
 
 
 def layer_errors(walk: Walk, variants: Mapping[str, Layers]) -> dict[str, dict[str, float]]:
-    """The relative squared error ``||f(Y) - Y||^2 / ||Y||^2`` of each layer's outputs, by layer and variant.
+    """Compute the relative squared error ``||f(Y) - Y||^2 / ||Y||^2`` of each layer's outputs.
 
-    One pass of the dense model over the walk's batches; a layer that is gone gives zeros, so that its error is 1.
+    The dense model runs once over the walk's batches. A removed layer outputs zeros, so its error is 1.
 
     Args:
         walk: of the dense model.
-        variants: the layers of compressed models; of all of them the same names.
+        variants: the layers of each compressed model, all with the same names.
+
+    Returns:
+        Layer name to variant to error.
 
     Raises:
-        RecipeError: a compressed layer gives out another shape than the dense one.
+        RecipeError: the output of a compressed layer has another shape than that of the dense layer.
     """
     names = list(next(iter(variants.values())))
     device = next(walk.model.parameters()).device
-    squares = torch.zeros(len(names), 1 + len(variants), dtype=torch.float64, device=device)  # the dense one's first
+    # One row per layer: the dense layer's squared output, then the squared error of each variant.
+    squares = torch.zeros(len(names), 1 + len(variants), dtype=torch.float64, device=device)
 
-    def watch(name: str, row: Tensor) -> Any:
-        def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def compare(name: str, row: Tensor) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             row[0] += _square(output)
             for i, variant in enumerate(variants.values(), start=1):
-                module = _placed(variant[name], device)
+                module = _on_device(variant[name], device)
                 row[i] += _square(output if module is None else _change(name, module, args, kwargs, output))
 
-        return see
+        return hook
 
     with calibrating(walk.model), walk.forward_context():
-        handles = [
-            walk.model.get_submodule(name).register_forward_hook(watch(name, row), with_kwargs=True)
-            for name, row in zip(names, squares, strict=True)
-        ]
+        handles = []
+        for name, row in zip(names, squares, strict=True):
+            layer = walk.model.get_submodule(name)
+            handles.append(layer.register_forward_hook(compare(name, row), with_kwargs=True))
         try:
             for batch in tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False):
                 walk.run(batch)
@@ -69,30 +73,37 @@ def layer_errors(walk: Walk, variants: Mapping[str, Layers]) -> dict[str, dict[s
                 handle.remove()
     sum_over_ranks(squares)
     relative = squares[:, 1:] / squares[:, :1].clamp(min=torch.finfo(torch.float64).tiny)
-    return {name: dict(zip(variants, row, strict=True)) for name, row in zip(names, relative.tolist(), strict=True)}
+    errors = {}
+    for name, row in zip(names, relative.tolist(), strict=True):
+        errors[name] = dict(zip(variants, row, strict=True))
+    return errors
 
 
 def block_changes(walk: Walk, variant: Layers) -> tuple[list[Tensor], Tensor]:
-    """How the output of the last block moves when one block's layers are compressed, for each block, and when all are.
+    """Compute how the last block's output changes when one block's layers are compressed, and when all are.
 
-    As many passes over the walk's batches as there are blocks, and two.
+    It takes one pass over the walk's batches for each block, one for the dense model and one for all blocks together.
 
     Returns:
-        A change [N] for each block, and that of all together, float32 on the processor.
+        The change [N] for each block, and the change for all blocks together, float32 on the CPU.
     """
-    blocks = list(walk.blocks)
-    last = walk.blocks[blocks[-1]]
-    inside = [[name for name in variant if name.startswith(f"{block}.")] for block in blocks]
-    groups = [[], *inside, [name for own in inside for name in own]]
+    last_block = list(walk.blocks.values())[-1]
+    groups: list[list[str]] = [[]]  # the first pass is that of the dense model
+    all_names: list[str] = []
+    for block in walk.blocks:
+        inside = [name for name in variant if name.startswith(f"{block}.")]
+        groups.append(inside)
+        all_names += inside
+    groups.append(all_names)
     with calibrating(walk.model), walk.forward_context():
         bar = tqdm(groups, desc=f"{walk.title}, block by block", unit="pass", disable=not walk.progress, leave=False)
         outputs = []
         for names in bar:
             with _swapped(walk.model, variant, names):
-                outputs.append(torch.cat([_output_of(last, walk, batch) for batch in walk.batches]))
-    dense, *changed = outputs
-    *single, whole = (output - dense for output in changed)
-    return single, whole
+                outputs.append(torch.cat([_output_of(last_block, walk, batch) for batch in walk.batches]))
+    dense, *compressed = outputs
+    *changes, whole_change = (output - dense for output in compressed)
+    return changes, whole_change
 
 
 class _Silent(nn.Module):
@@ -100,14 +111,14 @@ class _Silent(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self._layer = [layer]  # not a child: it stays where it is
+        self._layer = [layer]  # in a list, so that it does not become a submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros_like(self._layer[0](*args, **kwargs))
 
 
-def _placed(module: nn.Module | None, device: torch.device) -> nn.Module | None:
-    """``module``, or a copy of it if it is not on ``device``: its own weights, in a file perhaps, stay there."""
+def _on_device(module: nn.Module | None, device: torch.device) -> nn.Module | None:
+    """``module``, or a copy if it is not on ``device``: its weights may be mapped from a file and must stay there."""
     if module is None or all(parameter.device == device for parameter in module.parameters()):
         return module
     return copy.deepcopy(module).to(device)
@@ -115,38 +126,42 @@ def _placed(module: nn.Module | None, device: torch.device) -> nn.Module | None:
 
 @contextmanager
 def _swapped(model: nn.Module, variant: Layers, names: Sequence[str]) -> Iterator[None]:
-    """Inside, the layers ``names`` of ``model`` are those of ``variant``."""
+    """Replace the layers ``names`` of ``model`` by those of ``variant`` inside the context."""
     device = next(model.parameters()).device
     with ExitStack() as stack:
         for name in names:
             parent, _, child = name.rpartition(".")
-            modules, own = model.get_submodule(parent)._modules, model.get_submodule(name)
-            stack.callback(modules.__setitem__, child, own)
-            modules[child] = _placed(variant[name], device) or _Silent(own)
+            siblings = model.get_submodule(parent)._modules
+            dense_layer = model.get_submodule(name)
+            stack.callback(siblings.__setitem__, child, dense_layer)
+            siblings[child] = _on_device(variant[name], device) or _Silent(dense_layer)
         yield
 
 
 def _output_of(block: nn.Module, walk: Walk, batch: Any) -> Tensor:
-    found: list[Tensor] = []
+    """The outputs of ``block`` on one batch, flattened: [N]."""
+    outputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        if (hidden := first_output(output)) is not None:
-            found.append(hidden.detach().float().flatten().cpu())
+        hidden = first_output(output)
+        if hidden is not None:
+            outputs.append(hidden.detach().float().flatten().cpu())
 
     handle = block.register_forward_hook(keep)
     try:
         walk.run(batch)
     finally:
         handle.remove()
-    return torch.cat(found)
+    return torch.cat(outputs)
 
 
 def _change(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    """The difference of a compressed layer's output from the dense ``output``."""
     changed = module(*args, **kwargs)
     if changed.shape != output.shape:
         raise RecipeError(
-            f"{name}: gives out {list(changed.shape)} instead of {list(output.shape)} after its compression and cannot "
-            "be compared. Its stage must say so: comparable_layers = False."
+            f"{name}: its output has shape {list(changed.shape)} instead of {list(output.shape)} after compression and "
+            "cannot be compared. Its stage must declare comparable_layers = False."
         )
     return changed - output
 
@@ -156,9 +171,9 @@ def _square(value: Tensor) -> Tensor:
 
 
 def mark_blocks(blocks: Blocks) -> None:
-    """Let each block remember its name: a stage that removes blocks renumbers the others."""
+    """Store each block's name in the block, since a stage that removes blocks renumbers the others."""
     for name, block in blocks.items():
-        if name:  # a model without blocks is one block, which stays
+        if name:  # "" is a whole model without blocks, which keeps its name
             block.__dict__[_BLOCK] = name
 
 
@@ -183,19 +198,25 @@ def layers_of(model: nn.Module, names: Sequence[str], spill: Spill) -> Layers:
 
 
 def mixed_share(layers: Layers) -> tuple[int, int]:
-    """Quantization units that hold both pruned and kept weights, and all units of the layers with a grid."""
-    mixed = units = 0
+    """Count the quantization units that hold both pruned and kept weights, and all units of the layers with a grid."""
+    mixed_count = 0
+    unit_count = 0
     for layer in layers.values():
-        if not isinstance(layer, LAYER_TYPES) or (grid := constraints_of(layer).grid) is None:
+        if not isinstance(layer, LAYER_TYPES):
             continue
-        mask = constraints_of(layer).mask()
-        some, every = (0, grid.scale.numel()) if mask is None else mixed_units(mask, grid.scale.shape)
-        mixed, units = mixed + some, units + every
-    return mixed, units
+        constraints = constraints_of(layer)
+        if constraints.grid is None:
+            continue
+        scale = constraints.grid.scale
+        unit_count += scale.numel()
+        mask = constraints.mask()
+        if mask is not None:
+            mixed_count += mixed_units(mask, scale.shape)[0]
+    return mixed_count, unit_count
 
 
 def _is_of_a_marked(model: nn.Module, name: str) -> bool:
-    """Whether what has the name now is in a block that had another one, or nothing has it any more."""
+    """Whether ``name`` now lies in a block that had another name, or does not exist any more."""
     parts = name.split(".")
     for length in range(1, len(parts)):
         module = _submodule(model, ".".join(parts[:length]))

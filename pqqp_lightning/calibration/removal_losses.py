@@ -1,8 +1,8 @@
-"""The calibration losses of a model without one more of its parts, for every part; common prefixes are run once.
+"""Calibration losses of a model without each candidate part; candidates share the blocks before them.
 
-The model's own forward pass computes every loss (embedding, masks, head, the module's training loss). What is to be
-left out gets another ``forward`` for a while: the blocks before a candidate pass their input on, and the candidate's
-block is given the hidden state that the real ones made of the batch.
+The model's own forward pass computes every loss (embedding, masks, head, the module's training loss). To leave modules
+out, their ``forward`` is replaced for the time of the pass: the blocks before a candidate return their input, and the
+candidate's block reads the hidden state that the real blocks computed earlier for this batch.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Forwards = dict[nn.Module, Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Output:
-    """What a module was seen to return.
+    """The form of a module's output.
 
     Attributes:
-        outputs: 0 for a tensor alone, n for a tuple of n.
-        keeps_shape: its hidden state has the shape of its input.
-        bare: nothing but None comes with the hidden state.
+        outputs: 0 for a tensor, n for a tuple of n items.
+        keeps_shape: whether its hidden state has the shape of its input.
+        bare: whether all other items of the tuple are None.
     """
 
     outputs: int
@@ -43,37 +43,42 @@ class Output:
 
 
 def observe_outputs(modules: dict[str, nn.Module], walk: Walk) -> dict[str, Output]:
-    """What each of ``modules`` returns on the walk's probe; without those that it does not reach."""
-    seen: dict[str, Output] = {}
+    """Run the walk's probe and return the form of each module's output; without modules that did not run."""
+    outputs: dict[str, Output] = {}
 
-    def note(name: str) -> Callable[..., None]:
-        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            entered, left = Call(args, kwargs).hidden, first_output(output)
-            if entered is not None and left is not None:
-                rest = output[1:] if isinstance(output, tuple | list) else ()
-                size = 1 + len(rest) if isinstance(output, tuple | list) else 0
-                seen[name] = Output(size, entered.shape == left.shape, all(value is None for value in rest))
+    def observe(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            hidden_in = Call(args, kwargs).hidden
+            hidden_out = first_output(output)
+            if hidden_in is None or hidden_out is None:
+                return
+            same_shape = hidden_in.shape == hidden_out.shape
+            if isinstance(output, tuple | list):
+                bare = all(value is None for value in output[1:])
+                outputs[name] = Output(len(output), same_shape, bare)
+            else:
+                outputs[name] = Output(0, same_shape, bare=True)
 
-        return leave
+        return hook
 
-    handles = [m.register_forward_hook(note(name), with_kwargs=True) for name, m in modules.items()]
+    handles = [m.register_forward_hook(observe(name), with_kwargs=True) for name, m in modules.items()]
     try:
         loss_of(walk, walk.probe)
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return outputs
 
 
 def loss_of(walk: Walk, batch: Any, position: int = -1) -> Tensor:
-    """The loss of one batch; what is drawn at random is the same for every candidate."""
+    """Compute the loss of one batch. The seed depends on its position only, so all candidates see the same dropout."""
     assert walk.loss is not None
     seed_from(run_seed(), position)
     return walk.loss(batch)
 
 
 def pass_through(outputs: int) -> Callable[..., Any]:
-    """A ``forward`` that gives back the hidden state that it is given, in the form of the block's own output."""
+    """Return a ``forward`` that returns its hidden state unchanged, in the form of the block's own output."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = Call(args, kwargs).hidden
@@ -85,11 +90,11 @@ def pass_through(outputs: int) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """A part that may go.
+    """A candidate for removal.
 
     Attributes:
         block: the position of its block.
-        forwards: what takes it out: another ``forward`` for some modules.
+        forwards: the replacements of ``forward`` that take it out of the model.
     """
 
     block: int
@@ -98,18 +103,19 @@ class Part:
 
 @dataclass
 class RemovalLosses:
-    """Losses for :func:`~pqqp_lightning.algorithms.sleb.remove_greedily`; made and used inside ``calibrating()``.
+    """Losses for :func:`~pqqp_lightning.algorithms.sleb.remove_greedily`; create and use it inside ``calibrating()``.
 
-    One hidden state is kept at a time: batch by batch, at the input of the block whose candidates are tried.
+    Batches are processed one after another, so that only one hidden state is kept at a time: the input of the block
+    whose candidates are tried.
 
     Attributes:
         walk: with the blocks and the batches.
         parts: the candidates, in the order of their blocks.
-        outputs: what each block returns, in order: see :attr:`Output.outputs`.
-        title: what the progress bar says.
-        progress: whether to show it.
-        shared: whether candidates share their prefixes: the blocks form a chain, and nothing after it reads what
-            passes between them. Observed on the probe.
+        outputs: the form of each block's output, in order: see :attr:`Output.outputs`.
+        title: text of the progress bar.
+        progress: whether to show the progress bar.
+        shared: whether candidates share the blocks before them. That needs blocks that form a chain, and no later
+            module that reads what passes between them; both are tested on the probe.
     """
 
     walk: Walk
@@ -123,37 +129,44 @@ class RemovalLosses:
         self._blocks = list(self.walk.blocks.values())
         self.shared = self._shares_prefixes()
 
-    def __call__(self, removed: list[int], left: list[int]) -> list[float]:
-        """The mean loss over the batches of all ranks, for each of ``left``, when it goes after ``removed``."""
+    def __call__(self, removed: list[int], candidates: list[int]) -> list[float]:
+        """Compute the mean loss over the batches of all ranks without ``removed`` and each one of ``candidates``."""
         batches = self.walk.batches
         title = f"{self.title}, round {len(removed) + 1}"
-        bar = tqdm(total=len(left) * len(batches), desc=title, unit="loss", disable=not self.progress, leave=False)
-        totals = torch.zeros(len(left) + 1, dtype=torch.float64)
-        without = {module: forward for i in removed for module, forward in self.parts[i].forwards.items()}
-        with bar, other_forwards(without):
+        count = len(candidates) * len(batches)
+        bar = tqdm(total=count, desc=title, unit="loss", disable=not self.progress, leave=False)
+        totals = torch.zeros(len(candidates) + 1, dtype=torch.float64)  # losses, then the number of batches
+        without_removed: Forwards = {}
+        for i in removed:
+            without_removed.update(self.parts[i].forwards)
+        with bar, other_forwards(without_removed):
             for position in range(len(batches)):
-                for index, loss in enumerate(self._of_batch(position, left)):
+                for index, loss in enumerate(self._losses_of_batch(position, candidates)):
                     totals[index] += loss.double().cpu()
                     bar.update()
                 totals[-1] += 1
-        summed = sum_over_ranks(_where_ranks_talk(totals, self.walk.model)).cpu()
+        summed = sum_over_ranks(_on_communication_device(totals, self.walk.model)).cpu()
         return (summed[:-1] / summed[-1]).tolist()
 
-    def _of_batch(self, position: int, left: list[int]) -> Iterator[Tensor]:
-        reached, hidden = 0, None
-        for part in (self.parts[i] for i in left):
+    def _losses_of_batch(self, position: int, candidates: list[int]) -> Iterator[Tensor]:
+        """The loss of one batch for each candidate; the hidden state moves forward with the candidates' blocks."""
+        reached = 0
+        hidden = None
+        for i in candidates:
+            part = self.parts[i]
             if self.shared and part.block > reached:
-                hidden, reached = self._carry(position, reached, hidden, part.block), part.block
+                hidden = self._carry(position, reached, hidden, part.block)
+                reached = part.block
             with self._starting_at(reached, hidden), other_forwards(part.forwards):
                 yield loss_of(self.walk, self.walk.batches[position], position)
 
     def _carry(self, position: int, start: int, hidden: Tensor | None, stop: int) -> Tensor:
-        """The hidden state at the input of block ``stop``, from that at the input of block ``start``."""
+        """Compute the hidden state at the input of block ``stop`` from that at the input of block ``start``."""
         batch = self.walk.probe if position < 0 else self.walk.batches[position]
-        found: list[Tensor | None] = []
+        captured: list[Tensor | None] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(Call(args, kwargs).hidden)
+            captured.append(Call(args, kwargs).hidden)
             raise StopForward
 
         with self._starting_at(start, hidden):
@@ -164,13 +177,13 @@ class RemovalLosses:
                 pass
             finally:
                 handle.remove()
-        assert found
-        assert found[0] is not None
-        return found[0]
+        assert captured
+        assert captured[0] is not None
+        return captured[0]
 
     @contextmanager
     def _starting_at(self, start: int, hidden: Tensor | None) -> Iterator[None]:
-        """Block ``start`` reads ``hidden``, and the blocks before it compute nothing; as usual if it is None."""
+        """Let block ``start`` read ``hidden`` and skip the blocks before it; change nothing if ``hidden`` is None."""
         if hidden is None:
             yield
             return
@@ -188,13 +201,17 @@ class RemovalLosses:
                 handle.remove()
 
     def _shares_prefixes(self) -> bool:
-        """Whether the loss of the probe, carried to the last block and finished from there, is that of one pass."""
-        probe, last = self.walk.probe, len(self._blocks) - 1
-        if not is_chain(self.walk.blocks, lambda batch: loss_of(self.walk, batch), probe)[0]:
+        """Whether a pass that resumes at the last block gives the same loss on the probe as a whole pass."""
+        probe = self.walk.probe
+        last = len(self._blocks) - 1
+        chained, _ = is_chain(self.walk.blocks, lambda batch: loss_of(self.walk, batch), probe)
+        if not chained:
             return False
-        whole, hidden = loss_of(self.walk, probe), self._carry(-1, 0, None, last)
+        whole = loss_of(self.walk, probe)
+        hidden = self._carry(-1, 0, None, last)
         with self._starting_at(last, hidden):
             resumed = loss_of(self.walk, probe)
+        # Not exactly equal: nothing guarantees that a kernel computes the same bits in both passes.
         return bool(torch.isclose(whole, resumed, rtol=1e-5, equal_nan=True))
 
 
@@ -203,20 +220,21 @@ def other_forwards(forwards: Forwards) -> Iterator[None]:
     """Inside, modules have another ``forward``, without the transforms that belong to their own one."""
     with ExitStack() as stack:
         for module, forward in forwards.items():
-            own = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}
+            # A module may have an instance attribute ``forward`` of its own already; usually the class has it.
+            instance_forward = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}
             module.__dict__["forward"] = forward
             stack.enter_context(without_transforms(module))
-            stack.callback(_put_back, module, own)
+            stack.callback(_restore_forward, module, instance_forward)
         yield
 
 
-def _put_back(module: nn.Module, own: dict[str, Any]) -> None:
+def _restore_forward(module: nn.Module, instance_forward: dict[str, Any]) -> None:
     del module.__dict__["forward"]
-    module.__dict__.update(own)
+    module.__dict__.update(instance_forward)
 
 
-def _where_ranks_talk(totals: Tensor, model: nn.Module) -> Tensor:
-    """On the model's device in a distributed run, where the backend may need it."""
+def _on_communication_device(totals: Tensor, model: nn.Module) -> Tensor:
+    """``totals`` on the model's device in a distributed run, since NCCL reduces tensors on the GPU only."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return totals
     return totals.to(next(model.parameters()).device)

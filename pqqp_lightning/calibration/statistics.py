@@ -1,4 +1,4 @@
-"""What a stage may ask to know about a layer's calibration inputs; float32 sums, added up over ranks."""
+"""Statistics of a layer's calibration inputs that stages use: float32 sums over tokens and ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from pqqp_lightning.algorithms.hessian import add_gram, complete
+from pqqp_lightning.algorithms.hessian import add_gram, mirror_upper_triangle
 
 
 def sum_over_ranks(total: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def sum_over_ranks(total: Tensor) -> Tensor:
 
 
 class Statistic(ABC):
-    """A sum over the input rows of a layer, per group of the layer.
+    """A sum over the input rows of a layer, separately for each group of the layer.
 
     Args:
         groups: a grouped convolution's groups, else 1.
@@ -32,7 +32,7 @@ class Statistic(ABC):
 
     @abstractmethod
     def empty(self, groups: int, columns: int, device: torch.device) -> Tensor:
-        """The sum before any row."""
+        """Return the sum over no rows: zeros."""
 
     @abstractmethod
     def accumulate(self, rows: Tensor) -> None:
@@ -40,7 +40,7 @@ class Statistic(ABC):
 
     @abstractmethod
     def value(self) -> Tensor:
-        """The statistic, first dimension groups."""
+        """Return the finished statistic; its first dimension is groups."""
 
     @classmethod
     def of_hessian(cls, hessians: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Hessian(Statistic):
 
     def value(self) -> Tensor:
         for total in self.total:
-            complete(total)
+            mirror_upper_triangle(total)
         return self.total
 
     @classmethod

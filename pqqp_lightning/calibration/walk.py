@@ -1,4 +1,4 @@
-"""The walk over the blocks: collect statistics, let the stage compress, pass the compressed outputs on."""
+"""The walk over the blocks: collect statistics, let the stage compress, feed the compressed outputs to the next."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Walk:
         model: the network that holds ``blocks``.
         blocks: by name, in the order of the forward pass.
         batches: the calibration batches.
-        probe: a batch (one sample) that shows how the blocks follow one another.
+        probe: a batch of one sample, for observing how the blocks follow one another.
         run: runs the model on one batch.
-        loss: the training loss of one batch, a scalar; modes and gradients are the caller's.
+        loss: computes the training loss of one batch, a scalar; the caller sets modes and gradients.
         forward_context: entered around every forward pass (precision).
-        title: what the progress bar says.
-        progress: whether to show it.
+        title: text of the progress bar.
+        progress: whether to show the progress bar.
         notes: findings for the stage's record.
     """
 
@@ -54,14 +54,14 @@ class Walk:
         """Collect ``kind`` for each of ``layers`` and hand it to ``compress``, block after block.
 
         Raises:
-            RecipeError: a layer that no forward pass reaches, or numbers that cannot be used, with the layer named.
+            RecipeError: no forward pass reaches a layer, or its statistic is unusable; the message names the layer.
         """
         with calibrating(self.model):
             chained, same = (False, False) if "" in self.blocks else is_chain(self.blocks, self._forward, self.probe)
             if not chained and "" not in self.blocks:
                 self.notes.append("the blocks do not feed one another directly: calibrated as one block")
-            inside = {n: layer for n, layer in layers.items() if chained and self._block_of(n) is not None}
-            outside = {n: layer for n, layer in layers.items() if n not in inside}
+            inside = {name: layer for name, layer in layers.items() if chained and self._block_of(name) is not None}
+            outside = {name: layer for name, layer in layers.items() if name not in inside}
             if inside:
                 self._blocks_in_turn(inside, kind, compress, every_block=not same)
             if outside:
@@ -89,12 +89,20 @@ class Walk:
     def _blocks_in_turn(
         self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, *, every_block: bool
     ) -> None:
-        calls = capture_calls(self.blocks, self._forward, self.batches, every_block=every_block)
-        hidden = [state for batch in calls if (state := batch[0].hidden) is not None]
-        calls = [[call.without_hidden() for call in batch] for batch in calls]
+        hidden: list[Tensor] = []  # each batch's input of the current block, replaced by its output
+        calls: list[list[Call]] = []
+        for batch_calls in capture_calls(self.blocks, self._forward, self.batches, every_block=every_block):
+            state = batch_calls[0].hidden
+            if state is not None:
+                hidden.append(state)
+            calls.append([call.without_hidden() for call in batch_calls])  # else they keep the first states alive
         names = list(self.blocks)
-        of_block = {name: {n: la for n, la in layers.items() if self._block_of(n) == name} for name in names}
-        last = max(i for i, name in enumerate(names) if of_block[name])
+        of_block: dict[str, dict[str, Layer]] = {name: {} for name in names}
+        for name, layer in layers.items():
+            block_name = self._block_of(name)
+            if block_name is not None:
+                of_block[block_name][name] = layer
+        last = max(i for i, name in enumerate(names) if of_block[name])  # later blocks have nothing to compress
         bar = tqdm(names[: last + 1], desc=self.title, unit="block", disable=not self.progress, leave=False)
         for index, name in enumerate(bar):
             block = self.blocks[name]
@@ -108,7 +116,7 @@ class Walk:
 
             if of_block[name]:
                 self._collect(of_block[name], kind, compress, replay)
-            if index < last:
+            if index < last:  # run the compressed block for the next one's inputs
                 for i in range(len(hidden)):
                     hidden[i] = replay(i)
 

@@ -1,4 +1,4 @@
-"""How each tensor is stored, and so how many bytes it counts: one answer for the size report and the checkpoint."""
+"""How each tensor is stored and how many bytes it takes: the size report and the checkpoint both use this module."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pqqp_lightning.network.constraints import Constraints
 
 MaskKind = Literal["bits", "positions"]
 _HIDDEN = ".parametrizations.weight.original"
+"""Suffix of the tensor from which torch.nn.utils.parametrize computes a weight."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Encoding:
     """The parts of one stored weight.
 
     Attributes:
-        mask: how the mask is stored: one bit an entry, or the positions of the N kept of every M columns.
+        mask: how the mask is stored: one bit per entry, or the positions of the N kept of every M columns; None if the
+            weight has no mask.
         values: bytes of the kept values or codes.
         mask_bytes: bytes of the mask.
         scale: bytes of the scales.
@@ -34,66 +36,79 @@ class Encoding:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes in all."""
+        """Bytes of all parts together."""
         return self.values + self.mask_bytes + self.scale + self.zero
 
 
 def encode_weight(constraints: Constraints, bits: int) -> Encoding:
-    """The smallest encoding of a weight under ``constraints``.
+    """Choose the smallest encoding of a weight.
 
     Args:
-        constraints: what the weight obeys.
-        bits: bits of an entry where there is no grid (32 for float32).
+        constraints: the constraints of the weight.
+        bits: bits of an entry without a grid (32 for float32).
     """
     entries = constraints.shape[0] * constraints.shape[1]
-    grid = constraints.grid
-    kept, mask, mask_bytes = entries, None, 0
+    kept = entries
+    mask: MaskKind | None = None
+    mask_bytes = 0
     if constraints.mask_bits is not None:
         kept = constraints.kept()
-        mask, mask_bytes = _mask_encoding(constraints, entries, kept)
-    scale = 0 if grid is None else grid.scale.numel() * grid.scale.element_size()
-    zero = 0 if grid is None or grid.zero is None else packed_bytes(grid.zero.numel(), grid.bits)
-    values = packed_bytes(kept, bits if grid is None else grid.bits)
-    return Encoding(mask, values, mask_bytes, scale, zero)
-
-
-def _mask_encoding(constraints: Constraints, entries: int, kept: int) -> tuple[MaskKind, int]:
-    as_bits = packed_bytes(entries, 1)
-    if constraints.pattern is not None:
+        mask = "bits"
+        mask_bytes = packed_bytes(entries, 1)
+    if mask is not None and constraints.pattern is not None:
         n, m = constraints.pattern
-        positions = packed_bytes(kept, position_bits(m))
-        if kept * m == entries * n and positions <= as_bits:
-            return "positions", positions
-    return "bits", as_bits
+        position_bytes = packed_bytes(kept, position_bits(m))
+        # Positions name N entries of every group, so they describe the mask only if every group keeps exactly N.
+        if kept * m == entries * n and position_bytes <= mask_bytes:
+            mask = "positions"
+            mask_bytes = position_bytes
+
+    grid = constraints.grid
+    if grid is None:
+        return Encoding(mask, packed_bytes(kept, bits), mask_bytes)
+    scale = grid.scale.numel() * grid.scale.element_size()
+    zero = 0 if grid.zero is None else packed_bytes(grid.zero.numel(), grid.bits)
+    return Encoding(mask, packed_bytes(kept, grid.bits), mask_bytes, scale, zero)
 
 
 def weight_owner(name: str) -> tuple[str, bool]:
-    """The layer that a stored tensor would be the weight of, and whether it is the hidden original of a weight that
-    is computed (``torch.nn.utils.parametrize``): its mask holds for that too, its grid does not yet."""
-    hidden = name.removesuffix(_HIDDEN)
-    return (hidden, True) if hidden != name else (name.removesuffix(".weight"), False)
+    """Find the layer whose weight a stored tensor is.
+
+    Returns:
+        The layer's name, and whether the tensor is the original of a parametrized weight, from which
+        ``torch.nn.utils.parametrize`` computes the weight.
+    """
+    owner = name.removesuffix(_HIDDEN)
+    if owner != name:
+        return owner, True
+    return name.removesuffix(".weight"), False
 
 
 def stored_constraints(constraints: Constraints, hidden: bool) -> Constraints:
-    """What a stored weight obeys, see :func:`weight_owner`."""
+    """Return the constraints of a stored tensor.
+
+    The original of a parametrized weight (``hidden``, see :func:`weight_owner`) keeps the mask, but only the computed
+    weight lies on the grid.
+    """
     return replace(constraints, grid=None) if hidden else constraints
 
 
 def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The model's parameters and persistent buffers once each, and the names of others that share them.
+    """Collect the model's parameters and persistent buffers, each tensor once.
 
     Returns:
-        (name to tensor, alias to name): tied weights appear in the second.
+        (name to tensor, alias to name): the further names of tied weights are aliases.
     """
-    first: dict[tuple[int, ...], str] = {}
+    first_name: dict[tuple[int, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor = tensor.detach()
+        # Tensors are the same if they view the same memory in the same way. Empty tensors all have address 0.
         key = (tensor.data_ptr(), tensor.storage_offset(), tensor.numel(), *tensor.stride())
-        if tensor.numel() and key in first:
-            aliases[name] = first[key]
+        if tensor.numel() and key in first_name:
+            aliases[name] = first_name[key]
         else:
-            first[key] = name
+            first_name[key] = name
             tensors[name] = tensor
     return tensors, aliases

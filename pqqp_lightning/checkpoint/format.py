@@ -31,11 +31,11 @@ ORIGIN = "_pqqp_origin"
 
 @dataclass(frozen=True)
 class Applied:
-    """A stage that the checkpoint's model went through, and the plan that rebuilds its structure.
+    """A stage that was applied to the checkpoint's model.
 
     Attributes:
         stage: its class, which has ``restructure``.
-        plan: what it returned.
+        plan: what its ``compress`` returned, from which ``restructure`` rebuilds the structure.
     """
 
     stage: type[Any]
@@ -44,10 +44,10 @@ class Applied:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a loaded model was built from, so that it can be built again after further stages.
+    """How a loaded model was built, so that it can be saved again after further stages.
 
     Attributes:
-        skeleton: of its dense module, from :func:`skeleton_of`.
+        skeleton: how to build its dense module, from :func:`skeleton_of`.
         applied: the stages that gave it its structure.
     """
 
@@ -56,10 +56,10 @@ class Origin:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, verified with its weights file.
+    """Read the manifest of a checkpoint, and verify it and the weights file.
 
     Raises:
-        RecipeError: no checkpoint, another format, or a truncated or altered file.
+        RecipeError: the folder holds no checkpoint, another format, or a truncated or altered file.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -86,7 +86,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def origin_of(module: LightningModule) -> Origin | None:
-    """What ``module`` was loaded from, if it was."""
+    """Return how ``module`` was built if it was loaded from a checkpoint, else None."""
     return vars(module).get(ORIGIN)
 
 
@@ -96,11 +96,15 @@ def model_folder(run: Path) -> Path:
 
 
 def skeleton_of(module: LightningModule) -> dict[str, Any] | None:
-    """How to build a module of this structure, weights aside; None if that cannot be said."""
-    described = getattr(module, "skeleton", None)
-    if callable(described):
-        return described()
-    if not module.hparams and _required_arguments(module):
+    """Describe how to build a module of this structure, without weights.
+
+    Returns:
+        Class path and arguments as plain data, or None if the module does not reveal them.
+    """
+    describe = getattr(module, "skeleton", None)
+    if callable(describe):
+        return describe()
+    if not module.hparams and _has_required_arguments(module):
         return None
     arguments = dict(module.hparams)
     try:
@@ -110,12 +114,13 @@ def skeleton_of(module: LightningModule) -> dict[str, Any] | None:
     return {"class_path": class_path(module), "init_args": arguments}
 
 
-def _required_arguments(module: LightningModule) -> bool:
+def _has_required_arguments(module: LightningModule) -> bool:
     parameters = inspect.signature(type(module).__init__).parameters.values()
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return sum(p.default is p.empty and p.kind not in kinds for p in parameters) > 1  # besides self
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [p for p in parameters if p.default is p.empty and p.kind not in variadic]
+    return len(required) > 1  # one is self
 
 
 def digest_of_manifest(manifest: dict[str, Any]) -> str:
-    """The checksum that a manifest carries of its own content."""
+    """Compute the checksum of a manifest's content, which the manifest itself carries."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -25,11 +25,17 @@ MOVED = {"pqqp_lightning.trainer.Training": "pqqp_lightning.runs.trainer.Trainin
 
 
 def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
-    """Load a checkpoint into ``module``: structure, weights, constraints. Returns the manifest, with "applied" the
-    stages that ``module``, which is of the same skeleton or loaded from an earlier run, had not gone through yet.
+    """Load the structure, weights and constraints of a checkpoint into ``module``.
+
+    Args:
+        module: built from the same skeleton, or loaded from an earlier checkpoint of the same run.
+        folder: the checkpoint folder.
+
+    Returns:
+        The manifest; its "applied" lists the stages that had not been applied to ``module`` before.
 
     Raises:
-        RecipeError: the checkpoint cannot be read, or is of another model.
+        RecipeError: the checkpoint cannot be read, or belongs to another model.
     """
     manifest = read_manifest(folder)
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
@@ -45,6 +51,7 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
                 f"{folder}: is of another model: {shorten(sorted(names ^ set(own)))} in only one of the two. "
                 "Use the recipe that made it."
             )
+        # Constraints that the module carries from before are replaced by those of the checkpoint.
         for _, layer, _ in list(constrained_layers(module)):
             set_constraints(layer, None)
         modules = dict(module.named_modules())
@@ -76,7 +83,7 @@ def _applied(manifest: dict[str, Any], file: BundleReader) -> list[Applied]:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """The state dict of a checkpoint, unpacked."""
+    """Return the unpacked state dict of a checkpoint, without building its model."""
     folder = model_folder(folder)
     manifest = read_manifest(folder)
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
@@ -84,7 +91,10 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
         state = {}
         for name in _weight_names(file.names()):
             packed = manifest["packed"].get(name)
-            state[name] = file.get(name) if packed is None else unpack_weight(packed, _parts(file, name))[0]
+            if packed is None:
+                state[name] = file.get(name)
+            else:
+                state[name], _ = unpack_weight(packed, _parts(file, name))
     state.update({alias: state[name] for alias, name in manifest["aliases"].items()})
     return state
 
@@ -94,14 +104,14 @@ def load(run: str | Path, module: LightningModule | None = None) -> LightningMod
 
     Args:
         run: a run folder, or the checkpoint folder in it.
-        module: the module to load into; needed only where the checkpoint cannot build it (a class of your own that
-            does not call ``save_hyperparameters``).
+        module: the module to load into; needed only if the checkpoint cannot build it (a class of your own that does
+            not call ``save_hyperparameters``).
 
     Returns:
         The module in evaluation mode, with its constraints.
 
     Raises:
-        RecipeError: no checkpoint, a truncated or altered file, or a module is needed.
+        RecipeError: the folder holds no checkpoint, or a truncated or altered one, or it cannot build the module.
     """
     folder = model_folder(Path(run))
     manifest = read_manifest(folder)
@@ -114,20 +124,28 @@ def load(run: str | Path, module: LightningModule | None = None) -> LightningMod
 
 
 def build(skeleton: dict[str, Any] | None, folder: Path) -> LightningModule:
-    """A module of the right structure, values irrelevant."""
+    """Build the dense module of a checkpoint, with its initial weights.
+
+    Raises:
+        RecipeError: the checkpoint does not describe the module, or its class cannot be imported.
+    """
     if skeleton is None:
         raise RecipeError(f"{folder}: does not say how to build its module. Pass one: load(run, module=...).")
-    found = _import(skeleton["class_path"])
-    if not (isinstance(found, type) and issubclass(found, LightningModule)):
-        raise RecipeError(f"{folder}: {skeleton['class_path']} is no LightningModule. Pass one: load(run, module=...).")
-    return found(**skeleton["init_args"])
+    module_class = _import(skeleton["class_path"])
+    if not (isinstance(module_class, type) and issubclass(module_class, LightningModule)):
+        raise RecipeError(
+            f"{folder}: {skeleton['class_path']} is not a LightningModule. Pass one: load(run, module=...)."
+        )
+    return module_class(**skeleton["init_args"])
 
 
 def _stage_class(path: str) -> type[Any]:
-    found = _import(MOVED.get(path, path))
-    if not (isinstance(found, type) and callable(getattr(found, "restructure", None))):
-        raise RecipeError(f"the checkpoint names {path} as a stage, which is none. Install the package that has it.")
-    return found
+    stage_class = _import(MOVED.get(path, path))
+    if not (isinstance(stage_class, type) and callable(getattr(stage_class, "restructure", None))):
+        raise RecipeError(
+            f"the checkpoint names {path} as a stage, but it is not one. Install the package that has it."
+        )
+    return stage_class
 
 
 def _import(path: str) -> Any:
@@ -148,6 +166,7 @@ def _weight_names(keys: Sequence[str]) -> set[str]:
 
 
 def _assign(target: Tensor, value: Tensor) -> None:
+    # The stored dtype counts: copy_ alone would convert the value to the dtype of the freshly built module.
     if isinstance(target, Tensor) and target.dtype != value.dtype:
         target.data = target.data.to(value.dtype)
     target.copy_(value)

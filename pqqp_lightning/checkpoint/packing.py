@@ -1,4 +1,4 @@
-"""One weight packed into parts, and back, bit for bit: codes or kept values, mask or positions, scales, zero points."""
+"""Packs one weight into parts and unpacks it bit for bit: codes or kept values, mask or positions, scales, zeros."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from pqqp_lightning.network.layers import to_weight
 
 
 def pack_weight(weight: Tensor, constraints: Constraints) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Pack ``weight`` under its constraints.
+    """Pack ``weight``, in any layout, as its constraints allow.
 
     Returns:
-        (parts by name, the manifest's entry that :func:`unpack_weight` needs).
+        (parts by name, the manifest entry that :func:`unpack_weight` needs).
     """
     matrix = weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
     matrix = matrix.cpu()
-    grid, mask = constraints.grid, constraints.mask()
+    grid = constraints.grid
+    mask = constraints.mask()
     encoding = encode_weight(constraints, 8 * weight.element_size())
     values = matrix if grid is None else encode(matrix, grid)
     parts: dict[str, Tensor] = {}
@@ -60,33 +61,34 @@ def pack_weight(weight: Tensor, constraints: Constraints) -> tuple[dict[str, Ten
 
 
 def unpack_weight(entry: dict[str, Any], parts: dict[str, Tensor]) -> tuple[Tensor, Constraints]:
-    """The weight and its constraints from what :func:`pack_weight` made."""
+    """Rebuild a weight and its constraints from the results of :func:`pack_weight`."""
     rows, columns = entry["matrix"]
     dtype = getattr(torch, entry["dtype"])
     mask = _unpack_mask(entry, parts)
-    count = rows * columns if mask is None else int(mask.sum())
     grid = None
-    if entry["bits"] is None:
-        values = parts["values"]
-    else:
+    values = parts["values"]
+    if entry["bits"] is not None:
         scale = parts["scale"]
-        zero = unpack_bits(parts["zero"], entry["bits"], scale.numel()).view(scale.shape) if "zero" in parts else None
+        zero = None
+        if "zero" in parts:
+            zero = unpack_bits(parts["zero"], entry["bits"], scale.numel()).view(scale.shape)
         grid = Grid(entry["bits"], scale, zero, columns, entry.get("codebook"))
-        values = unpack_bits(parts["values"], entry["bits"], count)
-    matrix = values.view(rows, columns) if mask is None else _scatter(values, mask)
+        count = rows * columns if mask is None else int(mask.sum())
+        values = unpack_bits(values, entry["bits"], count)
+
+    if mask is None:
+        matrix = values.view(rows, columns)
+    else:
+        matrix = torch.zeros(mask.shape, dtype=values.dtype)
+        matrix[mask] = values
     if grid is not None:
         matrix = decode(matrix, grid, dtype)
     if mask is not None:
-        matrix = matrix.masked_fill(~mask, 0)
+        matrix = matrix.masked_fill(~mask, 0)  # pruned entries got code 0, which does not decode to 0
+
     pattern = None if entry["pattern"] is None else (entry["pattern"][0], entry["pattern"][1])
     packed_mask = None if mask is None else pack_mask(mask)
     return to_weight(matrix, entry["shape"]), Constraints((rows, columns), packed_mask, pattern, grid)
-
-
-def _scatter(values: Tensor, mask: Tensor) -> Tensor:
-    matrix = torch.zeros(mask.shape, dtype=values.dtype)
-    matrix[mask] = values
-    return matrix
 
 
 def _unpack_mask(entry: dict[str, Any], parts: dict[str, Tensor]) -> Tensor | None:

@@ -31,17 +31,20 @@ def save_checkpoint(
     extra: dict[str, Any] | None = None,
     skeleton: dict[str, Any] | None = None,
 ) -> int:
-    """Write the packed checkpoint of ``module`` into ``folder``, whole or not at all, and return its bytes.
+    """Write the packed checkpoint of ``module`` into ``folder`` atomically, and return its bytes.
 
     Args:
         module: the model as measured.
         folder: replaced if it exists.
-        applied: the stages that made it, in order; those that made a loaded model come before them by themselves.
-        extra: plain data to keep in the manifest (records).
-        skeleton: how to build the dense module, from :func:`skeleton_of`; as the module is now by default.
+        applied: the stages that made it, in order. If ``module`` was loaded from a checkpoint, the stages of that
+            checkpoint are added in front.
+        extra: plain data to add to the manifest (records).
+        skeleton: how to build the dense module, from :func:`skeleton_of`; by default that of ``module`` itself.
     """
-    if origin := origin_of(module):
-        applied, skeleton = [*origin.applied, *applied], origin.skeleton
+    origin = origin_of(module)
+    if origin is not None:
+        applied = [*origin.applied, *applied]
+        skeleton = origin.skeleton
     elif skeleton is None:
         skeleton = skeleton_of(module)
     with new_folder(folder) as temporary, Spill(temporary) as spill:
@@ -49,7 +52,7 @@ def save_checkpoint(
         stored, described = _contents(module, applied, spill)
         try:
             save_file(stored, weights)
-        except SafetensorError as error:  # the library's word for a full disk
+        except SafetensorError as error:  # safetensors reports a full disk this way
             raise OSError(None, str(error)) from error
         manifest = {"format": FORMAT, "model": skeleton, **described, **(extra or {})}
         manifest["weights"] = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
@@ -61,7 +64,7 @@ def save_checkpoint(
 def _contents(
     module: LightningModule, applied: Sequence[Applied], spill: Spill
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors to store, how the manifest describes them)."""
+    """The tensors to store by name, and the manifest entries that describe them."""
     tensors, aliases = stored_tensors(module)
     constraints = {name: c for name, _, c in constrained_layers(module)}
     stored: dict[str, Tensor] = {}

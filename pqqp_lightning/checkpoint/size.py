@@ -1,6 +1,6 @@
-"""Counted size: what storing the model takes, from the constraints that its weights carry, never from intentions.
+"""Counted size: the bytes that storing the model takes, computed from its weights and their actual constraints.
 
-Codes, scales, zero points, masks or N:M positions, and everything untouched as it is.
+It counts codes, scales, zero points, masks or N:M positions, and every other tensor unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LayerSize:
         zeros: entries that are zero.
         pruned: entries that the mask removes.
         size_bytes: bytes stored.
-        adapter: whether it stands beside a layer and none of its entries takes the place of a dense weight.
+        adapter: whether it belongs to an adapter, whose entries replace no dense weight.
     """
 
     name: str
@@ -40,7 +40,7 @@ class LayerSize:
 
     @property
     def entries(self) -> int:
-        """Entries of the matrix."""
+        """Number of entries of the matrix."""
         return self.shape[0] * self.shape[1]
 
 
@@ -50,8 +50,8 @@ class ModelSize:
 
     Attributes:
         size_bytes: the whole model.
-        layers: the targeted layers, or what has come in their place.
-        entries: targeted weights of the dense model: what fractions are taken of.
+        layers: the targeted layers, or the layers that replaced them.
+        entries: number of targeted weights of the dense model, to which fractions refer.
     """
 
     size_bytes: int
@@ -60,7 +60,7 @@ class ModelSize:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the targeted weights that are zero or gone."""
+        """Fraction of the targeted weights that are zero or removed."""
         return self._missing(sum(layer.entries - layer.zeros for layer in self.layers if not layer.adapter))
 
     @property
@@ -68,9 +68,9 @@ class ModelSize:
         """Fraction of the targeted weights that masks or smaller shapes remove; further zeros come from rounding."""
         return self._missing(sum(layer.entries - layer.pruned for layer in self.layers if not layer.adapter))
 
-    def _missing(self, left: int) -> float:
-        """What ``left`` entries lack of the dense ones; nothing where no layer is targeted."""
-        return max(0.0, 1 - left / self.entries) if self.entries else 0.0
+    def _missing(self, remaining: int) -> float:
+        """The fraction of the dense entries that is missing when ``remaining`` are left; 0 if no layer is targeted."""
+        return max(0.0, 1 - remaining / self.entries) if self.entries else 0.0
 
     @property
     def bits_per_weight(self) -> float:
@@ -78,24 +78,25 @@ class ModelSize:
         return 8 * sum(layer.size_bytes for layer in self.layers) / max(1, self.entries)
 
     def nominal_rate(self, original_bits: int) -> float:
-        """Nominal C = B_orig / (B_Q * (1 - p)) over the targeted weights: without scales, masks and the rest."""
+        """Compute nominal C = B_orig / (B_Q * (1 - p)) over the targeted weights, without scales and masks."""
         stored = sum(layer.bits * (layer.entries - layer.pruned) for layer in self.layers)
         return original_bits * self.entries / stored if stored else 1.0
 
 
 def measure_size(model: nn.Module, targeted: Iterable[str], dense_entries: int | None = None) -> ModelSize:
-    """Count ``model``.
+    """Count the size of ``model``.
 
     Args:
-        model: as it is.
-        targeted: names of the layers that zeros and bits per weight are taken over; what lies below such a name (the
-            base layer and the adapter of ``q_proj``) counts as it.
-        dense_entries: their weights in the dense model; by default those that are found.
+        model: in its current state.
+        targeted: names of the layers that sparsity and bits per weight refer to, with all layers below these names (the
+            base layer and the adapter of ``q_proj``).
+        dense_entries: number of their weights in the dense model; by default the number in ``model``.
     """
     tensors, _ = stored_tensors(model)
     modules = dict(model.named_modules())
-    wanted = set(targeted)
-    total, layers = 0, []
+    targeted_names = set(targeted)
+    total = 0
+    layers = []
     for name, tensor in tensors.items():
         owner, hidden = weight_owner(name)
         layer = modules.get(owner)
@@ -106,19 +107,28 @@ def measure_size(model: nn.Module, targeted: Iterable[str], dense_entries: int |
         bits = 8 * tensor.element_size()
         encoding = encode_weight(constraints, bits)
         total += encoding.size_bytes
-        if _is_within(owner, wanted):
+        if _is_within(owner, targeted_names):
             entries = tensor.numel()
-            value_bits = bits if constraints.grid is None else constraints.grid.bits
-            zeros = entries - int(tensor.count_nonzero())
-            pruned = entries - constraints.kept()
-            counts = (value_bits, zeros, pruned, encoding.size_bytes)
-            layers.append(LayerSize(owner, constraints.shape, *counts, adapter=is_adapter(layer)))
-    return ModelSize(total, layers, sum(layer.entries for layer in layers) if dense_entries is None else dense_entries)
+            layers.append(
+                LayerSize(
+                    owner,
+                    constraints.shape,
+                    bits=bits if constraints.grid is None else constraints.grid.bits,
+                    zeros=entries - int(tensor.count_nonzero()),
+                    pruned=entries - constraints.kept(),
+                    size_bytes=encoding.size_bytes,
+                    adapter=is_adapter(layer),
+                )
+            )
+    if dense_entries is None:
+        dense_entries = sum(layer.entries for layer in layers)
+    return ModelSize(total, layers, dense_entries)
 
 
-def _is_within(name: str, wanted: set[str]) -> bool:
+def _is_within(name: str, parents: set[str]) -> bool:
+    """Whether ``name`` is one of ``parents`` or lies below one."""
     parts = name.split(".")
-    return any(".".join(parts[:end]) in wanted for end in range(len(parts), 0, -1))
+    return any(".".join(parts[:end]) in parents for end in range(len(parts), 0, -1))
 
 
 def size_numbers(size: ModelSize, original_bits: int) -> dict[str, float]:
@@ -138,5 +148,5 @@ def size_numbers(size: ModelSize, original_bits: int) -> dict[str, float]:
 
 
 def layer_table(size: ModelSize) -> list[dict[str, Any]]:
-    """The counted size layer by layer, as plain data."""
+    """Return the counted size of each layer as plain data."""
     return [asdict(layer) | {"shape": list(layer.shape)} for layer in size.layers]

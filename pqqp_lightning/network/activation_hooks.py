@@ -1,8 +1,8 @@
-"""What happens to activations in front of a layer, or behind it: rotations and rounding, as hook objects.
+"""Transforms of activations before or after a layer, as hook objects: rotation and rounding.
 
 A transform is an object that is registered as a forward hook. It is copied with its module (``copy.deepcopy``,
-pickling), holds no weights, and is put back from a stage's plan when a checkpoint is loaded. A stage that puts another
-module in a layer's place hands the layer's transforms on with :func:`move_transforms`.
+pickling) and holds no weights; loading a checkpoint attaches it again from the stage's plan. A stage that replaces a
+layer by another module moves the layer's transforms to it with :func:`move_transforms`.
 """
 
 from __future__ import annotations
@@ -23,27 +23,31 @@ from pqqp_lightning.algorithms.quarot import rotate_across
 
 
 class Transform(ABC):
-    """A function of a layer's input. Layers that get the very same tensor get the very same result."""
+    """A function of a layer's input. Layers that read the same tensor object get the same result object."""
 
     def __init__(self) -> None:
         self._memo: tuple[Any, ...] | None = None
 
     @abstractmethod
     def transform(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """The tensor to put in the place of ``x``."""
+        """Return the tensor that replaces ``x``."""
 
     def attach(self, layer: nn.Module) -> None:
-        """Stand in front of ``layer`` from now on, behind the transforms that are there."""
+        """Transform the input of ``layer`` from now on, after the transforms that it has already."""
         layer.register_forward_pre_hook(self)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The forward pre-hook."""
+        """Replace the first positional argument: the forward pre-hook."""
         if not args:
             raise TypeError(f"{type(layer).__name__} must get its input as a positional argument, but got none")
         return self._once(layer, args[0]), *args[1:]
 
     def _once(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """The result for ``x``, the same object for q, k and v, which read one input; kept while ``x`` lives."""
+        """Return the transform of ``x``, computed once for layers that share an input (q, k and v).
+
+        Sharing the result object also lets calibration see that these layers read the same input.
+        """
+        # An in-place write to ``x`` changes its version and so invalidates the cached result.
         version = None if x.is_inference() else x._version
         key = (version, type(layer), torch.is_grad_enabled())
         if self._memo is not None and self._memo[0]() is x and self._memo[1] == key:
@@ -53,20 +57,21 @@ class Transform(ABC):
         return result
 
     def _forget(self, dead: Any) -> None:
+        # Called when ``x`` is freed: without its input the result is of no use, and it is as large.
         if self._memo is not None and self._memo[0] is dead:
             self._memo = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but what was computed last: for copies and pickling."""
+        """Return the state without the cached result, which copies and pickles must not hold."""
         return {**self.__dict__, "_memo": None}
 
 
 class RotateInput(Transform):
-    """x -> x Q in front of a layer whose weight is W Q; computed in float32 at least (QuaRot's online rotation).
+    """Computes x -> x Q in front of a layer whose weight is W Q, in float32 or wider (QuaRot's online rotation).
 
     Args:
         rotation: of order n.
-        width: of each of the n parts of the input that are mixed: 1 for all inputs, a head's for whole heads.
+        width: features per mixed part: 1 mixes single features, the head width mixes whole heads.
     """
 
     def __init__(self, rotation: Rotation, width: int = 1) -> None:
@@ -77,19 +82,19 @@ class RotateInput(Transform):
     def transform(self, layer: nn.Module, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         if self._placed.factor.device != x.device or self._placed.factor.dtype != wide:
-            with torch.inference_mode(False):  # what is made inside could not be used in training
+            with torch.inference_mode(False):  # training could not use a tensor created in inference mode
                 self._placed = self.rotation.to(x.device, wide)
         return rotate_across(self._placed, self.width)(x.to(wide)).to(x.dtype)
 
 
 class QuantizeInput(Transform):
-    """Rounds a layer's input: a scale for each token of a Linear's, for each sample of a Conv2d's.
+    """Rounds a layer's input: one scale per token for a Linear, one per sample for a Conv2d.
 
-    In training the gradient passes through unchanged (straight-through).
+    In training the gradient passes straight through.
 
     Args:
         bits: 2 to 8.
-        options: of :func:`~pqqp_lightning.algorithms.activation.quantize_activation`.
+        options: further arguments of :func:`~pqqp_lightning.algorithms.activation.quantize_activation`.
     """
 
     def __init__(self, bits: int, **options: Any) -> None:
@@ -97,20 +102,20 @@ class QuantizeInput(Transform):
         self.bits, self.options = bits, options
 
     def transform(self, layer: nn.Module, x: Tensor) -> Tensor:
-        where: dict[str, Any] = {}
-        if isinstance(getattr(layer, "base_layer", layer), nn.Conv2d):  # or an adapter's wrapper around one
-            where = {"dims": (-3, -2, -1), "column_dim": -3}
-        return _StraightThrough.apply(x, quantize_activation(x.detach(), self.bits, **where, **self.options))
+        dimensions: dict[str, Any] = {}
+        if isinstance(getattr(layer, "base_layer", layer), nn.Conv2d):  # also inside an adapter's wrapper
+            dimensions = {"dims": (-3, -2, -1), "column_dim": -3}
+        return _StraightThrough.apply(x, quantize_activation(x.detach(), self.bits, **dimensions, **self.options))
 
 
 @dataclass
 class QuantizeHeads:
-    """Rounds the keys or values that a projection gives out: a scale for each token and head.
+    """Rounds the keys or values that a projection computes: one scale per token and head.
 
     Attributes:
         bits: 2 to 8.
-        head_dim: width of a head.
-        symmetric: without a zero point.
+        head_dim: features of a head.
+        symmetric: use no zero point.
         clip: fraction of the largest value that the grid reaches.
     """
 
@@ -120,23 +125,23 @@ class QuantizeHeads:
     clip: float = 1.0
 
     def attach(self, layer: nn.Module) -> None:
-        """Stand behind ``layer`` from now on."""
+        """Transform the output of ``layer`` from now on."""
         layer.register_forward_hook(self)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The forward hook."""
+        """Replace the output: the forward hook."""
         heads = output.detach().unflatten(-1, (-1, self.head_dim))  # [V, heads, head_dim]
         rounded = quantize_activation(heads, self.bits, symmetric=self.symmetric, clip=self.clip)
         return _StraightThrough.apply(output, rounded.flatten(-2))
 
 
 class ProjectedEmbedding(nn.Embedding):
-    """An embedding that shares the weight of ``old`` and gives out its rows without their part along one direction.
+    """An embedding that shares the weight of ``old`` and removes one direction from its output.
 
-    A LayerNorm's mean, taken out of the residual stream where the embedding itself must keep it for a tied head.
+    Needed to remove a LayerNorm's mean from the residual stream if the head is tied: the shared weight must keep it.
 
     Attributes:
-        direction: of length 1, [H]; saved with the weights.
+        direction: unit vector [H]; saved with the weights.
     """
 
     direction: Tensor
@@ -147,7 +152,7 @@ class ProjectedEmbedding(nn.Embedding):
         self.register_buffer("direction", old.weight.detach().new_zeros(old.embedding_dim))
 
     def forward(self, input: Tensor) -> Tensor:
-        """The rows of ``input`` [V], projected: [V, H]."""
+        """Look up ``input`` [V] and project the rows: [V, H]."""
         rows = super().forward(input)
         wide = torch.promote_types(rows.dtype, torch.float32)
         direction = self.direction.to(wide)
@@ -156,47 +161,53 @@ class ProjectedEmbedding(nn.Embedding):
 
 
 def transforms_of(layer: nn.Module) -> list[Transform | QuantizeHeads]:
-    """The transforms in front of ``layer`` and behind it."""
+    """Return the transforms of a layer's input and output."""
     hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
     return [hook for hook in hooks if isinstance(hook, Transform | QuantizeHeads)]
 
 
 def transformed_layers(model: nn.Module, kind: type[Transform | QuantizeHeads]) -> Iterator[str]:
-    """The names of the layers with a transform of this kind."""
+    """Yield the names of the layers that have a transform of this kind."""
     for name, module in model.named_modules():
         if any(isinstance(transform, kind) for transform in transforms_of(module)):
             yield name
 
 
 def move_transforms(old: nn.Module, new: nn.Module) -> None:
-    """Take the transforms of ``old`` away and attach them to ``new``, which takes its place."""
+    """Detach the transforms of ``old`` and attach them to ``new``, which replaces it."""
     for transform in transforms_of(old):
         for hooks in (old._forward_pre_hooks, old._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook is transform]:
-                del hooks[key]
+            for key, hook in list(hooks.items()):
+                if hook is transform:
+                    del hooks[key]
         transform.attach(new)
 
 
 @contextmanager
 def without_transforms(layer: nn.Module) -> Iterator[None]:
-    """``layer`` as if it had none, while something else than its own forward runs in its place."""
-    kept: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    """Disable the transforms of ``layer`` inside the context, while another forward replaces its own."""
+    earlier: list[tuple[dict[int, Any], dict[int, Any]]] = []
     for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-        kept.append((hooks, dict(hooks)))
-        for key in [key for key, hook in hooks.items() if isinstance(hook, Transform | QuantizeHeads)]:
-            del hooks[key]
+        earlier.append((hooks, dict(hooks)))
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, Transform | QuantizeHeads):
+                del hooks[key]
     try:
         yield
     finally:
-        for hooks, before in kept:
-            now = dict(hooks)
+        # Hooks run in the order of the dict, so rebuild it: the transforms return to their places, hooks that were
+        # removed inside the context stay removed, and hooks that were added come last.
+        for hooks, before in earlier:
+            current = dict(hooks)
             hooks.clear()
-            hooks.update({k: h for k, h in before.items() if k in now or isinstance(h, Transform | QuantizeHeads)})
-            hooks.update(now)
+            for key, hook in before.items():
+                if key in current or isinstance(hook, Transform | QuantizeHeads):
+                    hooks[key] = hook
+            hooks.update(current)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The second argument, with the gradient of the first."""
+    """Returns the second argument; the gradient goes to the first."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The repeated blocks of a network, found by structure: decoder layers, ViT blocks, residual blocks."""
+"""Finds the repeated blocks of a network by structure: decoder layers, ViT blocks, residual blocks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _KEPT = "_pqqp_block"
 
 
 def find_blocks(model: nn.Module, names: list[str] | None = None) -> Blocks:
-    """The blocks of ``model`` by name, in order of definition.
+    """Find the blocks of ``model``, by name and in order of definition.
 
-    They are the children of the ``ModuleList`` or ``Sequential`` containers that hold modules of one class; among
-    such classes the one with the most parameters wins, so that a ResNet's stages are read as one row of residual
-    blocks. A model without any is one block, named ``""``.
+    Blocks are the children of ``ModuleList`` and ``Sequential`` containers that hold modules of one class. Containers
+    of the same class count together, so that the four stages of a ResNet form one sequence of residual blocks. The
+    class with the most parameters is chosen. A model without such containers is one block, named ``""``.
 
     Args:
         model: any module.
-        names: the blocks instead, as module names or patterns.
+        names: names of the blocks, or their last components, instead of the search.
 
     Raises:
         RecipeError: a name of ``names`` is not a module of the model.
@@ -37,23 +37,31 @@ def find_blocks(model: nn.Module, names: list[str] | None = None) -> Blocks:
         children = list(container.children())
         if not isinstance(container, nn.ModuleList | nn.Sequential) or not children:
             continue
-        kinds = {type(child) for child in children}
-        if len(kinds) == 1 and any(map(_has_layers, children)) and not isinstance(children[0], LAYER_TYPES):
-            candidates[kinds.pop()].update((f"{name}.{i}" if name else i, c) for i, c in container.named_children())
+        classes = {type(child) for child in children}
+        # A row of plain Linear layers is an MLP, not a row of blocks.
+        if len(classes) > 1 or isinstance(children[0], LAYER_TYPES) or not any(map(_has_layers, children)):
+            continue
+        for child_name, child in container.named_children():
+            candidates[type(child)][f"{name}.{child_name}" if name else child_name] = child
     repeated = [blocks for blocks in candidates.values() if len(blocks) > 1]
-    return max(repeated, key=_parameters) if repeated else {"": model}
+    return max(repeated, key=_count_parameters) if repeated else {"": model}
 
 
 def model_blocks(model: nn.Module) -> Blocks:
-    """The blocks of ``model`` where nobody names others: those left by :func:`keep_blocks`, the model's own list
-    (``compression_blocks``), or by structure."""
-    kept = {name: module for name, module in model.named_modules() if module.__dict__.get(_KEPT)}
-    return kept or find_blocks(model, getattr(model, "compression_blocks", None))
+    """Return the blocks of ``model`` that a stage works on if its arguments do not name others.
+
+    These are the blocks that :func:`keep_blocks` marked; else those that the model names in ``compression_blocks``;
+    else those that :func:`find_blocks` finds.
+    """
+    marked = {name: module for name, module in model.named_modules() if module.__dict__.get(_KEPT)}
+    return marked or find_blocks(model, getattr(model, "compression_blocks", None))
 
 
 def keep_blocks(blocks: Blocks) -> None:
-    """Have :func:`model_blocks` find these from now on: a stage that removes blocks may leave too few, or under other
-    names, for the structure to tell."""
+    """Mark ``blocks`` so that :func:`model_blocks` returns them from now on.
+
+    After a stage has removed or renamed blocks, too few may remain for the search by structure.
+    """
     for block in blocks.values():
         block.__dict__[_KEPT] = True
 
@@ -73,34 +81,41 @@ def _named_blocks(model: nn.Module, names: list[str]) -> Blocks:
 def find_layers(
     model: nn.Module, targets: list[str] | None, ignore: list[str] | None, blocks: Blocks
 ) -> dict[str, Layer]:
-    """The Linear and Conv2d layers that a stage acts on, by name; adapters are none of them.
+    """Find the Linear and Conv2d layers that a stage acts on, by name. Adapters are never among them.
 
     Args:
         model: any module.
-        targets: name patterns; None for every layer inside ``blocks``.
+        targets: name patterns; None for every layer inside ``blocks`` whose weight is not tied.
         ignore: name patterns to leave out.
         blocks: from :func:`find_blocks`.
     """
     tied = tied_weights(model)
-    found = {}
+    layers = {}
     for name, module in model.named_modules():
         if not isinstance(module, LAYER_TYPES) or is_adapter(module) or matches_any(name, ignore or []):
             continue
-        inside = any(name == block or name.startswith(f"{block}.") or not block for block in blocks)
-        chosen = inside and id(module.weight) not in tied if targets is None else matches_any(name, targets)
+        if targets is None:
+            inside = any(name == block or name.startswith(f"{block}.") or not block for block in blocks)
+            chosen = inside and id(module.weight) not in tied
+        else:
+            chosen = matches_any(name, targets)
         if chosen:
-            found[name] = module
-    return found
+            layers[name] = module
+    return layers
 
 
 def tied_weights(model: nn.Module) -> set[int]:
-    """ids of weight parameters that several modules share (a tied embedding and head)."""
+    """Return the ids of weight parameters that several modules share (a tied embedding and head)."""
     seen: set[int] = set()
     tied: set[int] = set()
     for module in model.modules():
+        # Read the dict: ``module.weight`` of a parametrized layer would compute the weight.
         weight = module.__dict__.get("_parameters", {}).get("weight")
-        if weight is not None:
-            (tied if id(weight) in seen else seen).add(id(weight))
+        if weight is None:
+            continue
+        if id(weight) in seen:
+            tied.add(id(weight))
+        seen.add(id(weight))
     return tied
 
 
@@ -108,10 +123,13 @@ def _has_layers(module: nn.Module) -> bool:
     return any(isinstance(m, LAYER_TYPES) for m in module.modules())
 
 
-def _parameters(blocks: Blocks) -> int:
-    return sum(p.numel() for block in blocks.values() for p in block.parameters())
+def _count_parameters(blocks: Blocks) -> int:
+    count = 0
+    for block in blocks.values():
+        count += sum(parameter.numel() for parameter in block.parameters())
+    return count
 
 
 def pack_output(hidden: Tensor, outputs: int) -> Any:
-    """``hidden`` alone for 0 ``outputs``, else as the first of a tuple of so many."""
+    """Return ``hidden`` for 0 ``outputs``, else a tuple of ``outputs`` items: ``hidden``, then None."""
     return (hidden, *[None] * (outputs - 1)) if outputs else hidden

@@ -1,7 +1,7 @@
-"""What a compressed weight has promised: a mask and a grid, kept with its layer and verified exactly.
+"""The constraints of a compressed weight: a mask and a grid, attached to its layer and verified exactly.
 
-Masks are held as bits (1/32 of a float32 weight), grids as scales and zero points; the codes follow from the weight.
-Constraints travel with the module (``copy.deepcopy``, pickling), outside its state dict.
+Masks are stored as bits (1/32 of a float32 weight), grids as scales and zero points; the codes follow from the weight.
+Constraints are copied with the module (``copy.deepcopy``, pickling) but are not part of its state dict.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Constraints:
     Attributes:
         shape: (O, I).
         mask_bits: the packed keep-mask, or None.
-        pattern: (N, M) where the mask keeps at most N of every M columns.
+        pattern: (N, M) if the mask keeps at most N of every M columns, else None.
         grid: the quantization grid, or None.
     """
 
@@ -37,115 +37,128 @@ class Constraints:
     grid: Grid | None = None
 
     def mask(self, device: torch.device | None = None) -> Tensor | None:
-        """The keep-mask, bool [O, I], or None."""
+        """Return the keep-mask, bool [O, I], or None."""
         return None if self.mask_bits is None else unpack_mask(self.mask_bits.to(device), self.shape)
 
     def with_mask(self, mask: Tensor, pattern: Pattern | None = None) -> Constraints:
-        """Also this mask (within the earlier one); an earlier N:M pattern still holds."""
+        """Return these constraints with a new mask, which must keep nothing that the earlier one removes.
+
+        An earlier N:M pattern therefore still holds.
+        """
         return replace(self, mask_bits=pack_mask(mask).cpu(), pattern=pattern or self.pattern)
 
     def with_grid(self, grid: Grid) -> Constraints:
-        """This grid in place of an earlier one."""
+        """Return these constraints with ``grid`` instead of an earlier one."""
         return replace(self, grid=grid.to(torch.device("cpu")))
 
     def select(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Constraints:
-        """The constraints of the matrix that keeps these rows and columns alone; an N:M pattern goes with its columns.
+        """Return the constraints of a matrix that keeps only these rows and columns.
+
+        Removing columns drops an N:M pattern, since its groups of M columns no longer exist.
 
         Args:
-            rows: indices of the rows kept, or None for all.
-            columns: indices of the matrix's columns kept, or None for all.
+            rows: indices of the kept rows, or None for all.
+            columns: indices of the kept matrix columns, or None for all.
 
         Raises:
-            ValueError: the grid has groups of columns, which cannot be cut.
+            ValueError: columns are removed from a grid with groups of columns.
         """
+        height, width = self.shape
         mask = self.mask()
-        mask = mask if mask is None or rows is None else mask[rows.cpu()]
-        mask = mask if mask is None or columns is None else mask[:, columns.cpu()]
-        shape = self.shape[0] if rows is None else len(rows), self.shape[1] if columns is None else len(columns)
+        if rows is not None:
+            height = len(rows)
+            mask = None if mask is None else mask[rows.cpu()]
+        if columns is not None:
+            width = len(columns)
+            mask = None if mask is None else mask[:, columns.cpu()]
         pattern = self.pattern if columns is None else None
         grid = None if self.grid is None else _select_grid(self.grid, rows, columns)
-        return Constraints(shape, None if mask is None else pack_mask(mask), pattern, grid)
+        return Constraints((height, width), None if mask is None else pack_mask(mask), pattern, grid)
 
     def kept(self) -> int:
-        """Entries that the mask keeps."""
+        """Count the entries that the mask keeps."""
         entries = self.shape[0] * self.shape[1]
         return entries if self.mask_bits is None else int(unpack_mask(self.mask_bits, self.shape).sum())
 
     def without_broken(self, matrix: Tensor, earlier: Constraints) -> Constraints:
-        """Without those parts of ``earlier`` that are still promised here but that ``matrix`` [O, I] breaks."""
+        """Drop the parts that come from ``earlier`` and that ``matrix`` [O, I] violates."""
         if tuple(matrix.shape) != self.shape:
             return Constraints((matrix.shape[0], matrix.shape[1]))
-        left = self
-        if left.mask_bits is earlier.mask_bits and replace(left, grid=None).violations(matrix):
-            left = replace(left, mask_bits=None, pattern=None)
-        mask = left.mask()
-        if left.pattern is not None and left.pattern == earlier.pattern and mask is not None:
-            left = left if _fits(mask, left.pattern) else replace(left, pattern=None)
-        if left.grid is earlier.grid and replace(left, mask_bits=None).violations(matrix):
-            left = replace(left, grid=None)
-        return left
+        remaining = self
+        # "is" tells parts that a stage set itself, which must hold, from those that it inherited.
+        if remaining.mask_bits is earlier.mask_bits and replace(remaining, grid=None).violations(matrix):
+            remaining = replace(remaining, mask_bits=None, pattern=None)
+        mask = remaining.mask()
+        if remaining.pattern is not None and remaining.pattern == earlier.pattern and mask is not None:
+            remaining = remaining if _fits(mask, remaining.pattern) else replace(remaining, pattern=None)
+        if remaining.grid is earlier.grid and replace(remaining, mask_bits=None).violations(matrix):
+            remaining = replace(remaining, grid=None)
+        return remaining
 
     def violations(self, matrix: Tensor) -> list[str]:
-        """How ``matrix`` [O, I] breaks the constraints, exactly; empty if it does not."""
-        found = []
+        """Describe how ``matrix`` [O, I] violates the constraints, exactly; empty if it keeps them."""
         if tuple(matrix.shape) != self.shape:
             return [f"its shape is {tuple(matrix.shape)} instead of {self.shape}"]
+        violations = []
         if not bool(torch.isfinite(matrix).all()):
-            found.append("it holds NaN or infinite values")
+            violations.append("it holds NaN or infinite values")
         mask = self.mask(matrix.device)
         if mask is not None:
-            revived = int((matrix[~mask] != 0).sum())
-            if revived:
-                found.append(f"{revived} pruned entries are not zero any more")
+            nonzero = int((matrix[~mask] != 0).sum())
+            if nonzero:
+                violations.append(f"{nonzero} pruned entries are not zero any more")
             if self.pattern is not None and not _fits(mask, self.pattern):
-                found.append(f"its mask is not {self.pattern[0]}:{self.pattern[1]}")
+                violations.append(f"its mask is not {self.pattern[0]}:{self.pattern[1]}")
         if self.grid is not None:
+            # Exact equality: a grid's values are decoded the same way everywhere, so that no tolerance is needed.
             off = int((round_to_grid(matrix, self.grid.to(matrix.device)) != matrix).sum())
             if off:
-                found.append(f"{off} entries are off the {self.grid.bits}-bit grid")
-        return found
+                violations.append(f"{off} entries are off the {self.grid.bits}-bit grid")
+        return violations
 
 
 def constraints_of(layer: Layer) -> Constraints:
-    """The constraints that ``layer``'s weight carries (none at first)."""
-    found = getattr(layer, _ATTRIBUTE, None)
-    return found if found is not None else Constraints((layer.weight.shape[0], columns_of(layer)))
+    """Return the constraints of ``layer``'s weight; without mask and grid for a layer that was never compressed."""
+    constraints = getattr(layer, _ATTRIBUTE, None)
+    return constraints if constraints is not None else Constraints((layer.weight.shape[0], columns_of(layer)))
 
 
 def set_constraints(layer: nn.Module, constraints: Constraints | None) -> None:
-    """Attach constraints to a layer, or take them away."""
+    """Attach constraints to a layer, or remove them."""
     layer.__dict__[_ATTRIBUTE] = constraints
 
 
 def constrained_layers(model: nn.Module) -> Iterator[tuple[str, Layer, Constraints]]:
-    """(name, layer, constraints) of every layer that carries a mask or a grid."""
+    """Yield (name, layer, constraints) of every layer that carries constraints."""
     for name, module in model.named_modules():
-        found = module.__dict__.get(_ATTRIBUTE)
-        if found is not None and isinstance(module, LAYER_TYPES):
-            yield name, module, found
+        constraints = module.__dict__.get(_ATTRIBUTE)
+        if constraints is not None and isinstance(module, LAYER_TYPES):
+            yield name, module, constraints
 
 
 def collect_constraints(model: nn.Module) -> dict[str, Constraints]:
-    """Every layer's constraints by name, as they are now."""
+    """Return the current constraints of every layer by name."""
     return {name: constraints for name, _, constraints in constrained_layers(model)}
 
 
 def broken_constraints(model: nn.Module, promised: dict[str, Constraints]) -> dict[str, list[str]]:
-    """Which promises of ``promised`` the model's weights break: layer name to what is wrong."""
+    """Find the constraints of ``promised`` that the model's weights violate: layer name to descriptions."""
     broken = {}
     modules = dict(model.named_modules())
     for name, constraints in promised.items():
         layer = modules.get(name)
         if not isinstance(layer, LAYER_TYPES):
             broken[name] = ["the layer is gone"]
-        elif found := constraints.violations(weight_matrix(layer)):
-            broken[name] = found
+            continue
+        violations = constraints.violations(weight_matrix(layer))
+        if violations:
+            broken[name] = violations
     return broken
 
 
 @dataclass(frozen=True)
 class Promise:
-    """What one layer, by whatever name, promised before a stage."""
+    """The constraints of one layer before a stage. The stage may rename the layer, so the layer itself is held."""
 
     name: str
     layer: Layer
@@ -153,31 +166,34 @@ class Promise:
 
 
 def collect_promises(model: nn.Module) -> list[Promise]:
-    """The constraints of every layer as they are now, tied to the layers themselves: a stage may rename them."""
-    return [Promise(*found) for found in constrained_layers(model)]
+    """Return the current constraints of every layer with the layer itself."""
+    return [Promise(name, layer, constraints) for name, layer, constraints in constrained_layers(model)]
 
 
 def broken_promises(model: nn.Module, promises: list[Promise]) -> list[tuple[Promise, list[str]]]:
-    """Which promises the model breaks, and how. A layer that is gone as a whole has nothing left to keep.
+    """Find the promises that the model violates, and describe how.
 
-    A layer of another shape must carry constraints of that shape, as :meth:`Constraints.select` makes them.
+    A layer that was removed from the model has no constraints to keep. A layer whose shape changed must carry
+    constraints of the new shape, as :meth:`Constraints.select` returns them.
     """
     present = {id(module) for module in model.modules()}
     broken = []
     for promise in promises:
         if id(promise.layer) not in present:
             continue
-        matrix, promised = weight_matrix(promise.layer), promise.constraints
+        matrix = weight_matrix(promise.layer)
+        promised = promise.constraints
         if tuple(matrix.shape) == promised.shape:
-            found = promised.violations(matrix)
+            violations = promised.violations(matrix)
         else:
-            now = constraints_of(promise.layer)
-            lost = {"mask": (promised.mask_bits, now.mask_bits), "grid": (promised.grid, now.grid)}
-            found = [
-                f"its {what} is gone" for what, (then, after) in lost.items() if then is not None and after is None
-            ]
-        if found:
-            broken.append((promise, found))
+            current = constraints_of(promise.layer)
+            violations = []
+            if promised.mask_bits is not None and current.mask_bits is None:
+                violations.append("its mask is gone")
+            if promised.grid is not None and current.grid is None:
+                violations.append("its grid is gone")
+        if violations:
+            broken.append((promise, violations))
     return broken
 
 
@@ -191,5 +207,6 @@ def _select_grid(grid: Grid, rows: Tensor | None, columns: Tensor | None) -> Gri
 
 
 def _fits(mask: Tensor, pattern: Pattern) -> bool:
+    """Whether ``mask`` [O, I] keeps at most N of every M columns."""
     kept, size = pattern
     return bool((mask.unflatten(1, (-1, size)).sum(-1) <= kept).all())

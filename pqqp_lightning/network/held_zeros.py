@@ -1,4 +1,4 @@
-"""Entries of weights that stay zero while the model trains."""
+"""Keeping pruned entries of weights at zero while the model trains."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 
 class HoldZeros:
-    """Chosen entries of weights stay exactly zero: their gradients are removed, and they are set to zero on demand.
+    """Keeps chosen entries of weights at exactly zero.
 
-    The second, after every step, makes it hold under any optimizer, weight decay and momentum included.
+    Gradient hooks remove the gradients of these entries. That alone does not stop momentum or weight decay from moving
+    them, so the caller also calls :meth:`zero` after every optimizer step.
     """
 
     def __init__(self) -> None:
@@ -20,25 +21,27 @@ class HoldZeros:
         self._handles: list[Any] = []
 
     def hold(self, weight: Tensor, pruned: Tensor) -> None:
-        """From now on hold the entries of ``weight`` where ``pruned`` (of its shape) is True, and no others."""
+        """Hold the entries of ``weight`` where ``pruned`` (of its shape) is True, instead of those held so far."""
         key = id(weight)
         if key not in self._held and weight.requires_grad:
+            # The hook looks the mask up on every call, since a later call of ``hold`` may replace it.
             self._handles.append(weight.register_hook(lambda gradient: gradient.masked_fill(self._held[key][1], 0)))
         self._held[key] = (weight, pruned)
 
     def zero(self) -> None:
-        """Set what is held to zero."""
+        """Set the held entries to zero."""
         with torch.no_grad():
             for weight, pruned in self._held.values():
                 weight.masked_fill_(pruned, 0)
 
     def release(self) -> None:
-        """Hold nothing any more."""
+        """Stop holding any entries."""
         for handle in self._handles:
             handle.remove()
-        self._held, self._handles = {}, []
+        self._held = {}
+        self._handles = []
 
 
 def trained_weight(layer: Any) -> Tensor:
-    """The parameter that training moves: the weight, or what lies under one that is computed (``parametrize``)."""
+    """Return the parameter that training moves: the weight, or the original of a parametrized weight."""
     return layer.parametrizations.weight.original if is_parametrized(layer, "weight") else layer.weight

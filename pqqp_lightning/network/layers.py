@@ -1,7 +1,7 @@
 """Linear and Conv2d layers as matrices: a weight [O, I] and calibration inputs [groups, T, I].
 
-A convolution's columns run over (kernel row, kernel column, input channel), channels last, so that N:M patterns and
-quantization groups lie along input channels, as sparse hardware wants them.
+The columns of a convolution run over (kernel row, kernel column, input channel). With the channels last, N:M patterns
+and quantization groups lie along input channels, as sparse hardware requires.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ _ADAPTER = "_pqqp_adapter"
 
 
 def mark_adapter(module: nn.Module) -> None:
-    """Make ``module`` and all below it an adapter: kept apart from the weights that it adapts, saved and counted, but
-    left alone by later stages."""
+    """Mark ``module`` and its submodules as an adapter: it is saved and counted, but later stages do not touch it."""
     for part in module.modules():
         part.__dict__[_ADAPTER] = True
 
@@ -30,26 +29,23 @@ def is_adapter(module: nn.Module) -> bool:
 
 
 def weight_matrix(layer: Layer) -> Tensor:
-    """The weight as [O, I]; a view of a Linear's, a copy of a Conv2d's."""
+    """Return the weight as a matrix [O, I]: a view for a Linear, a copy for a Conv2d."""
     weight = layer.weight.detach()
     return weight.permute(0, 2, 3, 1).flatten(1) if isinstance(layer, nn.Conv2d) else weight
 
 
 def to_weight(matrix: Tensor, shape: torch.Size | list[int]) -> Tensor:
-    """The matrix [O, I] in the layout of a weight of ``shape``: the inverse of :func:`weight_matrix`.
-
-    A convolution's has the strides of a weight that was made in this shape: with a permuted 1x1 kernel, which torch
-    calls contiguous and takes for channels_last, oneDNN's strided backward pass writes beyond its buffers (torch 2.15
-    on AVX2).
-    """
+    """Return the matrix [O, I] in the layout of a weight of ``shape``: the inverse of :func:`weight_matrix`."""
     if len(shape) == 2:
         return matrix
     out, channels, height, width = shape
+    # Copy to the standard strides of this shape. torch takes a permuted 1x1 kernel for both contiguous and
+    # channels_last, and oneDNN's strided backward pass then writes beyond its buffers (torch 2.15 on AVX2).
     return matrix.view(out, height, width, channels).permute(0, 3, 1, 2).flatten().view(shape)
 
 
 def is_packed(layer: Layer) -> bool:
-    """Whether the weight is not its matrix but codes that only the layer's own kernels read, as in bitsandbytes'."""
+    """Whether the weight holds codes that only the layer's own kernels read, as in bitsandbytes layers."""
     weight = layer.weight
     return not weight.is_floating_point() or (isinstance(layer, nn.Linear) and weight.shape[0] != layer.out_features)
 
@@ -61,41 +57,40 @@ def set_weight_matrix(layer: Layer, matrix: Tensor) -> None:
 
 
 def columns_of(layer: Layer) -> int:
-    """I: input features of the matrix."""
+    """Return I, the columns of the weight matrix."""
     return layer.weight[0].numel()
 
 
 def groups_of(layer: Layer) -> int:
-    """Independent row groups: a grouped convolution's groups, else 1."""
+    """Return the number of independent row groups: the groups of a convolution, else 1."""
     return layer.groups if isinstance(layer, nn.Conv2d) else 1
 
 
 def geometry(layer: Layer) -> tuple[object, ...]:
-    """What decides the input rows of a layer besides its input: two layers with equal geometry share statistics."""
+    """Return what determines a layer's input rows besides its input: layers of equal geometry share statistics."""
     if isinstance(layer, nn.Linear):
         return ("linear",)
     return (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
 
 
 def input_rows(layer: Layer, inputs: Tensor) -> Tensor:
-    """The rows [groups, T, I] that the layer multiplies its matrix with, from its input."""
+    """Return the rows [groups, T, I] that the layer multiplies its matrix with, from its input."""
     if isinstance(layer, nn.Linear):
         return inputs.reshape(1, -1, inputs.shape[-1])
-    patches = _unfold(layer, inputs)  # [B, C * kh * kw, L]
+    if inputs.dim() == 3:  # Conv2d also accepts one image without a batch
+        inputs = inputs[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    patches = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # [B, C * kh * kw, L]
     batch, _, positions = patches.shape
-    groups, kernel = layer.groups, layer.kernel_size[0] * layer.kernel_size[1]
+    groups = layer.groups
+    kernel = layer.kernel_size[0] * layer.kernel_size[1]
     patches = patches.view(batch, groups, -1, kernel, positions)  # [B, groups, C / groups, kernel, L]
+    # The columns of the weight matrix run over kernel positions, then channels.
     return patches.permute(1, 0, 4, 3, 2).reshape(groups, batch * positions, -1)
 
 
-def _unfold(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
-    inputs = inputs if inputs.dim() == 4 else inputs[None]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-    return F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-
-
 def row_groups(*tensors: Tensor | None, groups: int) -> list[list[Any]]:
-    """Tensors [O, ...] cut into ``groups`` row groups: for each group one part of each tensor (None stays None)."""
-    cut = [[None] * groups if t is None else list(t.chunk(groups)) for t in tensors]
-    return [list(parts) for parts in zip(*cut, strict=True)]
+    """Split tensors [O, ...] into ``groups`` row groups: for each group one part of each tensor (None stays None)."""
+    chunks = [[None] * groups if tensor is None else list(tensor.chunk(groups)) for tensor in tensors]
+    return [list(parts) for parts in zip(*chunks, strict=True)]

@@ -1,7 +1,7 @@
-"""Layers by name pattern: ``targets``, ``ignore`` and per-layer knobs.
+"""Selection of layers by name pattern: ``targets``, ``ignore`` and arguments per layer.
 
-A pattern is a shell glob that matches a whole module name, its last components (``q_proj``, ``mlp.*``), or a parent
-of it (``layers.0`` means everything below).
+A pattern is a shell glob that matches a whole module name, its last components (``q_proj``, ``mlp.*``), or one of its
+parents (``layers.0`` selects everything below it).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def matches_any(name: str, patterns: Iterable[str]) -> bool:
     return any(matches(name, p) for p in patterns)
 
 
-def value_for(name: str, knob: T | dict[str, T]) -> T | None:
-    """The value of a knob for one layer: the knob itself, or that of the first pattern that matches, or None."""
-    if not isinstance(knob, dict):
-        return knob
-    return next((value for pattern, value in knob.items() if matches(name, pattern)), None)
+def value_for(name: str, argument: T | dict[str, T]) -> T | None:
+    """Return an argument's value for one layer; of a dict, the value of the first pattern that matches, or None."""
+    if not isinstance(argument, dict):
+        return argument
+    return next((value for pattern, value in argument.items() if matches(name, pattern)), None)
 
 
-def values_of(knob: Any) -> list[Any]:
-    """Every value of a knob: the knob itself, or those of its patterns; none of a knob that is not given."""
-    if knob is None:
+def values_of(argument: Any) -> list[Any]:
+    """Return every value of an argument: the argument itself, or the values of its patterns; empty for None."""
+    if argument is None:
         return []
-    return list(knob.values()) if isinstance(knob, dict) else [knob]
+    return list(argument.values()) if isinstance(argument, dict) else [argument]

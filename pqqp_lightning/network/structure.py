@@ -1,4 +1,4 @@
-"""The structure of a model without its weights: to look ahead at what stages will make of it, and to go back to it."""
+"""The structure of a model without its weights: to predict what stages will change, and to restore it afterwards."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def copy_model(model: Model) -> Model:
-    """A deep copy that belongs to no trainer."""
+    """Return a deep copy that is not attached to a trainer."""
     with _detached(model):
         return copy.deepcopy(model)
 
 
 def weightless_copy(model: Model) -> Model:
-    """A deep copy whose parameters and saved buffers are on the meta device: its size does not matter.
+    """Return a deep copy with parameters and saved buffers on the meta device, which takes no memory for them.
 
-    Buffers that are not saved (rotary frequencies) are copied, since nothing else could bring them back.
+    Buffers that are not saved (rotary frequencies) are copied, since no checkpoint could restore them.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {}  # deepcopy takes its results from here instead of copying
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
@@ -37,7 +37,7 @@ def weightless_copy(model: Model) -> Model:
 
 
 class Skeleton:
-    """What the modules of ``model`` were when this was made, weights aside.
+    """Remembers the modules of ``model`` without their weights, and restores them.
 
     Args:
         model: its children may be changed or replaced afterwards; the model itself stays the same object.
@@ -47,34 +47,30 @@ class Skeleton:
         self._copy = weightless_copy(model)
 
     def restore(self, model: nn.Module) -> None:
-        """Give ``model`` its first modules again; what their weights hold does not matter."""
+        """Give ``model`` its original modules again, with uninitialised weights."""
         fresh = weightless_copy(self._copy)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         for module in fresh.modules():
             stores: list[dict[str, Any]] = [module._parameters, module._buffers]
             for tensors in stores:
                 for name, tensor in tensors.items():
-                    if tensor is not None and tensor.is_meta:
-                        tensors[name] = _materialized(tensor, device)
+                    if tensor is None or not tensor.is_meta:
+                        continue
+                    tensors[name] = torch.empty_like(tensor, device=device)
+                    if isinstance(tensor, nn.Parameter):
+                        tensors[name] = nn.Parameter(tensors[name], requires_grad=tensor.requires_grad)
         _tie_again(self._copy, fresh)
         model._modules.clear()
         model._modules.update(fresh._modules)
 
 
-def _materialized(tensor: Tensor, device: torch.device) -> Tensor:
-    empty = torch.empty_like(tensor, device=device)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
-    return empty
-
-
 def _tie_again(original: nn.Module, fresh: nn.Module) -> None:
-    """Parameters that are one in ``original`` become one in ``fresh``."""
-    first: dict[int, Any] = {}
+    """Share each parameter in ``fresh`` that is shared in ``original``."""
+    shared: dict[int, Any] = {}
     for old, new in zip(original.modules(), fresh.modules(), strict=True):
         for name, parameter in old._parameters.items():
             if parameter is not None:
-                new._parameters[name] = first.setdefault(id(parameter), new._parameters[name])
+                new._parameters[name] = shared.setdefault(id(parameter), new._parameters[name])
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -83,20 +79,20 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _detached(model: nn.Module) -> Iterator[None]:
-    """Without the trainer that a LightningModule is attached to."""
-    kept: dict[str, Any] = {name: vars(model)[name] for name in ("_trainer", "_fabric") if name in vars(model)}
-    vars(model).update(dict.fromkeys(kept))
+    """Detach a LightningModule from its trainer inside the context: a copy must not drag the trainer along."""
+    references: dict[str, Any] = {name: vars(model)[name] for name in ("_trainer", "_fabric") if name in vars(model)}
+    vars(model).update(dict.fromkeys(references))
     try:
         yield
     finally:
-        vars(model).update(kept)
+        vars(model).update(references)
 
 
 def class_path(instance: object) -> str:
-    """The dotted path of an object's class."""
+    """Return the dotted path of an object's class."""
     return dotted_name(type(instance))
 
 
-def dotted_name(found: type) -> str:
-    """The dotted path of a class."""
-    return f"{found.__module__}.{found.__qualname__}"
+def dotted_name(cls: type) -> str:
+    """Return the dotted path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"

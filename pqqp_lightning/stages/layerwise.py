@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from pqqp_lightning.algorithms.grid import Grid, stacked
+from pqqp_lightning.algorithms.grid import Grid, concatenate_rows
 from pqqp_lightning.algorithms.selection import Pattern
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Statistic
@@ -143,5 +143,5 @@ def _joined(parts: list[Compressed]) -> Compressed:
         torch.cat([part.weight for part in parts]),
         mask=torch.cat(masks) if masks else None,
         pattern=parts[0].pattern,
-        grid=stacked(grids, [len(part.weight) for part in parts]) if grids else None,
+        grid=concatenate_rows(grids, [len(part.weight) for part in parts]) if grids else None,
     )

@@ -1,15 +1,16 @@
-"""Which rows and columns of which layers a network must lose together, where its build tells: MLPs and attention.
+"""Coupled groups of transformers: the rows and columns of MLP and attention layers that must be removed together.
 
-What torch-pruning 1.6 finds for these (``DependencyGraph.get_pruning_group``), and why groups are formed here instead:
+These groups follow from the names of the layers. torch-pruning 1.6 (``DependencyGraph.get_pruning_group``) traces
+groups instead, which has limits for transformers:
 
-- MLP widths of LLaMA, OPT and timm's ViT: right; the tests hold these groups against it.
-- timm's attention, with ``fused_attn`` off while it traces: right for the values. Heads are not its units:
-  ``num_heads`` must be patched afterwards, and rows of q, k and v must be named together.
-- LLaMA's attention: asked for the group of ``q_proj`` it does not come back (200 s on a model of two layers); the
-  rotary embedding's slices and concatenations send it in circles.
-- It needs an example input and a forward pass with autograd, which a large language model should not be put through.
+- MLP widths of LLaMA, OPT and timm's ViT: correct; the tests compare the groups here with it.
+- timm's attention: correct for the values if ``fused_attn`` is off while tracing, but it does not know heads:
+  ``num_heads`` must be patched afterwards, and rows of q, k and v must be given together.
+- LLaMA's attention: the search for the group of ``q_proj`` does not end (200 s on a model of two layers), because of
+  the rotary embedding's slices and concatenations.
+- It needs an example input and a forward pass with autograd, which is expensive for a large language model.
 
-Everything else (ResNets and their kin) is traced: :mod:`pqqp_lightning.surgery.dependency`.
+Other networks, such as ResNets, are traced: :mod:`pqqp_lightning.surgery.dependency`.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ Side = Literal["out", "in"]
 Kind = Literal["channels", "heads"]
 
 MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1_g", "fc1_x"), "fc2"), (("fc1",), "fc2"))
-"""Names of an MLP's layers: those that make its channels, and the one that reads them (LLaMA; SwiGLU; OPT, ViT)."""
+"""Names of an MLP's layers: those that compute its channels, and the one that reads them (LLaMA; SwiGLU; OPT, ViT)."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One layer's share in a coupled group.
+    """The rows or columns of one layer that belong to a coupled group.
 
     Attributes:
         name: module name.
-        side: "out" for rows (a norm's entries are rows), "in" for columns, or input channels of a convolution.
+        side: "out" for rows (a norm's entries are rows), "in" for columns (input channels of a convolution).
         index: the rows or columns of each unit, [U, K].
     """
 
@@ -49,13 +50,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Patch:
-    """A number that a module, or its configuration, keeps about a group's width.
+    """A number in a module or its configuration that depends on a group's width.
 
     Attributes:
         name: module name.
-        attribute: its attribute; ``config.x`` is one of its configuration.
-        per_unit: the number is this many times the group's units.
-        constant: added to it.
+        attribute: its attribute; ``config.x`` for the attribute ``x`` of its configuration.
+        per_unit: the number is ``per_unit * units + constant``.
+        constant: see ``per_unit``.
     """
 
     name: str
@@ -64,20 +65,20 @@ class Patch:
     constant: int = 0
 
     def value(self, units: int) -> int:
-        """The number where so many units are left."""
+        """Return the number for a group with ``units`` units."""
         return self.per_unit * units + self.constant
 
 
 @dataclass(frozen=True)
 class CoupledGroup:
-    """What goes together.
+    """Rows and columns that must be removed together.
 
     Attributes:
-        name: of the layer that it was found from.
+        name: name of the layer from which the group was found.
         kind: "channels", or "heads" (a key and value head with its query heads).
-        width: units, U.
-        members: every layer that loses something with a unit.
-        patches: the numbers that follow.
+        width: number of units, U.
+        members: the rows or columns of every layer in the group.
+        patches: the numbers that depend on the group's width.
     """
 
     name: str
@@ -87,107 +88,135 @@ class CoupledGroup:
     patches: tuple[Patch, ...] = ()
 
     def outputs(self) -> list[str]:
-        """Names of the members that lose rows."""
+        """Return the names of the members whose rows belong to the group."""
         return [member.name for member in self.members if member.side == "out"]
 
     def inputs(self) -> list[str]:
-        """Names of the members that lose columns."""
+        """Return the names of the members whose columns belong to the group."""
         return [member.name for member in self.members if member.side == "in"]
 
 
 @dataclass
 class Coupling:
-    """What was found in a model.
+    """The coupled groups of a model.
 
     Attributes:
         groups: the coupled groups that can be pruned.
-        left: why others cannot, to the layers that they were found from.
+        unprunable: the reason why other groups cannot be pruned, to the layers from which they were found.
     """
 
     groups: list[CoupledGroup] = field(default_factory=list)
-    left: dict[str, list[str]] = field(default_factory=dict)
+    unprunable: dict[str, list[str]] = field(default_factory=dict)
 
 
 def built_groups(model: nn.Module) -> Coupling:
-    """The MLPs and attentions of a transformer that are built in a known way, in order; the residual width is none."""
-    coupling, shared = Coupling(), _shared_modules(model)
+    """Find the groups of MLPs and attentions with a known structure, in the order of the modules.
+
+    The residual stream's width is not among them: all blocks share it.
+    """
+    coupling = Coupling()
+    shared = _shared_modules(model)
     for name, module in model.named_modules():
         for find in (_attention_group, _fused_attention_group, _mlp_group):
             group = find(model, name, module)
             if group is None:
                 continue
             if any(id(model.get_submodule(member.name)) in shared for member in group.members):
-                coupling.left.setdefault("a layer of it serves at several places: it stays", []).append(group.name)
+                coupling.unprunable.setdefault("one of its layers is used in several places: it stays", []).append(
+                    group.name
+                )
             else:
                 coupling.groups.append(group)
     return coupling
 
 
 def has_attention(model: nn.Module) -> bool:
-    """Whether some module of ``model`` makes queries, keys and values."""
-    children = ({name for name, _ in module.named_children()} for module in model.modules())
-    return any({"qkv", "proj"} <= names or {"q_proj", "k_proj", "v_proj"} <= names for names in children)
+    """Whether a module of ``model`` computes queries, keys and values."""
+    for module in model.modules():
+        children = {name for name, _ in module.named_children()}
+        if {"qkv", "proj"} <= children or {"q_proj", "k_proj", "v_proj"} <= children:
+            return True
+    return False
 
 
 def _mlp_group(model: nn.Module, name: str, module: nn.Module) -> CoupledGroup | None:
-    for makers, reader in MLPS:
-        outs = [_rows_of(module, name, child) for child in makers]
-        into = _columns_of(module, name, reader)
-        if into is None or any(out is None for out in outs):
+    for maker_names, reader_name in MLPS:
+        reader = _columns_of(module, name, reader_name)
+        makers = []
+        for maker_name in maker_names:
+            maker = _rows_of(module, name, maker_name)
+            if maker is not None:
+                makers.append(maker)
+        if reader is None or len(makers) < len(maker_names):
             continue
-        width = into[1]
-        if any(out is not None and out[1] != width for out in outs):
+        width = reader[1]
+        if any(rows != width for _, rows in makers):
             continue
-        each = torch.arange(width)[:, None]
-        members = [Member(out[0], "out", each) for out in outs if out is not None]
+        channels = torch.arange(width)[:, None]  # [U, 1]: a unit is one row or column
+        members = [Member(layer, "out", channels) for layer, _ in makers]
         norm = getattr(module, "norm", None)
         if isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (width,):
-            members.append(Member(_join(name, "norm"), "out", each))
-        members.append(Member(into[0], "in", each))
-        numbers = [Patch(name, a, 1) for a in ("intermediate_size", "ffn_dim") if getattr(module, a, None) == width]
-        config = [_config_patch(model, name, a, width, 1) for a in ("intermediate_size", "ffn_dim")]
-        return CoupledGroup(members[0].name, "channels", width, tuple(members), (*numbers, *_present(config)))
+            members.append(Member(_join(name, "norm"), "out", channels))
+        members.append(Member(reader[0], "in", channels))
+        settings = ("intermediate_size", "ffn_dim")
+        patches = [Patch(name, setting, 1) for setting in settings if getattr(module, setting, None) == width]
+        config = [_config_patch(model, name, setting, width, 1) for setting in settings]
+        return CoupledGroup(members[0].name, "channels", width, tuple(members), (*patches, *_present(config)))
     return None
 
 
 def _attention_group(model: nn.Module, name: str, module: nn.Module) -> CoupledGroup | None:
-    """Hugging Face's: q, k and v projections apart, heads that may share keys and values."""
+    """The group of Hugging Face's attention: separate q, k and v layers; query heads may share a key and value head."""
     head_dim = getattr(module, "head_dim", None)
-    outs = {part: _rows_of(module, name, f"{part}_proj") for part in "qkv"}
-    into = _columns_of(module, name, "o_proj") or _columns_of(module, name, "out_proj")
-    q, k, v = outs["q"], outs["k"], outs["v"]
-    if not isinstance(head_dim, int) or q is None or k is None or v is None or into is None:
+    q = _rows_of(module, name, "q_proj")
+    k = _rows_of(module, name, "k_proj")
+    v = _rows_of(module, name, "v_proj")
+    output = _columns_of(module, name, "o_proj") or _columns_of(module, name, "out_proj")
+    if not isinstance(head_dim, int) or q is None or k is None or v is None or output is None:
         return None
-    heads, shared = q[1] // head_dim, k[1] // head_dim
-    if (heads * head_dim, shared * head_dim, k[1]) != (into[1], k[1], v[1]) or q[1] != into[1] or heads % shared:
+    heads = q[1] // head_dim
+    key_heads = k[1] // head_dim
+    whole_heads = heads * head_dim == q[1] == output[1] and key_heads * head_dim == k[1] == v[1]
+    if not whole_heads or heads % key_heads:
         return None
     if not _only_knows(module, ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"), head_dim):
         return None
-    queries = torch.arange(q[1]).view(shared, -1)
-    keys = torch.arange(k[1]).view(shared, head_dim)
+    queries = torch.arange(q[1]).view(key_heads, -1)
+    keys = torch.arange(k[1]).view(key_heads, head_dim)
     members = (
         Member(q[0], "out", queries),
         Member(k[0], "out", keys),
         Member(v[0], "out", keys),
-        Member(into[0], "in", queries),
+        Member(output[0], "in", queries),
     )
-    each = heads // shared
-    counts = [("num_heads", heads, each), ("num_attention_heads", heads, each), ("num_key_value_heads", shared, 1)]
-    counts.append(("embed_dim", heads * head_dim, each * head_dim))
-    patches = [Patch(name, a, per) for a, now, per in counts if getattr(module, a, None) == now]
-    config = [_config_patch(model, name, a, now, per) for a, now, per in counts[1:3]]
+    # A unit is a key and value head with the query heads that read it.
+    queries_per_unit = heads // key_heads
+    config_counts = [("num_attention_heads", heads, queries_per_unit), ("num_key_value_heads", key_heads, 1)]
+    counts = [
+        ("num_heads", heads, queries_per_unit),
+        *config_counts,
+        ("embed_dim", heads * head_dim, queries_per_unit * head_dim),
+    ]
+    patches = []
+    for setting, value, per_unit in counts:
+        if getattr(module, setting, None) == value:
+            patches.append(Patch(name, setting, per_unit))
+    config = [_config_patch(model, name, setting, value, per_unit) for setting, value, per_unit in config_counts]
+    # With fewer heads, hidden_size / num_attention_heads is no longer the head width: state it.
     config.append(_config_patch(model, name, "head_dim", None, 0, head_dim))
-    return CoupledGroup(members[0].name, "heads", shared, members, (*patches, *_present(config)))
+    return CoupledGroup(members[0].name, "heads", key_heads, members, (*patches, *_present(config)))
 
 
 def _fused_attention_group(model: nn.Module, name: str, module: nn.Module) -> CoupledGroup | None:
-    """timm's: rows of q, k and v in one layer, [3, heads, head_dim]."""
-    heads, head_dim = getattr(module, "num_heads", None), getattr(module, "head_dim", None)
-    out, into = _rows_of(module, name, "qkv"), _columns_of(module, name, "proj")
+    """The group of timm's attention: one layer computes q, k and v, its rows are [3, heads, head_dim]."""
+    heads = getattr(module, "num_heads", None)
+    head_dim = getattr(module, "head_dim", None)
+    out = _rows_of(module, name, "qkv")
+    into = _columns_of(module, name, "proj")
     if not isinstance(heads, int) or not isinstance(head_dim, int) or out is None or into is None:
         return None
     width = heads * head_dim
-    # older timm, without attn_dim, takes the heads' outputs to be as wide as the residual stream
+    # Older timm has no attn_dim and assumes that the heads together are as wide as the residual stream.
     if getattr(module, "attn_dim", None) != width or (out[1], into[1]) != (3 * width, width):
         return None
     if not _only_knows(module, ("qkv", "proj", "norm", "gate"), head_dim):
@@ -209,7 +238,7 @@ def _fused_attention_group(model: nn.Module, name: str, module: nn.Module) -> Co
 
 
 def _shared_modules(model: nn.Module) -> set[int]:
-    """ids of modules that stand at several places, or whose weight does."""
+    """ids of modules that are used under several names, or whose weight is."""
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     tied = tied_weights(model)
     weights = {id(module): id(getattr(module, "weight", None)) for module in model.modules()}
@@ -217,48 +246,62 @@ def _shared_modules(model: nn.Module) -> set[int]:
 
 
 def _only_knows(attention: nn.Module, layers: tuple[str, ...], head_dim: int) -> bool:
-    """Whether, apart from ``layers``, an attention holds nothing but norms of single heads: no biases by position."""
-    others = (child for name, child in attention.named_children() if name not in layers)
-    numbers = (parameter for child in others for parameter in child.parameters())
-    own = any(parameter is not None for parameter in attention._parameters.values())
-    return not own and all(tuple(parameter.shape) == (head_dim,) for parameter in numbers)
+    """Whether, apart from ``layers``, an attention has only norms of single heads.
+
+    Other parameters, such as biases by position, may depend on the number of heads in an unknown way.
+    """
+    if any(parameter is not None for parameter in attention._parameters.values()):
+        return False
+    for name, child in attention.named_children():
+        if name not in layers and any(tuple(parameter.shape) != (head_dim,) for parameter in child.parameters()):
+            return False
+    return True
 
 
 def _rows_of(parent: nn.Module, path: str, child: str) -> tuple[str, int] | None:
-    """(name, rows) of the layer that makes the outputs of ``parent.child``."""
-    module, name = getattr(parent, child, None), _join(path, child)
+    """(name, rows) of the layer that computes the outputs of ``parent.child``."""
+    module = getattr(parent, child, None)
+    name = _join(path, child)
     if isinstance(module, Factored):
-        module, name = module.coefficients, _join(name, "coefficients")
-    return (name, module.weight.shape[0]) if isinstance(module, LAYER_TYPES) and _is_pointwise(module) else None
+        module = module.coefficients
+        name = _join(name, "coefficients")
+    if not isinstance(module, LAYER_TYPES) or not _is_pointwise(module):
+        return None
+    return name, module.weight.shape[0]
 
 
 def _columns_of(parent: nn.Module, path: str, child: str) -> tuple[str, int] | None:
     """(name, columns) of the layer that reads the inputs of ``parent.child``."""
-    module, name = getattr(parent, child, None), _join(path, child)
+    module = getattr(parent, child, None)
+    name = _join(path, child)
     if isinstance(module, Factored):
-        module, name = module.basis, _join(name, "basis")
-    return (name, module.weight.shape[1]) if isinstance(module, LAYER_TYPES) and _is_pointwise(module) else None
+        module = module.basis
+        name = _join(name, "basis")
+    if not isinstance(module, LAYER_TYPES) or not _is_pointwise(module):
+        return None
+    return name, module.weight.shape[1]
 
 
 def _is_pointwise(layer: Layer) -> bool:
-    """Whether every output reads every input channel, and no subclass computes something else."""
+    """Whether every output reads every input channel. A subclass may compute something else and does not count."""
     return type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.groups == 1)
 
 
 def _config_patch(
     model: nn.Module, name: str, attribute: str, now: int | None, per_unit: int, constant: int = 0
 ) -> Patch | None:
-    """The patch of the nearest configuration above ``name`` that holds ``attribute`` (with the value ``now``).
+    """The patch of the nearest configuration at or above ``name`` that has ``attribute`` (of value ``now`` if given).
 
-    It names the outermost module with that configuration, so that it is one patch for all layers that share it.
+    Layers often share one configuration object. The patch names the outermost module that holds it, so that all these
+    layers produce the same patch.
     """
     parts = name.split(".") if name else []
     owners = [".".join(parts[:end]) for end in range(len(parts) + 1)]
     configs = {owner: getattr(model.get_submodule(owner), "config", None) for owner in owners}
     for config in reversed(configs.values()):
         if config is not None and hasattr(config, attribute) and now in (None, getattr(config, attribute)):
-            owner = next(o for o, other in configs.items() if other is config)
-            return Patch(owner, f"config.{attribute}", per_unit, constant)
+            outermost = next(owner for owner, other in configs.items() if other is config)
+            return Patch(outermost, f"config.{attribute}", per_unit, constant)
     return None
 
 

@@ -1,7 +1,7 @@
-"""Which layers of a language model write to its residual stream and which read from it: what a rotation must know.
+"""The residual stream of a language model: the layers that write to it and those that read it, for a rotation.
 
-Two families, found by structure: LLaMA's (RMSNorm; LLaMA, SmolLM2, Mistral, Qwen2, Qwen3) and OPT's with the norms in
-front of each sublayer (LayerNorm, biases, learned positions). Everything is named as in ``named_modules``.
+Two families are recognised by their structure: LLaMA (RMSNorm; LLaMA, SmolLM2, Mistral, Qwen2, Qwen3), and OPT with
+norms before each sublayer (LayerNorm, biases, learned positions). All names are those of ``named_modules``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pqqp_lightning.errors import Problem, RecipeError, shorten
 
 @dataclass(frozen=True)
 class Sublayer:
-    """A norm on the residual stream, the layers that read its output, and the layer that writes back.
+    """A norm on the residual stream, the layers that read its output, and the layer that writes to the stream.
 
     Attributes:
-        norm: the norm.
-        reads: Linear layers on the norm's output.
-        writes: the Linear layer whose output is added to the stream.
+        norm: name of the norm.
+        reads: names of the Linear layers that read the norm's output.
+        writes: name of the Linear layer whose output is added to the stream.
     """
 
     norm: str
@@ -34,11 +34,11 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Attention(Sublayer):
-    """An attention sublayer; ``writes`` takes the heads' outputs.
+    """An attention sublayer; ``writes`` reads the heads' outputs.
 
     Attributes:
-        values: the layer that makes the values.
-        head_dim: width of a head.
+        values: name of the layer that computes the values.
+        head_dim: features of a head.
     """
 
     values: str
@@ -47,17 +47,17 @@ class Attention(Sublayer):
 
 @dataclass
 class Decoder:
-    """A causal language model as its residual stream sees it.
+    """The residual stream of a causal language model.
 
     Attributes:
-        embedding: of the tokens; writes to the stream.
-        positions: the learned positional embedding, or None.
-        norm: the last norm.
-        head: gives the logits.
-        tied: head and embedding are one weight.
-        centred: the norms subtract the mean (LayerNorm).
-        hidden_size: width of the stream.
-        sublayers: in order.
+        embedding: name of the token embedding, which writes to the stream.
+        positions: name of the learned positional embedding, or None.
+        norm: name of the last norm.
+        head: name of the layer that computes the logits.
+        tied: whether head and embedding share one weight.
+        centred: whether the norms subtract the mean (LayerNorm).
+        hidden_size: features of the stream, H.
+        sublayers: in the order of the forward pass.
     """
 
     embedding: str
@@ -71,20 +71,24 @@ class Decoder:
 
     @property
     def norms(self) -> list[str]:
-        """Every norm on the stream, in order."""
+        """Names of all norms on the stream, in order."""
         return [*(sublayer.norm for sublayer in self.sublayers), self.norm]
 
     @property
     def linears(self) -> list[str]:
-        """Every Linear layer that reads or writes the stream, the head aside."""
-        return [name for sublayer in self.sublayers for name in (*sublayer.reads, sublayer.writes)]
+        """Names of all Linear layers that read or write the stream, except the head."""
+        names: list[str] = []
+        for sublayer in self.sublayers:
+            names += [*sublayer.reads, sublayer.writes]
+        return names
 
 
 def describe_decoder(model: nn.Module) -> Decoder:
-    """The residual stream of the language model in ``model``.
+    """Describe the residual stream of the language model in ``model``.
 
     Raises:
-        RecipeError: there is none of the two families, or one that is built otherwise, with every difference.
+        RecipeError: ``model`` holds no model of the two families, or one with another structure; lists every
+            difference.
     """
     for name, module in model.named_modules():
         inner = getattr(module, "model", None)
@@ -100,13 +104,18 @@ def describe_decoder(model: nn.Module) -> Decoder:
 
 
 def norm_parts(norm: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None, float]:
-    """(gain, bias, epsilon) of a norm."""
-    epsilon = next(float(getattr(norm, n)) for n in ("variance_epsilon", "eps") if getattr(norm, n, None) is not None)
+    """Return (gain, bias, epsilon) of a norm.
+
+    Raises:
+        StopIteration: it has no epsilon.
+    """
+    names = ("variance_epsilon", "eps")  # Hugging Face's RMSNorms, torch's norms
+    epsilon = next(float(getattr(norm, name)) for name in names if getattr(norm, name, None) is not None)
     return getattr(norm, "weight", None), getattr(norm, "bias", None), epsilon
 
 
 class _Description:
-    """Describes the causal language model at ``prefix`` and notes what is not as expected."""
+    """Describes the causal language model at ``prefix`` and collects the differences from the expected structure."""
 
     def __init__(self, model: nn.Module, prefix: str) -> None:
         self._modules = dict(model.named_modules())
@@ -114,41 +123,41 @@ class _Description:
         self._problems: dict[str, list[str]] = {}
 
     def llama(self) -> Decoder:
-        """As LLaMA is built."""
+        """Describe a model with the structure of LLaMA."""
         base = f"{self._prefix}model"
         decoder = self._decoder(f"{base}.embed_tokens", None, f"{base}.norm")
         for block in self._blocks(f"{base}.layers"):
             self._only(block, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
             if self._alive(f"{block}.self_attn"):
-                norm, output = f"{block}.input_layernorm", f"{block}.self_attn.o_proj"
-                decoder.sublayers.append(self._attention(block, norm, output))
+                norm = f"{block}.input_layernorm"
+                decoder.sublayers.append(self._attention(block, norm, f"{block}.self_attn.o_proj"))
             if self._alive(f"{block}.mlp"):
+                norm = f"{block}.post_attention_layernorm"
                 reads = (f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj")
-                norm, output = f"{block}.post_attention_layernorm", f"{block}.mlp.down_proj"
-                decoder.sublayers.append(Sublayer(norm, reads, output))
+                decoder.sublayers.append(Sublayer(norm, reads, f"{block}.mlp.down_proj"))
         return self._checked(decoder)
 
     def opt(self) -> Decoder:
-        """As OPT is built."""
+        """Describe a model with the structure of OPT."""
         base = f"{self._prefix}model.decoder"
         self._refuse_other_opt(base)
         decoder = self._decoder(f"{base}.embed_tokens", f"{base}.embed_positions", f"{base}.final_layer_norm")
         for block in self._blocks(f"{base}.layers"):
             if self._alive(f"{block}.self_attn"):
-                norm, output = f"{block}.self_attn_layer_norm", f"{block}.self_attn.out_proj"
-                decoder.sublayers.append(self._attention(block, norm, output))
+                norm = f"{block}.self_attn_layer_norm"
+                decoder.sublayers.append(self._attention(block, norm, f"{block}.self_attn.out_proj"))
             if self._alive(f"{block}.fc1"):
                 decoder.sublayers.append(Sublayer(f"{block}.final_layer_norm", (f"{block}.fc1",), f"{block}.fc2"))
         return self._checked(decoder)
 
     def _decoder(self, embedding: str, positions: str | None, norm: str) -> Decoder:
         head = f"{self._prefix}lm_head"
-        table, last = self._modules.get(embedding), self._modules.get(norm)
+        table = self._modules.get(embedding)
         if not isinstance(table, nn.Embedding):
             text = f"{embedding} is a {type(table).__name__}, not an Embedding"
             raise RecipeError(Problem(text=text, way_out="Drop the stage."))
         tied = getattr(self._modules[head], "weight", None) is table.weight
-        centred = isinstance(last, nn.LayerNorm)
+        centred = isinstance(self._modules.get(norm), nn.LayerNorm)
         return Decoder(embedding, positions, norm, head, tied, centred, table.embedding_dim)
 
     def _attention(self, block: str, norm: str, output: str) -> Attention:
@@ -163,7 +172,7 @@ class _Description:
         return (f"{layers}.{name}" for name, _ in self._modules[layers].named_children())
 
     def _alive(self, name: str) -> bool:
-        """Whether the sublayer is there: another stage may have put something without weights in its place."""
+        """Whether the sublayer exists; a stage that removed it may have left a module without weights."""
         module = self._modules.get(name)
         return module is not None and next(module.parameters(), None) is not None
 
@@ -218,7 +227,10 @@ def _is_no(module: nn.Module | None, expected: str) -> str:
 
 
 def _is_rms_norm(norm: nn.Module) -> bool:
-    """Whether ``norm`` is x / rms(x) * gain, seen from what it does: some norms multiply by 1 + gain."""
+    """Whether ``norm`` computes x / rms(x) * gain.
+
+    The class name does not tell: some RMSNorms multiply by 1 + gain. So run a copy on random numbers and compare.
+    """
     if not isinstance(norm.__dict__["_parameters"].get("weight"), nn.Parameter) or hasattr(norm, "bias"):
         return False
     probe: Any = copy.deepcopy(norm).to_empty(device="cpu").float()

@@ -1,9 +1,12 @@
-"""Which channels a convolutional network must lose together: torch-pruning's dependency graph, not taken on trust.
+"""Coupled groups of convolutional networks, from torch-pruning's dependency graph with additional checks.
 
 ``DependencyGraph`` follows autograd's graph from an example's output (Fang et al. 2023, DepGraph, arXiv 2301.12900).
-Here it runs on a copy on the meta device, so that neither values nor the size of the model matter. A group is used
-only if every layer in it is of a kind whose slicing is known, each of its channels maps to as many rows or columns as
-any other, nothing in it is called twice or shares its weight, and it does not reach the network's output.
+Here it runs on a copy on the meta device, so that large models take no memory. A group is used only if
+
+- every layer in it is of a kind that :mod:`~pqqp_lightning.surgery.slicing` can slice,
+- each of its channels maps to the same number of rows or columns,
+- no layer in it is called twice or shares its weight, and
+- it does not reach the network's output.
 """
 
 from __future__ import annotations
@@ -25,25 +28,26 @@ from pqqp_lightning.surgery.coupling import CoupledGroup, Coupling, Member, Side
 from pqqp_lightning.surgery.slicing import SLICED_NORMS, is_depthwise
 
 IMAGE_SIZE = 224
+"""Height and width of the example image, in pixels, for a model that does not say."""
 
 
-_known: WeakKeyDictionary[nn.Module, tuple[list[Any], Coupling]] = WeakKeyDictionary()
-"""The groups of each model, with the structure that they were found in."""
+_cache: WeakKeyDictionary[nn.Module, tuple[list[Any], Coupling]] = WeakKeyDictionary()
+"""The groups of each model, and the structure for which they were traced."""
 
 
 def traced_groups(model: nn.Module) -> Coupling:
-    """The coupled groups of ``model``, traced once as long as its modules and their shapes stay as they are.
+    """Trace the coupled groups of ``model``; cached until its modules or their shapes change.
 
     Raises:
         RecipeError: torch-pruning is not installed, or the model cannot be run on an example input.
     """
-    structure = [
-        (name, type(module), [(key, p.shape) for key, p in module._parameters.items() if p is not None])
-        for name, module in model.named_modules()
-    ]
-    if model not in _known or _known[model][0] != structure:
-        _known[model] = structure, _trace(model)
-    return _known[model][1]
+    structure: list[Any] = []
+    for name, module in model.named_modules():
+        shapes = [(key, parameter.shape) for key, parameter in module._parameters.items() if parameter is not None]
+        structure.append((name, type(module), shapes))
+    if model not in _cache or _cache[model][0] != structure:
+        _cache[model] = structure, _trace(model)
+    return _cache[model][1]
 
 
 def _trace(model: nn.Module) -> Coupling:
@@ -53,7 +57,8 @@ def _trace(model: nn.Module) -> Coupling:
         way_out = "Install it: pip install torch-pruning."
         raise RecipeError(Problem(text="needs the package torch-pruning", way_out=way_out)) from error
     copy = weightless_copy(model).eval().requires_grad_(True)
-    example, calls = example_input(copy), Counter[str]()
+    example = example_input(copy)
+    calls = Counter[str]()  # of each module, by which a layer that is used twice is recognised
     handles = [m.register_forward_hook(lambda *_, n=n: calls.update([n])) for n, m in copy.named_modules()]
     try:
         with warnings.catch_warnings(), torch.enable_grad():
@@ -72,7 +77,11 @@ def _trace(model: nn.Module) -> Coupling:
 
 
 def example_input(model: nn.Module) -> Any:
-    """An input for ``model`` on the meta device: its ``example_input_array``, or by its first layer."""
+    """Build an input for ``model`` on the meta device: its ``example_input_array``, or one that fits its first layer.
+
+    Raises:
+        RecipeError: the model has neither.
+    """
     given = getattr(model, "example_input_array", None)
     if given is not None:
         return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given)
@@ -88,67 +97,73 @@ def example_input(model: nn.Module) -> Any:
 
 
 def run_example(model: nn.Module, example: Any) -> Any:
-    """The model's output for an example: a tensor, a tuple of arguments, or a dict of them."""
+    """Run ``model`` on an example: a tensor, a tuple of arguments, or a dict of them."""
     if isinstance(example, dict):
         return model(**example)
-    return model(*example) if isinstance(example, tuple | list) else model(example)
+    if isinstance(example, tuple | list):
+        return model(*example)
+    return model(example)
 
 
 class _Groups:
-    """Reads torch-pruning's graph of ``copy``."""
+    """Reads the groups from torch-pruning's graph of ``copy``."""
 
     def __init__(self, copy: nn.Module, graph: Any, calls: Counter[str]) -> None:
         self._graph = graph
         self._names = {module: name for name, module in copy.named_modules()}
         self._modules = dict(copy.named_modules())
-        self._calls, self._tied = calls, tied_weights(copy)
-        self._traced = Coupling()
+        self._calls = calls
+        self._tied = tied_weights(copy)
 
     def find(self) -> Coupling:
-        """Every group, from the first layer in it."""
-        seen: set[str] = set()
+        """Find every group once, from the first layer in it."""
+        coupling = Coupling()
+        in_groups: set[str] = set()
         for name, module in self._modules.items():
-            if name in seen or not isinstance(module, LAYER_TYPES) or module not in self._graph.module2node:
+            if name in in_groups or not isinstance(module, LAYER_TYPES) or module not in self._graph.module2node:
                 continue
             pruner = self._graph.get_pruner_of_module(module)
             units = list(range(module.weight.shape[0]))
             items = self._graph.get_pruning_group(module, pruner.prune_out_channels, units)
             group, reason = self._read(name, len(units), items)
             if group is not None:
-                self._traced.groups.append(group)
-                seen |= set(group.outputs())
+                coupling.groups.append(group)
+                in_groups.update(group.outputs())
             elif reason:
-                self._traced.left.setdefault(reason, []).append(name)
-        return self._traced
+                coupling.unprunable.setdefault(reason, []).append(name)
+        return coupling
 
     def _read(self, name: str, width: int, items: Any) -> tuple[CoupledGroup | None, str]:
+        """The group, or None and the reason why it cannot be pruned (empty for the network's output)."""
         members: list[Member] = []
         for item in items:
-            node, module = item.dep.target, item.dep.target.module
+            node = item.dep.target
+            module = node.module
             side = self._side(module, item.dep.handler)
             if not node.outputs and side == "out":
                 return None, ""  # the network's output
+            # Nodes without weights (additions, reshapes, activations) need no slicing.
             if type(module).__module__.startswith("torch_pruning") or not _has_tensors(module):
                 continue
             if reason := self._refuse(module):
                 return None, reason
             index = _index(width, item)
             if index is None:
-                return None, "its channels map to those behind it in a way that is not understood: they stay"
+                return None, "its channels map to later ones in an unknown way: they stay"
             members.append(Member(self._names[module], side, index))
         return CoupledGroup(name, "channels", width, tuple(members)), ""
 
     def _refuse(self, module: Any) -> str:
-        """Why a group that holds ``module`` cannot be pruned."""
+        """Return why a group that contains ``module`` cannot be pruned; empty if it can."""
         name = self._names.get(module)
         if name is None:
-            return "its channels meet a parameter that belongs to no known layer: they stay"
+            return "its channels reach a parameter outside of all known layers: they stay"
         if not isinstance(module, LAYER_TYPES + SLICED_NORMS):
-            return f"its channels meet a {type(module).__name__}: they stay"
+            return f"its channels reach a {type(module).__name__}: they stay"
         if isinstance(module, nn.Conv2d) and module.groups > 1 and not is_depthwise(module):
-            return "its channels meet a grouped convolution: they stay"
+            return "its channels reach a grouped convolution: they stay"
         if self._calls[name] > 1 or id(module.weight) in self._tied:
-            return "its channels meet a layer that is used twice: they stay"
+            return "its channels reach a layer that is used twice: they stay"
         return ""
 
     def _side(self, module: Any, handler: Any) -> Side:
@@ -158,21 +173,21 @@ class _Groups:
 
 
 def _index(width: int, item: Any) -> Tensor | None:
-    """The rows or columns of each unit [U, K], or None where units have different numbers of them."""
-    own: list[list[int]] = [[] for _ in range(width)]
-    for place, root in zip(item.idxs, item.root_idxs, strict=True):
-        if root is None:
+    """The rows or columns of each unit [U, K], or None if units have different numbers of them."""
+    of_unit: list[list[int]] = [[] for _ in range(width)]
+    for index, unit in zip(item.idxs, item.root_idxs, strict=True):
+        if unit is None:
             return None
-        own[root].append(place)
-    if not own[0] or len({len(places) for places in own}) > 1:
+        of_unit[unit].append(index)
+    if not of_unit[0] or len({len(indices) for indices in of_unit}) > 1:
         return None
-    return torch.tensor([sorted(places) for places in own])
+    return torch.tensor([sorted(indices) for indices in of_unit])
 
 
 def _has_tensors(module: Any) -> bool:
     if not isinstance(module, nn.Module):
         return True
-    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+    return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
 
 
 def _differentiable(output: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""A Linear layer as the product of two: a basis, which several layers may share, and coefficients of its own."""
+"""A Linear layer as the product of two: a basis, which several layers may share, and the layer's own coefficients."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pqqp_lightning.network.name_patterns import matches_any
 
 
 class Factored(nn.Module):
-    """y = coefficients(basis(x)).
+    """Computes y = coefficients(basis(x)).
 
     Args:
-        basis: [k, I], without bias; layers that share it hold one and the same object.
-        coefficients: [O, k], with the bias of the layer that was replaced.
+        basis: [k, I], without bias; layers that share it hold the same object.
+        coefficients: [O, k], with the bias of the replaced layer.
     """
 
     def __init__(self, basis: nn.Linear, coefficients: nn.Linear) -> None:
@@ -42,18 +42,19 @@ class Factored(nn.Module):
 
 
 def factor_layers(model: nn.Module, names: Sequence[str], rank: int) -> list[Factored]:
-    """Replace the Linear layers ``names`` of ``model`` by factors of ``rank`` with one shared basis, values unset.
+    """Replace the Linear layers ``names`` of ``model`` by factors of ``rank`` with one shared basis.
 
-    Device, dtype, ``requires_grad``, the bias and the transforms are those of the layers replaced.
+    The factors are not initialised. They take device, dtype, ``requires_grad``, bias and transforms of the replaced
+    layers.
     """
     layers = [model.get_submodule(name) for name in names]
     first = layers[0]
     assert isinstance(first, nn.Linear)
-    basis = _like(first, first.in_features, rank)
+    basis = _linear_like(first, first.in_features, rank)
     replaced = []
     for name, layer in zip(names, layers, strict=True):
         assert isinstance(layer, nn.Linear)
-        coefficients = _like(layer, rank, layer.out_features)
+        coefficients = _linear_like(layer, rank, layer.out_features)
         coefficients.bias = layer.bias
         module = Factored(basis, coefficients).train(layer.training)
         move_transforms(layer, module)
@@ -64,39 +65,45 @@ def factor_layers(model: nn.Module, names: Sequence[str], rank: int) -> list[Fac
 
 
 def factors_of(model: nn.Module) -> dict[str, nn.Linear]:
-    """The Linear layers that are factors of a :class:`Factored`, by name; a shared one under its first name."""
-    within = {id(f) for m in model.modules() if isinstance(m, Factored) for f in (m.basis, m.coefficients)}
-    return {name: m for name, m in model.named_modules() if id(m) in within and isinstance(m, nn.Linear)}
+    """Return the Linear layers that are factors of a :class:`Factored`, by name; a shared one under its first name."""
+    factors: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, Factored):
+            factors.update((id(module.basis), id(module.coefficients)))
+    return {name: m for name, m in model.named_modules() if id(m) in factors and isinstance(m, nn.Linear)}
 
 
-def _like(layer: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
+def _linear_like(layer: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
+    """An uninitialised Linear without bias, on the device and in the dtype of ``layer``."""
     weight = layer.weight
-    made = skip_init(nn.Linear, inputs, outputs, bias=False, device=weight.device, dtype=weight.dtype)
-    made.weight.requires_grad_(weight.requires_grad)
-    return made
+    linear = skip_init(nn.Linear, inputs, outputs, bias=False, device=weight.device, dtype=weight.dtype)
+    linear.weight.requires_grad_(weight.requires_grad)
+    return linear
 
 
 def group_layers(
     layers: Mapping[str, Layer], blocks: Blocks, share: list[str], size: int
 ) -> tuple[list[list[str]], list[str]]:
-    """Groups of up to ``size`` layers that have the same name within consecutive blocks and equally wide inputs.
+    """Group layers of consecutive blocks that have the same name within their block and inputs of the same width.
 
     Args:
         layers: in the order of the blocks.
         blocks: from :func:`~pqqp_lightning.network.blocks.find_blocks`.
-        share: name patterns of the layers that are grouped; every other layer is a group by itself.
-        size: layers a group; the last one of a kind may be smaller.
+        share: name patterns of the layers to group; every other layer forms a group of one.
+        size: layers per group; the last group of a kind may be smaller.
 
     Returns:
-        (groups of names, the names that stand alone only since their neighbours' inputs have another width).
+        (groups of names, names of the layers that could not be grouped because the input widths differ).
     """
-    kinds: dict[str, list[str]] = defaultdict(list)
+    kinds: dict[str, list[str]] = defaultdict(list)  # name within the block to full names
     for name in layers:
         block = next((b for b in blocks if b and name.startswith(f"{b}.")), None)
-        shares = block is not None and matches_any(name, share)
-        kinds[name.removeprefix(f"{block}.") if shares else f"alone:{name}"].append(name)
+        if block is not None and matches_any(name, share):
+            kinds[name.removeprefix(f"{block}.")].append(name)
+        else:
+            kinds[f"alone:{name}"].append(name)  # a key of its own: a group of one
     groups: list[list[str]] = []
-    odd: list[str] = []
+    ungrouped: list[str] = []
     for names in kinds.values():
         for start in range(0, len(names), size):
             group = names[start : start + size]
@@ -104,5 +111,5 @@ def group_layers(
                 groups.append(group)
             else:
                 groups += [[name] for name in group]
-                odd += group
-    return groups, odd
+                ungrouped += group
+    return groups, ungrouped

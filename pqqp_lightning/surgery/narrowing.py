@@ -1,4 +1,4 @@
-"""A network with fewer units in its coupled groups: carried out on its weights, or rebuilt from plain data."""
+"""Removes units of coupled groups: narrows the layers of a trained network, or rebuilds narrow ones from plain data."""
 
 from __future__ import annotations
 
@@ -10,31 +10,36 @@ from torch import Tensor, nn
 
 from pqqp_lightning.algorithms.packing import pack_mask
 from pqqp_lightning.surgery.coupling import CoupledGroup, Patch
-from pqqp_lightning.surgery.slicing import keep, resize
+from pqqp_lightning.surgery.slicing import resize, slice_module
 
 Numbers = list[tuple[str, str, int]]
-"""(module name, attribute, value)."""
+"""Attributes to set: (module name, attribute, value)."""
 
 
 def kept_parts(
     model: nn.Module, groups: Sequence[CoupledGroup], kept: Mapping[str, Tensor]
 ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    """The rows and the columns that stay of every layer and norm that loses some; None where all do.
+    """Return the kept rows and columns of every layer and norm in the groups.
 
     Args:
-        model: as it is before.
+        model: before the change.
         groups: the groups to prune.
-        kept: the units that stay of each group, by its name.
+        kept: the kept units of each group, by its name.
+
+    Returns:
+        Module name to (row indices, column indices); None if all of them stay.
     """
+    # A layer may belong to two groups, one for its rows and one for its columns, or to several for either.
     masks: dict[tuple[str, str], Tensor] = {}
     for group in groups:
-        gone = torch.ones(group.width, dtype=torch.bool)
-        gone[kept[group.name].cpu()] = False
+        removed = torch.ones(group.width, dtype=torch.bool)
+        removed[kept[group.name].cpu()] = False
         for member in group.members:
-            if (member.name, member.side) not in masks:
+            part = (member.name, member.side)
+            if part not in masks:
                 width = _width(model.get_submodule(member.name), member.side)
-                masks[member.name, member.side] = torch.ones(width, dtype=torch.bool)
-            masks[member.name, member.side][member.index[gone].flatten()] = False
+                masks[part] = torch.ones(width, dtype=torch.bool)
+            masks[part][member.index[removed].flatten()] = False
     indices = {part: mask.nonzero().flatten() for part, mask in masks.items()}
     names = dict.fromkeys(name for name, _ in masks)
     return {name: (indices.get((name, "out")), indices.get((name, "in"))) for name in names}
@@ -43,22 +48,21 @@ def kept_parts(
 def plan_narrowing(
     model: nn.Module, groups: Sequence[CoupledGroup], every: Sequence[CoupledGroup], kept: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """What :func:`rebuild_narrowed` needs, and which units stayed.
+    """Plan the removal as plain data for :func:`rebuild_narrowed`.
 
     Args:
-        model: as it is before.
+        model: before the change.
         groups: the groups to prune.
-        every: all groups of the model; a configuration speaks for all of them.
-        kept: the units that stay of each group, by its name.
+        every: all groups of the model, since one configuration may state the width of all of them.
+        kept: the kept units of each group, by its name.
 
     Returns:
-        ``sizes``: the new rows and columns of each layer (null where they stay); ``numbers``: attributes to set;
-        ``<group>:kept``: one bit a unit, packed.
+        ``sizes``: the new numbers of rows and columns of each layer (null if unchanged); ``numbers``: attributes to
+        set; ``<group>:kept``: one bit per unit, packed, for the record.
     """
-    sizes = {
-        name: [None if part is None else len(part) for part in parts]
-        for name, parts in kept_parts(model, groups, kept).items()
-    }
+    sizes: dict[str, list[int | None]] = {}
+    for name, (rows, columns) in kept_parts(model, groups, kept).items():
+        sizes[name] = [None if rows is None else len(rows), None if columns is None else len(columns)]
     units = {group.name: len(kept[group.name]) for group in groups}
     plan: dict[str, Any] = {"sizes": sizes, "numbers": _numbers(groups, every, units)}
     for group in groups:
@@ -69,7 +73,7 @@ def plan_narrowing(
 
 
 def rebuild_narrowed(model: nn.Module, plan: dict[str, Any]) -> None:
-    """Bring ``model`` to the structure of a plan, values unset."""
+    """Give ``model`` the structure of a plan, with uninitialised weights."""
     for name, (rows, columns) in plan["sizes"].items():
         resize(model.get_submodule(name), rows, columns)
     _set_numbers(model, plan["numbers"])
@@ -78,36 +82,48 @@ def rebuild_narrowed(model: nn.Module, plan: dict[str, Any]) -> None:
 def narrow(
     model: nn.Module, groups: Sequence[CoupledGroup], kept: Mapping[str, Tensor], numbers: Numbers
 ) -> dict[str, list[str]]:
-    """Take the other units out of ``model``.
+    """Remove all units from ``model`` that are not kept.
 
     Returns:
-        what of earlier constraints was lost, to the layers.
+        Descriptions of lost constraints, to the names of the layers.
     """
     lost: dict[str, list[str]] = {}
     for name, (rows, columns) in kept_parts(model, groups, kept).items():
-        for what in keep(model.get_submodule(name), rows, columns):
-            lost.setdefault(what, []).append(name)
+        for description in slice_module(model.get_submodule(name), rows, columns):
+            lost.setdefault(description, []).append(name)
     _set_numbers(model, numbers)
     return lost
 
 
-def uneven(groups: Sequence[CoupledGroup], units: Mapping[str, int]) -> list[str]:
-    """Settings of the configuration for which the layers do not agree on a value once groups have these units."""
-    return [key[1] for key, values in _config_values(groups, units).items() if len(values) > 1]
+def conflicting_settings(groups: Sequence[CoupledGroup], units: Mapping[str, int]) -> list[str]:
+    """Return the settings of the configuration that would need several values for groups with these ``units``."""
+    return [setting for (_, setting), values in _config_values(groups, units).items() if len(values) > 1]
 
 
 def _numbers(groups: Sequence[CoupledGroup], every: Sequence[CoupledGroup], units: Mapping[str, int]) -> Numbers:
-    own = [(p.name, p.attribute, p.value(units[g.name])) for g in groups for p in g.patches if not _is_config(p)]
-    touched = {(p.name, p.attribute) for g in groups for p in g.patches if _is_config(p)}
-    agreed = {key: values for key, values in _config_values(every, units).items() if len(values) == 1}
-    return own + [(*key, values.pop()) for key, values in agreed.items() if key in touched]
+    """The attributes to set: those of the groups' modules, then those of configurations."""
+    numbers: Numbers = []
+    config_keys: set[tuple[str, str]] = set()
+    for group in groups:
+        for patch in group.patches:
+            if _is_config(patch):
+                config_keys.add((patch.name, patch.attribute))
+            else:
+                numbers.append((patch.name, patch.attribute, patch.value(units[group.name])))
+    # A setting on whose value the layers disagree keeps its old one.
+    for (name, setting), values in _config_values(every, units).items():
+        if (name, setting) in config_keys and len(values) == 1:
+            numbers.append((name, setting, values.pop()))
+    return numbers
 
 
 def _config_values(every: Sequence[CoupledGroup], units: Mapping[str, int]) -> dict[tuple[str, str], set[int]]:
+    """The values that the groups need for each setting of a configuration: (module name, attribute) to values."""
     values: dict[tuple[str, str], set[int]] = {}
     for group in every:
         for patch in filter(_is_config, group.patches):
-            values.setdefault((patch.name, patch.attribute), set()).add(patch.value(units.get(group.name, group.width)))
+            value = patch.value(units.get(group.name, group.width))
+            values.setdefault((patch.name, patch.attribute), set()).add(value)
     return values
 
 
@@ -119,10 +135,11 @@ def _set_numbers(model: nn.Module, numbers: Sequence[Sequence[Any]]) -> None:
     for name, attribute, value in numbers:
         target: Any = model.get_submodule(name)
         if attribute.startswith("config."):
-            target, attribute = target.config, attribute.removeprefix("config.")
-        setattr(target, attribute, value)
+            target = target.config
+        setattr(target, attribute.removeprefix("config."), value)
 
 
 def _width(module: nn.Module, side: str) -> int:
+    """Rows or columns of a layer; the entries of a norm, which may have no weight but running statistics."""
     tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.dim()]
     return tensors[0].shape[0] if side == "out" else tensors[0].shape[1]

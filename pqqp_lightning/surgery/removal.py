@@ -1,4 +1,4 @@
-"""Taking parts out of a network: whole blocks, or the attention and MLP sublayers of transformer blocks."""
+"""Removes whole blocks, or the attention and MLP sublayers of transformer blocks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from pqqp_lightning.network.blocks import Blocks, pack_output
 
 PER_LAYER_SETTINGS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Settings of a Hugging Face configuration that hold one value per layer."""
 
 
 class Removed(nn.Module):
-    """Stands in the place of a residual branch: zeros of its input's shape, whatever else it is given.
+    """Replaces a residual branch: returns zeros of its input's shape, so that the block passes its input on.
 
     Args:
-        outputs: 0 to return the zeros alone; n for a tuple of n, of which the rest is None.
+        outputs: 0 to return the zeros alone; n to return a tuple of n items: the zeros, then None.
     """
 
     def __init__(self, outputs: int = 0) -> None:
@@ -39,7 +40,7 @@ class Sublayer:
 
     Attributes:
         branch: the child whose output the block adds to its hidden state.
-        rest: children that belong to the branch and to nothing else: norms, a layer scale, an OPT's first layer.
+        rest: children that only this branch uses: norms, a layer scale, the first MLP layer of OPT.
     """
 
     branch: str
@@ -55,84 +56,96 @@ SUBLAYERS = (
 
 
 def sublayers_of(block: nn.Module) -> list[Sublayer] | None:
-    """The sublayers that ``block`` has left; None if it is not built of an attention and an MLP sublayer.
+    """Return the remaining sublayers of ``block``; None if it is not built of an attention and an MLP sublayer.
 
-    Every parameter of the block must belong to one of them, so that a block of another build is not taken for one.
+    Every parameter of the block must belong to one of the two, so that no block of another structure is accepted.
     """
     children = dict(block.named_children())
+    with_parameters = {name for name, child in children.items() if next(child.parameters(), None) is not None}
     for pair in SUBLAYERS:
-        names = {name for sublayer in pair for name in (sublayer.branch, *sublayer.rest)}
-        own = {name for name, child in children.items() if any(True for _ in child.parameters())}
-        if own <= names and all(sublayer.branch in children for sublayer in pair):
+        known: set[str] = set()
+        for sublayer in pair:
+            known.update((sublayer.branch, *sublayer.rest))
+        if with_parameters <= known and all(sublayer.branch in children for sublayer in pair):
             return [sublayer for sublayer in pair if not isinstance(children[sublayer.branch], Removed)]
     return None
 
 
 def remove_sublayer(model: nn.Module, block: str, sublayer: Sublayer, outputs: int) -> None:
-    """Put :class:`Removed` in the place of the sublayer's branch, and nothing in the place of its other modules."""
+    """Replace the sublayer's branch by :class:`Removed` and its other modules by ``Identity``."""
     parent = model.get_submodule(block)
     for name, substitute in substitutes(parent, sublayer, outputs).items():
         setattr(parent, name, substitute)
 
 
 def substitutes(block: nn.Module, sublayer: Sublayer, outputs: int) -> dict[str, nn.Module]:
-    """What stands in the place of each child of the sublayer when it is removed."""
-    found: dict[str, nn.Module] = {name: nn.Identity() for name in sublayer.rest if hasattr(block, name)}
-    found[sublayer.branch] = Removed(outputs)
-    return {name: module.train(block.training) for name, module in found.items()}
+    """Return the modules that replace the children of a removed sublayer, by name."""
+    modules: dict[str, nn.Module] = {name: nn.Identity() for name in sublayer.rest if hasattr(block, name)}
+    modules[sublayer.branch] = Removed(outputs)
+    return {name: module.train(block.training) for name, module in modules.items()}
 
 
 def outside_of_a_list(model: nn.Module, blocks: Blocks) -> list[str]:
-    """Names of blocks that are not elements of a ``ModuleList`` or ``Sequential`` and so cannot be taken out."""
-    return [
-        name
-        for name in blocks
-        if not name or not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.ModuleList | nn.Sequential)
-    ]
+    """Return the names of blocks that cannot be removed: those outside of a ``ModuleList`` or ``Sequential``."""
+    outside = []
+    for name in blocks:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if not name or not isinstance(parent, nn.ModuleList | nn.Sequential):
+            outside.append(name)
+    return outside
 
 
 def remove_blocks(model: nn.Module, names: Sequence[str], removed: Sequence[str]) -> dict[str, nn.Module]:
-    """Take the blocks ``removed`` out of their lists, renumber the others, and return these by their new names.
+    """Remove blocks from their lists and renumber the others.
 
-    A Hugging Face model is afterwards a stock model of fewer layers: its configuration says how many, and each
-    layer's ``layer_idx`` is its new place.
+    The result is an ordinary model with fewer layers: a Hugging Face configuration gets their number, and each layer's
+    ``layer_idx`` becomes its new position.
 
     Args:
-        model: holds them.
-        names: of all its blocks, in order.
-        removed: those of ``names`` that go.
+        model: holds the blocks.
+        names: names of all its blocks, in order.
+        removed: the blocks of ``names`` to remove.
+
+    Returns:
+        The remaining blocks by their new names.
     """
     blocks = {name: model.get_submodule(name) for name in names}
-    gone = set(removed)
+    removed_names = set(removed)
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in removed):
         children = model.get_submodule(parent)._modules
-        left = [(n, child) for n, child in children.items() if (f"{parent}.{n}" if parent else n) not in gone]
         numbered = all(name.isdigit() for name in children)
+        remaining: dict[str, nn.Module | None] = {}
+        for name, child in children.items():
+            if (f"{parent}.{name}" if parent else name) not in removed_names:
+                remaining[str(len(remaining)) if numbered else name] = child
         children.clear()
-        children.update({str(i) if numbered else name: child for i, (name, child) in enumerate(left)})
-    kept = [index for index, name in enumerate(names) if name not in gone]
+        children.update(remaining)
+
+    kept = [index for index, name in enumerate(names) if name not in removed_names]
     for config in _configurations(model, names):
-        _cut(config, kept, len(names))
-    for place, index in enumerate(kept):
+        _shorten_config(config, kept, len(names))
+    # layer_idx selects a layer's entry in the cache of keys and values: it must count the remaining layers.
+    for position, index in enumerate(kept):
         for module in blocks[names[index]].modules():
             if getattr(module, "layer_idx", None) == index:
-                setattr(module, "layer_idx", place)  # noqa: B010
-    still = {id(blocks[names[index]]) for index in kept}
-    return {name: module for name, module in model.named_modules() if id(module) in still}
+                setattr(module, "layer_idx", position)  # noqa: B010
+    kept_ids = {id(blocks[names[index]]) for index in kept}
+    return {name: module for name, module in model.named_modules() if id(module) in kept_ids}
 
 
 def _configurations(model: nn.Module, names: Sequence[str]) -> Iterator[Any]:
-    """The configurations of the modules that hold the blocks, each once."""
+    """The configurations of the modules above the blocks, each object once."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
-        holds = any(block.startswith(f"{name}.") or not name for block in names)
-        if holds and config is not None and id(config) not in seen:
+        is_above_a_block = any(block.startswith(f"{name}.") or not name for block in names)
+        if is_above_a_block and config is not None and id(config) not in seen:
             seen.add(id(config))
             yield config
 
 
-def _cut(config: Any, kept: list[int], total: int) -> None:
+def _shorten_config(config: Any, kept: list[int], total: int) -> None:
+    # A configuration with another number of layers describes other blocks, such as those of an encoder.
     if getattr(config, "num_hidden_layers", None) != total:
         return
     config.num_hidden_layers = len(kept)

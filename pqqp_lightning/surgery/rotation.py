@@ -1,4 +1,7 @@
-"""A decoder's weights rewritten for a rotated residual stream, and the structure that goes with it."""
+"""Rotates a decoder's residual stream: changes the structure from a plan, and rewrites the weights.
+
+QuaRot (Ashkboos et al., arXiv 2404.00456); :mod:`~pqqp_lightning.algorithms.quarot` has the mathematics.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,13 @@ from pqqp_lightning.algorithms.quarot import (
     rotate_heads,
 )
 from pqqp_lightning.network.activation_hooks import ProjectedEmbedding, RotateInput
-from pqqp_lightning.surgery.decoder import Attention, Decoder, Sublayer, norm_parts
+from pqqp_lightning.surgery.decoder import Attention, Decoder, norm_parts
 
 ROWS_AT_ONCE = 4096
-"""Rows of an embedding that are in float64 at a time."""
+"""Rows of an embedding that are converted to float64 at a time: the whole table would take much memory."""
 
 Change = tuple[str, dict[str, Any]]
-"""A Linear layer's name and the options of ``rewrite_linear``."""
+"""A Linear layer's name and its arguments of ``rewrite_linear``."""
 
 
 Norm = tuple[nn.Parameter | None, nn.Parameter | None, float]
@@ -33,48 +36,69 @@ Norm = tuple[nn.Parameter | None, nn.Parameter | None, float]
 
 
 def plan_structure(model: nn.Module, decoder: Decoder, *, fold: bool, online: bool, seed: int) -> dict[str, Any]:
-    """What :func:`rotate_structure` needs to know to do its work on a fresh model.
+    """Plan the structural changes as plain data for :func:`rotate_structure`.
 
     Args:
         model: holds the decoder; its weights are not read.
         decoder: from :func:`~pqqp_lightning.surgery.decoder.describe_decoder`.
-        fold: fold the norms' gains and rotate the stream; else leave both and rotate each norm's output at run time.
-        online: rotate the inputs of each sublayer's last layer as well: all of an MLP's, the heads of an attention.
+        fold: fold the norms' gains and rotate the stream. If False, leave both and rotate each norm's output at run
+            time.
+        online: also rotate the input of each sublayer's last layer at run time: all features of an MLP, whole heads of
+            an attention.
         seed: of the rotations.
     """
-    at_run_time = {} if fold else {name: [decoder.hidden_size, 1] for s in decoder.sublayers for name in s.reads}
-    if online:
-        at_run_time |= {s.writes: _parts(_linear(model, s.writes), s) for s in decoder.sublayers}
-    plan = {"seed": seed, **(_plan_stream(model, decoder) if fold else {}), "online": at_run_time}
-    for order in sorted({order for order, _ in at_run_time.values()}):
-        if small_factor(order) is None:  # its random matrix is stored: another machine may compute other digits
+    run_time: dict[str, list[int]] = {}  # layer to [order, width] of the rotation of its input
+    for sublayer in decoder.sublayers:
+        if not fold:
+            run_time.update({name: [decoder.hidden_size, 1] for name in sublayer.reads})
+    for sublayer in decoder.sublayers:
+        if online:
+            width = sublayer.head_dim if isinstance(sublayer, Attention) else 1
+            run_time[sublayer.writes] = [_linear(model, sublayer.writes).in_features // width, width]
+    plan: dict[str, Any] = {"seed": seed}
+    if fold:
+        plan |= _plan_stream(model, decoder)
+    plan["online"] = run_time
+    for order in sorted({order for order, _ in run_time.values()}):
+        # Store a random matrix, since QR may give other digits on another machine. Hadamard matrices are exact.
+        if small_factor(order) is None:
             plan[f"factor.{order}"] = make_rotation(order, _generator(seed), random_signs=False).factor
     return plan
 
 
 def _plan_stream(model: nn.Module, decoder: Decoder) -> dict[str, Any]:
-    """What changes in the structure where the stream is rotated."""
-    folded = [(s.norm, s.reads) for s in decoder.sublayers]
+    """The structural changes for a rotated stream."""
+    readers = [(sublayer.norm, sublayer.reads) for sublayer in decoder.sublayers]
     if not decoder.tied:
-        folded.append((decoder.norm, (decoder.head,)))
-    shifted = [name for norm, reads in folded for name in reads if _norm(model, norm)[1] is not None]
+        readers.append((decoder.norm, (decoder.head,)))
+    new_biases = []  # a layer that takes up a norm's bias needs a bias itself
+    for norm, names in readers:
+        _, norm_bias, _ = _norm(model, norm)
+        if norm_bias is not None:
+            new_biases += [name for name in names if _linear(model, name).bias is None]
     return {
         "hidden_size": decoder.hidden_size,
         "norms": {name: _norm(model, name)[2] for name in decoder.norms},
-        "biases": [name for name in shifted if _linear(model, name).bias is None],
+        "biases": new_biases,
         "gain": [decoder.norm, _norm(model, decoder.norm)[1] is not None] if decoder.tied else None,
         "projected": decoder.embedding if decoder.tied and decoder.centred else None,
     }
 
 
 def rotate_structure(model: nn.Module, plan: dict[str, Any]) -> None:
-    """Norms without gains, a layer for a tied head's gain, biases where norms had some, rotations at run time."""
+    """Change the structure as planned.
+
+    Norms lose their gains, a tied head gets a layer for its gain, layers get biases if their norm had one, and
+    rotations at run time are attached.
+    """
     if "norms" in plan:
         _restructure_stream(model, plan)
+    # Layers with the same rotation share one hook, so that q, k and v rotate their common input once.
     hooks: dict[tuple[int, int], RotateInput] = {}
     for name, (order, width) in plan["online"].items():
-        hook = hooks.get((order, width)) or RotateInput(online_rotation(plan, order), width)
-        hooks.setdefault((order, width), hook).attach(model.get_submodule(name))
+        if (order, width) not in hooks:
+            hooks[order, width] = RotateInput(online_rotation(plan, order), width)
+        hooks[order, width].attach(model.get_submodule(name))
 
 
 def _restructure_stream(model: nn.Module, plan: dict[str, Any]) -> None:
@@ -83,9 +107,11 @@ def _restructure_stream(model: nn.Module, plan: dict[str, Any]) -> None:
         bias = layer.weight.detach().new_zeros(layer.out_features)
         layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
     for name, epsilon in plan["norms"].items():
-        bare = nn.RMSNorm(plan["hidden_size"], epsilon, elementwise_affine=False)
-        last = plan["gain"] is not None and name == plan["gain"][0]
-        _replace(model, name, _with_gain(bare, _norm(model, name)[0], plan["gain"][1]) if last else bare)
+        norm: nn.Module = nn.RMSNorm(plan["hidden_size"], epsilon, elementwise_affine=False)
+        if plan["gain"] is not None and name == plan["gain"][0]:
+            gain, _, _ = _norm(model, name)
+            norm = _with_gain(norm, gain, plan["gain"][1])
+        _replace(model, name, norm)
     if plan["projected"]:
         embedding = model.get_submodule(plan["projected"])
         assert isinstance(embedding, nn.Embedding)
@@ -93,7 +119,7 @@ def _restructure_stream(model: nn.Module, plan: dict[str, Any]) -> None:
 
 
 def online_rotation(plan: dict[str, Any], order: int) -> Rotation:
-    """The rotation of ``order`` at run time: a plain Hadamard matrix where there is one."""
+    """Return the rotation of ``order`` at run time: a Hadamard matrix without signs, or the stored random matrix."""
     factor = plan.get(f"factor.{order}")
     if factor is not None:
         return Rotation(factor.cpu(), order)
@@ -102,29 +128,38 @@ def online_rotation(plan: dict[str, Any], order: int) -> Rotation:
 
 @torch.no_grad()
 def rotate_decoder(model: nn.Module, decoder: Decoder, plan: dict[str, Any]) -> None:
-    """Give ``model`` the structure of ``plan`` and its weights the values that keep its function."""
+    """Give ``model`` the structure of ``plan``, and rewrite its weights so that its function does not change."""
     device = model.get_submodule(decoder.embedding).weight.device
     assert isinstance(device, torch.device)
-    stream = make_rotation(decoder.hidden_size, _generator(plan["seed"])).to(device) if "norms" in plan else None
-    last = _norm(model, decoder.norm)
+    stream = None
+    if "norms" in plan:
+        stream = make_rotation(decoder.hidden_size, _generator(plan["seed"])).to(device)
+    # Read the norms' gains and biases before the structure changes: it drops them.
+    last_norm = _norm(model, decoder.norm)
     changes = list(_changes(model, decoder, plan, stream, device))
     if stream is not None and not decoder.tied:
-        changes.append((decoder.head, {"gain": last[0], "shift": last[1], "inputs": [stream.apply]}))
+        gain, shift, _ = last_norm
+        changes.append((decoder.head, {"gain": gain, "shift": shift, "inputs": [stream.apply]}))
     rotate_structure(model, plan)
     for name, options in changes:
         layer = _linear(model, name)
         _write(layer, *rewrite_linear(layer.weight, layer.bias, **options))
     if stream is not None:
-        _rotate_ends(model, decoder, plan, stream, last)
+        _rotate_ends(model, decoder, plan, stream, last_norm)
 
 
-def _rotate_ends(model: nn.Module, decoder: Decoder, plan: dict[str, Any], stream: Rotation, last: Norm) -> None:
-    """What the stream begins with, and a tied head's gain."""
+def _rotate_ends(model: nn.Module, decoder: Decoder, plan: dict[str, Any], stream: Rotation, last_norm: Norm) -> None:
+    """Rotate the embeddings, with which the stream begins, and the gain before a tied head."""
     for table in filter(None, (decoder.embedding, decoder.positions)):
+        # A tied embedding is also the head, which needs its mean: ProjectedEmbedding removes it at run time instead.
         keep_mean = decoder.tied and table == decoder.embedding
-        _rotate_rows(model.get_submodule(table).weight, stream, centred=decoder.centred and not keep_mean)
+        weight: Any = model.get_submodule(table).weight
+        for rows in weight.split(ROWS_AT_ONCE):
+            wide = rows.double()
+            rows.copy_(stream.apply(centre(wide) if decoder.centred and not keep_mean else wide))
     if decoder.tied:
-        _write(model.get_submodule(f"{decoder.norm}.gain"), *rotate_gain(stream, last[0], last[1]))
+        gain, shift, _ = last_norm
+        _write(model.get_submodule(f"{decoder.norm}.gain"), *rotate_gain(stream, gain, shift))
     if plan["projected"]:
         embedding: Any = model.get_submodule(plan["projected"])
         embedding.direction.copy_(mean_direction(stream))
@@ -133,34 +168,33 @@ def _rotate_ends(model: nn.Module, decoder: Decoder, plan: dict[str, Any], strea
 def _changes(
     model: nn.Module, decoder: Decoder, plan: dict[str, Any], stream: Rotation | None, device: torch.device
 ) -> Iterator[Change]:
-    """How each Linear layer on the stream is rewritten; ``stream`` is None where it stays as it is."""
+    """Yield how to rewrite each Linear layer on the stream; ``stream`` is None if the stream is not rotated."""
 
-    def at_run_time(name: str) -> list[Map]:
+    def run_time_rotation(name: str) -> list[Map]:
         if name not in plan["online"]:
             return []
         order, width = plan["online"][name]
         return [rotate_across(online_rotation(plan, order).to(device), width)]
 
-    writes: list[Map] = [] if stream is None else [*([centre] if decoder.centred else []), stream.apply]
+    writes: list[Map] = []  # what happens to outputs that are added to the stream
+    if stream is not None and decoder.centred:
+        writes.append(centre)
+    if stream is not None:
+        writes.append(stream.apply)
     for sublayer in decoder.sublayers:
         folded: dict[str, Any] = {}
         if stream is not None:
             folded["gain"], folded["shift"], _ = _norm(model, sublayer.norm)
+        # Each value head is rotated, and the output layer undoes it. This needs no computation at run time.
         heads: list[Map] = []
         if isinstance(sublayer, Attention):
             rotation = make_rotation(sublayer.head_dim, _generator(plan["seed"]), random_signs=False)
             heads = [rotate_heads(rotation.to(device))]
         for name in sublayer.reads:
             outputs = heads if isinstance(sublayer, Attention) and name == sublayer.values else []
-            inputs = at_run_time(name) if stream is None else [stream.apply]
+            inputs = run_time_rotation(name) if stream is None else [stream.apply]
             yield name, {**folded, "inputs": inputs, "outputs": outputs}
-        yield sublayer.writes, {"inputs": [*heads, *at_run_time(sublayer.writes)], "outputs": writes}
-
-
-def _parts(layer: nn.Linear, sublayer: Sublayer) -> list[int]:
-    """[n, width]: how many parts of the layer's input are mixed at run time, and how wide each is."""
-    width = sublayer.head_dim if isinstance(sublayer, Attention) else 1
-    return [layer.in_features // width, width]
+        yield sublayer.writes, {"inputs": [*heads, *run_time_rotation(sublayer.writes)], "outputs": writes}
 
 
 def _write(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
@@ -169,14 +203,8 @@ def _write(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
         layer.bias.copy_(bias)
 
 
-def _rotate_rows(table: Any, rotation: Rotation, *, centred: bool) -> None:
-    for rows in table.split(ROWS_AT_ONCE):
-        wide = rows.double()
-        rows.copy_(rotation.apply(centre(wide) if centred else wide))
-
-
 def _with_gain(norm: nn.Module, gain: Tensor | None, bias: bool) -> nn.Sequential:
-    """``norm`` and a layer behind it, named ``gain``."""
+    """``norm`` followed by an uninitialised Linear layer named ``gain``."""
     assert gain is not None
     layer = nn.utils.skip_init(nn.Linear, len(gain), len(gain), bias, device=gain.device, dtype=gain.dtype)
     layer.requires_grad_(gain.requires_grad)
@@ -201,6 +229,6 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` in the place of the module ``name``."""
+    """Replace the module ``name`` by ``new``."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new.train(model.get_submodule(name).training))
