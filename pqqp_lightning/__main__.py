@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments[1:] in (["-h"], ["--help"]):
             _print_help(arguments)
             return
+        from pqqp_lightning.cli.light_torchmetrics import import_torchmetrics_lightly
+
+        import_torchmetrics_lightly()
         sys.path.insert(0, os.getcwd())  # a stage or model in the working folder is importable
         with _heeding_sigterm():
             from pqqp_lightning.cli.commands import run_command

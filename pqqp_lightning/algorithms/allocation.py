@@ -13,8 +13,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix
 from torch import Tensor
 
 Costs = Sequence[Sequence[float]]
@@ -104,6 +102,9 @@ def _spend(chosen: Sequence[int], costs: Costs, amounts: Amounts, budget: int) -
 
 def _solve(costs: Costs, amounts: Amounts, budget: int, scale: float) -> list[int]:
     """The optimum among options that cost at most ``scale``, which some feasible choice costs in all."""
+    from scipy.optimize import Bounds, LinearConstraint, milp  # here: most commands do without it
+    from scipy.sparse import csr_matrix
+
     pairs = [(i, k) for i, row in enumerate(costs) for k, cost in enumerate(row) if cost <= scale]
     unit = math.gcd(*(amounts[i][k] for i, k in pairs)) or 1  # small integers: tolerances then cannot hide a unit
     sizes = np.array([amounts[i][k] // unit for i, k in pairs], dtype=float)

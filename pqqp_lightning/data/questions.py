@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,7 @@ from pqqp_lightning.data import hub_tables as sources
 from pqqp_lightning.data.loaders import check_positive, evaluation_loader, require
 from pqqp_lightning.data.tokens import check_vocabulary
 from pqqp_lightning.errors import RecipeError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+from pqqp_lightning.models.loading import Tokenizer
 
 INSIDE = "questions."
 COLUMNS = ("question", "choices", "answerKey")
@@ -58,7 +55,7 @@ class Questions:
         """Fill the hub's cache, once per machine."""
         sources.download(sources.expand(self.source), self.config_name, INSIDE)
 
-    def read(self, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> list[Question]:
+    def read(self, tokenizer: Tokenizer, model: Any = None) -> list[Question]:
         """The questions in tokens, shortest first.
 
         Args:
@@ -85,7 +82,7 @@ class Questions:
     def _where(self) -> str:
         return f"data: {INSIDE}source={self.source!r}, split {self.split!r}"
 
-    def _check_columns(self, table: Dataset) -> None:
+    def _check_columns(self, table: sources.Table) -> None:
         missing = [name for name in COLUMNS if name not in table.column_names]
         if missing:
             raise RecipeError(
@@ -93,7 +90,7 @@ class Questions:
                 f"Questions have {', '.join(COLUMNS)}, as in allenai/ai2_arc."
             )
 
-    def _encode(self, row: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBase) -> Question:
+    def _encode(self, row: dict[str, Any], number: int, tokenizer: Tokenizer) -> Question:
         question, choices, key = (row[name] for name in COLUMNS)
         texts, labels = (choices.get(k) or [] if isinstance(choices, dict) else [] for k in ("text", "label"))
         if not isinstance(question, str) or len(texts) < 2 or len(texts) != len(labels) or not all(texts):
