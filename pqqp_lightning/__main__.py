@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not COMMANDS[name].takes_recipe and arguments[1:] in (["-h"], ["--help"]):
             print(general_help(), end="")
             return
+        from pqqp_lightning.cli.light_torchmetrics import import_torchmetrics_lightly
+
+        import_torchmetrics_lightly()
         sys.path.insert(0, os.getcwd())  # so that a stage or model in the working folder can be imported
         with _raising_at_sigterm():
             from pqqp_lightning.cli.commands import run_command

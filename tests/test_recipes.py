@@ -8,12 +8,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 
 from pqqp_lightning import load
 from pqqp_lightning.__main__ import main
 from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
-from pqqp_lightning.storage.files import checkpoint_bytes
 
 ROOT = Path(__file__).parent.parent
 PQQP_DATA = Path(os.environ.get("PQQP_DATA", ROOT.parent / "shared" / "data"))
@@ -50,7 +50,7 @@ def check_run(run_folder):
     keys |= {"bits_per_weight", "elapsed_s", "peak_memory_bytes", "constraints_verified", "notes"}
     assert all(keys <= set(stage) for stage in report["stages"])
     last = report["stages"][-1]
-    assert checkpoint_bytes(run_folder / "model") == pytest.approx(last["size_bytes"], rel=0.02)
+    assert tiny.tensor_bytes(run_folder / "model") == pytest.approx(last["size_bytes"], rel=0.02)
     module = load(run_folder)
     assert not broken_constraints(module, collect_constraints(module))
     return report["stages"], module

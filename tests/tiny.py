@@ -20,6 +20,7 @@ from pqqp_lightning import Stage, Trainer
 from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.models import CausalLM, ImageClassifier
 from pqqp_lightning.stages.arguments import required
+from pqqp_lightning.storage.run_folder import WEIGHTS
 
 ACCELERATOR = os.environ.get("TEST_ACCELERATOR", "cpu")
 """``TEST_ACCELERATOR=gpu`` runs the tests that use :func:`trainer` or the recipe of ``command_line`` on a GPU."""
@@ -50,6 +51,14 @@ TOKENS = 16
 def token_rows(rows: int, seed: int = 0, vocabulary: int = 64) -> Tensor:
     """Random token ids [rows, TOKENS]."""
     return torch.randint(0, vocabulary, (rows, TOKENS), generator=torch.Generator().manual_seed(seed))
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of the tensors in a checkpoint: the header, which outweighs a toy model's weights, is left out."""
+    weights = folder / WEIGHTS
+    with weights.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    return weights.stat().st_size - 8 - header_bytes
 
 
 def write_tokens(folder: Path, calibration: int = 8, evaluation: int = 4, train: int = 8) -> dict[str, str]:

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix
 from torch import Tensor
 
 Costs = Sequence[Sequence[float]]
@@ -194,6 +192,9 @@ def _solve(costs: Costs, amounts: Amounts, budget: int, scale: float) -> list[in
 
     ``scale`` is the total cost of some feasible choice. Options that alone cost more cannot be part of the optimum.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # here: most commands do without it
+    from scipy.sparse import csr_matrix
+
     pairs: list[tuple[int, int]] = []  # (layer, option), one binary variable each
     for layer, row in enumerate(costs):
         pairs.extend((layer, option) for option, cost in enumerate(row) if cost <= scale)

@@ -12,7 +12,6 @@ from lightning.pytorch import LightningModule
 from safetensors import safe_open
 from torch import Tensor
 
-from pqqp_lightning.checkpoint.bundle import BundleReader
 from pqqp_lightning.checkpoint.encoding import weight_owner
 from pqqp_lightning.checkpoint.format import ORIGIN, Applied, Origin, model_folder, origin_of, read_manifest
 from pqqp_lightning.checkpoint.packing import unpack_weight
@@ -22,6 +21,39 @@ from pqqp_lightning.storage.run_folder import WEIGHTS
 
 MOVED = {"pqqp_lightning.trainer.Training": "pqqp_lightning.runs.trainer.Training"}
 """Classes that checkpoints of earlier versions name by a module that has moved."""
+BUNDLE = "bundle"
+"""The tensor in which format 1 kept the small tensors, as bytes one after another."""
+
+
+class StoredTensors:
+    """The tensors of an open weights file by name, whatever the checkpoint's format.
+
+    Args:
+        file: from ``safetensors.safe_open``.
+        small: (name, dtype, shape) of each small tensor of format 1, in order; empty in format 2.
+    """
+
+    def __init__(self, file: Any, small: list[tuple[str, str, list[int]]]) -> None:
+        self._file = file
+        self._names = set(file.keys())
+        self._small: dict[str, Tensor] = {}
+        if not small:
+            return
+        self._names.remove(BUNDLE)
+        rest = file.get_tensor(BUNDLE)
+        for name, dtype_name, shape in small:
+            dtype = getattr(torch, dtype_name)
+            size_bytes = torch.Size(shape).numel() * dtype.itemsize
+            self._small[name] = rest[:size_bytes].clone().view(dtype).view(shape)  # a copy is aligned for its dtype
+            rest = rest[size_bytes:]
+
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return [*self._names, *self._small]
+
+    def get(self, name: str) -> Tensor:
+        """The tensor ``name``."""
+        return self._small[name] if name in self._small else self._file.get_tensor(name)
 
 
 def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
@@ -39,7 +71,7 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(folder)
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
-        file = BundleReader(opened, manifest["small"])
+        file = StoredTensors(opened, manifest.get("small", []))
         origin = origin_of(module)
         manifest["applied"] = _applied(manifest, file)[len(origin.applied) if origin else 0 :]
         for item in manifest["applied"]:
@@ -73,7 +105,7 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _applied(manifest: dict[str, Any], file: BundleReader) -> list[Applied]:
+def _applied(manifest: dict[str, Any], file: StoredTensors) -> list[Applied]:
     """The stages with their whole plans."""
     found = []
     for position, entry in enumerate(manifest["plans"]):
@@ -87,7 +119,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     folder = model_folder(folder)
     manifest = read_manifest(folder)
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
-        file = BundleReader(opened, manifest["small"])
+        file = StoredTensors(opened, manifest.get("small", []))
         state = {}
         for name in _weight_names(file.names()):
             packed = manifest["packed"].get(name)
@@ -156,7 +188,7 @@ def _import(path: str) -> Any:
         raise RecipeError(f"the checkpoint needs {path}, which cannot be imported. Install its package.") from error
 
 
-def _parts(file: BundleReader, name: str) -> dict[str, Tensor]:
+def _parts(file: StoredTensors, name: str) -> dict[str, Tensor]:
     prefix = f"{name}:"
     return {key.removeprefix(prefix): file.get(key) for key in file.names() if key.startswith(prefix)}
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pqqp_lightning.checkpoint.bundle import bundle_small
 from pqqp_lightning.checkpoint.encoding import stored_constraints, stored_tensors, weight_owner
 from pqqp_lightning.checkpoint.format import FORMAT, Applied, digest_of_manifest, origin_of, skeleton_of
 from pqqp_lightning.checkpoint.packing import pack_weight
@@ -82,5 +82,12 @@ def _contents(
         tensors_of_plan = {k: v for k, v in item.plan.items() if isinstance(v, Tensor)}
         stored.update({f"plan.{position}:{k}": v for k, v in tensors_of_plan.items()})
         plans.append({"class_path": dotted_name(item.stage), "plan": plain, "tensors": sorted(tensors_of_plan)})
-    stored, small = bundle_small(stored)
-    return stored, {"plans": plans, "packed": entries, "aliases": aliases, "small": small}
+    own = {name: _own_memory(tensor) for name, tensor in stored.items()}
+    return own, {"plans": plans, "packed": entries, "aliases": aliases}
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """``tensor`` in a contiguous memory of its own: safetensors refuses tensors that share one."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -18,7 +18,9 @@ from pqqp_lightning.models.loading import is_path
 from pqqp_lightning.models.transformers_bridge import third_party_errors
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset as Table
+else:
+    Table = Any  # for Questions, as in models.loading
 
 DATA_FOLDER = "PQQP_DATA"
 """Environment variable of the folder that the recipes' local data lies in; ../shared/data by default."""
@@ -46,7 +48,7 @@ def check_builtin(source: str, builtin: str) -> list[Problem]:
     return [_of_source(source, "", "is not built in", near.strip())] if near else []
 
 
-def read_table(source: str, config_name: str | None, split: str, inside: str = "") -> Dataset:
+def read_table(source: str, config_name: str | None, split: str, inside: str = "") -> Table:
     """One split of a hub data set or of a parquet folder.
 
     Raises:
@@ -75,7 +77,7 @@ def find_files(source: str, config_name: str | None, split: str, inside: str = "
     return files
 
 
-def find_column(table: Dataset, source: str, knob: str, name: str) -> str:
+def find_column(table: Table, source: str, knob: str, name: str) -> str:
     """``name``, if the table has such a column."""
     if name not in table.column_names:
         text, way_out = f"is not a column of {source!r}", suggest(name, table.column_names).strip()
@@ -123,7 +125,7 @@ def _find_folder(folder: Path, source: str, config_name: str | None, inside: str
     return folder / inner[0]
 
 
-def _read_folder(source: str, config_name: str | None, split: str, inside: str) -> Dataset:
+def _read_folder(source: str, config_name: str | None, split: str, inside: str) -> Table:
     from datasets import load_dataset
 
     files = find_files(source, config_name, split, inside)

@@ -18,10 +18,10 @@ from pqqp_lightning.data import hub_tables as sources
 from pqqp_lightning.data.loaders import check_positive, evaluation_loader, require
 from pqqp_lightning.data.tokens import check_vocabulary
 from pqqp_lightning.errors import Problem, RecipeError
+from pqqp_lightning.models.loading import Tokenizer
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 INSIDE = "questions."
 COLUMNS = ("question", "choices", "answerKey")
@@ -58,7 +58,7 @@ class Questions:
         """Fill the hub's cache, once per machine."""
         sources.download(sources.expand(self.source), self.config_name, INSIDE)
 
-    def read(self, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> list[Question]:
+    def read(self, tokenizer: Tokenizer, model: Any = None) -> list[Question]:
         """The questions in tokens, shortest first.
 
         Args:
@@ -86,14 +86,14 @@ class Questions:
         where = f"(split {self.split!r})" if row is None else f"(split {self.split!r}, row {row})"
         return Problem(f"{INSIDE}source", self.source, f"{where} {text}", way_out).within("data")
 
-    def _check_columns(self, table: Dataset) -> None:
+    def _check_columns(self, table: sources.Table) -> None:
         missing = [name for name in COLUMNS if name not in table.column_names]
         if missing:
             text = f"has no column {', '.join(missing)}, only {', '.join(table.column_names)}"
             way_out = f"Questions have {', '.join(COLUMNS)}, as in allenai/ai2_arc."
             raise RecipeError(self._problem(text, way_out))
 
-    def _encode(self, row: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBase) -> Question:
+    def _encode(self, row: dict[str, Any], number: int, tokenizer: Tokenizer) -> Question:
         question, choices, key = (row[name] for name in COLUMNS)
         texts, labels = (choices.get(k) or [] if isinstance(choices, dict) else [] for k in ("text", "label"))
         if not isinstance(question, str) or len(texts) < 2 or len(texts) != len(labels) or not all(texts):

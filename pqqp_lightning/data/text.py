@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -24,11 +24,8 @@ from pqqp_lightning.data.loaders import (
 from pqqp_lightning.data.questions import Question, Questions
 from pqqp_lightning.data.tokens import check_vocabulary
 from pqqp_lightning.errors import Problem, RecipeError
-from pqqp_lightning.models.loading import load_tokenizer
+from pqqp_lightning.models.loading import Tokenizer, load_tokenizer
 from pqqp_lightning.models.transformers_bridge import quiet_transformers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class TextData(LightningDataModule):
@@ -201,7 +198,7 @@ class TextData(LightningDataModule):
             raise RecipeError(Problem("sequence_length", length, problem_text, "Lower it.").within("data"))
         return torch.tensor(ids[: count * length], dtype=torch.int32).view(count, length)  # [N, T]
 
-    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
+    def _find_tokenizer(self) -> Tokenizer:
         if self.tokenizer is not None:
             return load_tokenizer(self.tokenizer, "data.tokenizer")
         model = getattr(self.trainer, "lightning_module", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,9 +17,6 @@ from pqqp_lightning.metrics.perplexity import Perplexity
 from pqqp_lightning.models import loading
 from pqqp_lightning.models.optimizers import build_optimizer
 from pqqp_lightning.models.transformers_bridge import build_model, plain_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
@@ -62,7 +59,7 @@ class CausalLM(LightningModule):
         if dtype not in DTYPES:
             text, way_out = f"is not one of {', '.join(DTYPES)}", suggest(dtype, DTYPES).strip()
             raise RecipeError(Problem("dtype", dtype, text, way_out).within("model"))
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokenizer: loading.Tokenizer | None = None
         self._tokenizer_source: str | None = None
         if isinstance(model, str):
             self._tokenizer_source = loading.resolve_source(model)
@@ -75,7 +72,7 @@ class CausalLM(LightningModule):
         self._build_optimizer, self._build_lr_scheduler = optimizer, lr_scheduler
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> loading.Tokenizer:
         """The model's own tokenizer, read when it is first needed."""
         if self._tokenizer_source is None:
             text = "is not set, and a model that is built from its configuration has no tokenizer"

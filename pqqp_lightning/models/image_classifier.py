@@ -9,7 +9,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
 
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.models import image_networks as vision
@@ -73,6 +72,8 @@ class ImageClassifier(LightningModule):
             self.model = model
         if weights is not None:
             vision.load_into(self.model, vision.read_weights(weights), weights)
+        from torchmetrics.classification import MulticlassAccuracy  # here: it imports all of torchmetrics
+
         self.num_classes = num_classes or vision.count_classes(self.model)
         self.top1 = MulticlassAccuracy(self.num_classes, average="micro")
         self.top5 = MulticlassAccuracy(self.num_classes, average="micro", top_k=5) if self.num_classes > 5 else None

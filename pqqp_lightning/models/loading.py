@@ -11,7 +11,11 @@ from pqqp_lightning.errors import Problem, RecipeError, near_miss
 from pqqp_lightning.models.transformers_bridge import check_loading, quiet_transformers, third_party_errors
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    # For modules whose classes recipes name: jsonargparse imports what such a module imports for its types alone.
+    Tokenizer = Any
 
 BUNDLED = "smollm2-135m"
 MODEL = "model.model"
@@ -67,7 +71,7 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(source: str, key: str = MODEL) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, key: str = MODEL) -> Tokenizer:
     """The tokenizer of a hub id, folder, GGUF file or the bundled model."""
     from transformers import AutoTokenizer
 

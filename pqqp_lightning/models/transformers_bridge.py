@@ -1,17 +1,19 @@
-"""What we ask of transformers when a language model is built: its own errors worded, nothing randomly initialised."""
+"""What we ask of transformers when a language model is built: its own errors worded, and no noise."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
 
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten, suggest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @contextmanager
@@ -42,16 +44,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def skip_initialization() -> Iterator[None]:
-    """Inside, a model built from a configuration keeps whatever its memory held: for a checkpoint to overwrite."""
-    from transformers import modeling_utils
-
-    home = getattr(modeling_utils, "init", modeling_utils)  # transformers 5, transformers 4
-    with getattr(home, "no_init_weights", nullcontext)():
-        yield
 
 
 def check_loading(source: str, info: dict[str, Any]) -> None:

@@ -64,6 +64,8 @@ class Distill(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._teacher.to(trainer.strategy.root_device)
+        # Lightning's loop calls the module's own method and has no hook around its loss; a wrapping module would rename
+        # every parameter.
         pl_module.__dict__["training_step"] = self._distilled(pl_module, pl_module.training_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

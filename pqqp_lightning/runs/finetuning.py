@@ -106,6 +106,7 @@ def _start_anew(trainer: Trainer, stage: Stage) -> None:
 
 def _restore_first_state(callback: EarlyStopping | ModelCheckpoint, folder: Path) -> None:
     """Back to how the user made it, so that a segment is not judged by the best score of the one before."""
+    # On the callback itself, so that the copy lives exactly as long as the user's object, over several fits.
     first: dict[str, Any] = callback.__dict__.setdefault("_pqqp_first_state", copy.deepcopy(vars(callback)))
     vars(callback).update(copy.deepcopy({k: v for k, v in first.items() if k != "_pqqp_first_state"}))
     if isinstance(callback, ModelCheckpoint):  # one folder a segment, so that files do not collide
@@ -132,6 +133,7 @@ def _segment_learning_rate(module: LightningModule, learning_rate: float | None)
             _scale(schedule, ratio)
         return configured
 
+    # Lightning builds the optimizers itself, in `fit`: only here can all of them be scaled before their first step.
     module.__dict__["configure_optimizers"] = scaled
     try:
         yield

@@ -125,7 +125,7 @@ class Run:
         """Let loggers begin new files whose old ones were ``moved`` aside with the folder of an earlier run."""
         for logger in self._trainer.loggers:
             if moved and logger.log_dir and Path(logger.log_dir).is_relative_to(self._folder):
-                vars(logger)["_experiment"] = None
+                vars(logger)["_experiment"] = None  # loggers have no public way to reopen their files
 
     def _report(self, status: str) -> None:
         if not self._trainer.is_global_zero:

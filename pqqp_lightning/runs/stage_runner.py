@@ -330,6 +330,7 @@ def _without_logging(module: LightningModule) -> Iterator[None]:
     before = [{**m._copy_state_dict(), "_update_count": m._update_count, "_computed": m._computed} for m in metrics]
     for metric in metrics:
         metric.reset()  # a state that Lightning's evaluation left cannot be written to outside of inference mode
+    # The step is the user's and calls `self.log`, which Lightning refuses outside of its loops.
     module.__dict__["log"] = module.__dict__["log_dict"] = lambda *args, **kwargs: None
     try:
         with warnings.catch_warnings():

@@ -23,7 +23,7 @@ from pqqp_lightning.storage.files import read_json, sync, write_json
 from pqqp_lightning.storage.records import Record
 from pqqp_lightning.storage.run_folder import MANIFEST
 
-RECORD, SAMPLES, MODEL = "record.json", "samples.safetensors", "model"
+RECORD, SAMPLES_FILE, MODEL = "record.json", "samples.safetensors", "model"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ResultStore:
         if not self.has(key):
             return None
         record = self.path(key) / RECORD
-        samples = self.path(key) / SAMPLES
+        samples = self.path(key) / SAMPLES_FILE
         try:
             return Result(read_json(record, "name", "metrics"), load_file(samples) if samples.is_file() else {})
         except (RecipeError, SafetensorError):
@@ -74,10 +74,10 @@ class ResultStore:
         folder = self.path(key)
         folder.mkdir(parents=True, exist_ok=True)
         if result.samples:
-            temporary = folder / f".{SAMPLES}.tmp"
+            temporary = folder / f".{SAMPLES_FILE}.tmp"
             save_file(result.samples, temporary)
             sync(temporary)
-            temporary.replace(folder / SAMPLES)
+            temporary.replace(folder / SAMPLES_FILE)
         write_json(folder / RECORD, result.record)
 
     def snapshot(self, key: str) -> Path:

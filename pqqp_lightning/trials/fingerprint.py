@@ -50,7 +50,7 @@ TRAINER_OPTIONS = (
 TRAINING = ("max_steps", "min_steps", "min_epochs", "gradient_clip_algorithm", "overfit_batches")
 """Further ones that decide what finetuning does."""
 
-SAMPLES = 1024
+HASHED_SAMPLES = 1024
 """So many evaluation samples are read in full; of more, the first ones and the number count."""
 
 TRAINING_SAMPLES = 64
@@ -152,7 +152,7 @@ def _first(loader: Any) -> Iterator[Any]:
     for batch in loader:
         yield batch
         seen += getattr(loader, "batch_size", None) or 1
-        if seen >= SAMPLES:
+        if seen >= HASHED_SAMPLES:
             break
     if hasattr(loader, "__len__"):
         yield len(loader)
