@@ -1,16 +1,20 @@
 # make quickstart: install, then prune and quantize a real language model
-# make test: install, then run the whole test suite
+# make test: install, then run the tests, without those that a quicker one stands for
+# make test-all: install, then run every test
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test test-all lint install clean
 
 quickstart: install
 	$(BIN)/pqqp-lightning fit --config recipes/quickstart.yaml
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not long"
+
+test-all: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: install
 	$(BIN)/ruff check .
