@@ -65,7 +65,7 @@ def long_where_a_quicker_one_does_the_same(path: Path):
 
 
 @pytest.mark.parametrize(
-    "path", map(long_where_a_quicker_one_does_the_same, VISION), ids=lambda p: f"{p.parent.name}/{p.stem}"
+    "path", [*map(long_where_a_quicker_one_does_the_same, VISION)], ids=lambda p: f"{p.parent.name}/{p.stem}"
 )
 def test_vision_experiments_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
