@@ -11,10 +11,10 @@ quickstart: install
 	$(BIN)/pqqp-lightning fit --config recipes/quickstart.yaml
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not long"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not long"
 
 test-all: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
