@@ -1,16 +1,20 @@
 # make quickstart: install what running needs, then prune and quantize a real language model
-# make test: install the development tools besides, then run the whole test suite
+# make test: install the development tools as well, then run the tests, without those that a quicker one stands for
+# make test-all: the same with every test
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint install develop clean
+.PHONY: quickstart test test-all lint install develop clean
 
 quickstart: install
 	$(BIN)/pqqp-lightning fit --config recipes/quickstart.yaml
 
 test: develop
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not long"
+
+test-all: develop
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: develop
 	$(BIN)/ruff check .

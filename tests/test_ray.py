@@ -55,6 +55,7 @@ class Mine(RTN):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().compress(model, context)
 """
+pytestmark = pytest.mark.xdist_group("ray")  # one process, and so one Ray, for all of them
 DIFFERENT = {"elapsed_s", "peak_memory_bytes", "hardware"}
 """What two runs of the same may differ in."""
 
@@ -234,6 +235,7 @@ def test_ray_is_imported_where_it_is_asked_for(folder):
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", text]) == 0
 
 
+@pytest.mark.long  # a worker that is killed, above, and a killed search without Ray, in test_resume.py, are quicker
 @pytest.mark.parametrize("command", ["order", "sweep"])
 def test_a_driver_that_is_killed_again_and_again_ends_with_the_same_table(command, folder):
     """And no process of Ray's outlives it, which run_with_kills sees to."""

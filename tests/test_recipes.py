@@ -56,21 +56,6 @@ def check_run(run_folder):
     return report["stages"], module
 
 
-@needs_smollm2
-@pytest.mark.parametrize("name", SMOLLM2)
-def test_language_model_recipes_run(folder, name):
-    """On the first four of the thirty blocks; the quickstart runs on all of them from the wheel."""
-    stages = yaml.safe_load(Path(recipe(name)).read_text())["stages"]
-    some_blocks = [word for stage in stages for word in (f"--stages.{stage}.targets", '["layers.[0-3]"]')]
-    stages, module = check_run(run(name, *LITTLE, *some_blocks))
-    constraints = collect_constraints(module)
-    assert len(constraints) == 4 * 7
-    assert all(c.grid is not None and c.mask_bits is not None for c in constraints.values())
-    kept = sum(c.kept() for c in constraints.values())
-    assert kept * 2 == sum(c.shape[0] * c.shape[1] for c in constraints.values())
-    assert stages[-1]["bits_per_weight"] < 6
-
-
 SMALL_LLAMA = {"model_type": "llama", "vocab_size": 49152, "hidden_size": 128, "intermediate_size": 256}
 SMALL_LLAMA |= {
     "num_hidden_layers": 10,
@@ -86,6 +71,29 @@ SMALL = [
     "--trainer.limit_train_batches",
     "2",
 ]
+
+
+@needs_smollm2
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, "small") for name in SMOLLM2),
+        *(pytest.param(name, "whole", marks=pytest.mark.long) for name in SMOLLM2),
+    ],
+)
+def test_language_model_recipes_run(folder, name, size):
+    """On four blocks, the first of SmolLM2's thirty or small ones; the quickstart runs on all thirty from the wheel."""
+    stages = yaml.safe_load(Path(recipe(name)).read_text())["stages"]
+    options = [word for stage in stages for word in (f"--stages.{stage}.targets", '["layers.[0-3]"]')]
+    stages, module = check_run(run(name, *LITTLE, *options, *(SMALL if size == "small" else [])))
+    constraints = collect_constraints(module)
+    assert len(constraints) == 4 * 7
+    assert all(c.grid is not None and c.mask_bits is not None for c in constraints.values())
+    kept = sum(c.kept() for c in constraints.values())
+    assert kept * 2 == sum(c.shape[0] * c.shape[1] for c in constraints.values())
+    assert stages[-1]["bits_per_weight"] < 6
+
+
 THEMES = {  # recipe and options: fraction that is pruned, what every targeted weight promises, what a note says
     "gptq": (0.0, "grid", ""),
     "quarot-gptq": (0.0, "grid", ""),
@@ -135,6 +143,25 @@ def test_the_recipe_with_questions_measures_both(folder, capsys, monkeypatch):
     assert re.search(rf" acc .* {str(stages[0]['metrics']['acc'])[:7]}", capsys.readouterr().out)
 
 
+GOES_ON = {"resnet": ["digits-resnet-channels", "digits-qat"], "deit": ["digits-deit-heads"]}
+"""What else begins with the network that digits-NETWORK-train.yaml trains."""
+BRIEFLY = ["--trainer.limit_train_batches", "2", "--data.calibration_samples", "32", "--data.evaluation_samples", "64"]
+
+
+@pytest.mark.parametrize("network", ["resnet", "deit"])
+def test_vision_recipes_run_in_little(folder, network):
+    """Every section of each recipe, on two batches an epoch; how accurate they get takes whole epochs, below."""
+    trained, _ = check_run(run(f"digits-{network}-train", *BRIEFLY, "--trainer.max_epochs", "1"))
+    stages, _ = check_run(run(f"digits-{network}", *BRIEFLY))
+    assert stages[0]["metrics"] == pytest.approx(trained[1]["metrics"])
+    assert stages[1]["metrics_before_finetuning"] != stages[1]["metrics"]
+    assert stages[2]["compression_rate"] > 5
+    for name in GOES_ON[network]:
+        stages, _ = check_run(run(name, *BRIEFLY))
+        assert stages[-1]["compression_rate"] > 5, name
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("network", ["resnet", "deit"])
 def test_vision_recipes_train_then_compress(folder, network):
     trained, _ = check_run(run(f"digits-{network}-train"))
@@ -144,7 +171,7 @@ def test_vision_recipes_train_then_compress(folder, network):
     assert stages[1]["metrics_before_finetuning"]["top1"] < stages[1]["metrics"]["top1"]
     assert stages[2]["metrics"]["top1"] > 0.85
     assert stages[2]["compression_rate"] > 5
-    for name in {"resnet": ["digits-resnet-channels", "digits-qat"], "deit": ["digits-deit-heads"]}[network]:
+    for name in GOES_ON[network]:
         stages, _ = check_run(run(name))
         assert stages[-1]["metrics"]["top1"] > 0.85, name
         assert stages[-1]["compression_rate"] > 5, name
