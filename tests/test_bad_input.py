@@ -315,7 +315,7 @@ WRONG = [
     ),
     Wrong(
         "model that is not on the hub",
-        "command line: model='nobody/nothing': the model cannot be had from the hub (We couldn't connect to "
+        "command line: model='nobody/nothing': the model cannot be loaded from the hub (We couldn't connect to "
         "'https://huggingface.co' to load the files, and couldn't find them in the cached files). Give a local folder "
         "(./my-model) or a .gguf file, or go online with HF_HUB_OFFLINE unset.",
         "--model.model nobody/nothing",
@@ -621,7 +621,7 @@ WRONG = [
     ),
     Wrong(
         "misspelt value of a model",
-        "recipe.yaml: model: 'vocab_sise' is no value of llama. Did you mean 'vocab_size'?",
+        "recipe.yaml: model: 'vocab_sise' is not a setting of llama. Did you mean 'vocab_size'?",
         recipe={"vocab_size": "vocab_sise"},
     ),
     # nulls

@@ -14,7 +14,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 import pqqp_lightning.data as data
 from pqqp_lightning.data import TokenData
-from pqqp_lightning.data.loaders import Windows, draw, evaluation_loader, fixed_loader, train_loader
+from pqqp_lightning.data.loaders import Windows, draw_indices, evaluation_loader, fixed_loader, train_loader
 from pqqp_lightning.data.samplers import EpochSampler
 from pqqp_lightning.errors import RecipeError
 
@@ -77,14 +77,14 @@ def test_evaluation_samples_are_shared_out_once_each(monkeypatch):
         monkeypatch.setattr("torch.distributed.get_rank", lambda *_, rank=rank: rank)
         shares.append(gather(evaluation_loader(windows, 2, 0))[:, 0].tolist())
     assert shares == [[0, 4, 8], [2, 6]]
-    with pytest.raises(RecipeError, match=r"1 evaluation samples do not go round 2 processes\. Use more samples\."):
+    with pytest.raises(RecipeError, match=r"at least one evaluation sample per process: got 1 for 2\."):
         evaluation_loader(Windows(torch.zeros(1, 2)), 2, 0)
 
 
 def test_what_is_drawn_is_distinct_and_follows_the_seed():
-    assert draw(5, 5, seed=7) == [0, 1, 2, 3, 4]
-    assert len(set(draw(100, 30, seed=1))) == 30
-    assert draw(100, 30, seed=1) == draw(100, 30, seed=1) != draw(100, 30, seed=2)
+    assert draw_indices(5, 5, seed=7) == [0, 1, 2, 3, 4]
+    assert len(set(draw_indices(100, 30, seed=1))) == 30
+    assert draw_indices(100, 30, seed=1) == draw_indices(100, 30, seed=1) != draw_indices(100, 30, seed=2)
 
 
 def test_names_are_imported_when_asked_for():

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pqqp_lightning.data import ImageData
-from pqqp_lightning.data.augmentation import IMAGENET
+from pqqp_lightning.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from pqqp_lightning.errors import RecipeError
 
 PQQP_DATA = Path(os.environ.get("PQQP_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -87,7 +87,7 @@ def test_a_parquet_folder_is_read_by_its_types(parquet):
     assert module.check() == []
     module.setup("fit")
     images, labels = gather(module.val_dataloader())
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     assert torch.allclose(images[1], (torch.full((3, 8, 8), 200 / 255) - mean) / std)
     assert labels.tolist() == [1, 2]
     assert module.num_classes == 3
@@ -219,7 +219,7 @@ def test_loaders_work_with_worker_processes(parquet):
         ({"source": "./nowhere"}, r"there is no such file or folder \(looked at /"),
         ({"evaluation_samples": 999}, r"evaluation_samples=999, but there are 359 images in the evaluation split"),
         ({"calibration_samples": 9999}, r"calibration_samples=9999, but there are 1438 images in the train split"),
-        ({"source": "org/nothing"}, r"'org/nothing', split 'test' cannot be had from the hub"),
+        ({"source": "org/nothing"}, r"'org/nothing', split 'test' cannot be loaded from the hub"),
     ],
 )
 def test_what_cannot_be_done_is_refused(arguments, message):

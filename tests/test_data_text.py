@@ -149,7 +149,7 @@ def test_the_tokenizer_of_the_data_comes_before_the_models(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecipeError, match=r"the folder holds no tokenizer"):
         attach(TextData(tokenizer=str(tmp_path / "empty"))).setup("validate")
-    with pytest.raises(RecipeError, match=r"data\.tokenizer='org/none': the tokenizer cannot be had from the hub"):
+    with pytest.raises(RecipeError, match=r"data\.tokenizer='org/none': the tokenizer cannot be loaded from the hub"):
         attach(TextData(tokenizer="org/none")).setup("validate")
 
 
@@ -220,7 +220,7 @@ def test_without_the_hub_the_ways_out_are_named():
     module = attach(TextData("org/nothing", "raw"))
     for read in (module.prepare_data, module.setup):
         with pytest.raises(
-            RecipeError, match=r"'org/nothing' \(raw\).* cannot be had from the hub .*HF_HUB_OFFLINE unset"
+            RecipeError, match=r"'org/nothing' \(raw\).* cannot be loaded from the hub .*HF_HUB_OFFLINE unset"
         ):
             read()
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from pqqp_lightning.data import Questions, TextData
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.metrics import ChoiceAccuracy
-from pqqp_lightning.metrics.multiple_choice import by_question, log_likelihoods
+from pqqp_lightning.metrics.multiple_choice import group_by_question, log_likelihoods
 from pqqp_lightning.metrics.samples import recording
 from pqqp_lightning.models import CausalLM
 
@@ -201,7 +201,7 @@ def test_scores_of_half_precision_logits_are_summed_in_float64():
         for r, ts in ((0, (2, 3, 4)), (2, range(5)))
     ]
     assert found.tolist() == pytest.approx([expected[0], 0.0, expected[1]], rel=1e-5)
-    assert by_question(found, torch.tensor([1, 2])).tolist() == [[found[0], -math.inf], found[1:].tolist()]
+    assert group_by_question(found, torch.tensor([1, 2])).tolist() == [[found[0], -math.inf], found[1:].tolist()]
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_the_best_order_by_accuracy_comes_with_intervals(folder):
 
 
 def test_two_processes_count_every_question_once(folder):
-    """13 questions do not go round two processes; one that is counted twice would show."""
+    """13 questions do not divide among two processes; a question counted twice would show."""
     assert run("fit", "--config", "recipe.yaml", "--run_dir", "one") == 0
     two = ["--run_dir", "two", "--trainer.strategy", "ddp", "--trainer.devices", "2", "--metric", "acc"]
     done = run_command(folder, "order", "--config", "recipe.yaml", *two)
@@ -282,7 +282,7 @@ def test_two_processes_count_every_question_once(folder):
     ("change", "message"),
     [
         ({"source": "./nowhere"}, r"data: questions\.source='\./nowhere': there is no such file or folder"),
-        ({"source": "nobody/nothing"}, r"questions\.source='nobody/nothing'.*cannot be had from the hub"),
+        ({"source": "nobody/nothing"}, r"questions\.source='nobody/nothing'.*cannot be loaded from the hub"),
         ({"config_name": "plain", "source": "."}, r"data: questions\.config_name='plain' is not a folder in '\.'"),
         ({"split": "tests"}, r"questions\.source='\./questions' has no split 'tests'.*Did you mean 'test'"),
         ({"samples": -1}, r"data: questions\.samples=-1 is too small\. Use 1 or more"),
@@ -305,10 +305,10 @@ def test_questions_that_cannot_be_had_are_refused(folder, monkeypatch, change, m
             {"answerKey": "9"},
             r"row 1 has no answer among its choices \(answerKey='9', labels 1, 2.*Use a split with ans",
         ),
-        ({"choices": {"text": ["one"], "label": ["1"]}}, r"row 1 is no question with two or more choices"),
-        ({"choices": {"text": ["one", ""], "label": ["1", "2"]}}, r"row 1 is no question with two or more choices"),
-        ({"choices": {"text": ["one", "two"], "label": ["1"]}}, r"row 1 is no question with two or more choices"),
-        ({"question": None}, r"row 1 is no question with two or more choices"),
+        ({"choices": {"text": ["one"], "label": ["1"]}}, r"row 1 is not a question with two or more choices"),
+        ({"choices": {"text": ["one", ""], "label": ["1", "2"]}}, r"row 1 is not a question with two or more choices"),
+        ({"choices": {"text": ["one", "two"], "label": ["1"]}}, r"row 1 is not a question with two or more choices"),
+        ({"question": None}, r"row 1 is not a question with two or more choices"),
     ],
 )
 def test_rows_that_are_no_questions_are_refused(folder, change, message):

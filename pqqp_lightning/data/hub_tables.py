@@ -1,7 +1,6 @@
 """Tables of examples from the hub or from a folder in the hub's layout.
 
-``inside`` is what stands before the names of the knobs in messages, for data that is described in a knob of its own
-(``"questions."``).
+``inside`` is the prefix of argument names in messages: ``"questions."`` where ``source`` means ``questions.source``.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DATA_FOLDER = "PQQP_DATA"
-"""Environment variable of the folder that the recipes' local data lies in; ../shared/data by default."""
+"""Environment variable that names the folder with the recipes' local data."""
 HUB_WAYS_OUT = "Give a local folder in the hub's layout (./data/name), or go online with HF_HUB_OFFLINE unset."
 
 
-def expand(source: str) -> str:
-    """``source`` with environment variables filled in (``$PQQP_DATA/wikitext``)."""
+def expand_variables(source: str) -> str:
+    """Replace environment variables in ``source`` (``$PQQP_DATA/wikitext``)."""
+    # os.path.expandvars leaves an unset variable as it stands, so the default is filled in first.
     return os.path.expandvars(source.replace(f"${DATA_FOLDER}", os.environ.get(DATA_FOLDER, "../shared/data")))
 
 
@@ -47,27 +47,34 @@ def check_builtin(source: str, builtin: str) -> list[str]:
 
 
 def read_table(source: str, config_name: str | None, split: str, inside: str = "") -> Dataset:
-    """One split of a hub data set or of a parquet folder.
+    """Read one split of a hub data set or of a parquet folder.
 
     Raises:
-        RecipeError: it is not there, or cannot be read.
+        RecipeError: the split does not exist or cannot be read.
     """
-    read = _read_folder if is_path(source) else _read_hub
-    return read(source, config_name, split, inside)
+    if is_path(source):
+        return _read_folder(source, config_name, split, inside)
+    return _read_hub(source, config_name, split, inside)
 
 
 def download(source: str, config_name: str | None, inside: str = "") -> None:
-    """Fill the hub's cache, if the source is on the hub: for one process per machine, before the others read."""
+    """Download ``source`` into the hub's cache; a local folder needs nothing.
+
+    One process per machine calls this before the others read.
+    """
     if not is_path(source):
         _read_hub(source, config_name, None, inside)
 
 
 def find_files(source: str, config_name: str | None, split: str, inside: str = "") -> list[str]:
-    """The parquet files of a split: ``{split}-*.parquet`` or ``{split}.parquet``, in the folder or its only one."""
+    """The parquet files of a split, sorted by name: ``{split}-*.parquet`` and ``{split}.parquet``.
+
+    They lie in the folder ``source``, in its subfolder ``config_name``, or in its only subfolder.
+    """
     folder = _find_folder(Path(source).expanduser(), source, config_name, inside)
-    split = split.partition("[")[0]  # as in the hub's train[:10%]
-    named = re.compile(rf"{re.escape(split)}(-.+)?\.parquet")
-    files = sorted(str(file) for file in folder.glob("*.parquet") if named.fullmatch(file.name))
+    split = split.partition("[")[0]  # drop the slice of the hub's notation: train[:10%]
+    pattern = re.compile(rf"{re.escape(split)}(-.+)?\.parquet")
+    files = sorted(str(file) for file in folder.glob("*.parquet") if pattern.fullmatch(file.name))
     if not files:
         splits = {file.name.partition("-")[0].removesuffix(".parquet") for file in folder.glob("*.parquet")}
         raise RecipeError(
@@ -77,19 +84,22 @@ def find_files(source: str, config_name: str | None, split: str, inside: str = "
     return files
 
 
-def find_column(table: Dataset, source: str, knob: str, name: str) -> str:
-    """``name``, if the table has such a column."""
+def require_column(table: Dataset, source: str, argument: str, name: str) -> str:
+    """Return ``name`` if the table has that column; else raise a RecipeError that names ``argument``."""
     if name not in table.column_names:
-        raise RecipeError(f"data: {knob}={name!r} is not a column of {source!r}.{suggest(name, table.column_names)}")
+        raise RecipeError(
+            f"data: {argument}={name!r} is not a column of {source!r}.{suggest(name, table.column_names)}"
+        )
     return name
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No progress bars and no log from the datasets library: its errors are worded here."""
+    """Silence the datasets library inside: it logs each error that this module words and raises."""
     import datasets
 
-    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    bars = datasets.is_progress_bar_enabled()
+    verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
@@ -108,16 +118,15 @@ def _find_folder(folder: Path, source: str, config_name: str | None, inside: str
         return folder / config_name
     if any(folder.glob("*.parquet")):
         return folder
-    inner = sorted(child.name for child in folder.iterdir() if child.is_dir() and any(child.glob("*.parquet")))
+    subfolders = sorted({file.parent.name for file in folder.glob("*/*.parquet")})
     if config_name is not None:
-        raise RecipeError(
-            f"data: {inside}config_name={config_name!r} is not a folder in {source!r}.{suggest(config_name, inner)}"
-        )
-    if len(inner) > 1:
-        raise RecipeError(f"{where} holds several data sets. Set {inside}config_name: {', '.join(inner)}.")
-    if not inner:
+        near = suggest(config_name, subfolders)
+        raise RecipeError(f"data: {inside}config_name={config_name!r} is not a folder in {source!r}.{near}")
+    if len(subfolders) > 1:
+        raise RecipeError(f"{where} holds several data sets. Set {inside}config_name: {', '.join(subfolders)}.")
+    if not subfolders:
         raise RecipeError(f"{where} has no parquet files in it or one folder below.")
-    return folder / inner[0]
+    return folder / subfolders[0]
 
 
 def _read_folder(source: str, config_name: str | None, split: str, inside: str) -> Dataset:
@@ -133,5 +142,5 @@ def _read_hub(source: str, config_name: str | None, split: str | None, inside: s
 
     where = f"data: {inside}source={source!r}" + (f" ({config_name})" if config_name else "")
     what = f"{where}, split {split!r}" if split else where
-    with quiet_datasets(), third_party_errors(f"{what} cannot be had from the hub", HUB_WAYS_OUT):
+    with quiet_datasets(), third_party_errors(f"{what} cannot be loaded from the hub", HUB_WAYS_OUT):
         return load_dataset(source, config_name, split=split)

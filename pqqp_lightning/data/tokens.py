@@ -1,4 +1,4 @@
-"""Token ids from NumPy files, for results that agree to the digit with someone else's."""
+"""Token ids from NumPy files: with the windows of another implementation, results agree to the last digit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from pqqp_lightning.data.hub_tables import expand
+from pqqp_lightning.data.hub_tables import expand_variables
 from pqqp_lightning.data.loaders import (
     Windows,
     check_positive,
-    draw,
+    draw_indices,
     evaluation_loader,
     fixed_loader,
-    require,
+    require_samples,
     train_loader,
 )
 from pqqp_lightning.errors import RecipeError
@@ -35,16 +35,16 @@ class TokenData(LightningDataModule):
     Args:
         calibration: file of the calibration windows.
         evaluation: file of the windows for validation and test.
-        train: file of the windows for finetuning, if there is any.
+        train: file of the windows for finetuning; null if no stage finetunes.
         batch_size: windows per batch in training and evaluation.
         calibration_batch_size: windows per batch in calibration.
-        calibration_samples: so many of the calibration windows, drawn by ``seed``; null for all.
-        evaluation_samples: the first so many of the evaluation windows; null for all.
-        seed: of the calibration windows and the order of training.
+        calibration_samples: calibration windows to use, drawn by ``seed``; null for all.
+        evaluation_samples: evaluation windows to use, from the first on; null for all.
+        seed: decides which calibration windows are drawn, and the order of training.
         num_workers: processes that load batches.
 
     Raises:
-        RecipeError: from ``setup`` and the dataloaders; ``check`` lists what can be seen without reading the data.
+        RecipeError: from ``setup`` and the dataloaders. ``check`` lists the problems that show without reading data.
     """
 
     def __init__(
@@ -61,10 +61,15 @@ class TokenData(LightningDataModule):
     ) -> None:
         super().__init__()
         files = {"calibration": calibration, "evaluation": evaluation, "train": train}
-        self.files = {knob: None if file is None else expand(file) for knob, file in files.items()}
-        self.batch_size, self.calibration_batch_size = batch_size, calibration_batch_size
-        self.calibration_samples, self.evaluation_samples = calibration_samples, evaluation_samples
-        self.seed, self.calibration_seed, self.num_workers = seed, seed, num_workers
+        self.files: dict[str, str | None] = {}
+        for argument, file in files.items():
+            self.files[argument] = None if file is None else expand_variables(file)
+        self.batch_size = batch_size
+        self.calibration_samples, self.calibration_batch_size = calibration_samples, calibration_batch_size
+        self.evaluation_samples = evaluation_samples
+        self.seed = seed
+        self.calibration_seed = seed  # repeated measurements draw other calibration windows, all else unchanged
+        self.num_workers = num_workers
         self._arrays: dict[str, np.ndarray] = {}
 
     @property
@@ -88,18 +93,18 @@ class TokenData(LightningDataModule):
         return problems
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the files, unless that was done before."""
+        """Open the files; those already open are kept."""
         problems = self.check()
         if problems:
             raise RecipeError(problems)
-        for knob, file in self.files.items():
+        for argument, file in self.files.items():
             if file is not None:
-                self._read(knob)
+                self._read(argument)
         self._evaluation_windows()
         self._calibration_windows()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The training windows, in an order of (seed, epoch)."""
+        """The training windows, in an order that depends on (seed, epoch) only."""
         return train_loader(Windows(self._read("train")), self.batch_size, self.seed, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -115,27 +120,32 @@ class TokenData(LightningDataModule):
         return fixed_loader(self._calibration_windows(), self.calibration_batch_size, self.num_workers)
 
     def _evaluation_windows(self) -> Windows:
-        rows, what = self._read("evaluation"), f"windows in {self.files['evaluation']}"
-        return Windows(rows, range(require(len(rows), "evaluation_samples", self.evaluation_samples, what)))
+        rows = self._read("evaluation")
+        what = f"windows in {self.files['evaluation']}"
+        samples = require_samples(len(rows), "evaluation_samples", self.evaluation_samples, what)
+        return Windows(rows, range(samples))
 
     def _calibration_windows(self) -> Windows:
-        rows, what = self._read("calibration"), f"windows in {self.files['calibration']}"
-        samples = require(len(rows), "calibration_samples", self.calibration_samples, what)
-        return Windows(rows, draw(len(rows), samples, self.calibration_seed))
+        rows = self._read("calibration")
+        what = f"windows in {self.files['calibration']}"
+        samples = require_samples(len(rows), "calibration_samples", self.calibration_samples, what)
+        return Windows(rows, draw_indices(len(rows), samples, self.calibration_seed))
 
-    def _read(self, knob: str) -> np.ndarray:
-        if knob not in self._arrays:
-            file = self.files[knob]
+    def _read(self, argument: str) -> np.ndarray:
+        """The windows [N, T] of the file that ``argument`` names, memory-mapped once."""
+        if argument not in self._arrays:
+            file = self.files[argument]
             if file is None:
-                raise RecipeError(f"data: {knob} is not set, but finetuning needs it. Give a .npy file of windows.")
-            self._arrays[knob] = _open(file, knob)
+                raise RecipeError(f"data: {argument} is not set, but finetuning needs it. Give a .npy file of windows.")
+            self._arrays[argument] = _open(file, argument)
+        # Checked on every call: the arrays are kept, but a later trainer may bring another model.
         model = getattr(self.trainer, "lightning_module", None)
-        check_vocabulary(self._arrays[knob], model, f"data: {knob}={self.files[knob]!r}")
-        return self._arrays[knob]
+        check_vocabulary(self._arrays[argument], model, f"data: {argument}={self.files[argument]!r}")
+        return self._arrays[argument]
 
 
 def check_vocabulary(rows: Any, model: Any, where: str) -> None:
-    """Refuse token ids [N, T] that ``model`` has no embedding for; without a model, only negative ones."""
+    """Refuse token ids, of any shape, that ``model`` has no embedding for; without a model, only negative ones."""
     vocabulary = getattr(model, "vocabulary_size", None)
     lowest, highest = int(rows.min()), int(rows.max())
     if lowest < 0:
@@ -147,14 +157,18 @@ def check_vocabulary(rows: Any, model: Any, where: str) -> None:
         )
 
 
-def _open(file: str, knob: str) -> np.ndarray:
-    with third_party_errors(f"data: {knob}={file!r} is not a .npy file that can be read", "Write it with numpy.save."):
+def _open(file: str, argument: str) -> np.ndarray:
+    with third_party_errors(
+        f"data: {argument}={file!r} is not a .npy file that can be read", "Write it with numpy.save."
+    ):
         array = np.load(Path(file).expanduser(), mmap_mode="r", allow_pickle=False)
+    # numpy.load returns a lazy archive, not an array, for a .npz file under another name.
+    content = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.shape[1] < 2:
-        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
         raise RecipeError(
-            f"data: {knob}={file!r}: expected integers [windows, tokens], at least two tokens each, but got {found}."
+            f"data: {argument}={file!r}: expected integers [windows, tokens], at least two tokens each, but got "
+            f"{content}."
         )
     if len(array) == 0:
-        raise RecipeError(f"data: {knob}={file!r} holds no windows.")
+        raise RecipeError(f"data: {argument}={file!r} holds no windows.")
     return array

@@ -1,4 +1,4 @@
-"""Where a language model comes from: a hub id, a local folder, a GGUF file, or a configuration alone."""
+"""Loads language models and tokenizers from a hub id, a local folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = "smollm2-135m"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 OFFLINE_WAYS_OUT = "Give a local folder (./my-model) or a .gguf file, or go online with HF_HUB_OFFLINE unset."
 
 
 def is_path(value: str) -> bool:
-    """Whether ``value`` names something on this machine, and not on the hub."""
+    """Whether ``value`` names a file or folder on this machine, not an id on the hub."""
     looks_local = value.startswith(("./", "../", "/", "~", ".\\")) or value in (".", "..")
     return looks_local or value.endswith(".gguf") or Path(value).exists()
 
 
-def resolve_source(source: str, knob: str = "model") -> str:
-    """A hub id, or the local folder that ``source`` stands for; a GGUF file is converted into a cached folder."""
+def resolve_source(source: str, argument: str = "model") -> str:
+    """Turn ``source`` into a hub id or a local folder; a GGUF file is converted into a cached folder.
+
+    Raises:
+        RecipeError: the file or folder does not exist or is of another kind; ``argument`` is named.
+    """
     from pqqp_lightning.models import gguf
 
     if source == BUNDLED:
@@ -33,25 +38,27 @@ def resolve_source(source: str, knob: str = "model") -> str:
         return source
     path = Path(source).expanduser()
     if not path.exists():
-        raise RecipeError(f"{knob}={source!r}: there is no such file or folder (looked at {path.absolute()}).")
+        raise RecipeError(f"{argument}={source!r}: there is no such file or folder (looked at {path.absolute()}).")
     if path.is_file():
         if path.suffix != ".gguf":
-            raise RecipeError(f"{knob}={source!r} is a file. Give the folder that holds config.json, or a .gguf file.")
+            raise RecipeError(
+                f"{argument}={source!r} is a file. Give the folder that holds config.json, or a .gguf file."
+            )
         return str(gguf.convert(path))
     return str(path)
 
 
 def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder or hub id, every weight of it read from there.
+    """Load a model from a folder or hub id; every weight is read, none is initialised.
 
     Raises:
-        RecipeError: it cannot be read, is quantized already, needs remote code, or its weights do not fit its
+        RecipeError: the model cannot be read, is already quantized, needs remote code, or its weights do not fit its
             configuration.
     """
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
-    with quiet_transformers(), third_party_errors(*_wording(source, "model")):
+    with quiet_transformers(), third_party_errors(*_loading_problem(source, "model")):
         config = _read_config(source)
         model, info = loader.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
@@ -60,25 +67,24 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(source: str, knob: str = "model") -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id, folder, GGUF file or the bundled model."""
+def load_tokenizer(source: str, argument: str = "model") -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub id, folder, GGUF file or the bundled model."""
     from transformers import AutoTokenizer
 
-    folder = resolve_source(source, knob)
+    folder = resolve_source(source, argument)
+    # transformers' own message for a folder without a tokenizer suggests to look on the hub.
     if is_path(folder) and not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
-        raise RecipeError(f"{knob}={source!r}: the folder holds no tokenizer. Name one in data.tokenizer.")
-    with quiet_transformers(), third_party_errors(*_wording(source, knob, "tokenizer")):
+        raise RecipeError(f"{argument}={source!r}: the folder holds no tokenizer. Name one in data.tokenizer.")
+    with quiet_transformers(), third_party_errors(*_loading_problem(source, argument, "tokenizer")):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-def _wording(source: str, knob: str, what: str = "model") -> tuple[str, str]:
+def _loading_problem(source: str, argument: str, what: str = "model") -> tuple[str, str]:
+    """What to say, and the way out, if ``source`` does not load."""
     if is_path(source):
-        return f"{knob}={source!r}: the {what} cannot be read", "Save or download it again, or name another."
+        return f"{argument}={source!r}: the {what} cannot be read", "Save or download it again, or name another."
     known = suggest(source, [BUNDLED]) if "/" not in source else ""
-    return f"{knob}={source!r}: the {what} cannot be had from the hub", f"{OFFLINE_WAYS_OUT}{known}".strip()
+    return f"{argument}={source!r}: the {what} cannot be loaded from the hub", f"{OFFLINE_WAYS_OUT}{known}".strip()
 
 
 def _read_config(source: str) -> PretrainedConfig:
@@ -93,6 +99,6 @@ def _read_config(source: str) -> PretrainedConfig:
     if quantization:
         method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "unknown")
         raise RecipeError(
-            f"model={source!r} is quantized already ({method}). Start from the original weights, and quantize here."
+            f"model={source!r} is already quantized ({method}). Start from the original weights, and quantize here."
         )
     return config

@@ -24,7 +24,7 @@ from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.checkpoint.save import save_checkpoint
 from pqqp_lightning.checkpoint.size import ModelSize, measure_size, size_numbers
 from pqqp_lightning.errors import RecipeError, shorten
-from pqqp_lightning.metrics.samples import Samples, matching, over_ranks, recording
+from pqqp_lightning.metrics.samples import Samples, gather_samples, matching, recording
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.constraints import (
     Promise,
@@ -113,7 +113,7 @@ class Runner:
                 self.module, dataloaders=self.data.validation, datamodule=self.data.datamodule, verbose=False
             )
         metrics = {name: float(value) for result in results for name, value in result.items()}
-        self.samples = matching(over_ranks(found), metrics) if self.keep_samples else {}
+        self.samples = matching(gather_samples(found), metrics) if self.keep_samples else {}
         return metrics
 
     def measure_dense(self, stages: Sequence[Stage]) -> Record:

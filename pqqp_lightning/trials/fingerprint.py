@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import pqqp_lightning
 from pqqp_lightning.checkpoint.format import origin_of, skeleton_of
-from pqqp_lightning.data.loaders import whole
+from pqqp_lightning.data.loaders import undivided_loader
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.structure import class_path
 from pqqp_lightning.runs.run_data import DataSource
@@ -125,7 +125,7 @@ def _samples(data: DataSource) -> Iterator[Any]:
         batches, _ = data.calibration_batches(0, 1, None)
         yield from batches
     for loader in _loaders(data.evaluation_loaders()):
-        yield from _first(whole(loader))
+        yield from _first(undivided_loader(loader))
 
 
 def _training_samples(data: DataSource) -> Iterator[Any]:
