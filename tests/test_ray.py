@@ -140,14 +140,14 @@ def test_a_result_that_a_lost_worker_left_is_counted_once(folder):
         ResultStore(folder / "store"),
     )
     tree.open()
-    settings = ray_worker.settings_of("counted", tree.base)
+    settings = ray_worker.read_settings("counted", tree.base)
     ray_worker._trees["counted"] = tree
     done = [ray_worker.run_node(settings, [], ("prune",), False, again) for again in (False, False, True)]
     assert [outcome.applications for outcome in done] == [1, 0, 1]
 
 
 def test_a_node_that_kills_every_worker_ends_the_search(own_stage, monkeypatch, capsys):
-    monkeypatch.setattr(executor_ray, "MOST_LOST", 2)
+    monkeypatch.setattr(executor_ray, "MAX_LOST_WORKERS", 2)
     (own_stage / "once").unlink()
     assert run("order", "--config", "recipe.yaml", "--executor", "ray") == 2
     (problem,) = capsys.readouterr().err.splitlines()
@@ -185,7 +185,7 @@ def test_progressive_and_limits_with_a_module_of_ones_own(folder, capsys):
 
 def test_a_worker_that_would_measure_something_else_is_refused(folder, monkeypatch):
     monkeypatch.setattr(
-        executor_ray, "settings_of", lambda search, base: ray_worker.settings_of(search, ("another", ""))
+        executor_ray, "read_settings", lambda search, base: ray_worker.read_settings(search, ("another", ""))
     )
     with pytest.raises(RecipeError, match="the model, the data, the packages or the code are not the driver's"):
         search_orders(trainer(folder / "run", Magnitude(0.5), RTN(3)), Regressor(), RegressionData(), executor="ray")

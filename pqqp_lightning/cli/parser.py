@@ -20,7 +20,7 @@ from pqqp_lightning.report.html import show_run
 from pqqp_lightning.stages.discovery import known_stages
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.files import not_written
-from pqqp_lightning.trials.fingerprint import DECIDING
+from pqqp_lightning.trials.fingerprint import RESULT_OPTIONS
 
 NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -103,7 +103,9 @@ class CommandLine(LightningCLI):
         trainer.recipe_text = self._resolved_recipe()
         resolved = yaml.safe_load(trainer.recipe_text)
         trainer.recipe = {key: resolved[key] for key in ("model", "data") if resolved.get(key) is not None}
-        trainer.recipe["trainer"] = {key: resolved["trainer"][key] for key in DECIDING if key in resolved["trainer"]}
+        trainer.recipe["trainer"] = {
+            key: resolved["trainer"][key] for key in RESULT_OPTIONS if key in resolved["trainer"]
+        }
         return trainer
 
     def after_fit(self) -> None:

@@ -34,7 +34,7 @@ from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.files import write_json
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import MODEL
-from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, executing
+from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, open_executor
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.strategies import STRATEGIES, Strategy
@@ -170,7 +170,7 @@ class OrderSearch:
         repeats: int = 1,
     ) -> None:
         """Search what is not searched yet."""
-        with executing(self._executor, self._trainer, self._tree, self._progress) as executor:
+        with open_executor(self._executor, self._trainer, self._tree, self._progress) as executor:
             judge = open_search(
                 self._trainer, self._data, self._tree, {"command": "order"}, resume=resume, metric=metric, higher=higher
             )

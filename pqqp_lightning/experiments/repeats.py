@@ -17,7 +17,7 @@ from pqqp_lightning.trials.fingerprint import digest_of
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.strategies import Exhaustive
-from pqqp_lightning.trials.verdict import Judge, number_words
+from pqqp_lightning.trials.verdict import Judge, format_number
 
 SEED = "calibration_seed"
 """The attribute of a datamodule by which its calibration samples are drawn."""
@@ -138,5 +138,5 @@ def _sentence(ranked: Sequence[Order], scores: Sequence[Mapping[Order, float]]) 
     if len(ranked) < 2:
         return f"{words}."
     leads = [row[best] - row[ranked[1]] for row in scores]
-    between = f"{number_words(min(leads))} to {number_words(max(leads))}"
+    between = f"{format_number(min(leads))} to {format_number(max(leads))}"
     return f"{words}; its lead over {' -> '.join(ranked[1])} is {between}."

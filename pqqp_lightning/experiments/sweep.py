@@ -23,7 +23,7 @@ from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.storage.files import write_json
 from pqqp_lightning.storage.records import finite_or_none, hardware, package_versions
 from pqqp_lightning.storage.result_store import ResultStore
-from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, executing
+from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, open_executor
 from pqqp_lightning.trials.prefix_tree import PrefixTree, prefixes
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.verdict import Judge
@@ -139,7 +139,7 @@ class Sweep:
     def go(self, *, resume: bool, metric: str | None, higher: bool | None, minutes: float | None) -> None:
         """Measure what nobody has measured yet, and write it all."""
         asked = {"command": "sweep", "grid": self._grid}
-        with executing(self._executor, self._trainer, self._tree, self._progress) as executor:
+        with open_executor(self._executor, self._trainer, self._tree, self._progress) as executor:
             judge = open_search(
                 self._trainer, self._data, self._tree, asked, resume=resume, metric=metric, higher=higher
             )
