@@ -375,13 +375,13 @@ WRONG = [
     ),
     Wrong(
         "checkpoint that is not there",
-        "command line: ckpt_path=nothing.ckpt: is neither a run folder nor a whole checkpoint of Lightning's.",
+        "command line: ckpt_path=nothing.ckpt: is neither a run folder nor a complete Lightning checkpoint.",
         "--ckpt_path nothing.ckpt",
         command="test --config recipe.yaml",
     ),
     Wrong(
         "fit from a file",
-        "command line: ckpt_path=some.ckpt: fit goes on with the run in --run_dir. Use --ckpt_path last.",
+        "command line: ckpt_path=some.ckpt: fit resumes the run in --run_dir. Use --ckpt_path last.",
         "--ckpt_path some.ckpt",
     ),
     Wrong(
@@ -608,7 +608,7 @@ WRONG = [
     ),
     Wrong(
         "search to go on with by another name",
-        "command line: ckpt_path=Last: order goes on with the run in --run_dir. Use --ckpt_path last.",
+        "command line: ckpt_path=Last: order resumes the run in --run_dir. Use --ckpt_path last.",
         "--ckpt_path Last",
         command="order --config recipe.yaml",
     ),
@@ -1126,7 +1126,7 @@ def test_last_of_another_recipe_is_refused_and_nothing_is_lost(command, argument
 def test_damaged_lightning_checkpoint(folder, capfd):
     (folder / "some.ckpt").write_bytes(b"PK nonsense")
     assert run("test", "--config", "recipe.yaml", "--ckpt_path", "some.ckpt") == 2
-    words = "ckpt_path=some.ckpt: is neither a run folder nor a whole checkpoint of Lightning's."
+    words = "ckpt_path=some.ckpt: is neither a run folder nor a complete Lightning checkpoint."
     assert capfd.readouterr().err == f"command line: {words}\n"
 
 

@@ -19,7 +19,7 @@ from tiny import RegressionData, Regressor, trainer
 from pqqp_lightning.callbacks import RTN, Magnitude
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.experiments.order import search_orders
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import WEIGHTS
 from pqqp_lightning.trials import executors as executor
@@ -135,7 +135,7 @@ def test_a_worker_that_is_killed_in_the_middle_is_made_up_for(own_stage, capsys)
 def test_a_result_that_a_lost_worker_left_is_counted_once(folder):
     tree = PrefixTree(
         trainer(folder / "run", Magnitude(0.5)),
-        DataSource(Regressor(), datamodule=RegressionData()),
+        RunData(Regressor(), datamodule=RegressionData()),
         {"prune": Magnitude(0.5)},
         ResultStore(folder / "store"),
     )

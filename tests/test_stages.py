@@ -18,7 +18,7 @@ from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
 from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
 from pqqp_lightning.runs.checks import check_stages
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.knobs import knobs
 from pqqp_lightning.stages.pruning import PruningStage
 from pqqp_lightning.stages.quantization import QuantizationStage
@@ -40,7 +40,7 @@ def run(tmp_path, kind, *stages, folder="run"):
 
 
 def problems_of(tmp_path, kind, stages):
-    data = DataSource(tiny.make_model(kind), datamodule=tiny.make_data(kind, tmp_path))
+    data = RunData(tiny.make_model(kind), datamodule=tiny.make_data(kind, tmp_path))
     return [problem for problems in check_stages(stages, data) for problem in problems]
 
 

@@ -40,7 +40,7 @@ from pqqp_lightning.experiments.analysis import analyze_pair
 from pqqp_lightning.experiments.order import search_orders
 from pqqp_lightning.experiments.sweep import MOST_POINTS, sweep_grid
 from pqqp_lightning.report.html import show_run
-from pqqp_lightning.runs.trainer import Trainer, goes_on
+from pqqp_lightning.runs.trainer import Trainer, is_resume
 from pqqp_lightning.stages.discovery import (
     import_from_working_folder,
     import_working_folder,
@@ -90,7 +90,7 @@ class CommandTrainer(Trainer):
             self,
             model,
             datamodule,
-            resume=goes_on(ckpt_path, "order"),
+            resume=is_resume(ckpt_path, "order"),
             metric=metric,
             higher=higher_is_better,
             strategy=strategy,
@@ -140,7 +140,7 @@ class CommandTrainer(Trainer):
             model,
             datamodule,
             grid,
-            resume=goes_on(ckpt_path, "sweep"),
+            resume=is_resume(ckpt_path, "sweep"),
             metric=metric,
             higher=higher_is_better,
             curve=curve,
@@ -177,7 +177,7 @@ class CommandTrainer(Trainer):
             self,
             model,
             datamodule,
-            resume=goes_on(ckpt_path, "analyze"),
+            resume=is_resume(ckpt_path, "analyze"),
             metric=metric,
             higher=higher_is_better,
             samples=samples,

@@ -26,7 +26,7 @@ HUB_WAYS_OUT = "Give a local folder in the hub's layout (./data/name), or go onl
 
 def expand_variables(source: str) -> str:
     """Replace environment variables in ``source`` (``$PQQP_DATA/wikitext``)."""
-    # os.path.expandvars leaves an unset variable as it stands, so the default is filled in first.
+    # os.path.expandvars leaves an unset variable in place, so the default is filled in first.
     return os.path.expandvars(source.replace(f"${DATA_FOLDER}", os.environ.get(DATA_FOLDER, "../shared/data")))
 
 
@@ -52,9 +52,14 @@ def read_table(source: str, config_name: str | None, split: str, inside: str = "
     Raises:
         RecipeError: the split does not exist or cannot be read.
     """
-    if is_path(source):
-        return _read_folder(source, config_name, split, inside)
-    return _read_hub(source, config_name, split, inside)
+    if not is_path(source):
+        return _read_hub(source, config_name, split, inside)
+
+    from datasets import load_dataset
+
+    files = find_files(source, config_name, split, inside)
+    with quiet_datasets(), third_party_errors(f"data: {files[0]} cannot be read", "Download it again."):
+        return load_dataset("parquet", data_files={split.partition("[")[0]: files}, split=split)
 
 
 def download(source: str, config_name: str | None, inside: str = "") -> None:
@@ -129,18 +134,11 @@ def _find_folder(folder: Path, source: str, config_name: str | None, inside: str
     return folder / subfolders[0]
 
 
-def _read_folder(source: str, config_name: str | None, split: str, inside: str) -> Dataset:
-    from datasets import load_dataset
-
-    files = find_files(source, config_name, split, inside)
-    with quiet_datasets(), third_party_errors(f"data: {files[0]} cannot be read", "Download it again."):
-        return load_dataset("parquet", data_files={split.partition("[")[0]: files}, split=split)
-
-
 def _read_hub(source: str, config_name: str | None, split: str | None, inside: str) -> Any:
     from datasets import load_dataset
 
     where = f"data: {inside}source={source!r}" + (f" ({config_name})" if config_name else "")
-    what = f"{where}, split {split!r}" if split else where
-    with quiet_datasets(), third_party_errors(f"{what} cannot be loaded from the hub", HUB_WAYS_OUT):
+    if split:
+        where += f", split {split!r}"
+    with quiet_datasets(), third_party_errors(f"{where} cannot be loaded from the hub", HUB_WAYS_OUT):
         return load_dataset(source, config_name, split=split)

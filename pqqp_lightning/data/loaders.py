@@ -72,7 +72,7 @@ def require_samples(available: int, argument: str, wanted: int | None, what: str
 
 
 def check_positive(lowest: int = 1, **numbers: int | None) -> list[str]:
-    """A problem for each number below ``lowest``; None is no number."""
+    """A problem for each number below ``lowest``; None passes."""
     return [
         f"data: {name}={value} is too small. Use {lowest} or more."
         for name, value in numbers.items()

@@ -85,7 +85,8 @@ class TextData(LightningDataModule):
             self.source = sources.expand_variables(source)
         else:
             self.source = [sources.expand_variables(file) for file in source]
-        self.config_name, self.text_column = config_name, text_column
+        self.config_name = config_name
+        self.text_column = text_column
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.calibration_samples, self.calibration_batch_size = calibration_samples, calibration_batch_size

@@ -29,7 +29,7 @@ from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.experiments.session import Show, alone, check_store, open_search, store_of
 from pqqp_lightning.report.analysis import ANALYSIS, LAYERS, PICTURE, layer_rows, order_key
 from pqqp_lightning.runs.checks import check_places, check_run
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
@@ -73,14 +73,14 @@ def analyze_pair(
         RecipeError: everything that must be put right, before any work.
     """
     results = store_of(trainer, store)
-    data = DataSource(module, datamodule=datamodule)
+    data = RunData(module, datamodule=datamodule)
     orders = check_analysis(trainer, data, results, samples)
     data.read(trainer)
     with alone(trainer, results, show):
         Analysis(trainer, data, orders, results, samples).go(resume=resume, metric=metric, higher=higher)
 
 
-def check_analysis(trainer: Trainer, data: DataSource, store: ResultStore, samples: int) -> list[Order]:
+def check_analysis(trainer: Trainer, data: RunData, store: ResultStore, samples: int) -> list[Order]:
     """The orders of the two stages that can run.
 
     Raises:
@@ -118,7 +118,7 @@ class Analysis:
     """
 
     def __init__(
-        self, trainer: Trainer, data: DataSource, orders: Sequence[Order], store: ResultStore, samples: int
+        self, trainer: Trainer, data: RunData, orders: Sequence[Order], store: ResultStore, samples: int
     ) -> None:
         self._trainer, self._data, self._orders, self._samples = trainer, data, orders, samples
         self._folder, self._store = Path(trainer.default_root_dir), store

@@ -27,7 +27,7 @@ from pqqp_lightning.experiments.session import (
 )
 from pqqp_lightning.report.prediction import PREDICTION
 from pqqp_lightning.runs.checks import check_places, check_run
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
@@ -86,7 +86,7 @@ def search_orders(
         RecipeError: everything that must be put right, before any work.
     """
     results = store_of(trainer, store)
-    search = OrderSearch(trainer, DataSource(module, datamodule=datamodule), trainer.stages, results, executor)
+    search = OrderSearch(trainer, RunData(module, datamodule=datamodule), trainer.stages, results, executor)
     search.check(strategy, max_runs, time_limit, repeats, comparable_only)
     with alone(trainer, results, show):
         if strategy == PREDICT:
@@ -102,7 +102,7 @@ class OrderSearch:
     """A search over the orders of ``stages``."""
 
     def __init__(
-        self, trainer: Trainer, data: DataSource, stages: Sequence[Stage], store: ResultStore, executor: str = LOCAL
+        self, trainer: Trainer, data: RunData, stages: Sequence[Stage], store: ResultStore, executor: str = LOCAL
     ) -> None:
         self._trainer, self._data, self._stages = trainer, data, {stage.name: stage for stage in stages}
         self._folder = Path(trainer.default_root_dir)

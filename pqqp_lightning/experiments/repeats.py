@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.records import finite_or_none
 from pqqp_lightning.storage.result_store import ResultStore
@@ -23,7 +23,7 @@ SEED = "calibration_seed"
 """The attribute of a datamodule by which its calibration samples are drawn."""
 
 
-def check_repeats(count: int, data: DataSource, stages: Sequence[Stage]) -> list[str]:
+def check_repeats(count: int, data: RunData, stages: Sequence[Stage]) -> list[str]:
     """Why the orders cannot be measured with ``count`` draws of calibration samples."""
     if count < 1:
         return [f"repeats={count} measures nothing. Use 1 for the recipe's own calibration samples alone."]
@@ -35,7 +35,7 @@ def check_repeats(count: int, data: DataSource, stages: Sequence[Stage]) -> list
     return []
 
 
-def check_draws(data: DataSource, count: int) -> list[str]:
+def check_draws(data: RunData, count: int) -> list[str]:
     """A problem if every draw has the same samples; the data is set up."""
     if count < 2:
         return []
@@ -66,7 +66,7 @@ class Repeats:
     def __init__(
         self,
         trainer: Trainer,
-        data: DataSource,
+        data: RunData,
         stages: Mapping[str, Stage],
         store: ResultStore,
         tree: PrefixTree,
@@ -121,7 +121,7 @@ class Repeats:
 
 
 @contextmanager
-def _drawn_by(data: DataSource, seed: int) -> Iterator[None]:
+def _drawn_by(data: RunData, seed: int) -> Iterator[None]:
     own = getattr(data.datamodule, SEED)
     setattr(data.datamodule, SEED, seed)
     try:

@@ -17,7 +17,7 @@ from pqqp_lightning.experiments.sweep_pair import PairAnalysis, analyse, pair_no
 from pqqp_lightning.experiments.sweep_plan import Plan, make_plan
 from pqqp_lightning.report.sweep import SWEEP, write_tables
 from pqqp_lightning.runs.checks import check_run
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.storage.files import write_json
@@ -70,7 +70,7 @@ def sweep_grid(
         RecipeError: everything that must be put right, before any work.
     """
     results = store_of(trainer, store)
-    data = DataSource(module, datamodule=datamodule)
+    data = RunData(module, datamodule=datamodule)
     plan = check_sweep(trainer, data, results, grid, curve, curve_bits, max_points, time_limit, executor)
     data.read(trainer)
     with alone(trainer, results, show):
@@ -81,7 +81,7 @@ def sweep_grid(
 
 def check_sweep(
     trainer: Trainer,
-    data: DataSource,
+    data: RunData,
     store: ResultStore,
     grid: Mapping[str, Any],
     curve: str | None,
@@ -123,7 +123,7 @@ class Sweep:
     def __init__(
         self,
         trainer: Trainer,
-        data: DataSource,
+        data: RunData,
         plan: Plan,
         store: ResultStore,
         grid: Mapping[str, Any],

@@ -71,9 +71,9 @@ class Samples:
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
-    """Note what every sample adds to the metrics of ``model``; in the result, by their names, after the block.
+    """Record what every sample adds to the metrics of ``model``; the yielded dict has them by name after the block.
 
-    A sample is a row of the tensors that a metric is updated with. Metrics whose states are no sums are left out.
+    A sample is one row of the tensors passed to ``update``. Metrics whose states are not sums are left out.
     """
     metrics = {name: m for name, m in model.named_modules() if isinstance(m, Metric) and _adds_up(m)}
     rows: dict[str, list[Tensor]] = {name: [] for name in metrics}

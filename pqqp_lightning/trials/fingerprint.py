@@ -26,7 +26,7 @@ from pqqp_lightning.checkpoint.format import origin_of, skeleton_of
 from pqqp_lightning.data.loaders import undivided_loader
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.structure import class_path
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stages.knobs import knobs
 from pqqp_lightning.stages.stage import Stage
@@ -57,7 +57,7 @@ TRAINING_SAMPLES = 64
 """Training samples to digest, at equal distances: reading all of a large set takes longer than the search."""
 
 
-def base_fingerprint(trainer: Trainer, data: DataSource, targeted: Sequence[str]) -> str:
+def base_fingerprint(trainer: Trainer, data: RunData, targeted: Sequence[str]) -> str:
     """The digest of everything that all results of a search depend on, without stages and training.
 
     Args:
@@ -74,7 +74,7 @@ def base_fingerprint(trainer: Trainer, data: DataSource, targeted: Sequence[str]
     return digest_of([_digest_model(module), samples, run_seed(), settings, list(targeted), package_versions(), code])
 
 
-def training_fingerprint(trainer: Trainer, data: DataSource) -> str:
+def training_fingerprint(trainer: Trainer, data: RunData) -> str:
     """The digest of what only finetuning depends on: optimizer, schedule, training data and the user's callbacks."""
     settings = {name: str(getattr(trainer, name, None)) for name in TRAINING_OPTIONS}
     # The module's own attributes, such as its optimizer: those of every LightningModule say nothing about training.
@@ -136,7 +136,7 @@ def _digest_samples(parts: Iterable[Any]) -> str:
         return digest_of([digest_of(part) for part in parts])
 
 
-def _evaluation_samples(data: DataSource) -> Iterator[Any]:
+def _evaluation_samples(data: RunData) -> Iterator[Any]:
     """The calibration batches and the first evaluation batches."""
     if data.has_calibration_data():
         batches, _ = data.calibration_batches(0, 1, None)
@@ -145,7 +145,7 @@ def _evaluation_samples(data: DataSource) -> Iterator[Any]:
         yield from _first_batches(undivided_loader(loader))
 
 
-def _training_samples(data: DataSource) -> Iterator[Any]:
+def _training_samples(data: RunData) -> Iterator[Any]:
     """The settings of the training loaders and samples at equal distances."""
     for loader in _loaders(data.training_loaders()):
         dataset: Any = getattr(loader, "dataset", None)

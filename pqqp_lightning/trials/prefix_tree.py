@@ -20,8 +20,8 @@ from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.checkpoint.save import save_checkpoint
 from pqqp_lightning.metrics.samples import Samples, restored
 from pqqp_lightning.network.blocks import model_blocks
-from pqqp_lightning.runs.run_data import DataSource
-from pqqp_lightning.runs.stage_runner import Runner
+from pqqp_lightning.runs.run_data import RunData
+from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.records import Record
 from pqqp_lightning.storage.result_store import Result, ResultStore
@@ -69,12 +69,12 @@ class PrefixTree:
         seconds: time of each application including its evaluation.
     """
 
-    def __init__(self, trainer: Trainer, data: DataSource, stages: Mapping[str, Stage], store: ResultStore) -> None:
+    def __init__(self, trainer: Trainer, data: RunData, stages: Mapping[str, Stage], store: ResultStore) -> None:
         self._trainer = trainer
         self._data = data
         self._store = store
         mark_blocks(model_blocks(data.module))
-        self._runner = Runner(trainer, data, keep_samples=True)
+        self._runner = StageRunner(trainer, data, keep_samples=True)
         self._stages = dict(stages)
         self._digests = {name: stage_fingerprint(stage) for name, stage in stages.items()}
         self._results: dict[Order, Result] = {}
