@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from pqqp_lightning.errors import shorten
+from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.network.activation_hooks import QuantizeHeads, QuantizeInput, transformed_layers
 from pqqp_lightning.stages.stage import Context, Plan, Stage
 
@@ -56,25 +56,24 @@ class ActivationQuantization(Stage):
         self.bits, self.kv_bits, self.symmetric = bits, kv_bits, symmetric
         self.clip, self.outliers = clip, outliers
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         problems = super().check_knobs()
-        for knob in ("bits", "kv_bits"):
-            value = getattr(self, knob)
+        for argument, value in (("bits", self.bits), ("kv_bits", self.kv_bits)):
             if value is not None and not 2 <= value <= 8:
-                problems.append(f"{knob}={value} is not between 2 and 8.")
+                problems.append(Problem(argument, value, "is not between 2 and 8"))
         if not 0 < self.clip <= 1:
-            problems.append(f"clip={self.clip} is not in (0, 1]. 1.0 cuts nothing off.")
+            problems.append(Problem("clip", self.clip, "is not in (0, 1]", "1.0 cuts nothing off."))
         if self.outliers is not None and not self.outliers > 0:
-            problems.append(f"outliers={self.outliers} is not above 0. LLM.int8() takes 6.0; leave it out for none.")
+            way_out = "LLM.int8() takes 6.0; leave it out for none."
+            problems.append(Problem("outliers", self.outliers, "is not above 0", way_out))
         return problems
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         rounded = set(transformed_layers(model, QuantizeInput))
         if twice := [n for n in self.find_layers(model) if rounded & {n, n.removesuffix(".base_layer")}]:
-            problems.append(
-                f"the inputs of {shorten(twice)} are rounded already. Give the stages disjoint targets, or drop one."
-            )
+            text = f"the inputs of {shorten(twice)} are already rounded"
+            problems.append(Problem(text=text, way_out="Give the stages disjoint targets, or drop one."))
         return problems + ([] if self.kv_bits is None else self._check_heads(model))
 
     def expected_plan(self, model: LightningModule) -> Plan:
@@ -101,17 +100,19 @@ class ActivationQuantization(Stage):
         self.restructure(model, plan)
         return plan
 
-    def _check_heads(self, model: nn.Module) -> list[str]:
+    def _check_heads(self, model: nn.Module) -> list[Problem]:
         cached = self._cached(model)
         if not cached:
-            return [
-                f"kv_bits={self.kv_bits}: no layer that the stage acts on is a {' or '.join(CACHED)} of an attention "
-                "with a head_dim. Leave kv_bits out."
-            ]
+            text = (
+                f"has no effect: no layer that the stage acts on is a {' or '.join(CACHED)} of an attention with a "
+                "head_dim"
+            )
+            return [Problem("kv_bits", self.kv_bits, text, "Leave kv_bits out.")]
         twice = sorted(set(cached) & set(transformed_layers(model, QuantizeHeads)))
         if not twice:
             return []
-        return [f"kv_bits={self.kv_bits}: the outputs of {shorten(twice)} are rounded already. Drop one of the two."]
+        text = f"would round the outputs of {shorten(twice)} a second time"
+        return [Problem("kv_bits", self.kv_bits, text, "Drop one of the two stages.")]
 
     def _cached(self, model: nn.Module) -> dict[str, int]:
         """The modules that make keys and values, with the width of a head."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pqqp_lightning.algorithms.basis_sharing import rank_for, share_basis
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Hessian
-from pqqp_lightning.errors import shorten
+from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import Layer, is_adapter
@@ -74,17 +74,19 @@ class BasisSharing(Stage):
         """The Linear layers among the targets."""
         return {name: layer for name, layer in super().find_layers(model).items() if isinstance(layer, nn.Linear)}
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         problems = super().check_knobs()
         if not 0 < self.ratio < 1:
-            problems.append(f"ratio={self.ratio} is not in (0, 1). 0.2 saves a fifth of the layers' parameters.")
+            way_out = "0.2 saves a fifth of the layers' parameters."
+            problems.append(Problem("ratio", self.ratio, "is not in (0, 1)", way_out))
         if self.group < 1:
-            problems.append(f"group={self.group} is not above 0. 2 lets two layers share a basis, 1 none.")
+            way_out = "2 lets two layers share a basis, 1 none."
+            problems.append(Problem("group", self.group, "is not above 0", way_out))
         if not 0 <= self.damping <= 1:
-            problems.append(f"damping={self.damping} is not in [0, 1]. Leave it out for 0.0001.")
+            problems.append(Problem("damping", self.damping, "is not in [0, 1]", "Leave it out for 0.0001."))
         return problems
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         problems += self.refuse_after(
             model,
@@ -140,46 +142,41 @@ class BasisSharing(Stage):
     def _groups(self, layers: dict[str, Layer], blocks: Blocks) -> tuple[list[list[str]], list[str]]:
         return group_layers(layers, blocks, SHARING if self.share is None else self.share, self.group)
 
-    def _check_targets(self, model: LightningModule) -> list[str]:
+    def _check_targets(self, model: LightningModule) -> list[Problem]:
         chosen = super().find_layers(model)
         if chosen and not self.find_layers(model):
-            return [
-                f"factorises Linear layers, and the {shorten(chosen)} that it would act on are Conv2d. "
-                "Name Linear layers in targets, or take the stage out."
-            ]
+            text = f"factorises Linear layers, and the {shorten(chosen)} that it would act on are Conv2d"
+            return [Problem(text=text, way_out="Name Linear layers in targets, or take the stage out.")]
         return super()._check_targets(model)
 
-    def _check_structure(self, model: nn.Module, layers: dict[str, Layer]) -> list[str]:
+    def _check_structure(self, model: nn.Module, layers: dict[str, Layer]) -> list[Problem]:
         """Layers that are part of something already: factors, or the base of an adapter."""
         problems = []
         if factors := [name for name in factors_of(model) if name in layers]:
-            problems.append(
-                f"{shorten(factors)} are factors that an earlier BasisSharing made. Use one with the larger ratio, or "
-                "give the stages disjoint targets."
-            )
+            text = f"{shorten(factors)} are factors that an earlier BasisSharing made"
+            way_out = "Use one with the larger ratio, or give the stages disjoint targets."
+            problems.append(Problem(text=text, way_out=way_out))
         if adapted := [name for name in layers if _has_adapter(model, name)]:
-            problems.append(
-                f"{shorten(adapted)} carry adapters that were kept apart, which fit no factors. Merge them (merge: "
-                "true), or put BasisSharing first."
-            )
+            text = f"{shorten(adapted)} carry adapters that were kept apart, which fit no factors"
+            problems.append(Problem(text=text, way_out="Merge them (merge: true), or put BasisSharing first."))
         return problems
 
-    def _check_share(self, layers: Iterable[str]) -> list[str]:
+    def _check_share(self, layers: Iterable[str]) -> list[Problem]:
         return [
-            f"share: '{pattern}' matches none of the layers that the stage acts on (targets={self.targets}, "
-            f"ignore={self.ignore}). Take it out, or change targets or ignore."
+            self.unmatched("share", pattern)
             for pattern in self.share or []
             if not any(matches(name, pattern) for name in layers)
         ]
 
-    def _check_ranks(self, model: LightningModule) -> list[str]:
+    def _check_ranks(self, model: LightningModule) -> list[Problem]:
         layers = self.find_layers(model)
         small = [n for g in self.expected_plan(model)["groups"] if g["rank"] < 1 for n in g["layers"]]
         if not small:
             return []
         most = min(1 - sum(layers[name].weight.shape) / layers[name].weight.numel() for name in small)
         way_out = f"Use ratio={most:.3g} at most, or add" if most >= 0.01 else "Add"
-        return [f"ratio={self.ratio} leaves no basis vector to {shorten(small)}. {way_out} them to ignore."]
+        text = f"leaves no basis vector to {shorten(small)}"
+        return [Problem("ratio", self.ratio, text, f"{way_out} them to ignore.")]
 
     def _note_undone(self, layers: dict[str, Layer], context: Context) -> None:
         carried = [constraints_of(layer) for layer in layers.values()]

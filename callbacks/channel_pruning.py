@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pqqp_lightning.algorithms.channels import choose_units, group_norm, kept_count, sum_by_channel, sum_by_unit
 from pqqp_lightning.calibration.channel_scores import mean_squared_inputs, taylor_by_channel
-from pqqp_lightning.errors import RecipeError, shorten, suggest
+from pqqp_lightning.errors import Problem, RecipeError, shorten, suggest
 from pqqp_lightning.network.activation_hooks import RotateInput, transformed_layers
 from pqqp_lightning.network.blocks import tied_weights
 from pqqp_lightning.network.layers import LAYER_TYPES, Layer, columns_of, is_adapter
@@ -89,33 +89,31 @@ class ChannelPruning(Stage):
         names = {member.name for group in groups for member in group.members}
         return {n: m for n, m in model.named_modules() if n in names and isinstance(m, LAYER_TYPES)}
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         problems = super().check_knobs()
         if not 0 <= self.ratio < 1:
-            problems.append(f"ratio={self.ratio} is not in [0, 1). 0.5 removes half of each group's channels.")
+            way_out = "0.5 removes half of each group's channels."
+            problems.append(Problem("ratio", self.ratio, "is not in [0, 1)", way_out))
         if self.head_ratio is not None and not 0 < self.head_ratio < 1:
-            problems.append(f"head_ratio={self.head_ratio} is not in (0, 1). Leave it out to keep every head.")
+            way_out = "Leave it out to keep every head."
+            problems.append(Problem("head_ratio", self.head_ratio, "is not in (0, 1)", way_out))
         if self.ratio == 0 and self.head_ratio is None:
-            problems.append("ratio=0 without head_ratio removes nothing. Set one of them.")
+            problems.append(Problem("ratio", self.ratio, "without head_ratio removes nothing", "Set one of them."))
         if self.round_to < 1:
-            problems.append(f"round_to={self.round_to} is not above 0. Use 1 for exact counts, or 8.")
+            problems.append(Problem("round_to", self.round_to, "is not above 0", "Use 1 for exact counts, or 8."))
         if self.importance not in IMPORTANCES:
-            near = suggest(self.importance, IMPORTANCES)
-            problems.append(f"importance={self.importance!r} is not one of {', '.join(IMPORTANCES)}.{near}")
+            near = suggest(self.importance, IMPORTANCES).strip()
+            problems.append(Problem("importance", self.importance, f"is not one of {', '.join(IMPORTANCES)}", near))
         return problems
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = self.check_knobs()
         if self.importance == "taylor" and not is_overridden("training_step", model, LightningModule):
-            problems.append(
-                f"importance: taylor needs a training_step in {type(model).__name__}, for its loss. Add one, or use "
-                "norm."
-            )
+            text = f"needs a training_step in {type(model).__name__}, for its loss"
+            problems.append(Problem("importance", self.importance, text, "Add one, or use norm."))
         if adapters := [name for name, module in model.named_modules() if is_adapter(module)]:
-            return [
-                *problems,
-                f"{shorten(adapters)} are adapters kept apart. Merge them first, or put this stage first.",
-            ]
+            text = f"{shorten(adapters)} are adapters kept apart"
+            return [*problems, Problem(text=text, way_out="Merge them first, or put this stage first.")]
         try:
             coupling = _find_groups(model)
         except RecipeError as error:
@@ -139,9 +137,8 @@ class ChannelPruning(Stage):
             try:
                 kept[group.name] = choose_units(scores.cpu(), *self._amount(group))
             except ArithmeticError as error:
-                raise RecipeError(
-                    f"stages.{context.title}: {group.name}: {error}. Check the model's weights."
-                ) from error
+                problem = Problem(text=f"{group.name}: {error}", way_out="Check the model's weights.")
+                raise RecipeError(problem.within(f"stages.{context.title}")) from error
         plan = plan_narrowing(model, groups, coupling.groups, kept)
         self._note(context, coupling, groups, {name: len(units) for name, units in kept.items()})
         for what, layers in narrow(model, groups, kept, plan["numbers"]).items():
@@ -188,55 +185,58 @@ class ChannelPruning(Stage):
             parts = {(m.name, int(m.side == "in")): None for g in groups for m in g.members if _weight(model, m.name)}
             terms = taylor_by_channel(walk, parts)
         except RecipeError as error:
-            raise RecipeError([f"stages.{context.title}: {problem}" for problem in error.problems]) from error
+            raise RecipeError([problem.within(f"stages.{context.title}") for problem in error.problems]) from error
         return [_sum_over(group, terms) for group in groups]
 
-    def _check_targets(self, model: LightningModule) -> list[str]:
-        problems = [p for p in super()._check_targets(model) if "leave no layer" not in p]
-        if problems or self.find_layers(model):
-            return problems
-        return [
-            f"targets={self.targets} and ignore={self.ignore} leave no layer whose channels could go with ratio="
-            f"{self.ratio} and head_ratio={self.head_ratio}. All layers that make a group of coupled channels must be "
-            "chosen (q, k and v with head_ratio; gate and up; a residual stream's), and at least one channel go."
-        ]
+    def _no_layer(self, candidates: Iterable[str]) -> Problem:
+        text = (
+            f"and ignore={self.ignore} leave no layer whose channels could go with ratio={self.ratio} and "
+            f"head_ratio={self.head_ratio}"
+        )
+        way_out = (
+            "All layers that make a group of coupled channels must be chosen (q, k and v with head_ratio; gate and "
+            "up; a residual stream's), and at least one channel must go."
+        )
+        return Problem("targets", self.targets, text, way_out)
 
-    def _check_amounts(self, model: LightningModule, coupling: Coupling) -> list[str]:
+    def _check_amounts(self, model: LightningModule, coupling: Coupling) -> list[Problem]:
         if self.head_ratio is None or any(group.kind == "heads" for group in self._chosen(model, coupling)):
             return []
         heads = [group for group in coupling.groups if group.kind == "heads"]
         if not heads:
-            return [f"head_ratio={self.head_ratio}: no attention of a known build is in the model. Leave it out."]
+            text = "has no effect: the model has no attention of a known build"
+            return [Problem("head_ratio", self.head_ratio, text, "Leave it out.")]
         few = sorted({group.width for group in heads})
-        return [
-            f"head_ratio={self.head_ratio} removes none of the {' or '.join(map(str, few))} (key and value) heads of "
-            f"{shorten(group.name for group in heads)}. Raise it, change targets or ignore, or leave it out."
-        ]
+        text = (
+            f"removes none of the {' or '.join(map(str, few))} (key and value) heads of "
+            f"{shorten(group.name for group in heads)}"
+        )
+        way_out = "Raise it, change targets or ignore, or leave it out."
+        return [Problem("head_ratio", self.head_ratio, text, way_out)]
 
-    def _check_earlier(self, model: LightningModule, coupling: Coupling, earlier: Sequence[Stage]) -> list[str]:
+    def _check_earlier(self, model: LightningModule, coupling: Coupling, earlier: Sequence[Stage]) -> list[Problem]:
         """Constraints that cannot be cut, and rotations that a narrower input would not fit."""
         groups = self._chosen(model, coupling)
         modules = dict(model.named_modules())
         cut = {n: m for g in groups for n in g.inputs() if isinstance(m := modules[n], LAYER_TYPES)}
         problems = []
         if rotated := [name for name in transformed_layers(model, RotateInput) if name in cut]:
-            problems.append(f"the inputs of {shorten(rotated)} are rotated while the model runs. Put this stage first.")
+            text = f"the inputs of {shorten(rotated)} are rotated while the model runs"
+            problems.append(Problem(text=text, way_out="Put this stage first."))
         for stage in () if self.allow_undo else earlier:
             acted = stage.find_layers(model) if {"mask", "grid"} & set(stage.promises) else {}
             both = {name: layer for name, layer in cut.items() if name in acted}
             if patterned := [name for name in both if _has_pattern(stage, name)]:
-                problems.append(
-                    f"would cut the N:M pattern of stage '{stage.name}' in the inputs of {shorten(patterned)}. Put "
-                    "ChannelPruning first, or set allow_undo: true."
-                )
+                text = f"would cut the N:M pattern of stage '{stage.name}' in the inputs of {shorten(patterned)}"
+                way_out = "Put ChannelPruning first, or set allow_undo: true."
+                problems.append(Problem(text=text, way_out=way_out))
             if grouped := [name for name, layer in both.items() if _has_column_groups(stage, name, layer)]:
-                problems.append(
-                    f"would cut the quantization groups of stage '{stage.name}' in the inputs of {shorten(grouped)}. "
-                    "Put ChannelPruning first, set that stage's group_size: channel, or set allow_undo: true."
-                )
+                text = f"would cut the quantization groups of stage '{stage.name}' in the inputs of {shorten(grouped)}"
+                way_out = "Put ChannelPruning first, set that stage's group_size: channel, or set allow_undo: true."
+                problems.append(Problem(text=text, way_out=way_out))
         return problems
 
-    def _check_runs(self, model: LightningModule) -> list[str]:
+    def _check_runs(self, model: LightningModule) -> list[Problem]:
         """Whether the narrower network runs; groups that were built are known to."""
         if has_attention(model):
             return []
@@ -246,10 +246,8 @@ class ChannelPruning(Stage):
             with torch.no_grad():
                 run_example(copy, example_input(copy))
         except Exception as error:
-            return [
-                f"the network does not run with fewer channels ({str(error).splitlines()[0]}). Leave the layers in "
-                "question out with ignore."
-            ]
+            text = f"the network does not run with fewer channels ({str(error).splitlines()[0]})"
+            return [Problem(text=text, way_out="Add the layers it concerns to ignore.")]
         return []
 
     def _note(self, context: Context, coupling: Coupling, groups: list[CoupledGroup], units: dict[str, int]) -> None:

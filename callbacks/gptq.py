@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from pqqp_lightning.algorithms.gptq import quantize_gptq
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Hessian
+from pqqp_lightning.errors import Problem
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import Layer, row_groups, weight_matrix
 from pqqp_lightning.stages.hessian import check_hessian_knobs, factorize
@@ -57,7 +58,7 @@ class GPTQ(QuantizationStage):
         super().__init__(bits, group_size, symmetric, clip, **kwargs)
         self.block_size, self.damping, self.activation_order = block_size, damping, activation_order
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         return super().check_knobs() + check_hessian_knobs(self.block_size, self.damping)
 
     def compress(self, model: LightningModule, context: Context) -> Plan:

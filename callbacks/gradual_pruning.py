@@ -11,7 +11,7 @@ from torch import Tensor
 from pqqp_lightning.algorithms.gradual import cubic_sparsity, grow_mask
 from pqqp_lightning.algorithms.magnitude import prune_magnitude
 from pqqp_lightning.algorithms.packing import pack_mask, unpack_mask
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.held_zeros import HoldZeros
 from pqqp_lightning.network.layers import Layer, to_weight, weight_matrix
@@ -65,14 +65,17 @@ class GradualPruning(PruningStage):
         self._hold = HoldZeros()
         self._steps = self._interval = 1
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         problems = super().check_knobs()
         if self.epochs == 0:
-            problems.append("epochs=0 leaves no training to prune in. Set epochs: 1 or more, or use Magnitude.")
+            way_out = "Set epochs: 1 or more, or use Magnitude."
+            problems.append(Problem("epochs", self.epochs, "leaves no training to prune in", way_out))
         if not 0 < self.ramp <= 1:
-            problems.append(f"ramp={self.ramp} is not in (0, 1]. 0.75 leaves a quarter of the steps for recovery.")
+            way_out = "0.75 leaves a quarter of the steps for recovery."
+            problems.append(Problem("ramp", self.ramp, "is not in (0, 1]", way_out))
         if self.every is not None and self.every < 1:
-            problems.append(f"every={self.every} is not above 0. Leave it out for about {UPDATES} updates.")
+            way_out = f"Leave it out for about {UPDATES} updates."
+            problems.append(Problem("every", self.every, "is not above 0", way_out))
         return problems or self._check_initial()
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
@@ -111,10 +114,9 @@ class GradualPruning(PruningStage):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = trainer.estimated_stepping_batches
         if total < 0 or not math.isfinite(total):
-            raise RecipeError(
-                f"stages.{self.name} ({type(self).__name__}): the training data has no length, so that the steps over "
-                "which the mask grows are unknown. Set trainer.limit_train_batches to a number."
-            )
+            text = "the training data has no length, so the steps over which the mask grows are unknown"
+            problem = Problem(text=text, way_out="Set trainer.limit_train_batches to a number.")
+            raise RecipeError(problem.within(f"stages.{self.name}", type(self).__name__))
         self._steps = max(1, round(self.ramp * total))
         self._interval = self.every or max(1, self._steps // UPDATES)
 
@@ -161,12 +163,10 @@ class GradualPruning(PruningStage):
     def _pattern(self, name: str) -> tuple[int, int] | None:
         return self.amount(name).get("pattern")
 
-    def _check_initial(self) -> list[str]:
+    def _check_initial(self) -> list[Problem]:
         patterns = [parse_pattern(value) for value in values_of(self.pattern)]
         finals = [*values_of(self.sparsity), *(1 - n / m for n, m in patterns)]
         if 0 <= self.initial_sparsity < min(finals):
             return []
-        return [
-            f"initial_sparsity={self.initial_sparsity} is not between 0 and the final sparsity {min(finals):g}. "
-            "0 starts from the dense model."
-        ]
+        text = f"is not between 0 and the final sparsity {min(finals):g}"
+        return [Problem("initial_sparsity", self.initial_sparsity, text, "0 starts from the dense model.")]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from pqqp_lightning.algorithms.lora import Merged, merge_low_rank
-from pqqp_lightning.errors import shorten
+from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.network.constraints import Constraints, constraints_of
 from pqqp_lightning.network.layers import Layer, columns_of, set_weight_matrix, weight_matrix
 from pqqp_lightning.stages.stage import Context, Plan, Stage
@@ -83,23 +84,29 @@ class LoRA(Stage):
         self.initialization, self.merge, self.merge_aware = initialization, merge, merge_aware
         self._validated: dict[str, float] = {}
 
-    def check_knobs(self) -> list[str]:
-        problems = super().check_knobs() if self.epochs else ["epochs=0 trains no adapter. Use 1 or more."]
-        problems += [f"{k}={v} is not above 0." for k, v in (("rank", self.rank), ("alpha", self.alpha)) if not v > 0]
+    def check_knobs(self) -> list[Problem]:
+        problems = [Problem("epochs", self.epochs, "trains no adapter", "Use 1 or more.")]
+        if self.epochs:
+            problems = super().check_knobs()
+        if not self.rank > 0:
+            problems.append(Problem("rank", self.rank, "is not above 0"))
+        if not self.alpha > 0:
+            problems.append(Problem("alpha", self.alpha, "is not above 0"))
         if not 0 <= self.dropout < 1:
-            problems.append(f"dropout={self.dropout} is not in [0, 1). 0 leaves it out.")
+            problems.append(Problem("dropout", self.dropout, "is not in [0, 1)", "0 leaves it out."))
         if self.initialization == "orthogonal" and self.rank % 2:
-            problems.append(f"rank={self.rank} is odd, which initialization: orthogonal cannot do. Use an even rank.")
+            text = "is odd, which initialization='orthogonal' does not support"
+            problems.append(Problem("rank", self.rank, text, "Use an even rank."))
         return problems
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems, layers = super().check(model, data, earlier), self.find_layers(model)
         if odd := _unadaptable(model, layers):
-            problems.append(
+            text = (
                 f"{shorten(odd)} cannot carry an adapter: grouped, dilated or specially padded convolutions, layers "
-                "that compute something of their own, and what torch's MultiheadAttention reads by itself. Add them "
-                "to ignore."
+                "with a forward of their own, and the projection inside torch's MultiheadAttention"
             )
+            problems.append(Problem(text=text, way_out="Add them to ignore."))
         return problems + self._check_initialization(model, layers, earlier)
 
     def find_layers(self, model: nn.Module) -> dict[str, Layer]:
@@ -168,22 +175,22 @@ class LoRA(Stage):
 
     def _check_initialization(
         self, model: LightningModule, layers: dict[str, Layer], earlier: Sequence[Stage]
-    ) -> list[str]:
+    ) -> list[Problem]:
         chosen, problems = self.initialization, []
         if chosen in LINEAR_ONLY and (convolutions := [n for n, x in layers.items() if isinstance(x, nn.Conv2d)]):
-            problems.append(
-                f"initialization={chosen} is for Linear layers, not for {shorten(convolutions)}. Use default or "
-                "gaussian, or add them to ignore."
-            )
+            text = f"is for Linear layers, not for {shorten(convolutions)}"
+            way_out = "Use default or gaussian, or add them to ignore."
+            problems.append(Problem("initialization", chosen, text, way_out))
         if chosen not in CHANGES_THE_WEIGHT:
             return problems
         if small := [n for n, x in layers.items() if self.rank > min(x.weight.shape[0], columns_of(x))]:
-            problems.append(
-                f"initialization={chosen} takes rank={self.rank} directions out of the weight; {shorten(small)} have "
-                "fewer. Lower rank, use default, or add them to ignore."
-            )
-        reason = f"initialization={chosen} would change the weights"
-        return problems + self.refuse_after(model, earlier, ("mask", "grid"), reason, "Use default or gaussian.")
+            text = f"takes rank={self.rank} directions out of the weight; {shorten(small)} have fewer"
+            way_out = "Lower rank, use default, or add them to ignore."
+            problems.append(Problem("initialization", chosen, text, way_out))
+        undone = self.refuse_after(
+            model, earlier, ("mask", "grid"), "would change the weights", "Use default or gaussian."
+        )
+        return problems + [replace(problem, key="initialization", value=chosen) for problem in undone]
 
 
 def _prepare_training(model: nn.Module, plan: Plan) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.algorithms.magnitude import prune_magnitude, prune_magnitude_global
+from pqqp_lightning.errors import Problem
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import Layer, weight_matrix
 from pqqp_lightning.stages.sparsity_by_layer import OneShotPruning
@@ -41,12 +42,14 @@ class Magnitude(OneShotPruning):
         super().__init__(sparsity, pattern, **kwargs)
         self.scope = scope
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         problems = super().check_knobs()
         if self.scope == "global" and not isinstance(self.sparsity, float | int):
-            problems.append("scope: global needs one sparsity for all layers. Set sparsity: 0.5, or scope: layer.")
+            way_out = "Set sparsity: 0.5, or scope: layer."
+            problems.append(Problem("scope", self.scope, "needs one sparsity for all layers", way_out))
         if self.scope == "global" and self.allocation == "sensitivity":
-            problems.append("scope: global decides each layer's sparsity by itself. Set one of scope and allocation.")
+            text = "contradicts allocation='sensitivity': both decide each layer's sparsity"
+            problems.append(Problem("scope", self.scope, text, "Set one of scope and allocation."))
         return problems
 
     @property

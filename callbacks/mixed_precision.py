@@ -17,7 +17,7 @@ from pqqp_lightning.callbacks.gptq import GPTQ
 from pqqp_lightning.callbacks.rtn import RTN
 from pqqp_lightning.checkpoint.encoding import encode_weight
 from pqqp_lightning.checkpoint.size import measure_size
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.network.constraints import Constraints, constraints_of
 from pqqp_lightning.network.layers import Layer, weight_matrix
 from pqqp_lightning.stages.hessian import check_hessian_knobs
@@ -86,33 +86,30 @@ class MixedPrecision(QuantizationStage):
         self.size_bytes, self.schedule, self.method, self.sensitivity = size_bytes, schedule, method, sensitivity
         self.block_size, self.damping, self.activation_order = block_size, damping, activation_order
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         problems = Stage.check_knobs(self) + check_hessian_knobs(self.block_size, self.damping)
         if not self._widths:
-            return [*problems, "bits is an empty set. Give the bit widths to choose from, as in bits: [2, 3, 4, 8]."]
+            way_out = "Give the bit widths to choose from, as in bits: [2, 3, 4, 8]."
+            return [*problems, Problem("bits", self.bits, "is empty", way_out)]
         for bits in self._widths:  # and of the group size
             problems += [p for p in self._stage(bits).check_knobs() if p not in problems]
         if self.average_bits is not None and self.size_bytes is not None:
-            problems.append(
-                f"average_bits={self.average_bits} and size_bytes={self.size_bytes} are both given. Set one budget."
-            )
+            text = f"and size_bytes={self.size_bytes} are both given"
+            problems.append(Problem("average_bits", self.average_bits, text, "Set one budget."))
         least, most = self._widths[0], self._widths[-1]
         if self.size_bytes is None and not least <= self._average <= most:
-            problems.append(
-                f"average_bits={self._average} is outside of bits={self._widths}: it can be {least} to {most}. "
-                "Change it, or add a bit width."
-            )
+            text = f"is outside of bits={self._widths}: it can be {least} to {most}"
+            problems.append(Problem("average_bits", self._average, text, "Change it, or add a bit width."))
         if self.size_bytes is not None and self.size_bytes < 1:
-            problems.append(f"size_bytes={self.size_bytes} is not above 0. It is the whole model's size.")
+            way_out = "It is the whole model's size."
+            problems.append(Problem("size_bytes", self.size_bytes, "is not above 0", way_out))
         return problems
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         if self.sensitivity == "loss" and not is_overridden("training_step", model):
-            problems.append(
-                f"sensitivity: loss needs a training_step in {type(model).__name__}. Add one, or set sensitivity: "
-                "output."
-            )
+            text = f"needs a training_step in {type(model).__name__}"
+            problems.append(Problem("sensitivity", self.sensitivity, text, "Add one, or set sensitivity: output."))
         return problems
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
@@ -181,11 +178,13 @@ class MixedPrecision(QuantizationStage):
             rest, budget = 0, int(self._average * sum(kept.values()) + 1e-6)
         least = sum(map(min, amounts.values()))
         if least > budget:
-            raise RecipeError(
-                f"stages.{context.title} ({type(self).__name__}): size_bytes={self.size_bytes} cannot be kept: with "
-                f"{self._widths[0]} bits everywhere the model takes {least + rest} bytes, {rest} of them in what the "
-                "stage leaves as it is. Raise it, use larger groups, or act on more layers."
+            text = (
+                f"is too small: with {self._widths[0]} bits everywhere the model takes {least + rest} bytes, {rest} of "
+                "them in what the stage leaves as it is"
             )
+            way_out = "Raise it, use larger groups, or act on more layers."
+            problem = Problem("size_bytes", self.size_bytes, text, way_out)
+            raise RecipeError(problem.within(f"stages.{context.title}", type(self).__name__))
         picked = allocate([costs[n] for n in layers], [amounts[n] for n in layers], budget)
         return {name: self._widths[k] for name, k in zip(layers, picked, strict=True)}
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from pqqp_lightning.algorithms.grid import Grid, Quantized, fit_grid, round_to_grid
-from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.held_zeros import trained_weight
 from pqqp_lightning.network.layers import weight_matrix
 from pqqp_lightning.stages.quantization import GroupSize, QuantizationStage
@@ -53,10 +53,11 @@ class QAT(QuantizationStage):
         super().__init__(bits, group_size, symmetric, epochs=epochs, **kwargs)
         self.learn_scales = learn_scales
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         problems = super().check_knobs()
         if self.epochs == 0:
-            problems.append("epochs=0 leaves no training. Set epochs: 1 or more, or use RTN or GPTQ.")
+            way_out = "Set epochs: 1 or more, or use RTN or GPTQ."
+            problems.append(Problem("epochs", self.epochs, "leaves no training", way_out))
         return problems
 
     def moves(self, model: LightningModule) -> list[str]:
@@ -84,10 +85,9 @@ class QAT(QuantizationStage):
         scales = {name: quantizer_of(layer).scale for name, layer in self.find_layers(pl_module).items()}
         left = [name for name, scale in scales.items() if scale.requires_grad and id(scale) not in taken]
         if left:
-            raise RecipeError(
-                f"stages.{self.name} (QAT): configure_optimizers of {type(pl_module).__name__} leaves out the scales "
-                f"of {shorten(left)}. Give the optimizer all of self.parameters(), or set learn_scales: false."
-            )
+            text = f"configure_optimizers of {type(pl_module).__name__} leaves out the scales of {shorten(left)}"
+            way_out = "Give the optimizer all of self.parameters(), or set learn_scales: false."
+            raise RecipeError(Problem(text=text, way_out=way_out).within(f"stages.{self.name}", type(self).__name__))
 
     def finish(self, model: LightningModule, context: Context, plan: Plan) -> Plan:
         """Round the weights underneath to the grid as trained; the model is an ordinary one again."""

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 
 from pqqp_lightning.callbacks.lora import LoRA
 from pqqp_lightning.callbacks.nf4 import NF4
+from pqqp_lightning.errors import Problem
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import Layer
 from pqqp_lightning.network.name_patterns import values_of
@@ -63,16 +64,15 @@ class QLoRA(LoRA):
         super().__init__(rank, alpha, dropout, initialization, merge, merge_aware, epochs, learning_rate, **kwargs)
         self.group_size = group_size
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         problems = super().check_knobs()
         if self.initialization in ("pissa", "olora"):  # from Python, past the signature
-            problems.append(
-                f"initialization={self.initialization} would move the weights off their grid. Use default, gaussian or "
-                "orthogonal."
-            )
-        return problems + [p for p in NF4(self.group_size).check_knobs() if p.startswith("group_size")]
+            text = "would move the weights off their grid"
+            way_out = "Use default, gaussian or orthogonal."
+            problems.append(Problem("initialization", self.initialization, text, way_out))
+        return problems + NF4(self.group_size).check_knobs()
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         if problems:
             return problems
@@ -82,7 +82,7 @@ class QLoRA(LoRA):
             return self._quantizer(layers).check(model, data, earlier)
         if values_of(self.group_size) == ["auto"]:
             return []
-        return [f"group_size={self.group_size} has no effect: every layer is quantized already. Drop it."]
+        return [Problem("group_size", self.group_size, "has no effect: every layer is already quantized", "Drop it.")]
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         layers = {n: x for n, x in self.find_layers(model).items() if constraints_of(x).grid is None}

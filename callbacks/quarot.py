@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 
-from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.activation_hooks import Transform, transformed_layers
 from pqqp_lightning.network.layers import is_adapter
 from pqqp_lightning.stages.stage import Context, Plan, Stage
@@ -59,31 +59,29 @@ class QuaRot(Stage):
         super().__init__(**kwargs)
         self.online, self.gains, self.seed = online, gains, seed
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         problems = super().check_knobs()
         if self.gains not in ("fold", "keep"):
-            problems.append(f"gains={self.gains!r} is neither 'fold' nor 'keep'.")
-        for knob in ("targets", "ignore"):
-            if getattr(self, knob):
-                problems.append(
-                    f"{knob}={getattr(self, knob)}: every layer on the residual stream is rotated, none can be left "
-                    f"out. Drop {knob}."
-                )
+            problems.append(Problem("gains", self.gains, "is neither 'fold' nor 'keep'"))
+        for argument, patterns in (("targets", self.targets), ("ignore", self.ignore)):
+            if patterns:
+                text = "cannot leave layers out: every layer on the residual stream is rotated"
+                problems.append(Problem(argument, patterns, text, f"Drop {argument}."))
         return problems
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         if again := [stage.name for stage in earlier if isinstance(stage, QuaRot)]:
-            return [*problems, f"the model is rotated already by stage '{again[0]}'. Drop one of the two."]
+            text = f"the model is already rotated by stage '{again[0]}'"
+            return [*problems, Problem(text=text, way_out="Drop one of the two.")]
         way_out = "Put this stage first, or set allow_undo: true."
         problems += self.refuse_after(model, earlier, ("mask", "grid"), "a rotation mixes weights", way_out)
         if rounded := list(transformed_layers(model, Transform)):
-            problems.append(f"the inputs of {shorten(rounded)} are rounded already. Put this stage first.")
+            text = f"the inputs of {shorten(rounded)} are already rounded"
+            problems.append(Problem(text=text, way_out="Put this stage first."))
         if adapters := [name for name, module in model.named_modules() if is_adapter(module)]:
-            return [
-                *problems,
-                f"{shorten(adapters)} are adapters kept apart. Merge them first, or put this stage first.",
-            ]
+            text = f"{shorten(adapters)} are adapters kept apart"
+            return [*problems, Problem(text=text, way_out="Merge them first, or put this stage first.")]
         return problems + _problems_of(model)
 
     def expected_plan(self, model: LightningModule) -> Plan:
@@ -100,7 +98,7 @@ class QuaRot(Stage):
         return plan
 
 
-def _problems_of(model: LightningModule) -> list[str]:
+def _problems_of(model: LightningModule) -> list[Problem]:
     """Why the model cannot be rotated."""
     try:
         describe_decoder(model)

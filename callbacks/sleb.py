@@ -14,7 +14,7 @@ from torch import nn
 from pqqp_lightning.algorithms.sleb import Removal, count_evaluations, remove_greedily
 from pqqp_lightning.calibration.removal_losses import Output, Part, RemovalLosses, observe_outputs, pass_through
 from pqqp_lightning.calibration.walk import Walk, calibrating
-from pqqp_lightning.errors import RecipeError, near_miss
+from pqqp_lightning.errors import Problem, RecipeError, near_miss
 from pqqp_lightning.network.blocks import keep_blocks, model_blocks
 from pqqp_lightning.network.name_patterns import matches, matches_any
 from pqqp_lightning.stages.stage import Context, Plan, Stage
@@ -80,25 +80,26 @@ class SLEB(Stage):
         super().__init__(**kwargs)
         self.amount, self.granularity = amount, granularity
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         problems = super().check_knobs()
         if self.granularity not in ("block", "sublayer"):
-            problems.append(f"granularity={self.granularity!r} is not known. Use block or sublayer.")
+            problems.append(Problem("granularity", self.granularity, "is unknown", "Use block or sublayer."))
         whole = isinstance(self.amount, int)
         if not (self.amount >= 1 if whole else 0 < self.amount < 1):
             wrong = "removes nothing" if self.amount == 0 else "is neither a whole number above 0 nor a fraction"
-            problems.append(f"amount={self.amount} {wrong}. Use 3 for three of them, or 0.1 for a tenth.")
+            problems.append(Problem("amount", self.amount, wrong, "Use 3 for three of them, or 0.1 for a tenth."))
         return problems
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         if not is_overridden("training_step", model):
-            problems.append(f"needs a training_step in {type(model).__name__}: its loss decides what goes. Define one.")
+            text = f"needs a training_step in {type(model).__name__}: its loss decides what goes"
+            problems.append(Problem(text=text, way_out="Define one."))
         elif not model.automatic_optimization:
-            problems.append(
-                f"{type(model).__name__} optimizes by hand in its training_step, which cannot be run for its loss "
-                "alone. Set automatic_optimization, or leave the stage out."
+            text = (
+                f"{type(model).__name__} optimizes by hand in its training_step, which cannot be run for its loss alone"
             )
+            problems.append(Problem(text=text, way_out="Set automatic_optimization, or leave the stage out."))
         if not problems:
             problems += self._check_blocks(model) or self._check_patterns(model) or self._check_amount(model)
         return problems
@@ -115,7 +116,8 @@ class SLEB(Stage):
                 losses = _make_losses(walk, model, units, outputs, context)
                 removals = remove_greedily(self._count(model), len(units), losses)
         except ArithmeticError as error:
-            raise RecipeError(f"stages.{context.title}: {error}. Check the model and the calibration data.") from error
+            problem = Problem(text=str(error), way_out="Check the model and the calibration data.")
+            raise RecipeError(problem.within(f"stages.{context.title}")) from error
         self._note(model, context, units, removals, shared=losses.shared)
         plan = self._plan(model, [units[removal.unit] for removal in removals], outputs)
         self.restructure(model, plan)
@@ -168,47 +170,50 @@ class SLEB(Stage):
             return self.amount
         return math.floor(self.amount * len(self._all_units(model)) + 0.5)
 
-    def _check_blocks(self, model: LightningModule) -> list[str]:
+    def _check_blocks(self, model: LightningModule) -> list[Problem]:
         blocks = self.find_blocks(model)
         if list(blocks) == [""]:
-            return ["the model has no row of blocks. Name them in blocks, as elements of a ModuleList or Sequential."]
+            way_out = "Name them in blocks, as elements of a ModuleList or Sequential."
+            return [Problem(text="the model has no row of blocks", way_out=way_out)]
         if self.granularity == "block":
-            return [
-                f"block {name} is no element of a ModuleList or Sequential and cannot be taken out. Change blocks."
-                for name in outside_of_a_list(model, blocks)
-            ]
+            text = "is not an element of a ModuleList or Sequential and cannot be removed"
+            return [Problem("blocks", name, text, "Change blocks.") for name in outside_of_a_list(model, blocks)]
         other = {type(block).__name__: None for block in blocks.values() if sublayers_of(block) is None}
         if not other:
             return []
-        return [
-            f"granularity=sublayer: blocks of class {', '.join(other)} are not built of one attention and one MLP "
-            "sublayer, each with its own norm. Use granularity: block."
-        ]
+        text = (
+            f"needs blocks of one attention and one MLP sublayer, each with its own norm; those of class "
+            f"{', '.join(other)} are built otherwise"
+        )
+        return [Problem("granularity", self.granularity, text, "Use granularity: block.")]
 
-    def _check_patterns(self, model: LightningModule) -> list[str]:
+    def _check_patterns(self, model: LightningModule) -> list[Problem]:
         names = [name for unit in self._all_units(model) for name in unit.names]
         problems = []
-        for knob, patterns in (("targets", self.targets or []), ("ignore", self.ignore or [])):
+        for argument, patterns in (("targets", self.targets or []), ("ignore", self.ignore or [])):
             for pattern in patterns:
                 if not any(matches(name, pattern) for name in names):
                     hint = near_miss(pattern, {name.rsplit(".", 1)[-1] for name in names} | set(names))
-                    problems.append(f"{knob}: '{pattern}' names no {self.granularity} ({_some(names)}).{hint}")
+                    text = f"matches no {self.granularity} ({_some(names)})"
+                    problems.append(Problem(argument, pattern, text, hint.strip()))
         return problems
 
-    def _check_amount(self, model: LightningModule) -> list[str]:
+    def _check_amount(self, model: LightningModule) -> list[Problem]:
         every, units, count = self._all_units(model), self._units(model), self._count(model)
-        what, kind = f"amount={self.amount}", self.granularity
-        most = min(len(units), len(every) - 1)
+        kind, most = self.granularity, min(len(units), len(every) - 1)
         if count < 1:
-            return [f"{what} of {len(every)} {kind}s rounds to none. Use a whole number, or a larger fraction."]
+            text = f"of {len(every)} {kind}s rounds to none"
+            return [Problem("amount", self.amount, text, "Use a whole number, or a larger fraction.")]
         if count <= most:
             return []
         if count >= len(every):
-            return [f"{what} would remove {count} of {len(every)} {kind}s: none is left. Use at most {most}."]
-        return [
-            f"{what} would remove {count} {kind}s, but only {len(units)} of {len(every)} may go: the rest is named by "
-            f"ignore, not by targets, or changes the shape. Use at most {most}."
-        ]
+            text = f"would remove {count} of {len(every)} {kind}s and leave none"
+        else:
+            text = (
+                f"would remove {count} {kind}s, but only {len(units)} of {len(every)} may go: the others match ignore, "
+                "do not match targets, or change the shape"
+            )
+        return [Problem("amount", self.amount, text, f"Use at most {most}.")]
 
     def _observe(self, model: LightningModule, walk: Walk, context: Context) -> tuple[list[_Unit], dict[str, Output]]:
         """The units that may go, and what each block and branch returns, seen on the probe.
@@ -224,10 +229,12 @@ class SLEB(Stage):
             what = "not called, or does not return one hidden state of its input's shape: it stays"
             context.found(what, odd)
         if len(fits) < self._count(model):
-            raise RecipeError(
-                f"stages.{context.title}: only {len(fits)} {self.granularity}s return one hidden state of the shape of "
-                f"their input, but {self._count(model)} are to go. Use a smaller amount."
+            text = (
+                f"would remove {self._count(model)} {self.granularity}s, but only {len(fits)} return one hidden state "
+                "of the shape of their input"
             )
+            problem = Problem("amount", self.amount, text, "Use a smaller amount.")
+            raise RecipeError(problem.within(f"stages.{context.title}", type(self).__name__))
         return fits, outputs
 
     def _note(

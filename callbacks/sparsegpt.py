@@ -12,6 +12,7 @@ from pqqp_lightning.algorithms.hessian import factorize_inverse
 from pqqp_lightning.algorithms.sparsegpt import prune_sparsegpt
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Hessian
+from pqqp_lightning.errors import Problem
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import Layer, groups_of, row_groups, weight_matrix
 from pqqp_lightning.stages.hessian import check_hessian_knobs, factorize
@@ -52,7 +53,7 @@ class SparseGPT(OneShotPruning):
         super().__init__(sparsity, pattern, **kwargs)
         self.block_size, self.damping = block_size, damping
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         return super().check_knobs() + check_hessian_knobs(self.block_size, self.damping)
 
     def trial_scores(self, matrix: Tensor, hessians: Tensor) -> Tensor:

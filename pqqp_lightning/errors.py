@@ -7,7 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-NOT_GIVEN: Any = type("NotGiven", (), {"__repr__": lambda self: "NOT_GIVEN"})()
+
+class _NotGiven:
+    def __repr__(self) -> str:
+        return "NOT_GIVEN"
+
+    def __reduce__(self) -> str:
+        return "NOT_GIVEN"  # a copy or a pickle is the same object: it is compared by identity
+
+
+NOT_GIVEN: Any = _NotGiven()
 """The value of a problem that is not about the value of a setting."""
 
 
@@ -28,7 +37,7 @@ class Problem:
     """
 
     key: str = ""
-    value: Any = field(default=NOT_GIVEN, compare=False)
+    value: Any = field(default=NOT_GIVEN, hash=False)  # lists have no hash
     text: str = ""
     way_out: str = ""
     section: str = ""
@@ -39,9 +48,14 @@ class Problem:
         """The same problem, its key taken from inside ``section``, whose class is ``owner``."""
         return replace(self, key=f"{section}.{self.key}".rstrip("."), section=section, owner=owner)
 
+    @property
+    def argument(self) -> str:
+        """The key as seen from its section; empty where the problem is the whole section's."""
+        return self.key.removeprefix(self.section).lstrip(".")
+
     def __str__(self) -> str:
         """``recipe.yaml: stages.quantize (GPTQ): group_size=100 does not divide ... Use 32, 64, 96 or 192.``"""
-        argument = self.key.removeprefix(self.section).lstrip(".")
+        argument = self.argument
         place = f"{self.section} ({self.owner})" if self.owner else self.section
         given = "" if self.value is NOT_GIVEN else f"={self.value!r}" if argument else f"{self.value!r}"
         sentence = f"{argument}{given} {self.text}".strip()
@@ -62,7 +76,7 @@ class RecipeError(Exception):
 
     def __init__(self, problems: str | Problem | Iterable[str | Problem]) -> None:
         several = [problems] if isinstance(problems, str | Problem) else problems
-        self.problems: list[Any] = [
+        self.problems: list[Problem] = [
             Problem(text=problem) if isinstance(problem, str) else problem for problem in several
         ]
         super().__init__("\n".join(str(problem) for problem in self.problems))

@@ -14,7 +14,7 @@ from pqqp_lightning.algorithms.channels import sum_by_channel, taylor_terms
 from pqqp_lightning.calibration.collect import watching_inputs
 from pqqp_lightning.calibration.statistics import sum_over_ranks
 from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept
-from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.errors import Problem, RecipeError, shorten
 
 Parts = dict[str, int]
 """Module name to the dimension of its weight that is asked for: 0 rows, 1 columns."""
@@ -43,7 +43,8 @@ def mean_squared_inputs(walk: Walk, layers: Iterable[str]) -> dict[str, Tensor]:
         for batch in tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False):
             walk.run(batch)
     if missed := [name for name in modules if name not in sums]:
-        raise RecipeError(f"calibration never reached {shorten(missed)}. Add them to ignore, or use importance: norm.")
+        way_out = "Add them to ignore, or use importance: norm."
+        raise RecipeError(Problem(text=f"calibration never reached {shorten(missed)}", way_out=way_out))
     return {name: sum_over_ranks(sums[name]) / sum_over_ranks(counts[name]) for name in modules}
 
 
@@ -64,7 +65,8 @@ def taylor_by_channel(walk: Walk, parts: Iterable[tuple[str, int]]) -> dict[tupl
         for batch in tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False):
             walk.loss(batch).backward()
             if missed := [name for name, weight in weights.items() if weight.grad is None]:
-                raise RecipeError(f"the loss has no gradient for {shorten(missed)}. Add them to ignore.")
+                text = f"the loss has no gradient for {shorten(missed)}"
+                raise RecipeError(Problem(text=text, way_out="Add them to ignore."))
             for name, dim in wanted:
                 gradient = weights[name].grad
                 assert gradient is not None
@@ -72,7 +74,8 @@ def taylor_by_channel(walk: Walk, parts: Iterable[tuple[str, int]]) -> dict[tupl
             for weight in weights.values():
                 weight.grad = None
     if odd := [name for (name, _), total in sums.items() if not bool(torch.isfinite(total).all())]:
-        raise RecipeError(f"the loss has NaN or infinite gradients for {shorten(dict.fromkeys(odd))}. Check the data.")
+        text = f"the loss has NaN or infinite gradients for {shorten(dict.fromkeys(odd))}"
+        raise RecipeError(Problem(text=text, way_out="Check the data."))
     batches = sum_over_ranks(torch.tensor(len(walk.batches), device=next(iter(weights.values())).device))
     return {part: sum_over_ranks(total) / batches for part, total in sums.items()}
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from pqqp_lightning.calibration.chain import Call, Run, capture_calls, first_output, is_chain
 from pqqp_lightning.calibration.collect import Collector, Reading, check_reading
 from pqqp_lightning.calibration.statistics import Statistic
-from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.layers import Layer
 from pqqp_lightning.seeding import keep_random_state
@@ -109,19 +109,17 @@ class Walk:
                 with collector.forward_pass():
                     forward(i)
         if missed := collector.uncalled():
-            raise RecipeError(
-                f"calibration never reached {shorten(missed)}; use more calibration samples, or add them to ignore"
-            )
+            way_out = "Use more calibration samples, or add them to ignore."
+            raise RecipeError(Problem(text=f"calibration never reached {shorten(missed)}", way_out=way_out))
         for reading in collector.readings:
             reading.statistic.reduce()
             try:
                 check_reading(reading)
                 compress(reading)
             except ArithmeticError as error:
-                raise RecipeError(
-                    f"{shorten(reading.layers)} cannot be calibrated: {error}. Check the model and the calibration "
-                    "data, or add the layer to ignore."
-                ) from error
+                text = f"{shorten(reading.layers)} cannot be calibrated: {error}"
+                way_out = "Check the model and the calibration data, or add the layer to ignore."
+                raise RecipeError(Problem(text=text, way_out=way_out)) from error
 
     def _block_of(self, layer: str) -> str | None:
         return next((b for b in self.blocks if layer.startswith(f"{b}.") or layer == b), None)

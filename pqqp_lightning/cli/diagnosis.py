@@ -296,9 +296,9 @@ def _own_problems(cls: type, where: str, knobs: Sequence[Setting]) -> list[str]:
         instance = cls(**values.as_dict())
         if isinstance(instance, Stage):
             return [f"{where}: {problem}" for problem in instance.check_knobs()]
-        return list(instance.check()) if hasattr(instance, "check") else []
+        return list(map(str, instance.check())) if hasattr(instance, "check") else []
     except RecipeError as error:
-        return error.problems
+        return [str(problem) for problem in error.problems]
     except Exception:  # this is not the place to report it
         return []
 

@@ -152,7 +152,7 @@ def _refused(error: BaseException | None) -> list[str]:
     """What a class that the recipe names, or Lightning, refused with ``error`` or with a cause of it."""
     while error is not None:
         if isinstance(error, RecipeError):
-            return error.problems
+            return [str(problem) for problem in error.problems]
         if isinstance(error, MisconfigurationException | ModuleNotFoundError):
             return [f"trainer: {' '.join(str(error).split())} Change the option, or leave it out."]
         if isinstance(error, OSError) and error.errno in NOT_WRITTEN:

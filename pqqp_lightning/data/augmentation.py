@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, near_miss
 
 Spec = str | dict[str, Any]
 
@@ -43,7 +43,7 @@ def build_pipeline(
     problems = []
     for position, spec in enumerate(specs):
         try:
-            steps.append(_build_transform(spec, f"data: {argument}[{position}]"))
+            steps.append(_build_transform(spec, f"{argument}[{position}]"))
         except RecipeError as error:
             problems += error.problems
     if problems:
@@ -67,30 +67,31 @@ def _per_channel(given: Sequence[float] | None, default: Sequence[float], channe
     return list(given) * channels if len(given) == 1 else list(given)
 
 
-def _build_transform(spec: Spec, where: str) -> nn.Module:
+def _build_transform(spec: Spec, argument: str) -> nn.Module:
     from torchvision.transforms import v2
 
-    name, arguments = _parse_spec(spec, where)
+    name, arguments = _parse_spec(spec, argument)
     known = set()
     for key, value in vars(v2).items():
         if isinstance(value, type) and issubclass(value, nn.Module) and key not in NOT_FOR_ONE_IMAGE:
             known.add(key)
     if name not in known:
-        near = suggest(name, known)
-        if not near.startswith(" Did"):  # the list of all transforms would fill the screen
-            near = " See torchvision.transforms.v2 for the list."
-        raise RecipeError(f"{where}: {name!r} is not a transform of single images.{near}")
+        # The list of all transforms would fill the screen.
+        way_out = near_miss(name, known).strip() or "See torchvision.transforms.v2 for the list."
+        raise RecipeError(Problem(argument, name, "is not a transform of single images", way_out).within("data"))
     try:
         return getattr(v2, name)(**arguments)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"{where} ({name}): {error}. Arguments given: {arguments}.") from error
+        problem = Problem(argument, spec, f"is not accepted: {error}")
+        raise RecipeError(problem.within("data")) from error
 
 
-def _parse_spec(spec: Any, where: str) -> tuple[str, dict[str, Any]]:
+def _parse_spec(spec: Any, argument: str) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, str):
         return spec, {}
     if isinstance(spec, dict) and len(spec) == 1:
         name, arguments = next(iter(spec.items()))
         if arguments is None or isinstance(arguments, dict):
             return str(name), dict(arguments or {})
-    raise RecipeError(f"{where}: expected a name, or {{Name: {{argument: value}}}}, but got {spec!r}.")
+    text = "is neither a name nor {Name: {argument: value}}"
+    raise RecipeError(Problem(argument, spec, text).within("data"))

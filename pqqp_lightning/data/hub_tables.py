@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, near_miss, suggest
 from pqqp_lightning.models.loading import is_path
 from pqqp_lightning.models.transformers_bridge import third_party_errors
 
@@ -30,20 +30,20 @@ def expand_variables(source: str) -> str:
     return os.path.expandvars(source.replace(f"${DATA_FOLDER}", os.environ.get(DATA_FOLDER, "../shared/data")))
 
 
-def check_path(source: str, inside: str = "") -> list[str]:
+def check_path(source: str, inside: str = "") -> list[Problem]:
     """A problem if ``source`` looks like a path and nothing is there."""
     path = Path(source).expanduser()
     if is_path(source) and not path.exists():
-        return [f"data: {inside}source={source!r}: there is no such file or folder (looked at {path.absolute()})."]
+        return [_of_source(source, inside, f"does not exist (looked at {path.absolute()})")]
     return []
 
 
-def check_builtin(source: str, builtin: str) -> list[str]:
+def check_builtin(source: str, builtin: str) -> list[Problem]:
     """A problem if ``source`` is nearly the name of the data that is built in; it may still be any id of the hub."""
     if source == builtin or "/" in source or is_path(source):
         return []
-    near = suggest(source, [builtin])
-    return [f"data: source={source!r} is not built in.{near}"] if near.startswith(" Did") else []
+    near = near_miss(source, [builtin])
+    return [_of_source(source, "", "is not built in", near.strip())] if near else []
 
 
 def read_table(source: str, config_name: str | None, split: str, inside: str = "") -> Dataset:
@@ -58,7 +58,8 @@ def read_table(source: str, config_name: str | None, split: str, inside: str = "
     from datasets import load_dataset
 
     files = find_files(source, config_name, split, inside)
-    with quiet_datasets(), third_party_errors(f"data: {files[0]} cannot be read", "Download it again."):
+    problem = _of_source(source, inside, f"has a file that cannot be read: {files[0]}", "Download it again.")
+    with quiet_datasets(), third_party_errors(problem):
         return load_dataset("parquet", data_files={split.partition("[")[0]: files}, split=split)
 
 
@@ -82,19 +83,17 @@ def find_files(source: str, config_name: str | None, split: str, inside: str = "
     files = sorted(str(file) for file in folder.glob("*.parquet") if pattern.fullmatch(file.name))
     if not files:
         splits = {file.name.partition("-")[0].removesuffix(".parquet") for file in folder.glob("*.parquet")}
-        raise RecipeError(
-            f"data: {inside}source={source!r} has no split {split!r} (no {split}-*.parquet in {folder})."
-            f"{suggest(split, splits)}"
-        )
+        text = f"has no split {split!r} (no {split}-*.parquet in {folder})"
+        raise RecipeError(_of_source(source, inside, text, suggest(split, splits).strip()))
     return files
 
 
 def require_column(table: Dataset, source: str, argument: str, name: str) -> str:
     """Return ``name`` if the table has that column; else raise a RecipeError that names ``argument``."""
     if name not in table.column_names:
-        raise RecipeError(
-            f"data: {argument}={name!r} is not a column of {source!r}.{suggest(name, table.column_names)}"
-        )
+        text = f"is not a column of {source!r}"
+        way_out = suggest(name, table.column_names).strip()
+        raise RecipeError(Problem(argument, name, text, way_out).within("data"))
     return name
 
 
@@ -115,30 +114,36 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def _of_source(source: str, inside: str, text: str, way_out: str = "") -> Problem:
+    return Problem(f"{inside}source", source, text, way_out).within("data")
+
+
 def _find_folder(folder: Path, source: str, config_name: str | None, inside: str) -> Path:
-    where = f"data: {inside}source={source!r}"
     if folder.is_file():
-        raise RecipeError(f"{where} is a file. Give the folder that holds the split's parquet files.")
+        way_out = "Give the folder that holds the split's parquet files."
+        raise RecipeError(_of_source(source, inside, "is a file", way_out))
     if config_name is not None and (folder / config_name).is_dir():
         return folder / config_name
     if any(folder.glob("*.parquet")):
         return folder
     subfolders = sorted({file.parent.name for file in folder.glob("*/*.parquet")})
     if config_name is not None:
-        near = suggest(config_name, subfolders)
-        raise RecipeError(f"data: {inside}config_name={config_name!r} is not a folder in {source!r}.{near}")
+        text = f"is not a folder in {source!r}"
+        way_out = suggest(config_name, subfolders).strip()
+        raise RecipeError(Problem(f"{inside}config_name", config_name, text, way_out).within("data"))
     if len(subfolders) > 1:
-        raise RecipeError(f"{where} holds several data sets. Set {inside}config_name: {', '.join(subfolders)}.")
+        way_out = f"Set {inside}config_name: {', '.join(subfolders)}."
+        raise RecipeError(_of_source(source, inside, "holds several data sets", way_out))
     if not subfolders:
-        raise RecipeError(f"{where} has no parquet files in it or one folder below.")
+        raise RecipeError(_of_source(source, inside, "has no parquet files, and none one folder below"))
     return folder / subfolders[0]
 
 
 def _read_hub(source: str, config_name: str | None, split: str | None, inside: str) -> Any:
     from datasets import load_dataset
 
-    where = f"data: {inside}source={source!r}" + (f" ({config_name})" if config_name else "")
-    if split:
-        where += f", split {split!r}"
-    with quiet_datasets(), third_party_errors(f"{where} cannot be loaded from the hub", HUB_WAYS_OUT):
+    part = f" (config_name={config_name!r})" if config_name else ""
+    part += f" (split {split!r})" if split else ""
+    problem = _of_source(source, inside, f"cannot be loaded from the hub{part}", HUB_WAYS_OUT)
+    with quiet_datasets(), third_party_errors(problem):
         return load_dataset(source, config_name, split=split)

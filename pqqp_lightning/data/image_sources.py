@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from pqqp_lightning.data.hub_tables import read_table, require_column
-from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.models.loading import is_path
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             image, label = self.read(index)
             return _to_tensor(image, self.channels), int(label)
         except (OSError, SyntaxError, TypeError, ValueError) as error:  # SyntaxError: Pillow's word for a broken PNG
-            raise RecipeError(f"data: image {index} or its label cannot be read ({error}). Remove it.") from error
+            problem = Problem(text=f"image {index} or its label cannot be read ({error})", way_out="Remove it.")
+            raise RecipeError(problem.within("data")) from error
 
 
 class TransformedSubset(Dataset[tuple[Tensor, int]]):
@@ -84,10 +85,9 @@ def collate(examples: list[tuple[Tensor, int]]) -> Any:
     """Stack examples into a batch ``(images [B, C, H, W], labels [B])``."""
     shapes = sorted({tuple(image.shape) for image, _ in examples})
     if len(shapes) > 1:
-        raise RecipeError(
-            f"data: the images differ in size ({shapes[0]} and {shapes[-1]} in one batch). "
-            "Set data.image_size, or a resizing transform."
-        )
+        text = f"the images differ in size ({shapes[0]} and {shapes[-1]} in one batch)"
+        way_out = "Set data.image_size, or a resizing transform."
+        raise RecipeError(Problem(text=text, way_out=way_out).within("data"))
     return default_collate(examples)
 
 
@@ -122,11 +122,14 @@ def read_image_tree(source: str, split: str, channels: int) -> LabelledImages:
     root = Path(source).expanduser()
     if not (root / split).is_dir():
         splits = [child.name for child in root.iterdir() if child.is_dir()]
-        raise RecipeError(f"data: source={source!r} has no split {split!r}.{suggest(split, splits)}")
+        way_out = suggest(split, splits).strip()
+        raise RecipeError(Problem("source", source, f"has no split {split!r}", way_out).within("data"))
     try:
         folder = ImageFolder(str(root / split))
     except FileNotFoundError as error:
-        raise RecipeError(f"data: {root / split}: {error}") from error
+        raise RecipeError(
+            Problem("source", source, f"has a split {split!r} that cannot be read: {error}").within("data")
+        ) from error
     return LabelledImages(folder.__getitem__, len(folder), len(folder.classes), channels, folder.classes)
 
 
@@ -146,7 +149,8 @@ def read_image_table(
         table = table.cast_column(image, Image())
     kind = table.features[label]
     if not isinstance(kind, ClassLabel) and "int" not in str(getattr(kind, "dtype", "")):
-        raise RecipeError(f"data: label_column={label!r} of {source!r} holds no class numbers but {kind}.")
+        text = f"of {source!r} contains {kind} instead of class numbers"
+        raise RecipeError(Problem("label_column", label, text).within("data"))
     classes = kind.num_classes if isinstance(kind, ClassLabel) else max(table[label]) + 1
     table = table.select_columns([image, label])  # reading a row decodes all of its columns
     return LabelledImages(partial(_read_row, table, image, label), len(table), classes, channels)
@@ -169,7 +173,8 @@ def _find_image(table: Table, source: str, name: str | None) -> str:
     candidates = [column for column, kind in table.features.items() if isinstance(kind, Image)]
     candidates += [column for column in table.column_names if column in ("image", "img")]
     if not candidates:
-        raise RecipeError(f"data: {source!r} has no image column. Set image_column: {', '.join(table.column_names)}.")
+        way_out = f"Set image_column: {', '.join(table.column_names)}."
+        raise RecipeError(Problem("source", source, "has no image column", way_out).within("data"))
     return candidates[0]
 
 
@@ -182,7 +187,8 @@ def _find_label(table: Table, source: str, name: str | None) -> str:
     candidates = [column for column in LABEL_NAMES if column in table.column_names]
     candidates += [column for column, kind in table.features.items() if isinstance(kind, ClassLabel)]
     if not candidates:
-        raise RecipeError(f"data: {source!r} has no label column. Set label_column: {', '.join(table.column_names)}.")
+        way_out = f"Set label_column: {', '.join(table.column_names)}."
+        raise RecipeError(Problem("source", source, "has no label column", way_out).within("data"))
     return candidates[0]
 
 

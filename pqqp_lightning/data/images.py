@@ -20,7 +20,7 @@ from pqqp_lightning.data.loaders import (
     require_samples,
     train_loader,
 )
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 
 
 class ImageData(LightningDataModule):
@@ -108,7 +108,7 @@ class ImageData(LightningDataModule):
         counts = [images.num_classes for images in self._images.values() if images.num_classes is not None]
         return max(counts, default=None)
 
-    def check(self) -> list[str]:
+    def check(self) -> list[Problem]:
         """Problems that can be seen without reading the data."""
         problems = check_positive(
             image_size=self.image_size,
@@ -121,11 +121,12 @@ class ImageData(LightningDataModule):
         )
         problems += check_positive(0, num_workers=self.num_workers) + sources.check_path(self.source)
         problems += sources.check_builtin(self.source, pictures.DIGITS)
-        for knob, given in (("mean", self.mean), ("std", self.std)):
+        for argument, given in (("mean", self.mean), ("std", self.std)):
             if given is not None and len(given) not in (1, self.channels):
-                problems.append(f"data: {knob} has {len(given)} numbers for {self.channels} channels.")
+                text = f"has {len(given)} numbers for {self.channels} channels"
+                problems.append(Problem(argument, given, text).within("data"))
         if self.std is not None and min(self.std, default=1) <= 0:
-            problems.append(f"data: std={self.std} holds a number that is not above 0.")
+            problems.append(Problem("std", self.std, "contains a number that is not above 0").within("data"))
         return problems + ([] if problems else self._check_transforms())
 
     def prepare_data(self) -> None:
@@ -186,7 +187,8 @@ class ImageData(LightningDataModule):
             classes = [images.classes for images in self._images.values()]
             if classes[0] != classes[-1]:
                 differing = sorted(set(classes[0]) ^ set(classes[-1]))
-                raise RecipeError(f"data: the splits of {self.source!r} differ in classes: {', '.join(differing[:5])}.")
+                text = f"has splits that differ in classes: {', '.join(differing[:5])}"
+                raise RecipeError(Problem("source", self.source, text).within("data"))
         return self._images[evaluation]
 
     def _open(self, evaluation: bool) -> pictures.LabelledImages:
@@ -203,7 +205,7 @@ class ImageData(LightningDataModule):
         mean, std = normalization(self.channels, self.mean, self.std)
         return build_pipeline(getattr(self, argument), argument, self.image_size, mean, std)
 
-    def _check_transforms(self) -> list[str]:
+    def _check_transforms(self) -> list[Problem]:
         problems = []
         for knob in ("train_transforms", "evaluation_transforms"):
             try:

@@ -10,7 +10,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pqqp_lightning.data.samplers import EpochSampler
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 
 
 def train_loader(
@@ -42,7 +42,8 @@ def evaluation_loader(data: Any, batch_size: int, num_workers: int, collate: Cal
         return fixed_loader(data, batch_size, num_workers, collate)
     ranks = torch.distributed.get_world_size()
     if len(data) < ranks:
-        raise RecipeError(f"data: need at least one evaluation sample per process: got {len(data)} for {ranks}.")
+        text = f"needs at least one evaluation sample per process: got {len(data)} for {ranks}"
+        raise RecipeError(Problem(text=text, way_out="Use more samples.").within("data"))
     # Lightning's default sampler repeats samples to fill the last batch, which would change the metric.
     return fixed_loader(data, batch_size, num_workers, collate, UnrepeatedDistributedSampler(data, shuffle=False))
 
@@ -67,14 +68,15 @@ def require_samples(available: int, argument: str, wanted: int | None, what: str
         RecipeError: fewer than ``wanted`` are available.
     """
     if wanted is not None and wanted > available:
-        raise RecipeError(f"data: {argument}={wanted}, but there are {available} {what}. Lower {argument}.")
+        text = f"is more than the {available} {what}"
+        raise RecipeError(Problem(argument, wanted, text, f"Lower {argument}.").within("data"))
     return available if wanted is None else wanted
 
 
-def check_positive(lowest: int = 1, **numbers: int | None) -> list[str]:
+def check_positive(lowest: int = 1, **numbers: int | None) -> list[Problem]:
     """A problem for each number below ``lowest``; None passes."""
     return [
-        f"data: {name}={value} is too small. Use {lowest} or more."
+        Problem(name, value, "is too small", f"Use {lowest} or more.").within("data")
         for name, value in numbers.items()
         if value is not None and value < lowest
     ]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from pqqp_lightning.data import hub_tables as sources
 from pqqp_lightning.data.loaders import check_positive, evaluation_loader, require_samples
 from pqqp_lightning.data.tokens import check_vocabulary
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,7 +50,7 @@ class Questions:
     samples: int | None = None
     batch_size: int = 8
 
-    def check(self) -> list[str]:
+    def check(self) -> list[Problem]:
         """Problems that can be seen without reading the data."""
         numbers = {f"{INSIDE}samples": self.samples, f"{INSIDE}batch_size": self.batch_size}
         return check_positive(1, **numbers) + sources.check_path(sources.expand_variables(self.source), INSIDE)
@@ -82,7 +82,7 @@ class Questions:
             for choice in choices:
                 tokens += choice.tokens
             questions.append(replace(question, choices=choices))
-        check_vocabulary(torch.tensor(tokens), model, "data.tokenizer")
+        check_vocabulary(torch.tensor(tokens), model, "tokenizer")
         # Batches of similar length need little padding.
         return sorted(questions, key=lambda question: max(len(choice.tokens) for choice in question.choices))
 
@@ -90,16 +90,15 @@ class Questions:
         """Batches from :func:`collate`; each process gets its share."""
         return evaluation_loader(questions, self.batch_size, 0, collate)
 
-    def _where(self) -> str:
-        return f"data: {INSIDE}source={self.source!r}, split {self.split!r}"
+    def _problem(self, text: str, way_out: str) -> Problem:
+        return Problem(f"{INSIDE}source", self.source, f"(split {self.split!r}) {text}", way_out).within("data")
 
     def _check_columns(self, table: Dataset) -> None:
         missing = [name for name in COLUMNS if name not in table.column_names]
         if missing:
-            raise RecipeError(
-                f"{self._where()} has no column {', '.join(missing)}, only {', '.join(table.column_names)}. "
-                f"Questions have {', '.join(COLUMNS)}, as in allenai/ai2_arc."
-            )
+            text = f"has no column {', '.join(missing)}, only {', '.join(table.column_names)}"
+            way_out = f"Questions have {', '.join(COLUMNS)}, as in allenai/ai2_arc."
+            raise RecipeError(self._problem(text, way_out))
 
     def _encode(self, row: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBase) -> Question:
         question, choices, key = (row[name] for name in COLUMNS)
@@ -108,24 +107,20 @@ class Questions:
         texts = choices.get("text") or []
         labels = choices.get("label") or []
         if not isinstance(question, str) or len(texts) < 2 or len(texts) != len(labels) or not all(texts):
-            raise RecipeError(
-                f"{self._where()}: row {number} is not a question with two or more choices, each a text and a label. "
-                "Use data in the layout of allenai/ai2_arc."
-            )
+            text = f"has a row {number} that is not a question with two or more choices, each a text and a label"
+            raise RecipeError(self._problem(text, "Use data in the layout of allenai/ai2_arc."))
         if key not in labels:
-            raise RecipeError(
-                f"{self._where()}: row {number} has no answer among its choices (answerKey={key!r}, labels "
-                f"{', '.join(map(str, labels))}). Use a split with answers."
-            )
+            given = f"answerKey={key!r}, labels {', '.join(map(str, labels))}"
+            text = f"has a row {number} without an answer among its choices ({given})"
+            raise RecipeError(self._problem(text, "Use a split with answers."))
         prompt = PROMPT.format(question)
         start = len(tokenizer(prompt)["input_ids"])
         # Prompt and choice are tokenised together, as the harness does: a tokenizer may merge across the seam.
         sequences = [tokenizer(prompt + DELIMITER + text)["input_ids"] for text in texts]
         if any(len(tokens) <= start for tokens in sequences):
-            raise RecipeError(
-                f"{self._where()}: row {number} has a choice that adds no token to the question. Set data.tokenizer to "
-                "the one that the model was trained with."
-            )
+            text = f"has a row {number} with a choice that adds no token to the question"
+            way_out = "Set data.tokenizer to the one that the model was trained with."
+            raise RecipeError(self._problem(text, way_out))
         encoded = []
         for tokens, text in zip(sequences, texts, strict=True):
             encoded.append(Choice(tokens, scored=len(tokens) - start, characters=len(text)))
@@ -136,10 +131,8 @@ class Questions:
         if longest is None or len(choice.tokens) <= longest + 1:  # the last token is only predicted, never read
             return choice
         if choice.scored > longest:
-            raise RecipeError(
-                f"{self._where()}: a choice has {choice.scored} tokens, but the model takes at most {longest}. "
-                "Use other questions."
-            )
+            text = f"has a choice of {choice.scored} tokens, but the model takes at most {longest}"
+            raise RecipeError(self._problem(text, "Use other questions."))
         return replace(choice, tokens=choice.tokens[-(longest + 1) :])
 
 

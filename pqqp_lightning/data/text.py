@@ -23,7 +23,7 @@ from pqqp_lightning.data.loaders import (
 )
 from pqqp_lightning.data.questions import Question, Questions
 from pqqp_lightning.data.tokens import check_vocabulary
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.models.loading import load_tokenizer
 from pqqp_lightning.models.transformers_bridge import quiet_transformers
 
@@ -100,7 +100,7 @@ class TextData(LightningDataModule):
         self._windows: dict[bool, Tensor] = {}  # token ids [N, T], by whether they are for evaluation
         self._encoded: list[Question] | None = None
 
-    def check(self) -> list[str]:
+    def check(self) -> list[Problem]:
         """Problems that can be seen without reading the data."""
         problems = check_positive(2, sequence_length=self.sequence_length)
         problems += check_positive(0, num_workers=self.num_workers)
@@ -112,11 +112,13 @@ class TextData(LightningDataModule):
         )
         named = [self.source] if isinstance(self.source, str) else self.source
         if not named:
-            problems.append("data: source is an empty list. Name at least one text file.")
+            text, way_out = "is an empty list", "Name at least one text file."
+            problems.append(Problem("source", text=text, way_out=way_out).within("data"))
         for source in named:
             problems += sources.check_path(source)
             if isinstance(self.source, list) and Path(source).expanduser().is_dir():
-                problems.append(f"data: source={source!r} is a folder; a list is for text files. Give it alone.")
+                text = "is a folder; a list is for text files"
+                problems.append(Problem("source", source, text, "Give it alone.").within("data"))
             problems += sources.check_builtin(source, corpora.PYTHON_DOCS)
         return problems + (self.questions.check() if self.questions else [])
 
@@ -179,7 +181,7 @@ class TextData(LightningDataModule):
             part = "evaluation" if evaluation else "training"
             self._windows[evaluation] = self._cut_windows(self._read_text(evaluation), part)
         # Checked on every call: the windows are kept, but a later trainer may bring another model.
-        check_vocabulary(self._windows[evaluation], self._model(), "data.tokenizer")
+        check_vocabulary(self._windows[evaluation], self._model(), "tokenizer")
         return self._windows[evaluation]
 
     def _read_questions(self, questions: Questions) -> list[Question]:
@@ -206,17 +208,14 @@ class TextData(LightningDataModule):
         length = self.sequence_length
         longest = getattr(self._model(), "longest_sequence", None)
         if longest is not None and length > longest:
-            raise RecipeError(
-                f"data: sequence_length={length}, but the model takes at most {longest} tokens. Lower it."
-            )
+            problem = Problem("sequence_length", length, f"is more than the model takes ({longest})", "Lower it.")
+            raise RecipeError(problem.within("data"))
         with quiet_transformers():  # it warns that the text as a whole exceeds the model's context
             ids = self._find_tokenizer()(text, add_special_tokens=False)["input_ids"]
         count = len(ids) // length
         if count == 0:
-            raise RecipeError(
-                f"data: sequence_length={length}, but the {part} text of {self.source!r} has {len(ids)} tokens. "
-                "Lower it."
-            )
+            problem_text = f"is more than the {part} text of {self.source!r} has ({len(ids)} tokens)"
+            raise RecipeError(Problem("sequence_length", length, problem_text, "Lower it.").within("data"))
         return torch.tensor(ids[: count * length], dtype=torch.int32).view(count, length)
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -225,5 +224,6 @@ class TextData(LightningDataModule):
         model = self._model()
         # The class is asked: reading the property of an instance would already load the tokenizer.
         if model is None or not hasattr(type(model), "tokenizer"):
-            raise RecipeError("data: tokenizer is not set and the model has none. Set data.tokenizer.")
+            text = "is not set, and the model has none"
+            raise RecipeError(Problem("tokenizer", text=text, way_out="Set data.tokenizer.").within("data"))
         return model.tokenizer

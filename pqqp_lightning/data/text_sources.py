@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 
 from pqqp_lightning.data.hub_tables import read_table, require_column
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 
 PYTHON_DOCS = "python-docs"
 SEPARATOR = "\n\n"  # GPTQ's and SparseGPT's code join WikiText's rows this way, and their figures depend on it
@@ -52,7 +52,8 @@ def read_rows(source: str, config_name: str | None, split: str, column: str) -> 
     rows = table[require_column(table, source, "text_column", column)]
     texts = [row for row in rows if isinstance(row, str)]
     if not texts:
-        raise RecipeError(f"data: text_column={column!r} of {source!r} holds no text. Name another column.")
+        text = f"of {source!r} does not contain text"
+        raise RecipeError(Problem("text_column", column, text, "Name another column.").within("data"))
     return SEPARATOR.join(texts)
 
 
@@ -60,6 +61,7 @@ def _read_file(path: str) -> str:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"data: source={path!r} is not UTF-8 text (byte {error.start}). Convert it first.") from error
+        problem = Problem("source", path, f"is not UTF-8 text (byte {error.start})", "Convert it first.")
+        raise RecipeError(problem.within("data")) from error
     except OSError as error:
-        raise RecipeError(f"data: source={path!r} cannot be read ({error.strerror}).") from error
+        raise RecipeError(Problem("source", path, f"cannot be read ({error.strerror})").within("data")) from error

@@ -19,7 +19,7 @@ from pqqp_lightning.data.loaders import (
     require_samples,
     train_loader,
 )
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import NOT_GIVEN, Problem, RecipeError
 from pqqp_lightning.models.transformers_bridge import third_party_errors
 
 
@@ -77,7 +77,7 @@ class TokenData(LightningDataModule):
         """Whether there are windows for finetuning."""
         return self.files["train"] is not None
 
-    def check(self) -> list[str]:
+    def check(self) -> list[Problem]:
         """Problems that can be seen without reading the data."""
         problems = check_positive(
             batch_size=self.batch_size,
@@ -86,10 +86,10 @@ class TokenData(LightningDataModule):
             evaluation_samples=self.evaluation_samples,
         )
         problems += check_positive(0, num_workers=self.num_workers)
-        for knob, file in self.files.items():
+        for argument, file in self.files.items():
             if file is not None and not Path(file).expanduser().is_file():
-                looked = Path(file).expanduser().absolute()
-                problems.append(f"data: {knob}={file!r}: there is no such file (looked at {looked}).")
+                text = f"does not exist (looked at {Path(file).expanduser().absolute()})"
+                problems.append(Problem(argument, file, text).within("data"))
         return problems
 
     def setup(self, stage: str | None = None) -> None:
@@ -136,39 +136,40 @@ class TokenData(LightningDataModule):
         if argument not in self._arrays:
             file = self.files[argument]
             if file is None:
-                raise RecipeError(f"data: {argument} is not set, but finetuning needs it. Give a .npy file of windows.")
+                text = "is not set, but finetuning needs it"
+                raise RecipeError(Problem(argument, text=text, way_out="Give a .npy file of windows.").within("data"))
             self._arrays[argument] = _open(file, argument)
         # Checked on every call: the arrays are kept, but a later trainer may bring another model.
         model = getattr(self.trainer, "lightning_module", None)
-        check_vocabulary(self._arrays[argument], model, f"data: {argument}={self.files[argument]!r}")
+        check_vocabulary(self._arrays[argument], model, argument, self.files[argument])
         return self._arrays[argument]
 
 
-def check_vocabulary(rows: Any, model: Any, where: str) -> None:
-    """Refuse token ids, of any shape, that ``model`` has no embedding for; without a model, only negative ones."""
+def check_vocabulary(rows: Any, model: Any, argument: str, value: Any = NOT_GIVEN) -> None:
+    """Refuse token ids, of any shape, that ``model`` has no embedding for; without a model, only negative ones.
+
+    Raises:
+        RecipeError: about ``argument`` of the data, which has ``value``.
+    """
     vocabulary = getattr(model, "vocabulary_size", None)
     lowest, highest = int(rows.min()), int(rows.max())
     if lowest < 0:
-        raise RecipeError(f"{where}: there is a negative token id, {lowest}.")
+        raise RecipeError(Problem(argument, value, f"gives a negative token id, {lowest}").within("data"))
     if vocabulary is not None and highest >= vocabulary:
-        raise RecipeError(
-            f"{where}: there is a token id {highest}, but the model knows {vocabulary} tokens. "
-            "Use the tokenizer that the model was trained with."
-        )
+        text = f"gives a token id {highest}, but the model knows {vocabulary} tokens"
+        way_out = "Use the tokenizer that the model was trained with."
+        raise RecipeError(Problem(argument, value, text, way_out).within("data"))
 
 
 def _open(file: str, argument: str) -> np.ndarray:
-    with third_party_errors(
-        f"data: {argument}={file!r} is not a .npy file that can be read", "Write it with numpy.save."
-    ):
+    unreadable = Problem(argument, file, "is not a readable .npy file", "Write it with numpy.save.").within("data")
+    with third_party_errors(unreadable):
         array = np.load(Path(file).expanduser(), mmap_mode="r", allow_pickle=False)
     # numpy.load returns a lazy archive, not an array, for a .npz file under another name.
     content = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.shape[1] < 2:
-        raise RecipeError(
-            f"data: {argument}={file!r}: expected integers [windows, tokens], at least two tokens each, but got "
-            f"{content}."
-        )
+        text = f"is not an array of integers [windows, tokens] with at least two tokens each: got {content}"
+        raise RecipeError(Problem(argument, file, text).within("data"))
     if len(array) == 0:
-        raise RecipeError(f"data: {argument}={file!r} holds no windows.")
+        raise RecipeError(Problem(argument, file, "is an empty array").within("data"))
     return array

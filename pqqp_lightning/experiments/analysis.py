@@ -25,7 +25,7 @@ from pqqp_lightning.calibration.layer_errors import (
     mixed_share,
     samples_in,
 )
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.experiments.session import Show, alone, check_store, open_search, store_of
 from pqqp_lightning.report.analysis import ANALYSIS, LAYERS, PICTURE, layer_rows, order_key
 from pqqp_lightning.runs.checks import check_places, check_run
@@ -89,18 +89,20 @@ def check_analysis(trainer: Trainer, data: RunData, store: ResultStore, samples:
     stages: Sequence[Stage] = trainer.stages
     problems = check_run(trainer, data, stages) + check_store(trainer, store)
     if samples < 1:
-        problems.append(f"samples={samples} compares nothing. Use 1 or more.")
+        problems.append(Problem("samples", samples, "compares nothing", "Use 1 or more."))
     if len(stages) != 2:
-        problems.append(f"analyze: needs 2 stages, but the recipe has {len(stages)}. Change the stages.")
-    problems += [
-        f"stages.{stage.name} ({type(stage).__name__}): changes what layers read and give out, so that they cannot be "
-        "compared with the dense ones. Apply it first with fit, and analyze two other stages on that run's model."
-        for stage in stages
-        if not stage.comparable_layers
-    ]
+        text = f"analyze needs 2 stages, but the recipe has {len(stages)}"
+        problems.append(Problem(text=text, way_out="Change the stages.").within("stages"))
+    text = "changes the inputs and outputs of layers, so that they cannot be compared with the dense ones"
+    problem = Problem(text=text, way_out="Apply it first with fit, and analyze two other stages on that run's model.")
+    for stage in stages:
+        if not stage.comparable_layers:
+            problems.append(problem.within(f"stages.{stage.name}", type(stage).__name__))
     if problems:
         raise RecipeError(problems)
-    found: dict[Order, list[str]] = {(a.name, b.name): check_places([a, b], data) for a, b in (stages, stages[::-1])}
+    found: dict[Order, list[Problem]] = {
+        (a.name, b.name): check_places([a, b], data) for a, b in (stages, stages[::-1])
+    }
     if orders := [order for order, refused in found.items() if not refused]:
         return orders
     raise RecipeError(dict.fromkeys(problem for refused in found.values() for problem in refused))

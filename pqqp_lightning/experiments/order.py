@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.experiments.prediction import PREDICT, Prediction, check_prediction
 from pqqp_lightning.experiments.repeats import Repeats, check_draws, check_repeats
 from pqqp_lightning.experiments.session import (
@@ -108,7 +108,7 @@ class OrderSearch:
         self._folder = Path(trainer.default_root_dir)
         self._store, self._tree = store, PrefixTree(trainer, data, self._stages, store)
         self._executor, self._progress = executor, Progress("order", trainer, self._tree, bound="at most ")
-        self._refused: dict[Order, list[str]] = {}
+        self._refused: dict[Order, list[Problem]] = {}
         self._allowed: list[Order] = []
 
     def check(
@@ -121,7 +121,8 @@ class OrderSearch:
         """
         problems = check_store(self._trainer, self._store) + check_executor(self._executor, self._trainer)
         if strategy not in (*STRATEGIES, PREDICT):
-            problems.append(f"strategy='{strategy}' is none.{suggest(strategy, (*STRATEGIES, PREDICT))}")
+            way_out = suggest(strategy, (*STRATEGIES, PREDICT)).strip()
+            problems.append(Problem("strategy", strategy, "is unknown", way_out))
         if strategy == PREDICT:
             problems += check_prediction(list(self._stages.values()))
             given: dict[str, tuple[Any, Any]] = {
@@ -131,19 +132,19 @@ class OrderSearch:
                 "comparable_only": (comparable_only, False),
                 "executor": (self._executor, LOCAL),
             }
+            text = f"has no effect with strategy='{PREDICT}', which measures no order"
             problems += [
-                f"{option}={value} has no effect with strategy={PREDICT}, which measures no order. Leave it out."
+                Problem(option, value, text, "Leave it out.")
                 for option, (value, default) in given.items()
                 if value != default
             ]
         if max_runs is not None and max_runs < 1:
-            problems.append(f"max_runs={max_runs} measures no order. Use 1 or more.")
+            problems.append(Problem("max_runs", max_runs, "measures no order", "Use 1 or more."))
         problems += check_time_limit(minutes) + check_repeats(repeats, self._data, list(self._stages.values()))
         problems += check_run(self._trainer, self._data, list(self._stages.values()))
         if not 2 <= len(self._stages) <= MOST_STAGES:
-            problems.append(
-                f"order: needs 2 to {MOST_STAGES} stages, but the recipe has {len(self._stages)}. Change the stages."
-            )
+            text = f"order needs 2 to {MOST_STAGES} stages, but the recipe has {len(self._stages)}"
+            problems.append(Problem(text=text, way_out="Change the stages.").within("stages"))
         for names in permutations(self._stages) if len(self._stages) <= MOST_STAGES else ():
             if found := check_places([self._stages[name] for name in names], self._data):
                 self._refused[names] = found
@@ -195,8 +196,14 @@ class OrderSearch:
         report = prediction.report() | {"measured": prediction.measured(self._data.module, metric, higher)}
         self._tree.drop(())
         if self._trainer.is_global_zero:
-            report["refused"] = [{"order": list(order), "problems": p} for order, p in self._refused.items()]
+            report["refused"] = self._refused_orders()
             write_json(self._folder / PREDICTION, report)
+
+    def _refused_orders(self) -> list[dict[str, Any]]:
+        """The orders that cannot run, and why, as plain data."""
+        return [
+            {"order": list(order), "problems": list(map(str, problems))} for order, problems in self._refused.items()
+        ]
 
     def _measure(
         self, executor: Executor, strategy: Strategy, max_runs: int | None, limit: TimeLimit
@@ -249,7 +256,7 @@ class OrderSearch:
                     "applications": self._tree.applications + more,
                     **verdict.report(),
                     "repeats": repeats,
-                    "refused": [{"order": list(order), "problems": p} for order, p in self._refused.items()],
+                    "refused": self._refused_orders(),
                     "notes": notes,
                 },
             )

@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.calibration.layer_errors import SAMPLES, Layers, first_batches, layer_errors, layers_of, samples_in
+from pqqp_lightning.errors import Problem
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.disk_tensors import Spill
@@ -24,18 +25,17 @@ from pqqp_lightning.trials.verdict import Judge, deciding_metric
 PREDICT = "predict"
 
 
-def check_prediction(stages: Sequence[Stage]) -> list[str]:
+def check_prediction(stages: Sequence[Stage]) -> list[Problem]:
     """Why the order of ``stages`` cannot be predicted."""
     problems = []
     for stage in stages:
-        where = f"stages.{stage.name} ({type(stage).__name__})"
+        section, owner, way_out = f"stages.{stage.name}", type(stage).__name__, "Use --strategy progressive."
         if stage.epochs:
-            problems.append(f"{where}: trains, which calibration does not foresee. Use --strategy progressive.")
+            text = "trains, which calibration does not foresee"
+            problems.append(Problem("epochs", stage.epochs, text, way_out).within(section, owner))
         elif not stage.comparable_layers and not stage.keeps_function:
-            problems.append(
-                f"{where}: changes what layers read and give out, so that predict cannot compare them with the dense "
-                "ones. Use --strategy progressive."
-            )
+            text = "changes the inputs and outputs of layers, so that predict cannot compare them with the dense ones"
+            problems.append(Problem(text=text, way_out=way_out).within(section, owner))
     return problems
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from pqqp_lightning.errors import Problem
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.records import finite_or_none
@@ -23,19 +24,22 @@ SEED = "calibration_seed"
 """The attribute of a datamodule by which its calibration samples are drawn."""
 
 
-def check_repeats(count: int, data: RunData, stages: Sequence[Stage]) -> list[str]:
+def check_repeats(count: int, data: RunData, stages: Sequence[Stage]) -> list[Problem]:
     """Why the orders cannot be measured with ``count`` draws of calibration samples."""
     if count < 1:
-        return [f"repeats={count} measures nothing. Use 1 for the recipe's own calibration samples alone."]
+        way_out = "Use 1 for the recipe's own calibration samples alone."
+        return [Problem("repeats", count, "measures nothing", way_out)]
     if count > 1 and not isinstance(getattr(data.datamodule, SEED, None), int):
         owner = type(data.owner).__name__
-        return [f"repeats={count} needs a datamodule that draws its calibration samples by {SEED}; {owner} has none."]
+        text = f"needs a datamodule that draws its calibration samples by {SEED}, which {owner} does not have"
+        return [Problem("repeats", count, text, "Leave it out.")]
     if count > 1 and not any(stage.needs_calibration for stage in stages):
-        return [f"repeats={count} would measure the same again: no stage reads calibration samples. Leave it out."]
+        text = "would measure the same again: no stage reads calibration samples"
+        return [Problem("repeats", count, text, "Leave it out.")]
     return []
 
 
-def check_draws(data: RunData, count: int) -> list[str]:
+def check_draws(data: RunData, count: int) -> list[Problem]:
     """A problem if every draw has the same samples; the data is set up."""
     if count < 2:
         return []
@@ -46,9 +50,8 @@ def check_draws(data: RunData, count: int) -> list[str]:
             draws.append(digest_of(data.calibration_batches(0, 1, None)[0]))
     if draws[0] != draws[1]:
         return []
-    return [
-        f"repeats={count}: every draw has the same calibration samples. Set calibration_samples below all there are."
-    ]
+    text = "would measure the same again: every draw has the same calibration samples"
+    return [Problem("repeats", count, text, "Set calibration_samples below all there are.")]
 
 
 class Repeats:

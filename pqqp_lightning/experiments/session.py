@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pqqp_lightning.errors import Problem
 from pqqp_lightning.runs.run import identity
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
@@ -27,22 +28,20 @@ def store_of(trainer: Trainer, store: str | Path | None) -> ResultStore:
     return ResultStore(Path(store) if store else Path(trainer.default_root_dir).parent / "store")
 
 
-def check_store(trainer: Trainer, store: ResultStore) -> list[str]:
+def check_store(trainer: Trainer, store: ResultStore) -> list[Problem]:
     """Problems of where results are kept."""
     problems, folder = check_writable("store", store.folder), Path(trainer.default_root_dir)
     if store.folder.resolve().is_relative_to(folder.resolve()):
-        problems.append(
-            f"store='{store.folder}': lies in run_dir='{folder}', which the next search there moves aside. Choose "
-            "another --store."
-        )
+        text = f"lies in run_dir='{folder}', which the next search there moves aside"
+        problems.append(Problem("store", str(store.folder), text, "Choose another --store."))
     return problems
 
 
-def check_time_limit(minutes: float | None) -> list[str]:
-    """A problem if that is no time."""
-    return (
-        [f"time_limit={minutes} is no time. Give minutes above 0."] if minutes is not None and not minutes > 0 else []
-    )
+def check_time_limit(minutes: float | None) -> list[Problem]:
+    """A problem if ``minutes`` is not a positive number."""
+    if minutes is None or minutes > 0:
+        return []
+    return [Problem("time_limit", minutes, "is not above 0", "Give minutes, or leave it out.")]
 
 
 def open_search(

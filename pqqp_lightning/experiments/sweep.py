@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.experiments.session import Show, alone, check_store, check_time_limit, open_search, store_of
 from pqqp_lightning.experiments.sweep_grid import Point
 from pqqp_lightning.experiments.sweep_pair import PairAnalysis, analyse, pair_notes
@@ -97,7 +97,7 @@ def check_sweep(
     """
     problems = check_run(trainer, data, trainer.stages) + check_store(trainer, store)
     if max_points < 1:
-        problems.append(f"max_points={max_points} allows no point. Use 1 or more.")
+        problems.append(Problem("max_points", max_points, "allows no point", "Use 1 or more."))
     problems += check_time_limit(minutes) + check_executor(executor, trainer)
     try:
         plan = make_plan(trainer.stages, data, grid, curve, curve_bits, max(1, max_points))
@@ -239,7 +239,10 @@ class Sweep:
                 }
                 for order in ranked
             ],
-            "refused": [{"order": [names[s] for s in order], "problems": p} for order, p in point.refused.items()],
+            "refused": [
+                {"order": [names[step] for step in order], "problems": list(map(str, problems))}
+                for order, problems in point.refused.items()
+            ],
         }
 
 

@@ -6,11 +6,11 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations, product
 from typing import Any
 
-from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.runs.checks import check_places
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.knobs import knob_value, knobs
@@ -61,7 +61,7 @@ class Point:
 
     variants: tuple[Variant, ...]
     orders: list[Order] = field(default_factory=list)
-    refused: dict[Order, list[str]] = field(default_factory=dict)
+    refused: dict[Order, list[Problem]] = field(default_factory=dict)
 
 
 def knobs_text(knobs: Mapping[str, Any]) -> str:
@@ -78,17 +78,20 @@ def make_variants(stages: Sequence[Stage], grid: Grid) -> dict[str, list[Variant
         RecipeError: with every problem of the grid itself.
     """
     named = {stage.name: stage for stage in stages}
-    problems = [
-        f"grid.{name}: there is no such stage.{suggest(str(name), named)}" for name in grid if name not in named
-    ]
+    problems = []
+    for name in grid:
+        if name not in named:
+            problem = Problem(text="is not the name of a stage", way_out=suggest(str(name), named).strip())
+            problems.append(problem.within(f"grid.{name}"))
     lists: dict[str, dict[str, list[Any]]] = {name: {} for name in named}
     for name in [name for name in named if name in grid]:
         if not isinstance(grid[name], Mapping):
-            problems.append(f"grid.{name}: expected knobs with their values, as in {{sparsity: [0.5, 0.7]}}.")
+            text = "expected arguments with their values, as in {sparsity: [0.5, 0.7]}"
+            problems.append(Problem(text=text).within(f"grid.{name}"))
             continue
         for knob, values in grid[name].items():
             lists[name][knob], found = read_values(named[name], str(knob), values)
-            problems += [f"grid.{name} ({type(named[name]).__name__}): {problem}" for problem in found]
+            problems += [problem.within(f"grid.{name}", type(named[name]).__name__) for problem in found]
     if problems:
         raise RecipeError(problems)
     return {name: [vary(stage, chosen) for chosen in _products(lists[name])] for name, stage in named.items()}
@@ -116,10 +119,13 @@ def make_points(variants: Mapping[str, Sequence[Variant]], data: RunData) -> lis
     return points
 
 
-def own_problems(variant: Variant) -> list[str]:
+def own_problems(variant: Variant) -> list[Problem]:
     """What the stage says of the values, whatever the model is."""
-    where = f"stages.{variant.name} ({type(variant.stage).__name__})"
-    return [_of_the_grid(f"{where}: {problem}", [variant]) for problem in variant.stage.check_knobs()]
+    problems = []
+    for problem in variant.stage.check_knobs():
+        placed = problem.within(f"stages.{variant.name}", type(variant.stage).__name__)
+        problems.append(_of_the_grid(placed, [variant]))
+    return problems
 
 
 def count_points(variants: Mapping[str, Sequence[Variant]]) -> int:
@@ -127,22 +133,22 @@ def count_points(variants: Mapping[str, Sequence[Variant]]) -> int:
     return math.prod(len(own) for own in variants.values())
 
 
-def read_values(stage: Stage, knob: str, values: Any) -> tuple[list[Any], list[str]]:
-    """A knob's values as the stage takes them, and what is wrong with them."""
+def read_values(stage: Stage, knob: str, values: Any) -> tuple[list[Any], list[Problem]]:
+    """An argument's values as the stage takes them, and what is wrong with them."""
     known = [name for name in knobs(type(stage)) if name in vars(stage)]
     if knob not in known:
-        return [], [f"'{knob}' is no knob.{suggest(knob, known)}"]
+        return [], [Problem(knob, text="is not an argument of this stage", way_out=suggest(knob, known).strip())]
     if not isinstance(values, list) or not values:
-        empty = "is empty" if values == [] else "is no list"
-        return [], [f"{knob}={values} {empty}. Write its values as in [{vars(stage)[knob]}]."]
+        text = "is empty" if values == [] else "is not a list"
+        return [], [Problem(knob, values, text, f"Write its values as in [{vars(stage)[knob]}].")]
     problems, read = [], []
     for value in values:
         try:
             read.append(knob_value(type(stage), knob, value))
         except ValueError as error:
-            problems.append(f"{knob}={value!r}: expected {error}")
+            problems.append(Problem(knob, value, f"is not accepted: expected {error}"))
     if twice := [value for i, value in enumerate(read) if value in read[:i]]:
-        problems.append(f"{knob}={values!r} names {twice[0]!r} twice. Name every value once.")
+        problems.append(Problem(knob, values, f"names {twice[0]!r} twice", "Name every value once."))
     return read, problems
 
 
@@ -161,20 +167,18 @@ def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:
     if not chosen:
         return Variant(copy.deepcopy(stage), chosen)
     if lost := [knob for knob in knobs(type(stage)) if knob not in vars(stage)]:
-        raise RecipeError(
-            f"grid.{stage.name} ({type(stage).__name__}): cannot be made anew, since it keeps no attribute "
-            f"{', '.join(lost)}. Have its constructor keep every argument under its own name."
-        )
+        text = f"cannot be created again, since it has no attribute {', '.join(lost)}"
+        problem = Problem(text=text, way_out="Have its constructor keep every argument under its own name.")
+        raise RecipeError(problem.within(f"grid.{stage.name}", type(stage).__name__))
     kept = {knob: vars(stage)[knob] for knob in knobs(type(stage))}
     changed = type(stage)(**copy.deepcopy(kept | chosen))
     changed.name = stage.name
     return Variant(changed, chosen)
 
 
-def _of_the_grid(problem: str, variants: Iterable[Variant]) -> str:
-    """The problem, said of the grid where it is about a value that comes from there."""
+def _of_the_grid(problem: Problem, variants: Iterable[Variant]) -> Problem:
+    """The problem, placed in the grid if its argument has its value from there."""
     for variant in variants:
-        where = f"stages.{variant.name} ("
-        if problem.startswith(where) and any(f"{knob}=" in problem for knob in variant.knobs):
-            return f"grid.{problem.removeprefix('stages.')}"
+        if problem.section == f"stages.{variant.name}" and problem.argument in variant.knobs:
+            return replace(problem, key=problem.argument).within(f"grid.{variant.name}", problem.owner)
     return problem

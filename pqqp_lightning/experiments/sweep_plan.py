@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.experiments.sweep_grid import (
     Grid,
     Point,
@@ -90,38 +90,42 @@ def make_plan(
         RecipeError: everything that must be put right.
     """
     if not 1 <= len(stages) <= MOST_STAGES:
-        raise RecipeError(f"sweep: needs 1 to {MOST_STAGES} stages, but the recipe has {len(stages)}. Change them.")
+        text = f"sweep needs 1 to {MOST_STAGES} stages, but the recipe has {len(stages)}"
+        raise RecipeError(Problem(text=text, way_out="Change them.").within("stages"))
     if not grid:
-        raise RecipeError(f"grid: is missing. Add --grid.STAGE.KNOB [a,b], where STAGE is {_either(stages)}.")
+        way_out = f"Add --grid.STAGE.ARGUMENT [a,b], where STAGE is {_either(stages)}."
+        raise RecipeError(Problem("grid", text="is missing", way_out=way_out))
     variants = make_variants(stages, grid)
     problems = [problem for own in variants.values() for variant in own for problem in own_problems(variant)]
     found = _find_curve(variants, curve, curve_bits, problems)
     if (count := count_points(variants)) > max_points:
-        problems.append(f"grid: has {count} points, more than max_points={max_points}. Shorten it, or raise that.")
+        text = f"has {count} points, more than max_points={max_points}"
+        problems.append(Problem("grid", text=text, way_out="Shorten it, or raise max_points."))
     if problems:
         raise RecipeError(dict.fromkeys(problems))
     return Plan(variants, make_points(variants, data), found and _that_can_run(found, data))
 
 
-def _find_curve(variants: Variants, named: str | None, bits: Sequence[int], problems: list[str]) -> Curve | None:
+def _find_curve(variants: Variants, named: str | None, bits: Sequence[int], problems: list[Problem]) -> Curve | None:
     """The curve that is asked for, or that there can be no doubt about; what is wrong is added to ``problems``."""
     if named is not None and named not in variants:
-        problems.append(f"curve='{named}' is no stage.{suggest(named, variants)}")
+        problems.append(Problem("curve", named, "is not the name of a stage", suggest(named, variants).strip()))
         return None
     if named is not None and "grid" not in (stage := variants[named][0].stage).promises:
-        problems.append(f"curve='{named}' ({type(stage).__name__}) does not quantize. Name the stage that does.")
+        text = f"is a {type(stage).__name__}, which does not quantize"
+        problems.append(Problem("curve", named, text, "Name the stage that does."))
         return None
     if len(variants) != 2:
         if named is not None or bits:
-            asked = f"curve='{named}'" if named is not None else f"curve_bits={list(bits)}"
-            problems.append(f"{asked} needs two stages, but the recipe has {len(variants)}. Leave it out.")
+            argument, value = ("curve", named) if named is not None else ("curve_bits", list(bits))
+            text = f"needs two stages, but the recipe has {len(variants)}"
+            problems.append(Problem(argument, value, text, "Leave it out."))
         return None
     name = named or _quantizing(variants, problems)
     if name is None:
         if bits and not problems:
-            problems.append(
-                f"curve_bits={list(bits)}: no stage has '{BITS}' in the grid. Say which with --curve STAGE."
-            )
+            text = f"needs a stage, but none has '{BITS}' in the grid"
+            problems.append(Problem("curve_bits", list(bits), text, "Say which with --curve STAGE."))
         return None
     other = next(n for n in variants if n != name)
     own = variants[name]
@@ -129,34 +133,40 @@ def _find_curve(variants: Variants, named: str | None, bits: Sequence[int], prob
     return Curve(name, other, frozenset(along), [*own, *_further(own, bits, problems)])
 
 
-def _quantizing(variants: Variants, problems: list[str]) -> str | None:
+def _quantizing(variants: Variants, problems: list[Problem]) -> str | None:
     """The stage whose bits are in the grid; else the one of the two that leaves a grid of values."""
     with_bits = [name for name, own in variants.items() if BITS in own[0].knobs]
     if len(with_bits) > 1:
         both = " and ".join(with_bits)
-        problems.append(f"grid: {both} both have '{BITS}'. Say which one the curve is of: --curve {with_bits[0]}.")
+        way_out = f"Say which one the curve is of: --curve {with_bits[0]}."
+        problems.append(Problem("grid", text=f"has '{BITS}' for both {both}", way_out=way_out))
         return None
     with_grid = [name for name, own in variants.items() if "grid" in own[0].stage.promises]
     return next(iter(with_bits or (with_grid if len(with_grid) == 1 else [])), None)
 
 
-def _further(own: Sequence[Variant], bits: Sequence[int], problems: list[str]) -> list[Variant]:
+def _further(own: Sequence[Variant], bits: Sequence[int], problems: list[Problem]) -> list[Variant]:
     """Variants at bit widths that only the curve has."""
     if not bits:
         return []
     stage = own[0].stage
     values, found = read_values(stage, BITS, list(bits))
-    problems += [f"curve_bits ({type(stage).__name__}): {problem}" for problem in found]
+    problems += [_of_curve_bits(problem, type(stage).__name__) for problem in found]
     there, further = [variant.stage.options() for variant in own], dict[str, Variant]()
     for variant in own:
         for value in values:
             new = vary(variant.stage, {**variant.knobs, BITS: value})
             if new.stage.options() not in there:
                 further[new.step] = new
-    problems += [
-        problem.replace(f"grid.{v.name}", "curve_bits", 1) for v in further.values() for problem in own_problems(v)
-    ]
+    for variant in further.values():
+        for problem in own_problems(variant):
+            problems.append(_of_curve_bits(problem, problem.owner) if problem.argument == BITS else problem)
     return list(further.values())
+
+
+def _of_curve_bits(problem: Problem, owner: str) -> Problem:
+    """A problem of the stage's bits, which ``--curve_bits`` gave."""
+    return replace(problem, key="").within("curve_bits", owner)
 
 
 def _that_can_run(curve: Curve, data: RunData) -> Curve | None:

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
-from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.metrics.multiple_choice import ChoiceAccuracy, group_by_question, log_likelihoods
 from pqqp_lightning.metrics.perplexity import Perplexity
 from pqqp_lightning.models import loading
@@ -60,7 +60,8 @@ class CausalLM(LightningModule):
     ) -> None:
         super().__init__()
         if dtype not in DTYPES:
-            raise RecipeError(f"model: dtype={dtype!r} is not one of {', '.join(DTYPES)}.{suggest(dtype, DTYPES)}")
+            text, way_out = f"is not one of {', '.join(DTYPES)}", suggest(dtype, DTYPES).strip()
+            raise RecipeError(Problem("dtype", dtype, text, way_out).within("model"))
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokenizer_source: str | None = None
         if isinstance(model, str):
@@ -79,7 +80,8 @@ class CausalLM(LightningModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer, loaded on first use."""
         if self._tokenizer_source is None:
-            raise RecipeError("The model was built from its configuration and has no tokenizer: set data.tokenizer.")
+            text = "is not set, and a model that is built from its configuration has no tokenizer"
+            raise RecipeError(Problem("tokenizer", text=text, way_out="Set data.tokenizer.").within("data"))
         if self._tokenizer is None:
             self._tokenizer = loading.load_tokenizer(self._tokenizer_source)
         return self._tokenizer

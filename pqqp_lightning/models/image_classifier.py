@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.models import image_networks as vision
 from pqqp_lightning.models.optimizers import build_optimizer
 
@@ -85,10 +85,9 @@ class ImageClassifier(LightningModule):
         """Refuse data that has more classes than the network."""
         classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
         if classes is not None and classes > self.num_classes:
-            raise RecipeError(
-                f"The data has {classes} classes, but the model tells {self.num_classes} apart. "
-                f"Set model.num_classes to {classes}."
-            )
+            text = f"is fewer than the {classes} classes of the data"
+            problem = Problem("num_classes", self.num_classes, text, f"Set model.num_classes to {classes}.")
+            raise RecipeError(problem.within("model"))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
@@ -138,7 +137,7 @@ class ImageClassifier(LightningModule):
 
 def _check_numbers(**numbers: int | None) -> None:
     problems = [
-        f"model: {name}={value} is not a positive number."
+        Problem(name, value, "is not above 0").within("model")
         for name, value in numbers.items()
         if value is not None and value < 1
     ]

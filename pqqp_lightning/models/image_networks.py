@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqqp_lightning.errors import RecipeError, shorten, suggest
+from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten
 from pqqp_lightning.models.transformers_bridge import third_party_errors
 
 LIBRARIES = ("timm", "torchvision")
@@ -33,10 +33,10 @@ def find_network(name: str) -> str:
         if bare.partition(".")[0] in names:  # timm's names may carry a tag of their weights: resnet18.a1_in1k
             return f"{library}/{bare}"
         known += names
-    near = suggest(bare, known)
-    if not near.startswith(" Did"):  # the list of all networks would fill the screen
-        near = " list_models() of the library prints all names."
-    raise RecipeError(f"model={name!r} is not a network of {' or '.join(libraries)}.{near}")
+    # The list of all networks would fill the screen.
+    way_out = near_miss(bare, known).strip() or "list_models() of the library prints all names."
+    text = f"is not a network of {' or '.join(libraries)}"
+    raise RecipeError(Problem("model", name, text, way_out).within("model"))
 
 
 def build_network(
@@ -77,14 +77,15 @@ def read_weights(path: str) -> dict[str, Tensor]:
     """
     file = Path(path).expanduser()
     if not file.exists():
-        raise RecipeError(f"weights={path!r}: there is no such file or folder (looked at {file.absolute()}).")
+        raise RecipeError(_of_weights(path, f"does not exist (looked at {file.absolute()})"))
     if file.is_file() and file.suffix not in SUFFIXES:
-        raise RecipeError(f"weights={path!r} is not a checkpoint. Give a folder, or a file: {', '.join(SUFFIXES)}.")
+        way_out = f"Give a folder, or a file: {', '.join(SUFFIXES)}."
+        raise RecipeError(_of_weights(path, "is not a checkpoint", way_out))
     if file.is_dir():
         from pqqp_lightning.checkpoint.load import load_weights
 
         return load_weights(file)
-    with third_party_errors(f"weights={path!r} cannot be read", "Save it again, or name another file."):
+    with third_party_errors(_of_weights(path, "cannot be read", "Save it again, or name another file.")):
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -94,8 +95,13 @@ def read_weights(path: str) -> dict[str, Tensor]:
     if isinstance(content, dict):  # Lightning's checkpoints nest the weights, plain ones are the state dict
         weights = content.get("state_dict", content)
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise RecipeError(f"weights={path!r} holds no state_dict. Give a Lightning .ckpt or a .safetensors file.")
+        way_out = "Give a Lightning .ckpt or a .safetensors file."
+        raise RecipeError(_of_weights(path, "does not contain a state_dict", way_out))
     return weights
+
+
+def _of_weights(path: str, text: str, way_out: str = "") -> Problem:
+    return Problem("weights", path, text, way_out).within("model")
 
 
 def load_weights_into(network: nn.Module, weights: dict[str, Tensor], path: str) -> None:
@@ -121,10 +127,8 @@ def load_weights_into(network: nn.Module, weights: dict[str, Tensor], path: str)
     if misshapen:
         faults.append(f"other shapes in {shorten(misshapen)}")
     if faults:
-        raise RecipeError(
-            f"weights={path!r} are not of this network: {'; '.join(faults)}. "
-            "Check model, num_classes, in_channels, image_size and model_args."
-        )
+        way_out = "Check model, num_classes, in_channels, image_size and model_args."
+        raise RecipeError(_of_weights(path, f"do not fit this network: {'; '.join(faults)}", way_out))
     network.load_state_dict(weights)
 
 
@@ -139,7 +143,8 @@ def count_classes(network: nn.Module) -> int:
         return stated
     widths = [layer.out_features for layer in network.modules() if isinstance(layer, nn.Linear)]
     if not widths:
-        raise RecipeError("model: the number of classes is unknown. Set num_classes.")
+        text = "is not set, and the network does not state its number of classes"
+        raise RecipeError(Problem("num_classes", text=text, way_out="Set num_classes.").within("model"))
     return widths[-1]
 
 
@@ -167,7 +172,9 @@ def _build_torchvision(
     from torchvision import models
 
     if in_channels != 3:
-        raise RecipeError(f"in_channels={in_channels}: torchvision/{name} takes 3. Use a timm network, or 3 channels.")
+        text = f"does not fit torchvision/{name}, which takes 3"
+        problem = Problem("in_channels", in_channels, text, "Use a timm network, or 3 channels.")
+        raise RecipeError(problem.within("model"))
     classes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     with _build_errors(f"torchvision/{name}", pretrained):
         network = models.get_model(name, weights=None, **classes, **options)
@@ -187,13 +194,15 @@ def _load_all_but_head(network: nn.Module, weights: dict[str, Any]) -> None:
     head = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
     uninitialised = [name for name in expected if name not in fitting and not name.startswith(f"{head}.")]
     if uninitialised:
-        raise RecipeError(f"model: the pretrained weights do not fit {shorten(uninitialised)}. Set pretrained: false.")
+        text = f"loads weights that do not fit {shorten(uninitialised)}"
+        raise RecipeError(Problem("pretrained", True, text, "Set pretrained: false.").within("model"))
     network.load_state_dict(fitting, strict=False)
 
 
 def _build_errors(name: str, pretrained: bool) -> AbstractContextManager[None]:
     way_out = "Change num_classes, in_channels, image_size or model_args."
     if not pretrained:
-        return third_party_errors(f"model={name!r} cannot be built", way_out)
+        return third_party_errors(Problem("model", name, "cannot be built", way_out).within("model"))
     ways_out = f"Set pretrained: false, give weights: FILE, or go online with HF_HUB_OFFLINE unset. {way_out}"
-    return third_party_errors(f"model={name!r} cannot be loaded with pretrained weights", ways_out)
+    text = "cannot be loaded with pretrained weights"
+    return third_party_errors(Problem("model", name, text, ways_out).within("model"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, near_miss
 from pqqp_lightning.models.transformers_bridge import check_loading, quiet_transformers, third_party_errors
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 BUNDLED = "smollm2-135m"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+MODEL = "model.model"
+"""The setting that says where the model comes from."""
 OFFLINE_WAYS_OUT = "Give a local folder (./my-model) or a .gguf file, or go online with HF_HUB_OFFLINE unset."
 
 
@@ -24,11 +26,11 @@ def is_path(value: str) -> bool:
     return looks_local or value.endswith(".gguf") or Path(value).exists()
 
 
-def resolve_source(source: str, argument: str = "model") -> str:
+def resolve_source(source: str, key: str = MODEL) -> str:
     """Turn ``source`` into a hub id or a local folder; a GGUF file is converted into a cached folder.
 
     Raises:
-        RecipeError: the file or folder does not exist or is of another kind; ``argument`` is named.
+        RecipeError: about the setting ``key``: the file or folder does not exist or is of another kind.
     """
     from pqqp_lightning.models import gguf
 
@@ -38,12 +40,11 @@ def resolve_source(source: str, argument: str = "model") -> str:
         return source
     path = Path(source).expanduser()
     if not path.exists():
-        raise RecipeError(f"{argument}={source!r}: there is no such file or folder (looked at {path.absolute()}).")
+        raise RecipeError(_problem(key, source, f"does not exist (looked at {path.absolute()})"))
     if path.is_file():
         if path.suffix != ".gguf":
-            raise RecipeError(
-                f"{argument}={source!r} is a file. Give the folder that holds config.json, or a .gguf file."
-            )
+            way_out = "Give the folder that holds config.json, or a .gguf file."
+            raise RecipeError(_problem(key, source, "is a file", way_out))
         return str(gguf.convert(path))
     return str(path)
 
@@ -58,7 +59,7 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
-    with quiet_transformers(), third_party_errors(*_loading_problem(source, "model")):
+    with quiet_transformers(), third_party_errors(_unreadable(MODEL, source, "model")):
         config = _read_config(source)
         model, info = loader.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
@@ -67,38 +68,40 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(source: str, argument: str = "model") -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, key: str = MODEL) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a hub id, folder, GGUF file or the bundled model."""
     from transformers import AutoTokenizer
 
-    folder = resolve_source(source, argument)
+    folder = resolve_source(source, key)
     # transformers' own message for a folder without a tokenizer suggests to look on the hub.
     if is_path(folder) and not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
-        raise RecipeError(f"{argument}={source!r}: the folder holds no tokenizer. Name one in data.tokenizer.")
-    with quiet_transformers(), third_party_errors(*_loading_problem(source, argument, "tokenizer")):
+        raise RecipeError(_problem(key, source, "is a folder without a tokenizer", "Name one in data.tokenizer."))
+    with quiet_transformers(), third_party_errors(_unreadable(key, source, "tokenizer")):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _loading_problem(source: str, argument: str, what: str = "model") -> tuple[str, str]:
-    """What to say, and the way out, if ``source`` does not load."""
+def _problem(key: str, source: str, text: str, way_out: str = "") -> Problem:
+    section, _, argument = key.partition(".")
+    return Problem(argument, source, text, way_out).within(section)
+
+
+def _unreadable(key: str, source: str, what: str) -> Problem:
     if is_path(source):
-        return f"{argument}={source!r}: the {what} cannot be read", "Save or download it again, or name another."
-    known = suggest(source, [BUNDLED]) if "/" not in source else ""
-    return f"{argument}={source!r}: the {what} cannot be loaded from the hub", f"{OFFLINE_WAYS_OUT}{known}".strip()
+        return _problem(key, source, f"has a {what} that cannot be read", "Save or download it again, or name another.")
+    known = near_miss(source, [BUNDLED]) if "/" not in source else ""
+    return _problem(key, source, f"has a {what} that cannot be loaded from the hub", f"{OFFLINE_WAYS_OUT}{known}")
 
 
 def _read_config(source: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     if is_path(source) and not (Path(source) / "config.json").is_file():
-        raise RecipeError(
-            f"model={source!r}: the folder has no config.json. Give one that save_pretrained wrote, or a .gguf file."
-        )
+        way_out = "Give a folder that save_pretrained wrote, or a .gguf file."
+        raise RecipeError(_problem(MODEL, source, "is a folder without config.json", way_out))
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "unknown")
-        raise RecipeError(
-            f"model={source!r} is already quantized ({method}). Start from the original weights, and quantize here."
-        )
+        way_out = "Start from the original weights, and quantize here."
+        raise RecipeError(_problem(MODEL, source, f"is already quantized ({method})", way_out))
     return config

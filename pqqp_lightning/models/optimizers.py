@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 
 
 def build_optimizer(
@@ -20,10 +20,9 @@ def build_optimizer(
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
-        raise RecipeError(
-            "Finetuning was asked for, but no parameter of the model requires a gradient. Set epochs to 0 on every "
-            "stage, or add a recovery stage that trains something."
-        )
+        text = "no parameter of the model requires a gradient, so there is nothing to finetune"
+        way_out = "Set epochs to 0 on every stage, or add a recovery stage that trains something."
+        raise RecipeError(Problem(text=text, way_out=way_out))
     built = optimizer(parameters)
     if lr_scheduler is None:
         return {"optimizer": built}

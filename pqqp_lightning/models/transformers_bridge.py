@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pqqp_lightning.errors import RecipeError, near_miss, shorten, suggest
+from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten, suggest
 
 
 @contextmanager
-def third_party_errors(problem: str, way_out: str) -> Iterator[None]:
-    """Turn any exception of a library inside into a RecipeError: ``problem (its first sentence). way_out``."""
+def third_party_errors(problem: Problem) -> Iterator[None]:
+    """Turn any exception of a library inside into ``problem``, with the error's first sentence in parentheses."""
     try:
         yield
     except (RecipeError, MemoryError, torch.OutOfMemoryError):  # these say more than the wording here could
@@ -26,7 +27,7 @@ def third_party_errors(problem: str, way_out: str) -> Iterator[None]:
         if first.endswith(":"):  # the reason stands on the next line
             first = " ".join(lines[:2])
         reason = first.split(". ")[0].rstrip(". :")
-        raise RecipeError(f"{problem} ({reason}). {way_out}") from error
+        raise RecipeError(replace(problem, text=f"{problem.text} ({reason})")) from error
 
 
 @contextmanager
@@ -69,12 +70,12 @@ def check_loading(source: str, info: dict[str, Any]) -> None:
         listed = info.get(f"{kind}_keys") or ()
         keys = sorted(key if isinstance(key, str) else str(key[0]) for key in listed)  # mismatched: name and shapes
         if keys:
-            problems.append(
-                f"model={source!r}: {kind} weights in {shorten(keys)}. Its config.json is for another file."
-            )
-    problems += [f"model={source!r}: {message}" for message in info.get("error_msgs") or ()]
+            text = f"has {kind} weights in {shorten(keys)}"
+            problems.append(Problem("model", source, text, "Use the config.json that belongs to these weights."))
+    for message in info.get("error_msgs") or ():
+        problems.append(Problem("model", source, f"cannot be loaded: {message}"))
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(problem.within("model") for problem in problems)
 
 
 def build_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -89,14 +90,17 @@ def build_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel
     settings = dict(settings)
     name = str(settings.pop("model_type", ""))
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        known = suggest(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if name else " For instance: llama, opt, gpt2."
-        raise RecipeError(f"model: {{model_type: {name!r}}} is not a causal language model of transformers.{known}")
+        known = suggest(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES).strip() if name else "For instance: llama, opt, gpt2."
+        text = "is not a causal language model of transformers"
+        raise RecipeError(Problem("model.model_type", name, text, known).within("model"))
     if settings.pop("quantization_config", None):
-        raise RecipeError("model: quantization_config is set. Remove it: a compressed checkpoint carries its own plan.")
+        way_out = "Remove it: a compressed checkpoint carries its own plan."
+        raise RecipeError(Problem("model.quantization_config", text="is set", way_out=way_out).within("model"))
     _refuse_misspelt(name, settings)
     with quiet_transformers():
         way_out = "Change the values named; the rest has the defaults of the architecture."
-        with third_party_errors(f"model: no {name} model has this configuration", way_out):
+        problem = Problem("model", text=f"is not a configuration of a {name} model", way_out=way_out)
+        with third_party_errors(problem.within("model")):
             config = CONFIG_MAPPING[name].from_dict(settings)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         model.tie_weights()
@@ -119,7 +123,8 @@ def _refuse_misspelt(name: str, settings: dict[str, Any]) -> None:
             continue
         suggestion = near_miss(key, not_given, cutoff=0.8)
         if suggestion:
-            problems.append(f"model: '{key}' is not a setting of {name}.{suggestion}")
+            problem = Problem(f"model.{key}", text=f"is not a setting of {name}", way_out=suggestion.strip())
+            problems.append(problem.within("model"))
     if problems:
         raise RecipeError(problems)
 

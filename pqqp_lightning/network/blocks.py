@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pqqp_lightning.errors import RecipeError, near_miss
+from pqqp_lightning.errors import Problem, RecipeError, near_miss
 from pqqp_lightning.network.layers import LAYER_TYPES, Layer, is_adapter
 from pqqp_lightning.network.name_patterns import matches_any
 
@@ -28,7 +28,7 @@ def find_blocks(model: nn.Module, names: list[str] | None = None) -> Blocks:
         names: the blocks instead, as module names or patterns.
 
     Raises:
-        RecipeError: a name of ``names`` is no module of the model.
+        RecipeError: a name of ``names`` is not a module of the model.
     """
     if names:
         return _named_blocks(model, names)
@@ -64,7 +64,8 @@ def _named_blocks(model: nn.Module, names: list[str]) -> Blocks:
     for wanted in names:
         found = {name: m for name, m in modules.items() if name == wanted or name.endswith(f".{wanted}")}
         if not found:
-            raise RecipeError(f"blocks: '{wanted}' is no module of the model.{near_miss(wanted, modules)}")
+            near = near_miss(wanted, modules).strip()
+            raise RecipeError(Problem("blocks", wanted, "is not a module of the model", near))
         blocks.update(found)
     return blocks
 

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.structure import weightless_copy
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.stage import Stage
@@ -29,20 +29,22 @@ def check_recipe(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> No
         raise RecipeError(problems)
 
 
-def check_run(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> list[str]:
+def check_run(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> list[Problem]:
     """The problems that do not depend on the stages' order: folder, data, model, names, epochs and strategy."""
     folder = [] if trainer.fast_dev_run else check_folder(Path(trainer.default_root_dir), (RUN, RECORDS))
     problems = folder + data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
     return problems + _check_strategy(trainer) + _check_teacher(stages)
 
 
-def check_places(stages: Sequence[Stage], data: RunData) -> list[str]:
+def check_places(stages: Sequence[Stage], data: RunData) -> list[Problem]:
     """The problems of the stages in this order; each names its stage."""
-    pairs = zip(stages, check_stages(stages, data), strict=True)
-    return [f"{_where(stage)}: {problem}" for stage, found in pairs for problem in found]
+    problems = []
+    for stage, own in zip(stages, check_stages(stages, data), strict=True):
+        problems += [problem.within(f"stages.{stage.name}", type(stage).__name__) for problem in own]
+    return problems
 
 
-def check_stages(stages: Sequence[Stage], data: RunData) -> list[list[str]]:
+def check_stages(stages: Sequence[Stage], data: RunData) -> list[list[Problem]]:
     """The problems of each stage after its predecessors.
 
     If stages change the structure, later ones are checked against a weightless copy of the model with that structure.
@@ -58,39 +60,42 @@ def check_stages(stages: Sequence[Stage], data: RunData) -> list[list[str]]:
     return found
 
 
-def _check_stage(stage: Stage, data: RunData, earlier: Sequence[Stage], model: LightningModule) -> list[str]:
+def _check_stage(stage: Stage, data: RunData, earlier: Sequence[Stage], model: LightningModule) -> list[Problem]:
     try:
         problems = stage.check(model, data.datamodule, earlier)
     except RecipeError as error:
         return error.problems
     if stage.needs_calibration and not data.has_calibration_data():
-        problems.append("needs calibration data. Give training data, or a datamodule with calibration_dataloader().")
+        way_out = "Give training data, or a datamodule with calibration_dataloader()."
+        problems.append(Problem(text="needs calibration data", way_out=way_out))
     if stage.epochs > 0:
         problems += _check_training(stage, data, earlier, model)
     return problems
 
 
-def _check_training(stage: Stage, data: RunData, earlier: Sequence[Stage], model: LightningModule) -> list[str]:
+def _check_training(stage: Stage, data: RunData, earlier: Sequence[Stage], model: LightningModule) -> list[Problem]:
     problems = []
     if not data.has_training_data():
         owner = type(data.owner).__name__
-        problems.append(f"epochs={stage.epochs} needs training data. Give {owner} some, or set epochs: 0.")
+        way_out = f"Give {owner} some, or set epochs: 0."
+        problems.append(Problem("epochs", stage.epochs, "needs training data", way_out))
     if not is_overridden("training_step", data.module):
-        problems.append(f"epochs={stage.epochs} needs a training_step in {type(data.module).__name__}.")
+        text = f"needs a training_step in {type(data.module).__name__}"
+        problems.append(Problem("epochs", stage.epochs, text, "Define one, or set epochs: 0."))
     quantized = [s for s in (*earlier, stage) if "grid" in s.promises]
     on_grid = dict.fromkeys(name for s in quantized for name in s.find_layers(model))
     moving = set(stage.moves(model))
     if moved := [f"{name}.weight" for name in on_grid if name in moving]:
-        problems.append(
-            f"epochs={stage.epochs} would move {shorten(moved)} off the grid of stage '{quantized[0].name}'. Finetune "
-            "before quantizing, recover with LoRA, set epochs: 0, or freeze these weights (requires_grad=False) in the "
-            "model."
+        text = f"would move {shorten(moved)} off the grid of stage '{quantized[0].name}'"
+        way_out = (
+            "Finetune before quantizing, recover with LoRA, set epochs: 0, or freeze these weights "
+            "(requires_grad=False) in the model."
         )
+        problems.append(Problem("epochs", stage.epochs, text, way_out))
     if stage.distill and stage.distill.hidden_weight and _blocks_of(stage, model) != _blocks_of(stage, data.module):
-        problems.append(
-            "distill.hidden_weight compares block with block, but an earlier stage removes some. Leave it out, or put "
-            "this stage before the removal."
-        )
+        text = "compares block with block, but an earlier stage removes some"
+        way_out = "Leave it out, or put this stage before the removal."
+        problems.append(Problem("distill.hidden_weight", stage.distill.hidden_weight, text, way_out))
     return problems
 
 
@@ -98,51 +103,47 @@ def _blocks_of(stage: Stage, model: LightningModule) -> list[str]:
     return list(stage.find_blocks(model))
 
 
-def _check_teacher(stages: Sequence[Stage]) -> list[str]:
+def _check_teacher(stages: Sequence[Stage]) -> list[Problem]:
     """One teacher serves all stages of a run, so it has one precision."""
     asked = {stage.name: stage.distill.teacher_dtype for stage in stages if stage.distill is not None}
     if len(set(asked.values())) < 2:
         return []
     given = ", ".join(f"{name}: {dtype}" for name, dtype in asked.items())
-    return [f"stages: one teacher serves all, but distill.teacher_dtype differs ({given}). Give it the same value."]
+    text = f"one teacher serves all, but distill.teacher_dtype differs ({given})"
+    return [Problem(text=text, way_out="Give it the same value.").within("stages")]
 
 
-def _check_model(module: LightningModule) -> list[str]:
+def _check_model(module: LightningModule) -> list[Problem]:
     bad = [n for n, p in module.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
     if not bad:
         return []
-    return [f"model: {shorten(bad)} hold NaN or infinite weights. Use another checkpoint of the model."]
+    text = f"{shorten(bad)} hold NaN or infinite weights"
+    return [Problem(text=text, way_out="Use another checkpoint of the model.").within("model")]
 
 
-def _check_names(stages: Sequence[Stage]) -> list[str]:
+def _check_names(stages: Sequence[Stage]) -> list[Problem]:
     names = [stage.name for stage in stages]
     twice = sorted({name for name in names if names.count(name) > 1})
     odd = [name for name in names if name == "dense" or not re.fullmatch(r"[\w-]+", name)]
-    return [f"stages: two stages are named '{name}'. Give each its own name." for name in twice] + [
-        f"stages: '{name}' cannot be a stage's name. Use letters, digits, - and _; 'dense' is the model itself."
-        for name in odd
-    ]
+    problems = [Problem(text=f"two stages are named '{name}'", way_out="Give each its own name.") for name in twice]
+    for name in odd:
+        way_out = "Use letters, digits, - and _; 'dense' is the model itself."
+        problems.append(Problem(text=f"'{name}' cannot be a stage's name", way_out=way_out))
+    return [problem.within("stages") for problem in problems]
 
 
-def _check_epochs(trainer: Trainer, stages: Sequence[Stage]) -> list[str]:
+def _check_epochs(trainer: Trainer, stages: Sequence[Stage]) -> list[Problem]:
     given, total = trainer.fit_loop.max_epochs, sum(max(0, stage.epochs) for stage in stages)
     if trainer.fast_dev_run or given in (None, total):
         return []
     parts = " + ".join(f"{s.name} {s.epochs}" for s in stages if s.epochs) or "no stage has any"
-    return [
-        f"trainer.max_epochs={given} contradicts the stages' epochs, {total} in all ({parts}). "
-        "Leave trainer.max_epochs out; it follows from the stages."
-    ]
+    text = f"contradicts the stages' epochs, {total} in all ({parts})"
+    way_out = "Leave trainer.max_epochs out; it follows from the stages."
+    return [Problem("max_epochs", given, text, way_out).within("trainer")]
 
 
-def _check_strategy(trainer: Trainer) -> list[str]:
+def _check_strategy(trainer: Trainer) -> list[Problem]:
     if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         return []
-    return [
-        "trainer.strategy: its processes would start and end with every evaluation, and not live through the run. "
-        "Use strategy: ddp."
-    ]
-
-
-def _where(stage: Stage) -> str:
-    return f"stages.{stage.name} ({type(stage).__name__})"
+    text = "would start new processes for every evaluation: they do not live through the run"
+    return [Problem("strategy", text=text, way_out="Use strategy: ddp.").within("trainer")]

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.network.blocks import model_blocks
 from pqqp_lightning.network.structure import copy_model
 from pqqp_lightning.stages.distillation import Distillation, TeacherDtype
@@ -88,10 +88,12 @@ class Distill(Callback):
             if result is None:
                 return None
             if not seen.calls:
-                raise RecipeError(
-                    f"distill: training_step of {type(student).__name__} never calls self(...), so that there is no "
-                    "output to compare. Call the model through self(...), or leave distill out."
+                text = (
+                    f"needs a training_step of {type(student).__name__} that calls self(...): there is no output to "
+                    "compare"
                 )
+                way_out = "Call the model through self(...), or leave distill out."
+                raise RecipeError(Problem("distill", text=text, way_out=way_out))
             task = result["loss"] if isinstance(result, dict) else result
             loss = self._loss(task, seen)
             return {**result, "loss": loss} if isinstance(result, dict) else loss

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.runs.distillation import Distill
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.training_callbacks import HoldMasks, ResumePoint, SeedSteps
@@ -84,10 +84,9 @@ def _refuse_divergence(module: LightningModule, stage: Stage) -> None:
     diverged = [name for name, parameter in module.named_parameters() if not bool(parameter.isfinite().all())]
     if diverged:
         rate = "the model's own" if stage.learning_rate is None else f"{stage.learning_rate:g} now"
-        raise RecipeError(
-            f"stages.{stage.name} ({type(stage).__name__}): {shorten(diverged)} are not finite after training: it "
-            f"diverged. Lower learning_rate ({rate}), or set trainer.gradient_clip_val."
-        )
+        text = f"{shorten(diverged)} are not finite after training: it diverged"
+        problem = Problem(text=text, way_out=f"Lower learning_rate ({rate}), or set trainer.gradient_clip_val.")
+        raise RecipeError(problem.within(f"stages.{stage.name}", type(stage).__name__))
 
 
 def logged_steps(trainer: Trainer) -> int:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, Subset
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 
 FALLBACK_SAMPLES = 128
 """Calibration samples taken from the training data if the datamodule has no ``calibration_dataloader``."""
@@ -54,13 +54,12 @@ class RunData:
         """Whether there is calibration data, or training data to take it from."""
         return hasattr(self.owner, "calibration_dataloader") or self.has_training_data()
 
-    def check(self) -> list[str]:
+    def check(self) -> list[Problem]:
         """Problems of the data itself, and evaluation data that is missing."""
         problems = []
         if not self.has("val_dataloader"):
-            problems.append(
-                "data: there is no evaluation data. Add data: {class_path: TextData}, a datamodule or val_dataloaders."
-            )
+            way_out = "Add data: {class_path: TextData}, a datamodule or val_dataloaders."
+            problems.append(Problem(text="there is no evaluation data", way_out=way_out).within("data"))
         check = getattr(self.datamodule, "check", None)
         return problems + (list(check()) if callable(check) else [])
 
@@ -91,9 +90,8 @@ class RunData:
             batches: list[Any] = list(islice(loader, limit or FALLBACK_SAMPLES))[rank::ranks]
             return batches, batches[0]
         if len(dataset) < ranks:
-            raise RecipeError(
-                f"data: need at least one calibration sample per process: got {len(dataset)} for {ranks}."
-            )
+            text = f"needs at least one calibration sample per process: got {len(dataset)} for {ranks}"
+            raise RecipeError(Problem(text=text, way_out="Use more samples.").within("data"))
         share = Subset(dataset, range(rank, len(dataset), ranks))
         batches = list(islice(self._plain_loader(share, loader), limit))
         one_sample = next(iter(DataLoader(share, batch_size=1, collate_fn=loader.collate_fn)))
@@ -114,7 +112,8 @@ class RunData:
             return self.owner.calibration_dataloader()
         loader = self.training_loaders()
         if not isinstance(loader, DataLoader):
-            raise RecipeError("data: the training data is not one DataLoader. Define calibration_dataloader().")
+            text = "the training data is not one DataLoader"
+            raise RecipeError(Problem(text=text, way_out="Define calibration_dataloader().").within("data"))
         dataset: Any = loader.dataset
         if hasattr(dataset, "__len__"):
             first_samples = Subset(dataset, range(min(FALLBACK_SAMPLES, len(dataset))))

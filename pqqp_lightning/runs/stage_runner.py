@@ -23,7 +23,7 @@ from pqqp_lightning.checkpoint.format import Applied, skeleton_of
 from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.checkpoint.save import save_checkpoint
 from pqqp_lightning.checkpoint.size import ModelSize, measure_size, size_numbers
-from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.metrics.samples import Samples, gather_samples, matching, recording
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.constraints import (
@@ -321,11 +321,9 @@ class StageRunner:
         if broken:
             first, faults = broken[0]
             names = dict.fromkeys(promise.name for promise, _ in broken)
-            raise RecipeError(
-                f"stages.{stage.name} ({type(stage).__name__}): broke what was promised for {shorten(names)}; "
-                f"{first.name}: {'; '.join(faults)}. Put this stage before the one that it undoes, or set "
-                "allow_undo: true."
-            )
+            text = f"broke what was promised for {shorten(names)}; {first.name}: {'; '.join(faults)}"
+            way_out = "Put this stage before the one that it undoes, or set allow_undo: true."
+            raise RecipeError(Problem(text=text, way_out=way_out).within(f"stages.{stage.name}", type(stage).__name__))
 
     def _require_equal_ranks(self) -> None:
         """Raise if the ranks hold different weights after a stage, which DDP would train on silently."""

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from pqqp_lightning.checkpoint.format import model_folder
 from pqqp_lightning.checkpoint.load import restore
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.runs.checks import check_recipe
 from pqqp_lightning.runs.run import Run
 from pqqp_lightning.runs.run_data import RunData
@@ -141,9 +141,8 @@ class Trainer(pl.Trainer):
             return ckpt_path
         if ckpt_path != "last" and not folder.is_dir():
             if str(ckpt_path).partition(":")[0] not in ("best", "hpc", "registry") and not is_zipfile(folder):
-                raise RecipeError(
-                    f"ckpt_path={ckpt_path}: is neither a run folder nor a complete Lightning checkpoint."
-                )
+                text = "is neither a run folder nor a complete Lightning checkpoint"
+                raise RecipeError(Problem("ckpt_path", str(ckpt_path), text))
             return ckpt_path
         restore(model, model_folder(folder))
         return None
@@ -156,7 +155,8 @@ def is_resume(ckpt_path: Any, command: str) -> bool:
         RecipeError: it names anything but "last".
     """
     if ckpt_path not in (None, "last"):
-        raise RecipeError(f"ckpt_path={ckpt_path}: {command} resumes the run in --run_dir. Use --ckpt_path last.")
+        text = f"is not supported: {command} resumes the run in --run_dir"
+        raise RecipeError(Problem("ckpt_path", str(ckpt_path), text, "Use --ckpt_path last."))
     return ckpt_path is not None
 
 

@@ -69,7 +69,7 @@ def import_working_folder() -> list[str]:
                 try:
                     import_from_working_folder(name)
                 except RecipeError as error:
-                    failed += error.problems
+                    failed += [str(problem) for problem in error.problems]
     return failed
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pqqp_lightning.errors import Problem
+
 TeacherDtype = Literal["same", "bfloat16", "float16"]
 
 
@@ -26,13 +28,14 @@ class Distillation:
     hidden_weight: float = 0.0
     teacher_dtype: TeacherDtype = "same"
 
-    def check(self) -> list[str]:
-        """Problems of these numbers."""
+    def check(self) -> list[Problem]:
+        """Problems of these numbers; each key is one of the attributes."""
         problems = []
         if not 0 < self.weight <= 1:
-            problems.append(f"distill.weight={self.weight} is not in (0, 1]. 1 learns from the teacher alone.")
+            problems.append(Problem("weight", self.weight, "is not in (0, 1]", "1 learns from the teacher alone."))
         if not self.temperature > 0:
-            problems.append(f"distill.temperature={self.temperature} is not above 0. 2 is usual.")
+            problems.append(Problem("temperature", self.temperature, "is not above 0", "2 is usual."))
         if self.hidden_weight < 0:
-            problems.append(f"distill.hidden_weight={self.hidden_weight} is negative. 0 leaves the hidden states out.")
+            way_out = "0 leaves the hidden states out."
+            problems.append(Problem("hidden_weight", self.hidden_weight, "is negative", way_out))
         return problems

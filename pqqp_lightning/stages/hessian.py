@@ -7,16 +7,17 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from pqqp_lightning.algorithms.hessian import InverseFactor, factorize_inverse
+from pqqp_lightning.errors import Problem
 from pqqp_lightning.stages.stage import Context
 
 
-def check_hessian_knobs(block_size: int, damping: float) -> list[str]:
+def check_hessian_knobs(block_size: int, damping: float) -> list[Problem]:
     """Problems with ``block_size`` and ``damping``."""
     problems = []
     if block_size < 1:
-        problems.append(f"block_size={block_size} is not above 0. The papers use 128.")
+        problems.append(Problem("block_size", block_size, "is not above 0", "The papers use 128."))
     if not 0 <= damping <= 1:
-        problems.append(f"damping={damping} is not in [0, 1]. The papers use 0.01.")
+        problems.append(Problem("damping", damping, "is not in [0, 1]", "The papers use 0.01."))
     return problems
 
 

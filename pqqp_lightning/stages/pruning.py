@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from pqqp_lightning.algorithms.selection import Pattern
-from pqqp_lightning.errors import shorten
+from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.constraints import constraints_of, set_constraints
 from pqqp_lightning.network.layers import Layer, columns_of, set_weight_matrix
 from pqqp_lightning.network.name_patterns import value_for, values_of
@@ -23,7 +23,7 @@ def parse_pattern(value: PatternKnob) -> Pattern:
     """(N, M) of ``"N:M"``: N kept of every M. An unquoted 2:4 arrives as 2 * 60 + 4 and is understood.
 
     Raises:
-        ValueError: not of that form, or not 0 < N < M.
+        RecipeError: not of that form, or not 0 < N < M.
     """
     if isinstance(value, int):
         n, m = divmod(value, 60)
@@ -32,7 +32,8 @@ def parse_pattern(value: PatternKnob) -> Pattern:
         left, _, right = value.partition(":")
         n, m = (int(left), int(right)) if left.isdigit() and right.isdigit() else (0, 0)
     if not 0 < n < m:
-        raise ValueError(f"pattern={value!r} is not N:M with 0 < N < M. Write it quoted, as in pattern: '2:4'.")
+        way_out = "Write it quoted, as in pattern: '2:4'."
+        raise RecipeError(Problem("pattern", value, "is not N:M with 0 < N < M", way_out))
     return n, m
 
 
@@ -64,14 +65,15 @@ class PruningStage(Stage):
             return {"pattern": parse_pattern(pattern)}
         return {"sparsity": None if self.sparsity is None else value_for(name, self.sparsity)}
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         problems = super().check_knobs()
         if (self.sparsity is None) == (self.pattern is None):
             given = "neither" if self.sparsity is None else "both"
-            problems.append(f"{given} of sparsity and pattern given. Set one: sparsity: 0.5, or pattern: '2:4'.")
+            text = f"{given} of sparsity and pattern given"
+            problems.append(Problem(text=text, way_out="Set one: sparsity: 0.5, or pattern: '2:4'."))
         return problems + self._check_amounts()
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems, layers = super().check(model, data, earlier), self.find_layers(model)
         if self._check_amounts():
             return problems
@@ -83,27 +85,27 @@ class PruningStage(Stage):
         set_weight_matrix(layer, matrix.masked_fill(~mask, 0.0))
         set_constraints(layer, constraints_of(layer).with_mask(mask, pattern))
 
-    def _check_amounts(self) -> list[str]:
+    def _check_amounts(self) -> list[Problem]:
         problems = []
         for sparsity in values_of(self.sparsity):
             if not 0 < sparsity < 1:
-                problems.append(f"sparsity={sparsity} is not in (0, 1). 0.5 removes half of the weights.")
+                problems.append(Problem("sparsity", sparsity, "is not in (0, 1)", "0.5 removes half of the weights."))
         for pattern in values_of(self.pattern):
             try:
                 parse_pattern(pattern)
-            except ValueError as error:
-                problems.append(str(error))
+            except RecipeError as error:
+                problems += error.problems
         return problems
 
-    def _check_divisible(self, layers: dict[str, Layer]) -> list[str]:
+    def _check_divisible(self, layers: dict[str, Layer]) -> list[Problem]:
         odd: dict[tuple[int, int, int], list[str]] = {}
         for name, layer in layers.items():
             pattern = self.amount(name).get("pattern")
             width = layer.weight.shape[1] if isinstance(layer, nn.Conv2d) else columns_of(layer)
             if pattern is not None and width % pattern[1]:
                 odd.setdefault((*pattern, width), []).append(name)
-        return [
-            f"pattern {n}:{m} does not divide the {width} input channels of {shorten(names)}. "
-            "Add them to ignore, or use sparsity."
-            for (n, m, width), names in odd.items()
-        ]
+        problems = []
+        for (n, m, width), names in odd.items():
+            text = f"does not divide the {width} input channels of {shorten(names)}"
+            problems.append(Problem("pattern", f"{n}:{m}", text, "Add them to ignore, or use sparsity."))
+        return problems

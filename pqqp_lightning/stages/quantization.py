@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from pqqp_lightning.algorithms.codebook import Codebook
 from pqqp_lightning.algorithms.grid import Quantized, stacked
 from pqqp_lightning.algorithms.rtn import quantize_codebook
-from pqqp_lightning.errors import shorten
+from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.network.constraints import constraints_of, set_constraints
 from pqqp_lightning.network.layers import Layer, columns_of, set_weight_matrix, weight_matrix
 from pqqp_lightning.network.name_patterns import value_for, values_of
@@ -40,27 +40,27 @@ class GridStage(Stage):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         for stage, both in () if self.allow_undo else self.overlaps(model, earlier, ("grid",)):
-            problems.append(
-                f"{shorten(both)} would leave the grid of stage '{stage.name}'. Give the stages disjoint targets, drop "
-                "one, or set allow_undo: true to replace the earlier grid."
-            )
+            text = f"{shorten(both)} would leave the grid of stage '{stage.name}'"
+            way_out = "Give the stages disjoint targets, drop one, or set allow_undo: true to replace the earlier grid."
+            problems.append(Problem(text=text, way_out=way_out))
         return problems
 
-    def check_group_size(self, layers: dict[str, Layer]) -> list[str]:
-        """Problems of the knob ``group_size``: it is below 1, or does not divide the width of some layers."""
-        knob, odd = vars(self)["group_size"], dict[tuple[int, int], list[str]]()
+    def check_group_size(self, layers: dict[str, Layer]) -> list[Problem]:
+        """Problems of ``group_size``: a layer without a value, or one whose width it does not divide."""
+        odd: dict[tuple[int, int], list[str]] = {}
         for name, layer in layers.items():
-            size = value_for(name, knob)
+            size = value_for(name, vars(self)["group_size"])
             if isinstance(size, int) and size > 0 and columns_of(layer) % size:
                 odd.setdefault((size, columns_of(layer)), []).append(name)
-        return self.check_patterns("group_size", layers) + [
-            f"group_size={size} does not divide in_features={columns} of {shorten(names)}. "
-            f"Use {_divisors_near(columns, size)}, or add them to ignore."
-            for (size, columns), names in odd.items()
-        ]
+        problems = self.check_patterns("group_size", layers)
+        for (size, columns), names in odd.items():
+            text = f"does not divide in_features={columns} of {shorten(names)}"
+            way_out = f"Use {_divisors_near(columns, size)}, or add them to ignore."
+            problems.append(Problem("group_size", size, text, way_out))
+        return problems
 
     def write_grid(self, layer: Layer, quantized: Quantized) -> None:
         """Write the quantized weights and remember their grid."""
@@ -102,12 +102,12 @@ class QuantizationStage(GridStage):
             "clip": self.clip,
         }
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         problems = super().check_knobs()
-        problems += [f"bits={b} is not between 2 and 8." for b in values_of(self.bits) if not 2 <= b <= 8]
+        problems += [Problem("bits", b, "is not between 2 and 8") for b in values_of(self.bits) if not 2 <= b <= 8]
         return problems + _too_small(self.group_size, "'channel' for one scale an output channel")
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems, layers = super().check(model, data, earlier), self.find_layers(model)
         return problems + self.check_patterns("bits", layers) + self.check_group_size(layers)
 
@@ -130,10 +130,10 @@ class CodebookStage(GridStage):
         super().__init__(**kwargs)
         self.group_size = group_size
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         return super().check_knobs() + _too_small(self.group_size, "'auto' for 64 or the nearest divisor below")
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems, layers = super().check(model, data, earlier), self.find_layers(model)
         odd: dict[tuple[int, int], list[str]] = {}
         for name, layer in layers.items():
@@ -141,11 +141,12 @@ class CodebookStage(GridStage):
             if size < SMALLEST_BLOCK < columns and not isinstance(value_for(name, self.group_size), int):
                 odd.setdefault((size, columns), []).append(name)
         for (size, columns), names in odd.items():
-            problems.append(
-                f"group_size='auto' would be {size} for in_features={columns} of {shorten(names)}: it has no divisor "
-                f"between {SMALLEST_BLOCK} and {LARGEST_BLOCK}. Set group_size to {columns} for them, or add them to "
-                "ignore."
+            text = (
+                f"would be {size} for in_features={columns} of {shorten(names)}: it has no divisor between "
+                f"{SMALLEST_BLOCK} and {LARGEST_BLOCK}"
             )
+            way_out = f"Set group_size to {columns} for them, or add them to ignore."
+            problems.append(Problem("group_size", "auto", text, way_out))
         return problems + self.check_group_size(layers)
 
     def block_size(self, name: str, layer: Layer) -> int:
@@ -172,9 +173,9 @@ def merge_rows(parts: list[Quantized]) -> Quantized:
     return Quantized(torch.cat([p.weight for p in parts]), grid)
 
 
-def _too_small(group_size: Any, instead: str) -> list[str]:
+def _too_small(group_size: Any, instead: str) -> list[Problem]:
     sizes = [size for size in values_of(group_size) if isinstance(size, int) and size < 1]
-    return [f"group_size={size} is not above 0. Use {instead}." for size in sizes]
+    return [Problem("group_size", size, "is not above 0", f"Use {instead}.") for size in sizes]
 
 
 def _divisors_near(columns: int, size: int) -> str:

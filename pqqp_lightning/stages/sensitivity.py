@@ -16,7 +16,7 @@ from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.layer_errors import samples_in
 from pqqp_lightning.calibration.statistics import Hessian, sum_over_ranks
 from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept
-from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.layers import Layer, weight_matrix
 from pqqp_lightning.stages.stage import Context
@@ -51,7 +51,7 @@ def measure_costs(
         try:
             importance = mean_squared_gradients(context.walk(blocks), layers)
         except RecipeError as error:
-            raise RecipeError([f"stages.{context.title}: {problem}" for problem in error.problems]) from error
+            raise RecipeError([problem.within(f"stages.{context.title}") for problem in error.problems]) from error
     costs: dict[str, list[float]] = {}
 
     def measure(reading: Reading) -> None:
@@ -123,9 +123,12 @@ def _watching(model: nn.Module, layers: dict[str, Layer], add: Callable[[str, Te
 
 def _check_gradients(sums: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
     if missed := [name for name, count in rows.items() if not int(count)]:
-        raise RecipeError(f"the loss has no gradient for {shorten(missed)}. Add them to ignore.")
+        raise RecipeError(
+            Problem(text=f"the loss has no gradient for {shorten(missed)}", way_out="Add them to ignore.")
+        )
     if odd := [name for name, total in sums.items() if not bool(torch.isfinite(total).all())]:
-        raise RecipeError(f"the loss has NaN or infinite gradients for {shorten(odd)}. Check the model and the data.")
+        text = f"the loss has NaN or infinite gradients for {shorten(odd)}"
+        raise RecipeError(Problem(text=text, way_out="Check the model and the data."))
 
 
 def _error(change: Tensor, hessians: Tensor, importance: Tensor | None) -> float:

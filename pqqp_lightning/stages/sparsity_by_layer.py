@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pqqp_lightning.algorithms.allocation import allocate, spend_rest
 from pqqp_lightning.algorithms.selection import keep_by_score
+from pqqp_lightning.errors import Problem
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import Layer, weight_matrix
 from pqqp_lightning.stages.pruning import PatternKnob, PruningStage
@@ -59,22 +60,20 @@ class OneShotPruning(PruningStage):
     def amount(self, name: str) -> dict[str, Any]:
         return {"sparsity": self._fractions[name]} if name in self._fractions else super().amount(name)
 
-    def check_knobs(self) -> list[str]:
+    def check_knobs(self) -> list[Problem]:
         problems = super().check_knobs()
         if self.allocation == "sensitivity" and (self.pattern is not None or isinstance(self.sparsity, dict)):
-            problems.append(
-                "allocation: sensitivity needs one sparsity for all layers, from which it finds each layer's. Set "
-                "sparsity: 0.5 without a pattern, or allocation: uniform."
-            )
+            text = "needs one sparsity for all layers, from which it finds each layer's"
+            way_out = "Set sparsity: 0.5 without a pattern, or allocation: uniform."
+            problems.append(Problem("allocation", self.allocation, text, way_out))
         return problems
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         if self.allocation == "sensitivity" and not is_overridden("training_step", model):
-            problems.append(
-                f"allocation: sensitivity needs a training_step in {type(model).__name__}, for its loss. Add one, or "
-                "set allocation: uniform."
-            )
+            text = f"needs a training_step in {type(model).__name__}, for its loss"
+            way_out = "Add one, or set allocation: uniform."
+            problems.append(Problem("allocation", self.allocation, text, way_out))
         return problems
 
     def spread(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.calibration.walk import Compress, Walk
-from pqqp_lightning.errors import RecipeError, near_miss, shorten
+from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten
 from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, model_blocks, tied_weights
 from pqqp_lightning.network.layers import LAYER_TYPES, Layer, is_packed
 from pqqp_lightning.network.name_patterns import matches, value_for
@@ -54,7 +54,7 @@ class Context:
         try:
             walk.over(layers, kind, compress)
         except RecipeError as error:
-            raise RecipeError([f"stages.{self.title}: {problem}" for problem in error.problems]) from error
+            raise RecipeError([problem.within(f"stages.{self.title}") for problem in error.problems]) from error
         self.notes.extend(walk.notes)
 
     def each(self, layers: dict[str, Layer]) -> Iterator[tuple[str, Layer]]:
@@ -136,8 +136,8 @@ class Stage(Callback):
             return {}
         return find_layers(model, self.targets, self.ignore, self.find_blocks(model))
 
-    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[str]:
-        """Everything about this stage that must be put right before any work: one message a problem.
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
+        """Everything about this stage that must be put right before any work; each key is an argument of the stage.
 
         Args:
             model: the model in the structure that it will have when the stage's turn comes; its weights are not.
@@ -146,24 +146,27 @@ class Stage(Callback):
         """
         return self.check_knobs() + (self._check_targets(model) if self.compresses else [])
 
-    def check_knobs(self) -> list[str]:
-        """The problems of the knobs by themselves, which :meth:`check` includes: whatever the model is."""
+    def check_knobs(self) -> list[Problem]:
+        """The problems of the arguments, whatever the model is; :meth:`check` includes them."""
         problems = []
         if self.epochs < 0:
-            problems.append(f"epochs={self.epochs} is negative. Use 0 for no finetuning.")
+            problems.append(Problem("epochs", self.epochs, "is negative", "Use 0 for no finetuning."))
         if self.learning_rate is not None and not self.learning_rate > 0:
-            problems.append(f"learning_rate={self.learning_rate} is not above 0. Leave it out for the model's own.")
+            way_out = "Leave it out for the model's own."
+            problems.append(Problem("learning_rate", self.learning_rate, "is not above 0", way_out))
         elif self.learning_rate is not None and not self.epochs:
-            problems.append(f"learning_rate={self.learning_rate} has no effect with epochs=0. Set epochs, or drop it.")
+            way_out = "Set epochs, or drop it."
+            problems.append(Problem("learning_rate", self.learning_rate, "has no effect with epochs=0", way_out))
         if self.distill is not None:
-            problems += self.distill.check()
+            problems += [replace(problem, key=f"distill.{problem.key}") for problem in self.distill.check()]
             if not self.epochs:
-                problems.append("distill has no effect with epochs=0. Set epochs, or drop it.")
+                text = "has no effect with epochs=0"
+                problems.append(Problem("distill", text=text, way_out="Set epochs, or drop it."))
         return problems
 
     def refuse_after(
         self, model: nn.Module, earlier: Sequence[Stage], promises: Sequence[str], reason: str, way_out: str
-    ) -> list[str]:
+    ) -> list[Problem]:
         """One problem for each earlier stage that left one of ``promises`` on a layer that this stage acts on.
 
         Args:
@@ -178,7 +181,8 @@ class Stage(Callback):
         problems = []
         for stage, both in self.overlaps(model, earlier, promises):
             what = " and ".join(p for p in stage.promises if p in promises)
-            problems.append(f"{reason}: {shorten(both)} carry the {what} of stage '{stage.name}'. {way_out}")
+            text = f"{reason}: {shorten(both)} carry the {what} of stage '{stage.name}'"
+            problems.append(Problem(text=text, way_out=way_out))
         return problems
 
     def overlaps(
@@ -190,20 +194,24 @@ class Stage(Callback):
         found = [(stage, sorted(own & set(stage.find_layers(model)))) for stage in candidates]
         return [(stage, both) for stage, both in found if both]
 
-    def check_patterns(self, knob: str, layers: Iterable[str]) -> list[str]:
-        """Problems of a knob by name pattern: a layer that it gives no value, a pattern that matches no layer."""
-        value, problems = getattr(self, knob), []
+    def check_patterns(self, argument: str, layers: Iterable[str]) -> list[Problem]:
+        """Problems of an argument by name pattern: a layer without a value, a pattern that matches no layer."""
+        value = getattr(self, argument)
         if not isinstance(value, dict):
             return []
+        problems = []
         if missing := [name for name in layers if value_for(name, value) is None]:
-            problems.append(f"{knob}: no pattern matches {shorten(missing)}. Add a '*' entry, or add them to ignore.")
+            way_out = "Add a '*' entry, or add them to ignore."
+            problems.append(Problem(argument, text=f"has no pattern for {shorten(missing)}", way_out=way_out))
         for pattern in value:
             if not any(matches(name, pattern) for name in layers):
-                problems.append(
-                    f"{knob}: '{pattern}' matches none of the layers that the stage acts on (targets={self.targets}, "
-                    f"ignore={self.ignore}). Take it out, or change targets or ignore."
-                )
+                problems.append(self.unmatched(argument, pattern))
         return problems
+
+    def unmatched(self, argument: str, pattern: str) -> Problem:
+        """``pattern``, which ``argument`` holds, matches none of the stage's layers."""
+        text = f"matches none of the layers that the stage acts on (targets={self.targets}, ignore={self.ignore})"
+        return Problem(argument, pattern, text, "Take it out, or change targets or ignore.")
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         """Compress ``model`` in place and return the plan that rebuilds its structure without data."""
@@ -231,27 +239,31 @@ class Stage(Callback):
         layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LAYER_TYPES))
         return [name for name, layer in layers if layer.weight.requires_grad]
 
-    def _check_targets(self, model: LightningModule) -> list[str]:
+    def _check_targets(self, model: LightningModule) -> list[Problem]:
         candidates = {n: m for n, m in model.named_modules() if isinstance(m, LAYER_TYPES)}
         problems = []
-        for knob, patterns in (("targets", self.targets or []), ("ignore", self.ignore or [])):
+        for argument, patterns in (("targets", self.targets or []), ("ignore", self.ignore or [])):
             for pattern in patterns:
                 if not any(matches(name, pattern) for name in candidates):
                     tails = {part for name in candidates for part in (name.rsplit(".", 1)[-1], name)}
                     hint = near_miss(pattern, tails) or f" The model has {shorten(candidates)}."
-                    problems.append(f"{knob}: '{pattern}' matches no Linear or Conv2d layer.{hint}")
+                    problems.append(Problem(argument, pattern, "matches no Linear or Conv2d layer", hint.strip()))
         tied = tied_weights(model)
         layers = self.find_layers(model)
         if shared := [n for n, layer in layers.items() if id(layer.weight) in tied]:
-            problems.append(f"{shorten(shared)} shares its weight with another module (a tied embedding). Ignore it.")
+            verb = "share their weights" if len(shared) > 1 else "shares its weight"
+            text = f"{shorten(shared)} {verb} with another module (a tied embedding)"
+            problems.append(Problem(text=text, way_out=f"Add {'them' if len(shared) > 1 else 'it'} to ignore."))
         if packed := [n for n, layer in layers.items() if is_packed(layer)]:
             kinds = " and ".join(sorted({type(layers[n]).__name__ for n in packed}))
-            problems.append(
-                f"{shorten(packed)} hold packed codes instead of weights ({kinds}). Load the model unquantized and "
-                "quantize it with a stage (NF4, FP4, INT8), or add them to ignore."
-            )
+            way_out = "Load the model unquantized and quantize it with a stage (NF4, FP4, INT8), or add them to ignore."
+            text = f"{shorten(packed)} hold packed codes instead of weights ({kinds})"
+            problems.append(Problem(text=text, way_out=way_out))
         if not layers and not problems:
-            problems.append(
-                f"targets={self.targets} and ignore={self.ignore} leave no layer. The model has {shorten(candidates)}."
-            )
+            problems.append(self._no_layer(candidates))
         return problems
+
+    def _no_layer(self, candidates: Iterable[str]) -> Problem:
+        """``targets`` and ``ignore`` leave none of ``candidates``, the model's layers."""
+        text = f"and ignore={self.ignore} leave no layer"
+        return Problem("targets", self.targets, text, f"The model has {shorten(candidates)}.")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.storage.files import read_json, sync, write_json
 from pqqp_lightning.storage.records import Record
 from pqqp_lightning.storage.run_folder import MANIFEST
@@ -102,9 +102,8 @@ class ResultStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RecipeError(
-                f"store='{self.folder}': cannot be made: {error.strerror}. Choose another --store."
-            ) from error
+            text = f"cannot be created: {error.strerror}"
+            raise RecipeError(Problem("store", str(self.folder), text, "Choose another --store.")) from error
         lock = FileLock(self.folder / f"{key}.lock")
         try:
             lock.acquire(timeout=0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.storage.files import read_json, write_json, write_text
 from pqqp_lightning.storage.records import RECORDS, RUN, Record, read_records
 
@@ -16,19 +16,20 @@ RECIPE, STAGES, MODEL = "recipe.yaml", "stages", "model"
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json.gz"
 
 
-def check_folder(path: Path, marks: Sequence[str]) -> list[str]:
+def check_folder(path: Path, marks: Sequence[str]) -> list[Problem]:
     """A problem if ``path``, which need not exist, cannot be a run folder.
 
-    A run folder is moved aside as a whole when another run takes its place. So it must neither hold the folder one
-    works in, nor files that are no run's.
+    A run folder is moved aside as a whole when another run takes its place. So it must contain neither the current
+    folder nor files that do not belong to a run.
 
     Args:
         path: of the run folder.
         marks: files of which a folder that holds a run has one.
     """
     if Path.cwd().resolve().is_relative_to(path.resolve()):
-        what = "is" if Path.cwd().resolve() == path.resolve() else "holds"
-        return [f"run_dir={path}: {what} the folder you work in. Give the run one of its own: --run_dir runs/NAME."]
+        what = "is" if Path.cwd().resolve() == path.resolve() else "contains"
+        way_out = "Give the run a folder of its own: --run_dir runs/NAME."
+        return [Problem("run_dir", str(path), f"{what} the current folder", way_out)]
     if problems := check_writable("run_dir", path):
         return problems
     if not path.is_dir() or any((path / mark).exists() for mark in marks):
@@ -37,18 +38,20 @@ def check_folder(path: Path, marks: Sequence[str]) -> list[str]:
     if not foreign:
         return []
     named = ", ".join(foreign[:3]) + (", ..." if foreign[3:] else "")
-    return [f"run_dir={path}: holds files that are no run's ({named}). Give the run its own: --run_dir runs/NAME."]
+    way_out = "Give the run a folder of its own: --run_dir runs/NAME."
+    return [Problem("run_dir", str(path), f"is not a run folder (contains {named})", way_out)]
 
 
-def check_writable(option: str, path: Path) -> list[str]:
+def check_writable(option: str, path: Path) -> list[Problem]:
     """A problem if the folder ``path`` of that option, which need not exist, cannot be written to."""
     if path.is_symlink() and not path.exists():
-        return [f"{option}='{path}': is a link to {path.readlink()}, which is not there. Choose another --{option}."]
+        text = f"is a link to {path.readlink()}, which does not exist"
+        return [Problem(option, str(path), text, f"Choose another --{option}.")]
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if nearest.is_dir() and os.access(nearest, os.W_OK):
         return []
     reason = "is a file" if nearest.is_file() else "is not writable"
-    return [f"{option}='{path}': cannot be written: {nearest} {reason}. Choose another --{option}."]
+    return [Problem(option, str(path), f"cannot be written: {nearest} {reason}", f"Choose another --{option}.")]
 
 
 def open_folder(folder: Path, identity: dict[str, Any], recipe_text: str = "") -> bool:
@@ -88,13 +91,13 @@ def check_same_recipe(folder: Path, identity: dict[str, Any]) -> None:
     """
     path = folder / RUN
     if not path.is_file():
-        raise RecipeError(f"{folder}: there is no run to go on with. Leave --ckpt_path out to start one.")
+        text = f"{folder}: there is no run to resume"
+        raise RecipeError(Problem(text=text, way_out="Leave --ckpt_path out to start one."))
     earlier = read_json(path, "stages")
     if differing := _differences(earlier, identity):
-        raise RecipeError(
-            f"{folder}: holds a run of another recipe: {'; '.join(differing)}. Use that recipe, another --run_dir, or "
-            "leave --ckpt_path out to start over."
-        )
+        text = f"{folder}: holds a run of another recipe: {'; '.join(differing)}"
+        way_out = "Use that recipe, another --run_dir, or leave --ckpt_path out to start over."
+        raise RecipeError(Problem(text=text, way_out=way_out))
 
 
 def _differences(a: Any, b: Any, where: str = "") -> list[str]:

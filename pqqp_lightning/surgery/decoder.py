@@ -14,12 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pqqp_lightning.errors import RecipeError, shorten
-
-NOT_A_DECODER = (
-    "needs a language model of the LLaMA or OPT family, and {kind} holds none ({why}). Use a CausalLM of one of them, "
-    "or drop the stage."
-)
+from pqqp_lightning.errors import Problem, RecipeError, shorten
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,8 @@ def describe_decoder(model: nn.Module) -> Decoder:
             if isinstance(getattr(getattr(inner, "decoder", None), "layers", None), nn.ModuleList):
                 return _Description(model, prefix).opt()
     why = "no lm_head over model.layers or model.decoder.layers"
-    raise RecipeError(NOT_A_DECODER.format(kind=type(model).__name__, why=why))
+    text = f"needs a language model of the LLaMA or OPT family, and {type(model).__name__} has none ({why})"
+    raise RecipeError(Problem(text=text, way_out="Use a CausalLM of one of them, or drop the stage."))
 
 
 def norm_parts(norm: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None, float]:
@@ -149,7 +145,8 @@ class _Description:
         head = f"{self._prefix}lm_head"
         table, last = self._modules.get(embedding), self._modules.get(norm)
         if not isinstance(table, nn.Embedding):
-            raise RecipeError(f"{embedding} is a {type(table).__name__}, not an Embedding. Drop the stage.")
+            text = f"{embedding} is a {type(table).__name__}, not an Embedding"
+            raise RecipeError(Problem(text=text, way_out="Drop the stage."))
         tied = getattr(self._modules[head], "weight", None) is table.weight
         centred = isinstance(last, nn.LayerNorm)
         return Decoder(embedding, positions, norm, head, tied, centred, table.embedding_dim)
@@ -205,10 +202,13 @@ class _Description:
         self._problems.setdefault(what, []).append(name)
 
     def _raise(self) -> None:
+        way_out = (
+            "Put the stage before the one that changed this; where the model is built so, use another model, or drop "
+            "the stage."
+        )
         if self._problems:
             raise RecipeError(
-                f"{shorten(names)}: {what}; the residual stream cannot be rotated. Put the stage before the one that "
-                "changed this; where the model is built so, use another model, or drop the stage."
+                Problem(text=f"{shorten(names)}: {what}; the residual stream cannot be rotated", way_out=way_out)
                 for what, names in self._problems.items()
             )
 

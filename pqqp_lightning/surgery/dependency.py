@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.network.blocks import tied_weights
 from pqqp_lightning.network.layers import LAYER_TYPES
 from pqqp_lightning.network.structure import weightless_copy
@@ -50,7 +50,8 @@ def _trace(model: nn.Module) -> Coupling:
     try:
         import torch_pruning as tp
     except ImportError as error:
-        raise RecipeError("needs the package torch-pruning. Install it: pip install torch-pruning.") from error
+        way_out = "Install it: pip install torch-pruning."
+        raise RecipeError(Problem(text="needs the package torch-pruning", way_out=way_out)) from error
     copy = weightless_copy(model).eval().requires_grad_(True)
     example, calls = example_input(copy), Counter[str]()
     handles = [m.register_forward_hook(lambda *_, n=n: calls.update([n])) for n, m in copy.named_modules()]
@@ -61,10 +62,9 @@ def _trace(model: nn.Module) -> Coupling:
                 copy, example, forward_fn=run_example, output_transform=_differentiable, verbose=False
             )
     except Exception as error:
-        raise RecipeError(
-            f"torch-pruning cannot trace {type(model).__name__} on {_shapes(example)}: {_first_line(error)}. Give the "
-            "module an example_input_array that its forward takes."
-        ) from error
+        text = f"torch-pruning cannot trace {type(model).__name__} on {_shapes(example)}: {_first_line(error)}"
+        way_out = "Give the module an example_input_array that its forward takes."
+        raise RecipeError(Problem(text=text, way_out=way_out)) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -83,7 +83,8 @@ def example_input(model: nn.Module) -> Any:
         sizes = [getattr(m, "img_size", None) for m in model.modules()]
         size = next((s for s in sizes if isinstance(s, tuple | list)), (IMAGE_SIZE, IMAGE_SIZE))
         return torch.zeros(1, first.in_channels, *size, device="meta", dtype=first.weight.dtype)
-    raise RecipeError(f"{type(model).__name__} has no Linear or Conv2d layer to prune. Leave the stage out.")
+    text = f"{type(model).__name__} has no Linear or Conv2d layer to prune"
+    raise RecipeError(Problem(text=text, way_out="Leave the stage out."))
 
 
 def run_example(model: nn.Module, example: Any) -> Any:

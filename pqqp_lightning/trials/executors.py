@@ -13,7 +13,7 @@ from typing import Protocol
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from pqqp_lightning.errors import suggest
+from pqqp_lightning.errors import Problem, suggest
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree, prefixes
 from pqqp_lightning.trials.progress import Progress
 
@@ -74,25 +74,24 @@ def open_executor(name: str, trainer: Trainer, tree: PrefixTree, progress: Progr
         executor.close()
 
 
-def check_executor(name: str, trainer: Trainer) -> list[str]:
+def check_executor(name: str, trainer: Trainer) -> list[Problem]:
     """The problem if the executor is unknown, not installed, or cannot run with this trainer."""
     if name not in EXECUTORS:
-        return [f"executor='{name}' is none.{suggest(name, EXECUTORS)}"]
+        return [Problem("executor", name, "is unknown", suggest(name, EXECUTORS).strip())]
     if name == LOCAL:
         return []
     found = find_spec("ray")
     if found is None or found.origin is None:  # or it is a folder of that name
-        return ['executor=ray: Ray is not installed. Run pip install "pqqp-lightning[ray]", or use --executor local.']
+        way_out = 'Run pip install "pqqp-lightning[ray]", or use --executor local.'
+        return [Problem("executor", name, "needs Ray, which is not installed", way_out)]
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy):
-        return [
-            f"executor=ray gives every task one device, but the trainer has {trainer.world_size} with "
-            f"{type(strategy).__name__}. Set trainer.devices: 1 without trainer.strategy, or use --executor local."
-        ]
+        text = f"gives every task one device, but the trainer has {trainer.world_size} with {type(strategy).__name__}"
+        way_out = "Set trainer.devices: 1 without trainer.strategy, or use --executor local."
+        return [Problem("executor", name, text, way_out)]
     device = strategy.root_device
     if device.type not in ("cpu", "cuda") or device.index not in (None, 0):
-        return [
-            f"executor=ray hands out processors and CUDA GPUs itself, but the trainer is bound to {device}. Set "
-            "trainer.accelerator to cpu or gpu and trainer.devices: 1, or use --executor local."
-        ]
+        text = f"assigns processors and CUDA GPUs itself, but the trainer is bound to {device}"
+        way_out = "Set trainer.accelerator to cpu or gpu and trainer.devices: 1, or use --executor local."
+        return [Problem("executor", name, text, way_out)]
     return []

@@ -22,13 +22,13 @@ import torch
 from lightning.pytorch import Trainer
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree, distinct_prefixes, prefixes
 from pqqp_lightning.trials.progress import Progress
 from pqqp_lightning.trials.ray_worker import (
     Outcome,
     Settings,
-    not_shared_message,
+    not_shared_problem,
     pickle_search,
     read_settings,
     run_node,
@@ -81,10 +81,9 @@ class RayExecutor:
         try:
             self._pickled = pickle_search(trainer, tree)
         except Exception as error:  # the user's classes may raise anything when pickled
-            raise RecipeError(
-                f"executor=ray: the model, data or trainer cannot be sent to other processes: {_one_line(error)} "
-                "Leave out what cannot be pickled, or use --executor local."
-            ) from error
+            text = f"cannot send the model, data or trainer to other processes: {_one_line(error)}"
+            way_out = "Leave out what cannot be pickled, or use --executor local."
+            raise RecipeError(Problem("executor", "ray", text, way_out)) from error
         if os.environ.get("RAY_ADDRESS"):
             self._connect()
 
@@ -156,17 +155,16 @@ class RayExecutor:
         except WORKER_LOST as error:
             lost = ended.lost_workers + 1
             if lost >= MAX_LOST_WORKERS:
-                raise RecipeError(
-                    f"executor=ray: {lost} workers were lost over {' -> '.join(ended.node)}: {_one_line(error)} If "
-                    "memory is short, let fewer run (a higher OMP_NUM_THREADS), or use --executor local."
-                ) from error
+                text = f"lost {lost} workers over {' -> '.join(ended.node)}: {_one_line(error)}"
+                way_out = "If memory is short, let fewer run (a higher OMP_NUM_THREADS), or use --executor local."
+                raise RecipeError(Problem("executor", "ray", text, way_out)) from error
             print(f"ray: a worker was lost; measuring {' -> '.join(ended.node)} again", flush=True)
             running[self._submit(ended.node, ended.keep, again=True)] = replace(ended, lost_workers=lost)
             return None
         if outcome.problems:
             raise RecipeError(outcome.problems)
         if not wait_until(lambda: self._tree.is_known(ended.node)):
-            raise RecipeError(not_shared_message(os.getcwd()))
+            raise RecipeError(not_shared_problem(os.getcwd()))
         self._tree.applications += outcome.applications
         self._tree.seconds += outcome.seconds
         return ended.node
@@ -183,11 +181,12 @@ class RayExecutor:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, sigterm_handler)  # Ray's own exits with 15 and prints no message
         except Exception as error:  # no connection, another version, a full disk: each raises another class
-            raise RecipeError(
-                f"executor=ray: Ray cannot be reached or started (RAY_ADDRESS={where}): {_one_line(error)} Put that "
-                "right, set RAY_ADDRESS to a cluster (and RAY_AUTH_TOKEN, if it wants one) or unset it for this "
-                "machine, or use --executor local."
-            ) from error
+            text = f"cannot reach or start Ray (RAY_ADDRESS={where}): {_one_line(error)}"
+            way_out = (
+                "Set RAY_ADDRESS to a cluster (and RAY_AUTH_TOKEN, if it needs one), unset it for this machine, or "
+                "use --executor local."
+            )
+            raise RecipeError(Problem("executor", "ray", text, way_out)) from error
         self._connected_here = True
 
     def _task_resources(self) -> tuple[int, int]:

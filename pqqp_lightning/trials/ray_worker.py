@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from ray import cloudpickle
 
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 
 RESULT_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
@@ -63,7 +63,7 @@ class Outcome:
 
     applications: int = 0
     seconds: list[float] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
 _trees: dict[str, PrefixTree] = {}
@@ -117,12 +117,11 @@ def wait_until(condition: Callable[[], bool]) -> bool:
     return True
 
 
-def not_shared_message(folder: str) -> str:
+def not_shared_problem(folder: str) -> Problem:
     """The problem to report if this machine does not see the files of another one."""
-    return (
-        f"executor=ray: {socket.gethostname()} does not see the same files in {folder} as the other machines. Work in "
-        "a folder, with a store, that all machines share under one path, or use --executor local."
-    )
+    text = f"needs shared files: {socket.gethostname()} does not see the same files in {folder} as the other machines"
+    way_out = "Work in a folder, with a store, that all machines share under one path, or use --executor local."
+    return Problem("executor", "ray", text, way_out)
 
 
 def read_numerics() -> dict[str, Any]:
@@ -144,20 +143,24 @@ def _tree_of(settings: Settings, copy: list[Any]) -> PrefixTree:
     """
     if settings.search not in _trees:
         if not Path(settings.folder).is_dir():
-            raise RecipeError(not_shared_message(settings.folder))
+            raise RecipeError(not_shared_problem(settings.folder))
         _adopt(settings)
         trainer, tree = cloudpickle.loads(ray.get(copy[0]))
         _redirect_output(trainer)
         tree.identify()
         # Equal digests mean equal model, data, packages and code: only then is a result of this process the driver's.
         if tree.base != settings.base:
-            raise RecipeError(
-                f"executor=ray: on {socket.gethostname()} the model, the data, the packages or the code are not the "
-                "driver's, and so its results would not be. Give every machine the same packages and files, move "
-                "classes of your own from a script or notebook to a module, or use --executor local."
+            text = (
+                f"needs the same model, data, packages and code on every machine: {socket.gethostname()} would give "
+                "other results than the driver"
             )
+            way_out = (
+                "Give every machine the same packages and files, move classes of your own from a script or notebook "
+                "to a module, or use --executor local."
+            )
+            raise RecipeError(Problem("executor", "ray", text, way_out))
         if not wait_until(lambda: tree.is_known(())):  # the driver has measured the dense model
-            raise RecipeError(not_shared_message(settings.folder))
+            raise RecipeError(not_shared_problem(settings.folder))
         tree.open()
         _trees.clear()  # an earlier search's model would stay in memory
         _trees[settings.search] = tree

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.algorithms.rank_statistics import leaves_zero_out
-from pqqp_lightning.errors import RecipeError, suggest
+from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.metrics.samples import CONFIDENCE, interval, joint_confidence
 from pqqp_lightning.storage.records import Record, finite_or_none, hardware, package_versions
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree, prefixes
@@ -297,9 +297,10 @@ def deciding_metric(
     metrics = list(metrics)
     chosen = metric or primary or next(iter(metrics), "")
     if not metrics:
-        raise RecipeError("trainer: the evaluation measured nothing. Look at limit_val_batches and validation_step.")
+        way_out = "Look at limit_val_batches and validation_step."
+        raise RecipeError(Problem(text="the evaluation measured nothing", way_out=way_out).within("trainer"))
     if chosen not in metrics:
-        raise RecipeError(f"metric='{chosen}' is not measured.{suggest(chosen, metrics)}")
+        raise RecipeError(Problem("metric", chosen, "is not measured", suggest(chosen, metrics).strip()))
     if higher is None and chosen == primary:
         higher = getattr(module, "higher_is_better", None)
     # The losses come first: "accuracy_loss" is a loss.
@@ -309,7 +310,8 @@ def deciding_metric(
     if higher is None and any(word in name for word in HIGHER_IS_BETTER):
         higher = True
     if higher is None:
-        raise RecipeError(f"metric='{chosen}': is more of it better? Say --higher_is_better true or false.")
+        text = "is unknown: higher values may be better or worse"
+        raise RecipeError(Problem("metric", chosen, text, "Say --higher_is_better true or false."))
     return chosen, higher
 
 
