@@ -145,7 +145,7 @@ class BasisSharing(Stage):
     def _check_targets(self, model: LightningModule) -> list[Problem]:
         chosen = super().find_layers(model)
         if chosen and not self.find_layers(model):
-            text = f"factorises Linear layers, and the {shorten(chosen)} that it would act on are Conv2d"
+            text = f"factorises Linear layers, but {shorten(chosen)} that it would act on are Conv2d"
             return [Problem(text=text, way_out="Name Linear layers in targets, or take the stage out.")]
         return super()._check_targets(model)
 
@@ -185,6 +185,7 @@ class BasisSharing(Stage):
             "grid": sum(c.grid is not None for c in carried),
         }.items():
             if count:
+                context.undone = True
                 context.notes.append(f"undone: the {what} of {count} layers, which became products of dense factors")
 
     def _note_structure(self, model: LightningModule, plan: Plan, context: Context) -> None:

@@ -142,6 +142,7 @@ class ChannelPruning(Stage):
         plan = plan_narrowing(model, groups, coupling.groups, kept)
         self._note(context, coupling, groups, {name: len(units) for name, units in kept.items()})
         for what, layers in narrow(model, groups, kept, plan["numbers"]).items():
+            context.undone = True
             context.found(f"undone: {what}", layers)
         return plan
 

@@ -59,7 +59,8 @@ class Problem:
         place = f"{self.section} ({self.owner})" if self.owner else self.section
         given = "" if self.value is NOT_GIVEN else f"={self.value!r}" if argument else f"{self.value!r}"
         sentence = f"{argument}{given} {self.text}".strip()
-        ending = "" if sentence.endswith((".", "?", "!")) else "."
+        plain = not (argument or place or self.way_out)  # whoever gave text alone has worded it
+        ending = "" if plain or sentence.endswith((".", "?", "!")) else "."
         parts = [part for part in (self.source, place, f"{sentence}{ending} {self.way_out}".strip()) if part]
         return ": ".join(parts)
 

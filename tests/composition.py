@@ -14,6 +14,7 @@ from pathlib import Path
 import tiny
 
 from pqqp_lightning import Stage
+from pqqp_lightning.errors import Problem
 from pqqp_lightning.runs.checks import check_stages
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.discovery import known_stages, load_installed
@@ -41,8 +42,8 @@ class Composition:
         pairs: (first, second) to model to problems, for the models on which both run alone.
     """
 
-    alone: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    pairs: dict[tuple[str, str], dict[str, list[str]]] = field(default_factory=dict)
+    alone: dict[tuple[str, str], list[Problem]] = field(default_factory=dict)
+    pairs: dict[tuple[str, str], dict[str, list[Problem]]] = field(default_factory=dict)
 
 
 def stages_named(*names: str) -> list[Stage]:
@@ -87,7 +88,7 @@ def render(found: Composition) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _pair_cell(problems: dict[str, list[str]] | None, reasons: dict[str, int]) -> str:
+def _pair_cell(problems: dict[str, list[Problem]] | None, reasons: dict[str, int]) -> str:
     """ "yes", the models on which it runs, or the numbers of the reasons."""
     if problems is None:
         return "-"
@@ -99,7 +100,7 @@ def _pair_cell(problems: dict[str, list[str]] | None, reasons: dict[str, int]) -
 
 
 def _cell(problems, reasons: dict[str, int]) -> str:
-    texts = dict.fromkeys(reason_of(p) for found in problems for p in found)
+    texts = dict.fromkeys(reason_of(str(p)) for found in problems for p in found)
     return ", ".join(f"no [{reasons.setdefault(t, len(reasons) + 1)}]" for t in texts) or "yes"
 
 

@@ -249,7 +249,10 @@ def test_targets_choose_layers():
         ({"kv_bits": 16}, r"kv_bits=16 is not between 2 and 8\."),
         ({"clip": 0.0}, r"clip=0.0 is not in \(0, 1\]"),
         ({"outliers": 0.0}, r"outliers=0.0 is not above 0"),
-        ({"kv_bits": 8, "targets": ["mlp"]}, r"kv_bits=8: no layer that the stage acts on is a k_proj or v_proj"),
+        (
+            {"kv_bits": 8, "targets": ["mlp"]},
+            r"kv_bits=8 has no effect: no layer that the stage acts on is a k_proj or v_proj",
+        ),
     ],
 )
 def test_bad_knobs_are_refused(tmp_path, knobs, message):
@@ -258,14 +261,14 @@ def test_bad_knobs_are_refused(tmp_path, knobs, message):
 
 
 def test_a_model_without_keys_and_values_refuses_kv_bits(tmp_path):
-    with pytest.raises(RecipeError, match=r"kv_bits=8: no layer .* Leave kv_bits out\."):
+    with pytest.raises(RecipeError, match=r"kv_bits=8 has no effect: no layer .* Leave kv_bits out\."):
         run(tmp_path, "resnet", ActivationQuantization(8, kv_bits=8))
 
 
 def test_inputs_are_rounded_once(tmp_path):
     first, second = ActivationQuantization(8, kv_bits=8), ActivationQuantization(4, kv_bits=4, targets=["layers.0"])
     first.name, second.name = "first", "second"
-    with pytest.raises(RecipeError, match=r"second .* the inputs of 7 layers .* are rounded already") as error:
+    with pytest.raises(RecipeError, match=r"second .* the inputs of 7 layers .* are already rounded") as error:
         run(tmp_path, "llama", first, second)
     assert any("the outputs of 2 layers" in str(problem) for problem in error.value.problems)
     first.ignore = ["layers.0"]

@@ -174,7 +174,7 @@ def test_units_that_are_pruned_in_part():
     [
         ([Magnitude(0.5)], {}, "needs 2 stages, but the recipe has 1"),
         (named(a=Magnitude(0.5), b=RTN(4), c=RTN(3)), {}, "needs 2 stages, but the recipe has 3"),
-        (named(a=QuaRot(), b=RTN(4)), {}, "stages.a (QuaRot): changes what layers read"),
+        (named(a=QuaRot(), b=RTN(4)), {}, "stages.a (QuaRot): changes the inputs and outputs of layers"),
         (named(a=ChannelPruning(0.5), b=RTN(4)), {"samples": 0}, "samples=0 compares nothing"),
     ],
 )

@@ -126,7 +126,7 @@ WRONG = [
     ),
     Wrong(
         "architecture",
-        "recipe.yaml: model: {model_type: 'lama'} is not a causal language model of transformers. "
+        "recipe.yaml: model: model.model_type='lama' is not a causal language model of transformers. "
         "Did you mean 'llama'?",
         recipe={"model_type: llama": "model_type: lama"},
     ),
@@ -139,7 +139,7 @@ WRONG = [
     ),
     Wrong(
         "target",
-        "recipe.yaml: stages.prune (Magnitude): targets: 'q_prj' matches no Linear or Conv2d layer. "
+        "recipe.yaml: stages.prune (Magnitude): targets='q_prj' matches no Linear or Conv2d layer. "
         "Did you mean 'q_proj'?",
         recipe={"sparsity: 0.5": "sparsity: 0.5, targets: [q_prj]"},
     ),
@@ -267,20 +267,20 @@ WRONG = [
     ),
     Wrong(
         "data file that is not there",
-        "command line: data: evaluation='nothing.npy': there is no such file (looked at FOLDER/nothing.npy).",
+        "command line: data: evaluation='nothing.npy' does not exist (looked at FOLDER/nothing.npy).",
         "--data.evaluation nothing.npy",
     ),
     Wrong(
         "data file of another kind",
-        "command line: data: evaluation='bad.npy' is not a .npy file that can be read (This file contains pickled "
+        "command line: data: evaluation='bad.npy' is not a readable .npy file (This file contains pickled "
         "(object) data). Write it with numpy.save.",
         "--data.evaluation bad.npy",
         files={"bad.npy": b"nonsense"},
     ),
     Wrong(
         "corrupt parquet",
-        "recipe.yaml: data: texts/test-0.parquet cannot be read (Parquet magic bytes not found in footer). "
-        "Download it again.",
+        "recipe.yaml: data: source='./texts' has a file that cannot be read: texts/test-0.parquet "
+        "(Parquet magic bytes not found in footer). Download it again.",
         recipe={RECIPE_DATA: "  class_path: TextData\n  init_args: {source: ./texts}\n"},
         files={"texts/train-0.parquet": b"PAR1 nonsense", "texts/test-0.parquet": b"PAR1 nonsense"},
     ),
@@ -304,32 +304,31 @@ WRONG = [
     ),
     Wrong(
         "questions that are not there",
-        "recipe.yaml: data: questions.source='./questions': there is no such file or folder (looked at "
-        "FOLDER/questions).",
+        "recipe.yaml: data: questions.source='./questions' does not exist (looked at FOLDER/questions).",
         recipe={RECIPE_DATA: "  class_path: TextData\n  init_args: {questions: {source: ./questions}}\n"},
     ),
     Wrong(
         "model folder that is not there",
-        "command line: model='./nothing': there is no such file or folder (looked at FOLDER/nothing).",
+        "command line: model: model='./nothing' does not exist (looked at FOLDER/nothing).",
         "--model.model ./nothing",
     ),
     Wrong(
         "model that is not on the hub",
-        "command line: model='nobody/nothing': the model cannot be loaded from the hub (We couldn't connect to "
+        "command line: model: model='nobody/nothing' cannot be loaded from the hub (We couldn't connect to "
         "'https://huggingface.co' to load the files, and couldn't find them in the cached files). Give a local folder "
         "(./my-model) or a .gguf file, or go online with HF_HUB_OFFLINE unset.",
         "--model.model nobody/nothing",
     ),
     Wrong(
         "corrupt GGUF",
-        "command line: model='bad.gguf' is not a GGUF file of a known model (./bad.gguf is GGUF v0; this reader "
+        "command line: model: model='bad.gguf' is not a GGUF file of a known model (./bad.gguf is GGUF v0; this reader "
         "handles v2 and v3). Download the file again, or give a folder with config.json and safetensors.",
         "--model.model bad.gguf",
         files={"bad.gguf": b"GGUF" + bytes(100)},
     ),
     Wrong(
         "run folder below a file",
-        "command line: run_dir='notes.txt/run': cannot be written: FOLDER/notes.txt is a file. "
+        "command line: run_dir='notes.txt/run' cannot be written: FOLDER/notes.txt is a file. "
         "Choose another --run_dir.",
         "--run_dir notes.txt/run",
         files={"notes.txt": "mine"},
@@ -375,18 +374,18 @@ WRONG = [
     ),
     Wrong(
         "checkpoint that is not there",
-        "command line: ckpt_path=nothing.ckpt: is neither a run folder nor a complete Lightning checkpoint.",
+        "command line: ckpt_path='nothing.ckpt' is neither a run folder nor a complete Lightning checkpoint.",
         "--ckpt_path nothing.ckpt",
         command="test --config recipe.yaml",
     ),
     Wrong(
         "fit from a file",
-        "command line: ckpt_path=some.ckpt: fit resumes the run in --run_dir. Use --ckpt_path last.",
+        "command line: ckpt_path='some.ckpt' is not supported: fit resumes the run in --run_dir. Use --ckpt_path last.",
         "--ckpt_path some.ckpt",
     ),
     Wrong(
         "nothing to go on with",
-        "recipe.yaml: run: there is no run to go on with. Leave --ckpt_path out to start one.",
+        "recipe.yaml: run: there is no run to resume. Leave --ckpt_path out to start one.",
         "--ckpt_path last",
     ),
     # values
@@ -419,15 +418,15 @@ WRONG = [
     ),
     Wrong(
         "pattern that does not divide",
-        f"recipe.yaml: stages.prune (Magnitude): pattern 2:5 does not divide the 64 input channels of {INNER}. Add "
+        f"recipe.yaml: stages.prune (Magnitude): pattern='2:5' does not divide the 64 input channels of {INNER}. Add "
         "them to ignore, or use sparsity.\n"
-        f"recipe.yaml: stages.prune (Magnitude): pattern 2:5 does not divide the 128 input channels of {DOWN}. Add "
+        f"recipe.yaml: stages.prune (Magnitude): pattern='2:5' does not divide the 128 input channels of {DOWN}. Add "
         "them to ignore, or use sparsity.",
         recipe={"sparsity: 0.5": "pattern: '2:5'"},
     ),
     Wrong(
         "pattern for a layer that is ignored",
-        "recipe.yaml: stages.prune (Magnitude): pattern: 'q_proj' matches none of the layers that the stage acts on "
+        "recipe.yaml: stages.prune (Magnitude): pattern='q_proj' matches none of the layers that the stage acts on "
         "(targets=None, ignore=['q_proj']). Take it out, or change targets or ignore.",
         recipe={"sparsity: 0.5": "pattern: {q_proj: '2:4', '*': '1:4'}, ignore: [q_proj]"},
     ),
@@ -438,13 +437,13 @@ WRONG = [
     ),
     Wrong(
         "stage that matches no layer",
-        f"command line: stages.prune (Magnitude): targets: 'conv9' matches no Linear or Conv2d layer. The model has "
+        f"command line: stages.prune (Magnitude): targets='conv9' matches no Linear or Conv2d layer. The model has "
         f"{ALL}.",
         "--stages.prune.targets [conv9]",
     ),
     Wrong(
         "block",
-        "command line: stages.prune (Magnitude): blocks: 'model.layer' is no module of the model. Did you mean "
+        "command line: stages.prune (Magnitude): blocks='model.layer' is not a module of the model. Did you mean "
         "'model.model.layers'?",
         "--stages.prune.blocks [model.layer]",
     ),
@@ -506,19 +505,19 @@ WRONG = [
     ),
     Wrong(
         "max_epochs that contradict the stages",
-        "command line: trainer.max_epochs=3 contradicts the stages' epochs, 0 in all (no stage has any). Leave "
+        "command line: trainer: max_epochs=3 contradicts the stages' epochs, 0 in all (no stage has any). Leave "
         "trainer.max_epochs out; it follows from the stages.",
         "--trainer.max_epochs 3",
     ),
     Wrong(
         "token ids beyond the vocabulary",
-        "recipe.yaml: data: calibration='calibration.npy': there is a token id 299, but the model knows 100 tokens. "
+        "recipe.yaml: data: calibration='calibration.npy' gives a token id 299, but the model knows 100 tokens. "
         "Use the tokenizer that the model was trained with.",
         recipe={"vocab_size: 300": "vocab_size: 100"},
     ),
     Wrong(
         "more calibration samples than there are",
-        "command line: data: calibration_samples=9, but there are 4 windows in calibration.npy. Lower "
+        "command line: data: calibration_samples=9 is more than the 4 windows in calibration.npy. Lower "
         "calibration_samples.",
         "--data.calibration_samples 9",
     ),
@@ -566,23 +565,23 @@ WRONG = [
     ),
     Wrong(
         "order with bad options, all at once",
-        "command line: store='recipe.yaml/store': cannot be written: FOLDER/recipe.yaml is a file. Choose another "
+        "command line: store='recipe.yaml/store' cannot be written: FOLDER/recipe.yaml is a file. Choose another "
         "--store.\n"
-        "command line: strategy='greedy' is none. Known: exhaustive, predict, progressive.\n"
+        "command line: strategy='greedy' is unknown. Known: exhaustive, predict, progressive.\n"
         "command line: max_runs=0 measures no order. Use 1 or more.\n"
-        "command line: time_limit=-3.0 is no time. Give minutes above 0.",
+        "command line: time_limit=-3.0 is not above 0. Give minutes, or leave it out.",
         "--strategy greedy --max_runs 0 --time_limit -3 --store recipe.yaml/store",
         command="order --config recipe.yaml",
     ),
     Wrong(
         "order of one stage",
-        "recipe.yaml: order: needs 2 to 4 stages, but the recipe has 1. Change the stages.",
+        "recipe.yaml: stages: order needs 2 to 4 stages, but the recipe has 1. Change the stages.",
         command="order --config recipe.yaml",
         recipe={RECIPE[RECIPE.index("  quantize:") :]: ""},
     ),
     Wrong(
         "order of five stages",
-        "recipe.yaml: order: needs 2 to 4 stages, but the recipe has 5. Change the stages.",
+        "recipe.yaml: stages: order needs 2 to 4 stages, but the recipe has 5. Change the stages.",
         "--stages.a RTN --stages.b RTN --stages.c RTN",
         command="order --config recipe.yaml",
     ),
@@ -601,27 +600,27 @@ WRONG = [
     ),
     Wrong(
         "options that predict does not heed",
-        "command line: max_runs=2 has no effect with strategy=predict, which measures no order. Leave it out.\n"
-        "command line: executor=ray has no effect with strategy=predict, which measures no order. Leave it out.",
+        "command line: max_runs=2 has no effect with strategy='predict', which measures no order. Leave it out.\n"
+        "command line: executor='ray' has no effect with strategy='predict', which measures no order. Leave it out.",
         "--strategy predict --max_runs 2 --executor ray",
         command="order --config recipe.yaml",
     ),
     Wrong(
         "search to go on with by another name",
-        "command line: ckpt_path=Last: order resumes the run in --run_dir. Use --ckpt_path last.",
+        "command line: ckpt_path='Last' is not supported: order resumes the run in --run_dir. Use --ckpt_path last.",
         "--ckpt_path Last",
         command="order --config recipe.yaml",
     ),
     Wrong(
         "store in the run folder",
-        "command line: store='found/store': lies in run_dir='found', which the next search there moves aside. Choose "
+        "command line: store='found/store' lies in run_dir='found', which the next search there moves aside. Choose "
         "another --store.",
         "--run_dir found --store found/store",
         command="order --config recipe.yaml",
     ),
     Wrong(
         "misspelt value of a model",
-        "recipe.yaml: model: 'vocab_sise' is not a setting of llama. Did you mean 'vocab_size'?",
+        "recipe.yaml: model: model.vocab_sise is not a setting of llama. Did you mean 'vocab_size'?",
         recipe={"vocab_size": "vocab_sise"},
     ),
     # nulls
@@ -645,7 +644,8 @@ WRONG = [
     ),
     Wrong(
         "value of a grid that is null",
-        "command line: grid.quantize (RTN): bits=None: expected a whole number or {name: a whole number}.",
+        "command line: grid.quantize (RTN): bits=None is not accepted: expected a whole number or {name: a whole "
+        "number}.",
         "--grid.quantize.bits [null,4]",
         command=SWEEP,
     ),
@@ -687,35 +687,36 @@ WRONG = [
     # grids
     Wrong(
         "curve of a stage that prunes",
-        "command line: curve='prune' (Magnitude) does not quantize. Name the stage that does.",
+        "command line: curve='prune' is a Magnitude, which does not quantize. Name the stage that does.",
         "--grid.prune.sparsity [0.5] --curve prune",
         command=SWEEP,
     ),
     Wrong(
         "sweep without a grid",
-        "recipe.yaml: grid: is missing. Add --grid.STAGE.KNOB [a,b], where STAGE is prune or quantize.",
+        "recipe.yaml: grid: is missing. Add --grid.STAGE.ARGUMENT [a,b], where STAGE is prune or quantize.",
         command=SWEEP,
     ),
     Wrong(
         "grid over what is not there, and no points allowed",
         "command line: max_points=0 allows no point. Use 1 or more.\n"
         "command line: grid.prun: there is no such stage. Did you mean 'prune'?\n"
-        "command line: grid.quantize (RTN): 'bitz' is no knob. Did you mean 'bits'?",
+        "command line: grid.quantize (RTN): bitz is not an argument of this stage. Did you mean 'bits'?",
         "--grid.prun.sparsity [0.5] --grid.quantize.bitz [8,4] --max_points 0",
         command=SWEEP,
     ),
     Wrong(
         "grid with lists that are none",
         "command line: grid.prune (Magnitude): sparsity=[0.5, 0.5] names 0.5 twice. Name every value once.\n"
-        "command line: grid.prune (Magnitude): scope='globl': expected 'layer', 'global'. Did you mean 'global'?\n"
-        "command line: grid.quantize (RTN): bits=4 is no list. Write its values as in [4].\n"
+        "command line: grid.prune (Magnitude): scope='globl' is not accepted: expected 'layer', 'global'. Did you mean "
+        "'global'?\n"
+        "command line: grid.quantize (RTN): bits=4 is not a list. Write its values as in [4].\n"
         "command line: grid.quantize (RTN): clip=[] is empty. Write its values as in [False].",
         "--grid.quantize.bits 4 --grid.prune.sparsity [0.5,0.5] --grid.prune.scope [globl] --grid.quantize.clip []",
         command=SWEEP,
     ),
     Wrong(
         "grid in the recipe with values that the stages refuse",
-        "command line: time_limit=0.0 is no time. Give minutes above 0.\n"
+        "command line: time_limit=0.0 is not above 0. Give minutes, or leave it out.\n"
         "recipe.yaml: grid.prune (Magnitude): sparsity=1.5 is not in (0, 1). 0.5 removes half of the weights.\n"
         "recipe.yaml: grid.quantize (RTN): bits=9 is not between 2 and 8.",
         "--time_limit 0",
@@ -733,13 +734,13 @@ WRONG = [
     ),
     Wrong(
         "grid of too many points",
-        "command line: grid: has 6 points, more than max_points=5. Shorten it, or raise that.",
+        "command line: grid: has 6 points, more than max_points=5. Shorten it, or raise max_points.",
         "--grid.prune.sparsity [0.3,0.5] --grid.quantize.bits [8,4,3] --max_points 5",
         command=SWEEP,
     ),
     Wrong(
         "curve of no stage",
-        "command line: curve='quantise' is no stage. Did you mean 'quantize'?",
+        "command line: curve='quantise' is not the name of a stage. Did you mean 'quantize'?",
         "--grid.prune.sparsity [0.3,0.5] --curve quantise",
         command=SWEEP,
     ),
@@ -752,7 +753,7 @@ WRONG = [
     ),
     Wrong(
         "curve at bits that there are none of",
-        "command line: curve_bits (RTN): bits=1 is not between 2 and 8.",
+        "command line: curve_bits (RTN): 1 is not between 2 and 8.",
         "--grid.prune.sparsity [0.3,0.5] --curve_bits [4,1]",
         command=SWEEP,
     ),
@@ -767,7 +768,7 @@ WRONG = [
         "recipe.yaml: 'sed_everything' is no section. Did you mean 'seed_everything'?\n"
         "recipe.yaml: stages.prune (Magnitude): sparsity='high': expected a number, {name: a number} or null.\n"
         "recipe.yaml: stages.quantize (RTN): bits=12 is not between 2 and 8.\n"
-        "recipe.yaml: data: evaluation='eval.npy': there is no such file (looked at FOLDER/eval.npy).\n"
+        "recipe.yaml: data: evaluation='eval.npy' does not exist (looked at FOLDER/eval.npy).\n"
         "recipe.yaml: trainer: 'device' is no knob. Did you mean 'devices'?",
         recipe={
             "run_dir": "sed_everything: 1\nrun_dir",
@@ -779,20 +780,20 @@ WRONG = [
     ),
     Wrong(
         "a model that cannot be built, and the rest",
-        "recipe.yaml: model: {model_type: 'lama'} is not a causal language model of transformers. Did you mean "
+        "recipe.yaml: model: model.model_type='lama' is not a causal language model of transformers. Did you mean "
         "'llama'?\n"
         "command line: stages.prune (Magnitude): sparsity=3.0 is not in (0, 1). 0.5 removes half of the weights.\n"
         "recipe.yaml: stages.quantize (RTN): bits=12 is not between 2 and 8.\n"
-        "recipe.yaml: data: evaluation='eval.npy': there is no such file (looked at FOLDER/eval.npy).",
+        "recipe.yaml: data: evaluation='eval.npy' does not exist (looked at FOLDER/eval.npy).",
         "--stages.prune.sparsity 3",
         recipe={"model_type: llama": "model_type: lama", "bits: 4": "bits: 12", "evaluation.npy": "eval.npy"},
     ),
     Wrong(
         "wrong values of several stages, of the data and of the trainer",
-        "command line: run_dir='recipe.yaml/run': cannot be written: FOLDER/recipe.yaml is a file. Choose another "
+        "command line: run_dir='recipe.yaml/run' cannot be written: FOLDER/recipe.yaml is a file. Choose another "
         "--run_dir.\n"
-        "recipe.yaml: data: evaluation='eval.npy': there is no such file (looked at FOLDER/eval.npy).\n"
-        "command line: trainer.max_epochs=3 contradicts the stages' epochs, 0 in all (no stage has any). Leave "
+        "recipe.yaml: data: evaluation='eval.npy' does not exist (looked at FOLDER/eval.npy).\n"
+        "command line: trainer: max_epochs=3 contradicts the stages' epochs, 0 in all (no stage has any). Leave "
         "trainer.max_epochs out; it follows from the stages.\n"
         "recipe.yaml: stages.prune (Magnitude): sparsity=0.0 is not in (0, 1). 0.5 removes half of the weights.\n"
         f"recipe.yaml: stages.quantize (RTN): group_size=100 does not divide in_features=64 of {INNER}. Use 8, 16, "
@@ -898,7 +899,7 @@ def test_folder_without_permission(folder, monkeypatch, capfd):
     monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and (mode, path) != (os.W_OK, folder))
     assert run("fit", "--config", "recipe.yaml") == 2
     assert capfd.readouterr().err == (
-        f"recipe.yaml: run_dir='run': cannot be written: {folder} is not writable. Choose another --run_dir.\n"
+        f"recipe.yaml: run_dir='run' cannot be written: {folder} is not writable. Choose another --run_dir.\n"
     )
 
 
@@ -1126,7 +1127,7 @@ def test_last_of_another_recipe_is_refused_and_nothing_is_lost(command, argument
 def test_damaged_lightning_checkpoint(folder, capfd):
     (folder / "some.ckpt").write_bytes(b"PK nonsense")
     assert run("test", "--config", "recipe.yaml", "--ckpt_path", "some.ckpt") == 2
-    words = "ckpt_path=some.ckpt: is neither a run folder nor a complete Lightning checkpoint."
+    words = "ckpt_path='some.ckpt' is neither a run folder nor a complete Lightning checkpoint."
     assert capfd.readouterr().err == f"command line: {words}\n"
 
 
@@ -1145,7 +1146,7 @@ def test_python_raises_every_problem_at_once(folder):
     with pytest.raises(RecipeError, match=re.escape("sparsity=1.5")) as caught:
         trainer.fit(model(), datamodule=TokenData("nothing.npy", "evaluation.npy"))
     assert [str(problem) for problem in caught.value.problems] == [
-        f"data: calibration='nothing.npy': there is no such file (looked at {folder}/nothing.npy).",
+        f"data: calibration='nothing.npy' does not exist (looked at {folder}/nothing.npy).",
         "stages.magnitude (Magnitude): sparsity=1.5 is not in (0, 1). 0.5 removes half of the weights.",
         "stages.rtn (RTN): bits=9 is not between 2 and 8.",
     ]

@@ -371,19 +371,20 @@ def test_transforms_in_front_of_a_layer_stand_in_front_of_its_factors():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "blamed"),
     [
-        ({"ratio": 0.0}, r"ratio=0.0 is not in \(0, 1\)"),
-        ({"ratio": 1.0}, r"ratio=1.0 is not in \(0, 1\)"),
-        ({"ratio": 0.99}, r"ratio=0.99 leaves no basis vector to .* Use ratio=0.906 at most, or add them to ignore."),
-        ({"group": 0}, r"group=0 is not above 0"),
-        ({"damping": 2.0}, r"damping=2.0 is not in \[0, 1\]"),
-        ({"share": ["q_prj"]}, r"share: 'q_prj' matches none of the layers"),
+        ({"ratio": 0.0}, ("ratio", 0.0)),
+        ({"ratio": 1.0}, ("ratio", 1.0)),
+        ({"ratio": 0.99}, ("ratio", 0.99)),
+        ({"group": 0}, ("group", 0)),
+        ({"damping": 2.0}, ("damping", 2.0)),
+        ({"share": ["q_prj"]}, ("share", "q_prj")),
     ],
 )
-def test_bad_knobs_are_refused(tmp_path, options, message):
-    with pytest.raises(RecipeError, match=message):
+def test_bad_arguments_are_refused(tmp_path, options, blamed):
+    with pytest.raises(RecipeError) as caught:
         run(tmp_path, "llama", BasisSharing(**options))
+    assert blamed in tiny.blamed(caught.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -411,7 +412,7 @@ def test_a_bad_knob_does_not_hide_the_problems_of_later_stages(tmp_path, options
 
 
 def test_convolutions_are_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"factorises Linear layers, and the .* that it would act on are Conv2d"):
+    with pytest.raises(RecipeError, match=r"factorises Linear layers, but .* that it would act on are Conv2d"):
         run(tmp_path, "resnet", BasisSharing(0.2))
 
 

@@ -111,7 +111,7 @@ def test_blocks_of_networks_as_published_are_found(maker, blocks):
 def test_the_users_own_list_of_blocks_is_taken():
     model = Regressor(blocks=3)
     assert list(find_blocks(model, ["inlet", "blocks"])) == ["inlet", "blocks"]
-    with pytest.raises(RecipeError, match="blocks: 'layers' is no module of the model"):
+    with pytest.raises(RecipeError, match="blocks='layers' is not a module of the model"):
         find_blocks(model, ["layers"])
 
 

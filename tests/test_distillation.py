@@ -123,5 +123,5 @@ def test_what_cannot_be_distilled_is_refused(tmp_path, stages, message):
 
 
 def test_a_module_that_hides_its_outputs_is_told_how_to_show_them(tmp_path):
-    with pytest.raises(RecipeError, match=r"training_step of Evasive never calls self\(...\)"):
+    with pytest.raises(RecipeError, match=r"distill needs a training_step of Evasive that calls self\(...\)"):
         fit(tmp_path, Finetune(1, distill=Distillation()), module=Evasive())

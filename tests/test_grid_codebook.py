@@ -283,7 +283,7 @@ def test_a_width_that_64_does_not_divide_gets_its_largest_divisor(tmp_path):
     [
         (NF4(group_size=5), r"group_size=5 does not divide in_features=8 of .*Use 8, or add them to ignore"),
         (FP4(group_size=0), r"group_size=0 is not above 0. Use 'auto' for 64 or the nearest divisor below"),
-        (NF4(group_size={"up": 4}), r"group_size: no pattern matches .*down.*Add a '\*' entry"),
+        (NF4(group_size={"up": 4}), r"group_size has no pattern for .*down.*Add a '\*' entry"),
     ],
 )
 def test_wrong_block_sizes_are_refused_with_the_way_out(tmp_path, stage, message):

@@ -183,30 +183,31 @@ def test_a_size_that_cannot_be_kept_is_refused(tmp_path):
     rest = measure_size(module, []).size_bytes - sum(
         4 * layer.weight.numel() for layer in MixedPrecision().find_layers(module).values()
     )
-    message = rf"stages.mixedprecision \(MixedPrecision\): size_bytes={rest} cannot be kept: with 2 bits everywhere the"
+    message = rf"stages.mixedprecision \(MixedPrecision\): size_bytes={rest} is too small: with 2 bits everywhere the"
     with pytest.raises(RecipeError, match=message):
         fit(tmp_path, MixedPrecision(size_bytes=rest))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "blamed"),
     [
-        ({"bits": []}, r"bits is an empty set. Give the bit widths to choose from"),
-        ({"bits": [1, 4]}, r"bits=1 is not between 2 and 8"),
-        ({"bits": [4, 16]}, r"bits=16 is not between 2 and 8"),
-        ({"bits": [3, 4], "average_bits": 2.5}, r"average_bits=2.5 is outside of bits=\[3, 4\]: it can be 3 to 4"),
-        ({"bits": [3, 4], "average_bits": 6}, r"average_bits=6 is outside of bits=\[3, 4\]: it can be 3 to 4"),
-        ({"average_bits": 4.0, "size_bytes": 10**6}, r"average_bits=4.0 and size_bytes=1000000 are both given"),
-        ({"size_bytes": 0}, r"size_bytes=0 is not above 0"),
-        ({"group_size": 10}, r"group_size=10 does not divide in_features=32"),
-        ({"group_size": 0}, r"group_size=0 is not above 0"),
-        ({"damping": 2.0}, r"damping=2.0 is not in \[0, 1\]"),
-        ({"epochs": 1}, r"Finetune before quantizing"),
+        ({"bits": []}, ("bits", [])),
+        ({"bits": [1, 4]}, ("bits", 1)),
+        ({"bits": [4, 16]}, ("bits", 16)),
+        ({"bits": [3, 4], "average_bits": 2.5}, ("average_bits", 2.5)),
+        ({"bits": [3, 4], "average_bits": 6}, ("average_bits", 6)),
+        ({"average_bits": 4.0, "size_bytes": 10**6}, ("average_bits", 4.0)),
+        ({"size_bytes": 0}, ("size_bytes", 0)),
+        ({"group_size": 10}, ("group_size", 10)),
+        ({"group_size": 0}, ("group_size", 0)),
+        ({"damping": 2.0}, ("damping", 2.0)),
+        ({"epochs": 1}, ("epochs", 1)),
     ],
 )
-def test_bad_values_are_refused_before_any_work(tmp_path, options, message):
-    with pytest.raises(RecipeError, match=message):
+def test_bad_values_are_refused_before_any_work(tmp_path, options, blamed):
+    with pytest.raises(RecipeError) as caught:
         fit(tmp_path, MixedPrecision(**options))
+    assert blamed in tiny.blamed(caught.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -217,7 +218,7 @@ class Untrained(tiny.Regressor):
 
 
 def test_a_model_without_a_loss_is_measured_by_its_outputs(tmp_path):
-    with pytest.raises(RecipeError, match=r"sensitivity: loss needs a training_step in Untrained\. Add one, or set"):
+    with pytest.raises(RecipeError, match=r"sensitivity='loss' needs a training_step in Untrained\. Add one, or set"):
         tiny.trainer(tmp_path / "a", MixedPrecision()).fit(Untrained(), datamodule=tiny.RegressionData())
     module = Untrained()
     tiny.trainer(tmp_path / "b", MixedPrecision(sensitivity="output")).fit(module, datamodule=tiny.RegressionData())

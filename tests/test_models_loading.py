@@ -138,25 +138,27 @@ def test_remote_code_is_never_run(folder):
 def test_corrupt_safetensors_are_refused(folder, content):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(RecipeError, match=r"tiny': the model cannot be read \(.+\)\. Save or download it again"):
+    with pytest.raises(RecipeError, match=r"tiny' cannot be read \(.+\)\. Save or download it again"):
         CausalLM(str(folder))
 
 
 def test_incomplete_folders_are_refused(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(RecipeError, match=r"cannot be read \(Error no file named model\.safetensors"):
+    with pytest.raises(RecipeError, match=r"cannot be read \(.*model\.safetensors"):
         CausalLM(str(folder))
     (folder / "config.json").write_text("{")
-    with pytest.raises(RecipeError, match=r"not a valid JSON"):
+    with pytest.raises(RecipeError, match=r"cannot be read \("):
         CausalLM(str(folder))
     (folder / "config.json").unlink()
-    with pytest.raises(RecipeError, match=r"has no config\.json\. Give one that save_pretrained wrote"):
+    with pytest.raises(
+        RecipeError, match=r"is a folder without config\.json\. Give a folder that save_pretrained wrote"
+    ):
         CausalLM(str(folder))
 
 
 @pytest.mark.parametrize("value", ["./nowhere", "/nowhere/at/all", "nowhere.gguf"])
 def test_a_path_where_nothing_is_names_the_place(value):
-    with pytest.raises(RecipeError, match=r"there is no such file or folder \(looked at /"):
+    with pytest.raises(RecipeError, match=r"does not exist \(looked at /"):
         CausalLM(value)
 
 
@@ -166,14 +168,14 @@ def test_a_file_that_is_no_gguf_is_refused(folder):
 
 
 def test_without_the_hub_the_ways_out_are_named():
-    with pytest.raises(RecipeError, match=r"'org/model': .* from the hub .*Give a local folder .*HF_HUB_OFFLINE"):
+    with pytest.raises(RecipeError, match=r"'org/model' .* from the hub .*Give a local folder .*HF_HUB_OFFLINE"):
         CausalLM("org/model")
     with pytest.raises(RecipeError, match=r"Did you mean 'smollm2-135m'"):
         CausalLM("smollm2-135")
 
 
 def test_a_folder_without_a_tokenizer_says_where_to_name_one(folder):
-    with pytest.raises(RecipeError, match=r"holds no tokenizer\. Name one in data\.tokenizer"):
+    with pytest.raises(RecipeError, match=r"is a folder without a tokenizer\. Name one in data\.tokenizer"):
         _ = CausalLM(str(folder)).tokenizer
 
 
@@ -231,7 +233,7 @@ def test_a_damaged_gguf_is_refused_and_leaves_nothing(tiny_gguf, keep):
 
 def test_a_cache_that_cannot_be_written_names_the_variable(tiny_gguf, monkeypatch):
     monkeypatch.setenv("PQQP_CACHE", str(tiny_gguf))
-    with pytest.raises(RecipeError, match=r"cannot be written to .*Set PQQP_CACHE"):
+    with pytest.raises(RecipeError, match=r"cannot be converted: .* cannot be written to .*Set PQQP_CACHE"):
         CausalLM(str(tiny_gguf))
 
 

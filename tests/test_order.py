@@ -458,7 +458,7 @@ def test_a_metric_whose_direction_is_unknown(folder, monkeypatch):
         self.log("oddness", self(batch[0]).sum())
 
     monkeypatch.setattr(Regressor, "validation_step", validation_step)
-    words = "metric='oddness': is more of it better"
+    words = "metric='oddness' is unknown: higher values may be better or worse"
     with pytest.raises(RecipeError, match=words):
         regression_search(folder / "run", Magnitude(0.5), RTN(3))
     assert seen == [0]  # and not a whole evaluation
@@ -468,7 +468,7 @@ def test_a_metric_whose_direction_is_unknown(folder, monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_two_to_four_stages(count, folder):
-    with pytest.raises(RecipeError, match=f"order: needs 2 to 4 stages, but the recipe has {count}"):
+    with pytest.raises(RecipeError, match=f"order needs 2 to 4 stages, but the recipe has {count}"):
         regression_search(folder / "run", *[Magnitude(0.1 * (i + 1)) for i in range(count)])
 
 

@@ -88,8 +88,11 @@ def test_what_was_measured_before_is_compared(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        ("{class_path: Finetune, init_args: {epochs: 1}}", "stages.other (Finetune): trains"),
-        ("{class_path: ChannelPruning, init_args: {ratio: 0.5}}", "stages.other (ChannelPruning): changes what layers"),
+        ("{class_path: Finetune, init_args: {epochs: 1}}", "stages.other (Finetune): epochs=1 trains"),
+        (
+            "{class_path: ChannelPruning, init_args: {ratio: 0.5}}",
+            "stages.other (ChannelPruning): changes the inputs and outputs",
+        ),
     ],
 )
 def test_what_calibration_does_not_foresee_is_refused(tmp_path, monkeypatch, capsys, stage, words):

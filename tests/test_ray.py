@@ -187,14 +187,14 @@ def test_a_worker_that_would_measure_something_else_is_refused(folder, monkeypat
     monkeypatch.setattr(
         executor_ray, "read_settings", lambda search, base: ray_worker.read_settings(search, ("another", ""))
     )
-    with pytest.raises(RecipeError, match="the model, the data, the packages or the code are not the driver's"):
+    with pytest.raises(RecipeError, match="needs the same model, data, packages and code on every machine"):
         search_orders(trainer(folder / "run", Magnitude(0.5), RTN(3)), Regressor(), RegressionData(), executor="ray")
 
 
 def test_what_cannot_be_sent_is_refused_before_any_work(folder):
     data = RegressionData()
     data.lock = threading.Lock()
-    with pytest.raises(RecipeError, match="executor=ray: the model, data or trainer cannot be sent to other processes"):
+    with pytest.raises(RecipeError, match="executor='ray' cannot send the model, data or trainer to other processes"):
         search_orders(trainer(folder / "run", Magnitude(0.5), RTN(3)), Regressor(), data, executor="ray")
     assert not list(folder.glob("store/*/record.json"))
 
@@ -203,14 +203,14 @@ def test_what_cannot_be_sent_is_refused_before_any_work(folder):
 def test_bad_executors(command, folder, monkeypatch, capsys):
     words = [command, "--config", "recipe.yaml", *(["--grid.quantize.bits", "[4]"] if command == "sweep" else [])]
     assert run(*words, "--executor", "rey") == 2
-    assert capsys.readouterr().err == "command line: executor='rey' is none. Did you mean 'ray'?\n"
+    assert capsys.readouterr().err == "command line: executor='rey' is unknown. Did you mean 'ray'?\n"
     assert run(*words, "--executor", "ray", "--trainer.devices", "2") == 2
     assert "executor=ray gives every task one device, but the trainer has 2 with" in capsys.readouterr().err
     monkeypatch.setattr(executor, "find_spec", lambda name: None if name == "ray" else importlib.util.find_spec(name))
     assert run(*words, "--executor", "ray") == 2
     assert capsys.readouterr().err == (
-        'command line: executor=ray: Ray is not installed. Run pip install "pqqp-lightning[ray]", or use --executor '
-        "local.\n"
+        "command line: executor='ray' needs Ray, which is not installed. "
+        'Run pip install "pqqp-lightning[ray]", or use --executor local.\n'
     )
     assert not (folder / "run").exists()
 
@@ -221,8 +221,7 @@ def test_a_cluster_that_is_not_there(folder, monkeypatch, capsys):
     assert run("order", "--config", "recipe.yaml", "--executor", "ray") == 2
     (problem,) = capsys.readouterr().err.splitlines()
     assert (
-        "executor=ray: Ray cannot be reached or started (RAY_ADDRESS=127.0.0.1:1): [Errno 111] Connection refused."
-        in problem
+        "executor='ray' cannot reach or start Ray (RAY_ADDRESS=127.0.0.1:1): [Errno 111] Connection refused." in problem
     )
     assert not (folder / "run").exists()
     assert not list(folder.glob("store/*/record.json"))

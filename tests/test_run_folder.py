@@ -19,7 +19,7 @@ def test_files_of_the_users_are_neither_overwritten_nor_moved(command, name, fol
     mine.write_text("mine")
     assert run(command, "--config", "recipe.yaml", "--run_dir", "mine") == 2
     found = name.split("/")[0]
-    assert f"run_dir=mine: holds files that are no run's ({found}). Give the run its own" in capfd.readouterr().err
+    assert f"run_dir='mine' is not a run folder (contains {found}). Give the run a folder" in capfd.readouterr().err
     assert mine.read_text() == "mine"
     assert [f.name for f in (folder / "mine").iterdir()] == [found]
 

@@ -101,11 +101,14 @@ def test_allocated_sparsity_goes_with_a_grid_before_and_after(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        (Wanda(pattern="2:4", allocation="sensitivity"), r"allocation: sensitivity needs one sparsity for all layers"),
-        (SparseGPT({"*": 0.5}, allocation="sensitivity"), r"allocation: sensitivity needs one sparsity for all layers"),
+        (Wanda(pattern="2:4", allocation="sensitivity"), r"allocation='sensitivity' needs one sparsity for all layers"),
+        (
+            SparseGPT({"*": 0.5}, allocation="sensitivity"),
+            r"allocation='sensitivity' needs one sparsity for all layers",
+        ),
         (
             Magnitude(0.5, scope="global", allocation="sensitivity"),
-            r"scope: global decides each layer's sparsity",
+            r"scope='global' contradicts allocation='sensitivity'",
         ),
     ],
 )
@@ -123,7 +126,7 @@ class Untrained(tiny.Regressor):
 
 def test_a_model_without_a_loss_is_refused(tmp_path):
     trainer = tiny.trainer(tmp_path, Wanda(0.5, allocation="sensitivity"))
-    with pytest.raises(RecipeError, match="allocation: sensitivity needs a training_step in Untrained, for its loss"):
+    with pytest.raises(RecipeError, match="allocation='sensitivity' needs a training_step in Untrained, for its loss"):
         trainer.fit(Untrained(), datamodule=tiny.RegressionData())
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
-from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.models import CausalLM
 from pqqp_lightning.network.blocks import find_layers
 from pqqp_lightning.network.constraints import (
@@ -147,7 +147,9 @@ class NeedsFourBlocks(Stage):
     source = "a test"
 
     def check(self, model, data, earlier):
-        return [] if len(model.blocks) >= 4 else [f"the model has {len(model.blocks)} blocks. Use 4 or more."]
+        if len(model.blocks) >= 4:
+            return []
+        return [Problem(text=f"the model has {len(model.blocks)} blocks", way_out="Use 4 or more.")]
 
 
 def fit(tmp_path, *stages):

@@ -291,5 +291,6 @@ def test_points_that_can_run_in_no_order_are_refused(folder):
     with pytest.raises(RecipeError) as caught:
         sweep_grid(trainer(folder / "sweep", Magnitude(0.5), RTN(3)), Regressor(), RegressionData(), grid)
     for problem, width in zip(caught.value.problems, (8, 16), strict=True):
+        assert (problem.key, problem.value) == ("grid.rtn.group_size", 3)
         assert str(problem).startswith(f"grid.rtn (RTN): group_size=3 does not divide in_features={width} of")
     assert not (folder / "sweep").exists()

@@ -550,8 +550,8 @@ def test_a_stage_that_changes_the_structure_resumes_from_its_plan(tmp_path, dies
 def test_the_working_folder_is_never_a_run_folder(tmp_path, monkeypatch):
     """What a run folder held is moved aside: that must not happen to the folder a user works in."""
     monkeypatch.chdir(tmp_path)
-    for folder, what in ((".", "is"), (str(tmp_path), "is"), (str(tmp_path.parent), "holds")):
-        with pytest.raises(RecipeError, match=f"{what} the folder you work in"):
+    for folder, what in ((".", "is"), (str(tmp_path), "is"), (str(tmp_path.parent), "contains")):
+        with pytest.raises(RecipeError, match=f"{what} the current folder"):
             trainer(folder, Magnitude(0.5)).fit(Regressor(), val_dataloaders=regression_loader())
     assert not list(tmp_path.iterdir())
 

@@ -24,8 +24,8 @@ class Tree:
         self.sizes, self.undone = sizes or {}, undone
 
     def measure(self, order):
-        notes = ["undone: the mask"] if order in self.undone else []
-        record = {"metrics": {"loss": self.losses[order]}, "size_bytes": self.sizes.get(order, 100), "notes": notes}
+        record = {"metrics": {"loss": self.losses[order]}, "size_bytes": self.sizes.get(order, 100)}
+        record["undone"] = order in self.undone
         return SimpleNamespace(record=record)
 
     def results(self):

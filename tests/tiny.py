@@ -197,3 +197,8 @@ def make_stage(cls: type[Stage], name: str | None = None) -> Stage:
     stage = cls(**{knob: amounts[knob] for knob in knobs(cls) if knob in amounts})
     stage.name = name or stage.name
     return stage
+
+
+def blamed(error) -> list[tuple[str, object]]:
+    """The argument and the value of every problem of a RecipeError."""
+    return [(problem.argument, problem.value) for problem in error.problems]

@@ -90,8 +90,9 @@ class Questions:
         """Batches from :func:`collate`; each process gets its share."""
         return evaluation_loader(questions, self.batch_size, 0, collate)
 
-    def _problem(self, text: str, way_out: str) -> Problem:
-        return Problem(f"{INSIDE}source", self.source, f"(split {self.split!r}) {text}", way_out).within("data")
+    def _problem(self, text: str, way_out: str, row: int | None = None) -> Problem:
+        where = f"(split {self.split!r})" if row is None else f"(split {self.split!r}, row {row})"
+        return Problem(f"{INSIDE}source", self.source, f"{where} {text}", way_out).within("data")
 
     def _check_columns(self, table: Dataset) -> None:
         missing = [name for name in COLUMNS if name not in table.column_names]
@@ -107,20 +108,20 @@ class Questions:
         texts = choices.get("text") or []
         labels = choices.get("label") or []
         if not isinstance(question, str) or len(texts) < 2 or len(texts) != len(labels) or not all(texts):
-            text = f"has a row {number} that is not a question with two or more choices, each a text and a label"
-            raise RecipeError(self._problem(text, "Use data in the layout of allenai/ai2_arc."))
+            text = "is not a question with two or more choices, each a text and a label"
+            raise RecipeError(self._problem(text, "Use data in the layout of allenai/ai2_arc.", number))
         if key not in labels:
             given = f"answerKey={key!r}, labels {', '.join(map(str, labels))}"
-            text = f"has a row {number} without an answer among its choices ({given})"
-            raise RecipeError(self._problem(text, "Use a split with answers."))
+            text = f"has no answer among its choices ({given})"
+            raise RecipeError(self._problem(text, "Use a split with answers.", number))
         prompt = PROMPT.format(question)
         start = len(tokenizer(prompt)["input_ids"])
         # Prompt and choice are tokenised together, as the harness does: a tokenizer may merge across the seam.
         sequences = [tokenizer(prompt + DELIMITER + text)["input_ids"] for text in texts]
         if any(len(tokens) <= start for tokens in sequences):
-            text = f"has a row {number} with a choice that adds no token to the question"
+            text = "has a choice that adds no token to the question"
             way_out = "Set data.tokenizer to the one that the model was trained with."
-            raise RecipeError(self._problem(text, way_out))
+            raise RecipeError(self._problem(text, way_out, number))
         encoded = []
         for tokens, text in zip(sequences, texts, strict=True):
             encoded.append(Choice(tokens, scored=len(tokens) - start, characters=len(text)))

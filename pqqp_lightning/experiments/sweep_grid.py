@@ -81,7 +81,7 @@ def make_variants(stages: Sequence[Stage], grid: Grid) -> dict[str, list[Variant
     problems = []
     for name in grid:
         if name not in named:
-            problem = Problem(text="is not the name of a stage", way_out=suggest(str(name), named).strip())
+            problem = Problem(text="there is no such stage", way_out=suggest(str(name), named).strip())
             problems.append(problem.within(f"grid.{name}"))
     lists: dict[str, dict[str, list[Any]]] = {name: {} for name in named}
     for name in [name for name in named if name in grid]:

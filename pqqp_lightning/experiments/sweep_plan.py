@@ -94,13 +94,13 @@ def make_plan(
         raise RecipeError(Problem(text=text, way_out="Change them.").within("stages"))
     if not grid:
         way_out = f"Add --grid.STAGE.ARGUMENT [a,b], where STAGE is {_either(stages)}."
-        raise RecipeError(Problem("grid", text="is missing", way_out=way_out))
+        raise RecipeError(Problem(text="is missing", way_out=way_out).within("grid"))
     variants = make_variants(stages, grid)
     problems = [problem for own in variants.values() for variant in own for problem in own_problems(variant)]
     found = _find_curve(variants, curve, curve_bits, problems)
     if (count := count_points(variants)) > max_points:
         text = f"has {count} points, more than max_points={max_points}"
-        problems.append(Problem("grid", text=text, way_out="Shorten it, or raise max_points."))
+        problems.append(Problem(text=text, way_out="Shorten it, or raise max_points.").within("grid"))
     if problems:
         raise RecipeError(dict.fromkeys(problems))
     return Plan(variants, make_points(variants, data), found and _that_can_run(found, data))
@@ -139,7 +139,7 @@ def _quantizing(variants: Variants, problems: list[Problem]) -> str | None:
     if len(with_bits) > 1:
         both = " and ".join(with_bits)
         way_out = f"Say which one the curve is of: --curve {with_bits[0]}."
-        problems.append(Problem("grid", text=f"has '{BITS}' for both {both}", way_out=way_out))
+        problems.append(Problem(text=f"{both} both have '{BITS}'", way_out=way_out).within("grid"))
         return None
     with_grid = [name for name, own in variants.items() if "grid" in own[0].stage.promises]
     return next(iter(with_bits or (with_grid if len(with_grid) == 1 else [])), None)

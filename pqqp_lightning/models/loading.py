@@ -86,10 +86,11 @@ def _problem(key: str, source: str, text: str, way_out: str = "") -> Problem:
 
 
 def _unreadable(key: str, source: str, what: str) -> Problem:
+    subject = "" if what == "model" else f"has a {what} that "
     if is_path(source):
-        return _problem(key, source, f"has a {what} that cannot be read", "Save or download it again, or name another.")
+        return _problem(key, source, f"{subject}cannot be read", "Save or download it again, or name another.")
     known = near_miss(source, [BUNDLED]) if "/" not in source else ""
-    return _problem(key, source, f"has a {what} that cannot be loaded from the hub", f"{OFFLINE_WAYS_OUT}{known}")
+    return _problem(key, source, f"{subject}cannot be loaded from the hub", f"{OFFLINE_WAYS_OUT}{known}")
 
 
 def _read_config(source: str) -> PretrainedConfig:

@@ -99,7 +99,7 @@ def build_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel
     _refuse_misspelt(name, settings)
     with quiet_transformers():
         way_out = "Change the values named; the rest has the defaults of the architecture."
-        problem = Problem("model", text=f"is not a configuration of a {name} model", way_out=way_out)
+        problem = Problem(text=f"no {name} model has this configuration", way_out=way_out)
         with third_party_errors(problem.within("model")):
             config = CONFIG_MAPPING[name].from_dict(settings)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -165,8 +165,9 @@ class StageRunner:
         """
         start = time.perf_counter()
         with peak_memory(self.trainer.strategy.root_device) as peak:
-            notes = self.compress(stage)
-        record = self._record(stage, time.perf_counter() - start, peak.size_bytes, notes)
+            context = self.compress(stage)
+        elapsed = time.perf_counter() - start
+        record = self._record(stage, elapsed, peak.size_bytes, context.all_notes(), context.undone)
         if half or not stage.epochs:
             self.save(folder, record)
         if stage.epochs:
@@ -180,8 +181,8 @@ class StageRunner:
             self._train(stage, folder)
         self.save(folder, record)
 
-    def compress(self, stage: Stage) -> list[str]:
-        """Compress the model with ``stage`` and verify every promise; returns the stage's notes.
+    def compress(self, stage: Stage) -> Context:
+        """Compress the model with ``stage`` and verify every promise; returns what it noted.
 
         Raises:
             RecipeError: the stage fails, or broke an earlier stage's constraint.
@@ -193,9 +194,9 @@ class StageRunner:
         with self.on_device():
             plan = stage.compress(self.module, context) if stage.compresses else {}
         self._require_equal_ranks()
-        self._verify(stage, promised, context.notes)
+        self._verify(stage, promised, context)
         self.applied.append(Applied(type(stage), plan))
-        return context.all_notes()
+        return context
 
     def finetune(self, stage: Stage, folder: Path, compressed: Record) -> Record:
         """Train for the stage's epochs, resuming a killed training; then measure and save.
@@ -207,16 +208,19 @@ class StageRunner:
         """
         start = time.perf_counter()
         with peak_memory(self.trainer.strategy.root_device) as peak:
-            notes = [*compressed["notes"], *self._train(stage, folder)]
+            context = self._train(stage, folder)
         elapsed = compressed["elapsed_s"] + time.perf_counter() - start
-        record = self._record(stage, elapsed, max(compressed["peak_memory_bytes"], peak.size_bytes), notes)
+        peak_bytes = max(compressed["peak_memory_bytes"], peak.size_bytes)
+        notes = [*compressed["notes"], *context.all_notes()]
+        undone = compressed.get("undone", False) or context.undone  # runs of earlier versions did not record it
+        record = self._record(stage, elapsed, peak_bytes, notes, undone)
         record["metrics_before_finetuning"] = compressed["metrics"]
         record["logged_steps"] = logged_steps(self.trainer)
         self.save(folder, record)
         return record
 
-    def _train(self, stage: Stage, folder: Path) -> list[str]:
-        """Train the compressed model, let ``stage`` finish and verify every promise; returns the stage's notes."""
+    def _train(self, stage: Stage, folder: Path) -> Context:
+        """Train the compressed model, let ``stage`` finish and verify every promise; returns what it noted."""
         promised = collect_promises(self.module)
         context = self._context(stage)
         resume_point = folder.parent / RESUME_POINT
@@ -224,9 +228,9 @@ class StageRunner:
         with self.on_device():
             plan = stage.finish(self.module, context, self.applied[-1].plan)
         self._require_equal_ranks()
-        self._verify(stage, promised, context.notes)
+        self._verify(stage, promised, context)
         self.applied[-1] = replace(self.applied[-1], plan=plan)
-        return context.all_notes()
+        return context
 
     def save(self, folder: Path, record: Record) -> None:
         """Save the model with its record, on the first rank."""
@@ -241,7 +245,7 @@ class StageRunner:
     def _context(self, stage: Stage) -> Context:
         return Context(partial(self.walk, stage.name), title=stage.name, progress=self._shows_progress())
 
-    def _record(self, stage: Stage, elapsed_s: float, peak_bytes: int, notes: list[str]) -> Record:
+    def _record(self, stage: Stage, elapsed_s: float, peak_bytes: int, notes: list[str], undone: bool) -> Record:
         return make_record(
             name=stage.name,
             method=type(stage).__name__,
@@ -253,6 +257,7 @@ class StageRunner:
             peak_memory_bytes=peak_bytes,
             constraints_verified=True,
             notes=notes,
+            undone=undone,
         )
 
     def walk(self, title: str, blocks: Blocks) -> Walk:
@@ -302,10 +307,10 @@ class StageRunner:
         finally:
             self.module.to(home)
 
-    def _verify(self, stage: Stage, promised: list[Promise], notes: list[str]) -> None:
+    def _verify(self, stage: Stage, promised: list[Promise], context: Context) -> None:
         """Verify that the weights keep the promises made before the stage, and its own.
 
-        With ``allow_undo``, broken constraints of earlier stages are dropped and noted in ``notes``.
+        With ``allow_undo``, broken constraints of earlier stages are dropped and noted in ``context``.
 
         Raises:
             RecipeError: a promise is broken.
@@ -315,7 +320,8 @@ class StageRunner:
             for promise, faults in broken:
                 kept = constraints_of(promise.layer).without_broken(weight_matrix(promise.layer), promise.constraints)
                 set_constraints(promise.layer, kept)
-                notes.append(f"undone in {promise.name}: {'; '.join(faults)}")
+                context.undone = True
+                context.notes.append(f"undone in {promise.name}: {'; '.join(faults)}")
             broken = []
         broken += broken_promises(self.module, collect_promises(self.module))
         if broken:

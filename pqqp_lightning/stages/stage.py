@@ -32,6 +32,7 @@ class Context:
         progress: whether to show them.
         notes: findings for the stage's record; the stage appends to it.
         findings: findings that may concern many layers: what was found, and where.
+        undone: whether the stage gave up a constraint of an earlier stage; a note says which.
     """
 
     walk: Callable[[Blocks], Walk]
@@ -39,6 +40,7 @@ class Context:
     progress: bool = True
     notes: list[str] = field(default_factory=list)
     findings: dict[str, list[str]] = field(default_factory=dict)
+    undone: bool = False
 
     def found(self, what: str, layers: Iterable[str]) -> None:
         """Note ``what`` was found in ``layers``; the record names how many and the first of them."""

@@ -35,6 +35,7 @@ def make_record(
     peak_memory_bytes: int,
     constraints_verified: bool,
     notes: list[str],
+    undone: bool = False,
 ) -> Record:
     """One stage's record: plain data.
 
@@ -49,6 +50,7 @@ def make_record(
         peak_memory_bytes: of the same.
         constraints_verified: every promise of every stage so far holds exactly.
         notes: what was unusual.
+        undone: the stage gave up a constraint of an earlier stage.
     """
     odd = [f"{k} is {v}" for k, v in metrics.items() if not math.isfinite(v)]
     return {
@@ -66,6 +68,7 @@ def make_record(
         "peak_memory_bytes": peak_memory_bytes,
         "constraints_verified": constraints_verified,
         "notes": [*notes, *odd],
+        "undone": undone,
     }
 
 

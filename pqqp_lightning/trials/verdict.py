@@ -132,17 +132,9 @@ class Judge:
             marks[order] = []
             if record["size_bytes"] > MAX_SIZE_RATIO * smallest:
                 marks[order].append(f"{record['size_bytes'] / smallest:.2f} times as large as the smallest")
-            if self._lost_constraint(order):
+            if any(self.tree.measure(prefix).record["undone"] for prefix in prefixes(order)):
                 marks[order].append("lost a constraint")
         return marks
-
-    def _lost_constraint(self, order: Order) -> bool:
-        """Whether a stage of ``order`` undid an earlier one's constraint, which ``allow_undo`` permits."""
-        for prefix in prefixes(order):
-            notes = self.tree.measure(prefix).record["notes"]
-            if any(note.startswith("undone") for note in notes):
-                return True
-        return False
 
 
 @dataclass(frozen=True)
