@@ -23,8 +23,8 @@ from pqqp_lightning.callbacks import GPTQ, SparseGPT
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.models import CausalLM
 from pqqp_lightning.runs.peak_memory import peak_memory
-from pqqp_lightning.runs.run_data import DataSource
-from pqqp_lightning.runs.stage_runner import Runner
+from pqqp_lightning.runs.run_data import RunData
+from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.stages.stage import Context, Stage
 
 TOKENS = "$PQQP_DATA/smollm2-135m-tokens"
@@ -42,7 +42,7 @@ def forward_seconds(module: CausalLM, data: TokenData) -> float:
 def stage_seconds(module: CausalLM, data: TokenData, stage: Stage) -> tuple[float, int]:
     """The stage on a dense copy of the model: seconds, and resident bytes above the start."""
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    runner = Runner(trainer, DataSource(module, datamodule=data))
+    runner = StageRunner(trainer, RunData(module, datamodule=data))
     before = psutil.Process().memory_info().rss
     with peak_memory(torch.device("cpu")) as peak:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Random state as a function of where the run is, not of how it got there."""
+"""Seeds that depend on the position in a run (stage, epoch, step), so that a resumed run draws the same numbers."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ import torch
 
 
 def run_seed() -> int:
-    """The run's seed: what ``seed_everything`` set, else 0."""
+    """The run's seed: the one that Lightning's ``seed_everything`` set, else 0."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def seed_from(*parts: int) -> None:
-    """Seed Python, NumPy and torch from ``parts``."""
+    """Seed Python, NumPy and torch from ``parts``, such as (run seed, segment, epoch, step)."""
+    # A hash mixes the parts: sums would give neighbouring steps and epochs the same seed.
     digest = hashlib.sha256(repr(parts).encode()).digest()
     random.seed(digest)
     np.random.seed(int.from_bytes(digest[:4], "little"))
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # manual_seed takes 63 bits
 
 
 @contextmanager
 def keep_random_state() -> Iterator[None]:
-    """Random state (Python, NumPy, torch, GPUs) is afterwards as before, also after an exception."""
-    python, numpy = random.getstate(), np.random.get_state()
+    """Restore the random state of Python, NumPy, torch and all GPUs on exit, also after an exception."""
+    python = random.getstate()
+    numpy = np.random.get_state()
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield

@@ -16,7 +16,7 @@ import tiny
 from pqqp_lightning import Stage
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.runs.checks import check_stages
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.discovery import known_stages, load_installed
 
 load_installed()
@@ -56,7 +56,7 @@ def examine() -> Composition:
     found = Composition()
     with tempfile.TemporaryDirectory() as folder:
         for kind in tiny.MODELS:
-            data = DataSource(tiny.make_model(kind), datamodule=tiny.make_data(kind, Path(folder)))
+            data = RunData(tiny.make_model(kind), datamodule=tiny.make_data(kind, Path(folder)))
             for name in STAGES:
                 found.alone[name, kind] = check_stages(stages_named(name), data)[0]
             runs = [name for name in STAGES if not found.alone[name, kind]]

@@ -18,7 +18,7 @@ from command_line import RECIPE, prepare, run, run_command, run_process, write_r
 import pqqp_lightning
 from pqqp_lightning.cli.command_table import COMMANDS
 from pqqp_lightning.experiments import AnalysisOptions, OrderOptions, SweepOptions
-from pqqp_lightning.runs.stage_runner import Runner
+from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.storage.run_folder import WEIGHTS
 
 TOKENS = re.compile(r"perplexity +│ +([0-9.]+)")
@@ -183,7 +183,7 @@ def test_fragments_are_found_beside_the_recipe(folder):
 
 
 def test_sigterm_is_heeded_outside_of_lightnings_loops_too(folder, monkeypatch, capsys):
-    monkeypatch.setattr(Runner, "compress", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(StageRunner, "compress", lambda *_: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert run("order", "--config", "recipe.yaml") == 128 + signal.SIGTERM
     assert "stopped. " in capsys.readouterr().err
@@ -193,7 +193,7 @@ def test_sigterm_is_heeded_outside_of_lightnings_loops_too(folder, monkeypatch, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_with_its_own_status(number, folder, monkeypatch, capsys):
     """Lightning ends with 1 after SIGINT and with 0, success, after SIGTERM."""
-    whole = Runner.apply
+    whole = StageRunner.apply
 
     def applying(runner, stage, place):
         if stage.name == "quantize":
@@ -206,7 +206,7 @@ def test_a_signal_ends_a_run_with_its_own_status(number, folder, monkeypatch, ca
             monkeypatch.setattr(runner.data.module, "validation_step", stopped)
         return whole(runner, stage, place)
 
-    monkeypatch.setattr(Runner, "apply", applying)
+    monkeypatch.setattr(StageRunner, "apply", applying)
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -214,7 +214,7 @@ def test_a_signal_ends_a_run_with_its_own_status(number, folder, monkeypatch, ca
     finally:
         signal.signal(signal.SIGINT, before)
     assert "--ckpt_path last" in capsys.readouterr().err
-    monkeypatch.setattr(Runner, "apply", whole)
+    monkeypatch.setattr(StageRunner, "apply", whole)
     measured = [json.loads(line)["name"] for line in (folder / "run/records.jsonl").read_text().splitlines()]
     assert measured == ["dense", "prune"]
     assert run("fit", "--config", "recipe.yaml", "--ckpt_path", "last") == 0

@@ -14,7 +14,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 import pqqp_lightning.data as data
 from pqqp_lightning.data import TokenData
-from pqqp_lightning.data.loaders import Windows, draw, evaluation_loader, fixed_loader, train_loader
+from pqqp_lightning.data.loaders import Windows, draw_indices, evaluation_loader, fixed_loader, train_loader
 from pqqp_lightning.data.samplers import EpochSampler
 from pqqp_lightning.errors import RecipeError
 
@@ -84,9 +84,9 @@ def test_evaluation_samples_are_shared_out_once_each(monkeypatch):
 
 
 def test_what_is_drawn_is_distinct_and_follows_the_seed():
-    assert draw(5, 5, seed=7) == [0, 1, 2, 3, 4]
-    assert len(set(draw(100, 30, seed=1))) == 30
-    assert draw(100, 30, seed=1) == draw(100, 30, seed=1) != draw(100, 30, seed=2)
+    assert draw_indices(5, 5, seed=7) == [0, 1, 2, 3, 4]
+    assert len(set(draw_indices(100, 30, seed=1))) == 30
+    assert draw_indices(100, 30, seed=1) == draw_indices(100, 30, seed=1) != draw_indices(100, 30, seed=2)
 
 
 def test_names_are_imported_when_asked_for():

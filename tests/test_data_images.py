@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pqqp_lightning.data import ImageData
-from pqqp_lightning.data.augmentation import IMAGENET
+from pqqp_lightning.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from pqqp_lightning.errors import RecipeError
 
 PQQP_DATA = Path(os.environ.get("PQQP_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -87,7 +87,7 @@ def test_a_parquet_folder_is_read_by_its_types(parquet):
     assert module.check() == []
     module.setup("fit")
     images, labels = gather(module.val_dataloader())
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     assert torch.allclose(images[1], (torch.full((3, 8, 8), 200 / 255) - mean) / std)
     assert labels.tolist() == [1, 2]
     assert module.num_classes == 3

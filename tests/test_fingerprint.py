@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from pqqp_lightning.callbacks import RTN, Finetune, Magnitude
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.trials.fingerprint import digest_of
 from pqqp_lightning.trials.prefix_tree import PrefixTree
@@ -62,7 +62,7 @@ def defined(folder, text, name):
 def keys(folder, stages, module=None, loader=None, **options):
     """The addresses of the dense model and of all ``stages`` in turn."""
     engine = trainer(folder / "run", *stages, **options)
-    source = DataSource(module or Regressor(), loader or regression_loader(), regression_loader(16, seed=1))
+    source = RunData(module or Regressor(), loader or regression_loader(), regression_loader(16, seed=1))
     tree = PrefixTree(engine, source, {stage.name: stage for stage in stages}, ResultStore(folder / "store"))
     tree.identify()
     return tree.key(()), tree.key(tuple(stage.name for stage in stages))

@@ -17,7 +17,7 @@ from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
 from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
 from pqqp_lightning.runs.checks import check_stages
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 
 MODELS = ["llama", "opt", "resnet", "deit", "regressor"]
 FAST = {"rank": 4, "learning_rate": 0.01}
@@ -48,7 +48,7 @@ def records(tmp_path, folder="run"):
 
 
 def problems_of(tmp_path, kind, *stages, module=None):
-    data = DataSource(module if module is not None else make_model(kind), datamodule=make_data(kind, tmp_path))
+    data = RunData(module if module is not None else make_model(kind), datamodule=make_data(kind, tmp_path))
     return [problem for found in check_stages(stages, data) for problem in found]
 
 

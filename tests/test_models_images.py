@@ -66,14 +66,14 @@ def test_a_skeleton_rebuilds_the_network(arguments, library, size):
     [
         ({"model": "resnet81"}, r"'resnet81' is not a network of timm or torchvision\. Did you mean 'resnet18'"),
         ({"model": "torchvision/resnet81"}, r"of torchvision\. Did you mean 'resnet18'"),
-        ({"model": "no such thing"}, r"list_models\(\) lists what there is"),
+        ({"model": "no such thing"}, r"list_models\(\) of the library prints all names"),
         ({"model": "resnet18", "model_args": {"foo": 1}}, r"cannot be built \(.*'foo'.*Change num_classes.*model_args"),
         (
             {"model": "torchvision/resnet18", "in_channels": 1},
             r"in_channels=1 does not fit torchvision/resnet18, which takes 3\. Use a timm network",
         ),
         ({"model": "resnet18", "num_classes": 0, "in_channels": -1}, r"num_classes=0[^\n]*\n.*in_channels=-1"),
-        ({"model": nn.Flatten()}, r"does not tell how many classes.*Set num_classes"),
+        ({"model": nn.Flatten()}, r"not state its number of classes.*Set num_classes"),
     ],
 )
 def test_a_network_that_cannot_be_built_is_refused(arguments, message):

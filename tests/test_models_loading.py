@@ -194,7 +194,7 @@ def test_a_gguf_becomes_a_plain_model_and_is_converted_once(tiny_gguf, monkeypat
     assert model.model.lm_head.weight.dtype is torch.float32
     expected = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)  # the embedding is drawn first
     np.testing.assert_allclose(model.model.model.embed_tokens.weight.detach(), expected, atol=0.02)
-    monkeypatch.setattr(gguf_files, "_write", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf_files, "_write_folder", lambda *_: pytest.fail("converted again"))
     again = CausalLM(str(shutil.copy(tiny_gguf, tiny_gguf.parent / "cache" / "tiny.gguf")))
     assert torch.equal(again(ids()), model(ids()))
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from pqqp_lightning.data import Questions, TextData
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.metrics import ChoiceAccuracy
-from pqqp_lightning.metrics.multiple_choice import by_question, log_likelihoods
+from pqqp_lightning.metrics.multiple_choice import group_by_question, log_likelihoods
 from pqqp_lightning.metrics.samples import recording
 from pqqp_lightning.models import CausalLM
 
@@ -203,7 +203,7 @@ def test_scores_of_half_precision_logits_are_summed_in_float64():
         for r, ts in ((0, (2, 3, 4)), (2, range(5)))
     ]
     assert found.tolist() == pytest.approx([expected[0], 0.0, expected[1]], rel=1e-5)
-    assert by_question(found, torch.tensor([1, 2])).tolist() == [[found[0], -math.inf], found[1:].tolist()]
+    assert group_by_question(found, torch.tensor([1, 2])).tolist() == [[found[0], -math.inf], found[1:].tolist()]
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def test_the_best_order_by_accuracy_comes_with_intervals(folder):
 
 
 def test_two_processes_count_every_question_once(folder):
-    """13 questions do not go round two processes; one that is counted twice would show."""
+    """13 questions do not divide among two processes; a question counted twice would show."""
     assert run("fit", "--config", "recipe.yaml", "--run_dir", "one") == 0
     two = ["--run_dir", "two", "--trainer.strategy", "ddp", "--trainer.devices", "2", "--metric", "acc"]
     done = run_command(folder, "order", "--config", "recipe.yaml", *two)

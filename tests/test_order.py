@@ -19,8 +19,8 @@ from pqqp_lightning.callbacks import RTN, Magnitude
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.experiments import OrderOptions, search_orders
 from pqqp_lightning.experiments.session import alone
-from pqqp_lightning.runs.run_data import DataSource
-from pqqp_lightning.runs.stage_runner import Runner
+from pqqp_lightning.runs.run_data import RunData
+from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import WEIGHTS
 from pqqp_lightning.trials.prefix_tree import PrefixTree
@@ -50,7 +50,7 @@ def folder(tmp_path, monkeypatch):
 def applied(monkeypatch):
     """The weights file of every node, in the order in which the stages were applied."""
     nodes: dict[str, bytes] = {}
-    apply = Runner.apply
+    apply = StageRunner.apply
 
     def watch(self, stage, folder, **options):
         record = apply(self, stage, folder, **options)
@@ -59,7 +59,7 @@ def applied(monkeypatch):
         nodes[node] = (folder / WEIGHTS).read_bytes()
         return record
 
-    monkeypatch.setattr(Runner, "apply", watch)
+    monkeypatch.setattr(StageRunner, "apply", watch)
     return nodes
 
 
@@ -113,8 +113,8 @@ def test_the_orders_differ(folder):
 @pytest.mark.parametrize(("stages", "count"), [(TWO, 4), (THREE, 15)], ids=["two", "three"])
 def test_shared_prefixes_are_computed_once(stages, count, folder, applied, monkeypatch):
     dense = []
-    measure = Runner.measure_dense
-    monkeypatch.setattr(Runner, "measure_dense", lambda self, stages: dense.append(1) or measure(self, stages))
+    measure = StageRunner.measure_dense
+    monkeypatch.setattr(StageRunner, "measure_dense", lambda self, stages: dense.append(1) or measure(self, stages))
     search(folder, stages)
     names = [line.split(":")[0].strip() for line in stages.splitlines()[1:]]
     prefixes = {"+".join(p) for n in range(1, len(names) + 1) for p in permutations(names, n)}
@@ -207,7 +207,7 @@ def test_no_order_can_run(folder, capsys):
 @pytest.mark.parametrize("stop", [1, 2, 4, 9, 15])
 def test_a_search_that_broke_off_goes_on_where_it_was(stop, finished, folder, applied, monkeypatch):
     whole = json.loads((finished / "order.json").read_text())
-    watched = Runner.apply
+    watched = StageRunner.apply
 
     def broken(self, stage, node, **options):
         if len(applied) == stop - 1:
@@ -215,7 +215,7 @@ def test_a_search_that_broke_off_goes_on_where_it_was(stop, finished, folder, ap
         return watched(self, stage, node, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Runner, "apply", broken)
+        patch.setattr(StageRunner, "apply", broken)
         with pytest.raises(Died):
             search(folder, THREE)
     assert len(applied) == stop - 1
@@ -322,7 +322,7 @@ def test_a_search_that_goes_on_from_anothers_model_still_has_the_dense_one(tmp_p
 
     def tree(name: str, store: str) -> PrefixTree:
         stages = {"prune": Magnitude(0.8), "quantize": RTN(2)}
-        data = DataSource(Regressor(), datamodule=RegressionData())
+        data = RunData(Regressor(), datamodule=RegressionData())
         found = PrefixTree(trainer(tmp_path / name, *stages.values()), data, stages, ResultStore(tmp_path / store))
         found.open()
         return found
@@ -367,7 +367,7 @@ def test_another_search_that_ends_takes_nothing_that_is_still_needed(folder):
         stages = {"prune": Magnitude(0.5), "round": RTN(3)}
         engine = trainer(folder / name, *stages.values())
         found = PrefixTree(
-            engine, DataSource(Regressor(), datamodule=RegressionData()), stages, ResultStore(folder / store)
+            engine, RunData(Regressor(), datamodule=RegressionData()), stages, ResultStore(folder / store)
         )
         found.open()
         return found
@@ -388,7 +388,7 @@ def dropped(tmp_path):
 
     def tree(name: str, store: str) -> PrefixTree:
         stages = {"prune": Magnitude(0.5, epochs=1), "round": RTN(3)}
-        data = DataSource(Regressor(), datamodule=RegressionData())
+        data = RunData(Regressor(), datamodule=RegressionData())
         found = PrefixTree(trainer(tmp_path / name, *stages.values()), data, stages, ResultStore(tmp_path / store))
         found.open()
         return found
@@ -401,8 +401,8 @@ def dropped(tmp_path):
 
 def test_a_dropped_model_is_made_again_without_measuring_it_again(dropped, monkeypatch):
     second, _, alone = dropped
-    evaluations, evaluate = [], Runner.evaluate
-    monkeypatch.setattr(Runner, "evaluate", lambda self: evaluations.append(1) or evaluate(self))
+    evaluations, evaluate = [], StageRunner.evaluate
+    monkeypatch.setattr(StageRunner, "evaluate", lambda self: evaluations.append(1) or evaluate(self))
     again = second.measure(("prune", "round"))
     assert len(evaluations) == 1  # of what is new
     alone.measure(("prune",))

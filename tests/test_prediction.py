@@ -12,7 +12,7 @@ from tiny import make_data, make_model, trainer
 from pqqp_lightning.callbacks import GPTQ, RTN, SLEB, BasisSharing, QuaRot, SparseGPT
 from pqqp_lightning.experiments import OrderOptions, search_orders
 from pqqp_lightning.report.prediction import print_prediction
-from pqqp_lightning.runs.stage_runner import Runner
+from pqqp_lightning.runs.stage_runner import StageRunner
 
 TWO = RECIPE[RECIPE.index("stages:") :]
 STAGES = {
@@ -30,8 +30,8 @@ def predict(folder, *stages, **options):
 
 def test_intensities_are_the_layers_errors_and_nothing_is_evaluated(tmp_path, monkeypatch):
     records = []
-    monkeypatch.setattr(Runner, "measure_dense", lambda *_: records.append("dense"))
-    monkeypatch.setattr(Runner, "_record", lambda *_: records.append("stage"))
+    monkeypatch.setattr(StageRunner, "measure_dense", lambda *_: records.append("dense"))
+    monkeypatch.setattr(StageRunner, "_record", lambda *_: records.append("stage"))
     report = predict(tmp_path, *named(**{name: make() for name, make in STAGES.items()}))
     assert not records
     monkeypatch.undo()

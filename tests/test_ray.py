@@ -19,7 +19,7 @@ from tiny import RegressionData, Regressor, trainer
 from pqqp_lightning.callbacks import RTN, Magnitude
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.experiments import OrderOptions, search_orders
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import WEIGHTS
 from pqqp_lightning.trials import executors as executor
@@ -136,19 +136,19 @@ def test_a_worker_that_is_killed_in_the_middle_is_made_up_for(own_stage, capsys)
 def test_a_result_that_a_lost_worker_left_is_counted_once(folder):
     tree = PrefixTree(
         trainer(folder / "run", Magnitude(0.5)),
-        DataSource(Regressor(), datamodule=RegressionData()),
+        RunData(Regressor(), datamodule=RegressionData()),
         {"prune": Magnitude(0.5)},
         ResultStore(folder / "store"),
     )
     tree.open()
-    settings = ray_worker.settings_of("counted", tree.base)
+    settings = ray_worker.read_settings("counted", tree.base)
     ray_worker._trees["counted"] = tree
     done = [ray_worker.run_node(settings, [], ("prune",), False, again) for again in (False, False, True)]
     assert [outcome.applications for outcome in done] == [1, 0, 1]
 
 
 def test_a_node_that_kills_every_worker_ends_the_search(own_stage, monkeypatch, capsys):
-    monkeypatch.setattr(executor_ray, "MOST_LOST", 2)
+    monkeypatch.setattr(executor_ray, "MAX_LOST_WORKERS", 2)
     (own_stage / "once").unlink()
     assert run("order", "--config", "recipe.yaml", "--executor", "ray") == 2
     (problem,) = capsys.readouterr().err.splitlines()
@@ -186,7 +186,7 @@ def test_progressive_and_limits_with_a_module_of_ones_own(folder, capsys):
 
 def test_a_worker_that_would_measure_something_else_is_refused(folder, monkeypatch):
     monkeypatch.setattr(
-        executor_ray, "settings_of", lambda search, base: ray_worker.settings_of(search, ("another", ""))
+        executor_ray, "read_settings", lambda search, base: ray_worker.read_settings(search, ("another", ""))
     )
     engine = trainer(folder / "run", Magnitude(0.5), RTN(3))
     with pytest.raises(RecipeError, match="needs the same model, data, packages and code on every machine"):

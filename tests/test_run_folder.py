@@ -79,7 +79,7 @@ def test_one_evaluation_sample_makes_nothing_sure(folder, capfd):
     assert run("order", "--config", "recipe.yaml", "--run_dir", "found") == 0
     report = json.loads((folder / "found/order.json").read_text())
     assert report["lead"]["low"] is None
-    assert "takes a torchmetrics metric that adds up over two samples or more" in capfd.readouterr().out
+    assert "needs a torchmetrics metric that sums over two samples or more" in capfd.readouterr().out
 
 
 def test_names_that_yaml_takes_for_numbers_are_names(folder):

@@ -17,8 +17,8 @@ from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
 from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
 from pqqp_lightning.runs.checks import check_stages
-from pqqp_lightning.runs.run_data import DataSource
-from pqqp_lightning.runs.stage_runner import Runner
+from pqqp_lightning.runs.run_data import RunData
+from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.stages.arguments import arguments_of, documentation
 from pqqp_lightning.stages.pruning import PruningStage
 from pqqp_lightning.stages.quantization import QuantizationStage
@@ -40,7 +40,7 @@ def run(tmp_path, kind, *stages, folder="run"):
 
 
 def problems_of(tmp_path, kind, stages):
-    data = DataSource(tiny.make_model(kind), datamodule=tiny.make_data(kind, tmp_path))
+    data = RunData(tiny.make_model(kind), datamodule=tiny.make_data(kind, tmp_path))
     return [problem for problems in check_stages(stages, data) for problem in problems]
 
 
@@ -151,9 +151,9 @@ def after_first(name, kind):
     with tempfile.TemporaryDirectory() as folder:
         (stage,) = stages_named(name)
         trainer = tiny.trainer(Path(folder) / "run", stage)
-        data = DataSource(tiny.make_model(kind), datamodule=tiny.make_data(kind, Path(folder)))
+        data = RunData(tiny.make_model(kind), datamodule=tiny.make_data(kind, Path(folder)))
         data.read(trainer)
-        runner = Runner(trainer, data)
+        runner = StageRunner(trainer, data)
         runner.measure_dense([other for other in stages_named(*STAGES) if runs_alone(type(other).__name__, kind)])
         runner.apply(stage, Path(folder) / "run" / "stages" / "1")
     runner.module.trainer = None  # a copy of the model must not copy the trainer
@@ -165,7 +165,7 @@ def run_second(tmp_path, kind, first, stages):
     shared = after_first(first, kind)
     runner = copy.copy(shared)
     runner.applied = [*shared.applied]
-    runner.data = DataSource(copy.deepcopy(shared.module), datamodule=tiny.make_data(kind, tmp_path))
+    runner.data = RunData(copy.deepcopy(shared.module), datamodule=tiny.make_data(kind, tmp_path))
     runner.trainer = tiny.trainer(tmp_path / "run", *stages)
     runner.data.read(runner.trainer)
     runner.apply(stages[1], tmp_path / "run" / "model")

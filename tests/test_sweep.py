@@ -16,7 +16,7 @@ from pqqp_lightning.callbacks import RTN, Magnitude
 from pqqp_lightning.cli.settings import Setting, merged_section, without_section
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.experiments import SweepOptions, sweep_grid
-from pqqp_lightning.runs.stage_runner import Runner
+from pqqp_lightning.runs.stage_runner import StageRunner
 
 TWO = RECIPE[RECIPE.index("stages:") :]
 GRID = ["--grid.prune.sparsity", "[0.5,0.8]", "--grid.quantize.bits", "[8,4,3]"]
@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
 def applied(monkeypatch):
     """The address of every result, in the order in which stages were applied; none comes twice."""
     nodes: list[str] = []
-    apply = Runner.apply
+    apply = StageRunner.apply
 
     def watch(self, stage, folder, **options):
         record = apply(self, stage, folder, **options)
@@ -41,7 +41,7 @@ def applied(monkeypatch):
             nodes.append(folder.parent.name)
         return record
 
-    monkeypatch.setattr(Runner, "apply", watch)
+    monkeypatch.setattr(StageRunner, "apply", watch)
     return nodes
 
 
@@ -134,7 +134,7 @@ def test_a_wider_sweep_adds_only_what_is_new(folder, capsys):
 
 @pytest.mark.parametrize("stop", [1, 4, 9, 17])
 def test_after_a_kill_the_same_command_goes_on(stop, folder, applied, monkeypatch):
-    watched = Runner.apply
+    watched = StageRunner.apply
 
     def broken(self, stage, node, **options):
         if len(applied) == stop - 1:
@@ -142,7 +142,7 @@ def test_after_a_kill_the_same_command_goes_on(stop, folder, applied, monkeypatc
         return watched(self, stage, node, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Runner, "apply", broken)
+        patch.setattr(StageRunner, "apply", broken)
         with pytest.raises(Died):
             sweep(folder)
     assert not (folder / "sweep/sweep.json").exists()

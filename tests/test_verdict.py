@@ -67,7 +67,7 @@ def test_without_a_finite_order_none_is_best():
 
 
 def test_without_samples_it_says_so_and_names_what_is_equal():
-    unsure = "its lead has no interval, which takes a torchmetrics metric that adds up over two samples or more."
+    unsure = "its lead has no interval, which needs a torchmetrics metric that sums over two samples or more."
     assert decide({PAIR[0]: 2.0, PAIR[1]: 3.0}).sentence() == f"prune -> quantize (loss 2) is best; {unsure}"
     equal = decide({PAIR[0]: 2.0, PAIR[1]: 2.0}).sentence()
     assert equal == f"prune -> quantize (loss 2) is best, and so is quantize -> prune; {unsure}"

@@ -22,7 +22,7 @@ from pqqp_lightning.report.html import show_run
 from pqqp_lightning.stages.discovery import known_stages
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.files import not_written
-from pqqp_lightning.trials.fingerprint import TRAINER_OPTIONS
+from pqqp_lightning.trials.fingerprint import RESULT_OPTIONS
 
 NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 CHANGE_OPTION = "Change the option, or leave it out."
@@ -127,7 +127,7 @@ class CommandLine(LightningCLI):
         resolved = yaml.safe_load(trainer.recipe_text)
         trainer.recipe = {key: resolved[key] for key in ("model", "data") if resolved.get(key) is not None}
         options = resolved["trainer"]
-        trainer.recipe["trainer"] = {key: options[key] for key in TRAINER_OPTIONS if key in options}
+        trainer.recipe["trainer"] = {key: options[key] for key in RESULT_OPTIONS if key in options}
         return trainer
 
     def after_fit(self) -> None:

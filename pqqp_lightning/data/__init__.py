@@ -1,4 +1,10 @@
-"""The LightningDataModules that recipes name; each is imported when it is first asked for."""
+"""The LightningDataModules that recipes name; each is imported when it is first asked for.
+
+- ``text``, ``tokens``, ``images``: the datamodules. ``questions``: multiple-choice questions beside a text.
+- ``text_sources``, ``image_sources``, ``hub_tables``: read the raw data from a file, a folder or the hub.
+- ``augmentation``: image transforms by name.
+- ``loaders``, ``samplers``: DataLoaders whose order depends on the seed and the epoch only.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageData", "Questions", "TextData", "TokenData"]
 
+# A datamodule imports its libraries (datasets, torchvision): a text recipe must not wait for those of images.
 _HOMES = {"ImageData": "images", "Questions": "questions", "TextData": "text", "TokenData": "tokens"}
 
 

@@ -12,17 +12,28 @@ from pqqp_lightning.errors import Problem, RecipeError, near_miss
 
 Spec = str | dict[str, Any]
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# These transforms take a batch, other transforms or a function: a name and plain arguments cannot describe them.
 NOT_FOR_ONE_IMAGE = {"MixUp", "CutMix", "Compose", "RandomApply", "RandomChoice", "RandomOrder", "Lambda", "Transform"}
 
 
 def build_pipeline(
-    specs: Sequence[Spec], knob: str, image_size: int | None, mean: Sequence[float], std: Sequence[float]
+    specs: Sequence[Spec], argument: str, image_size: int | None, mean: Sequence[float], std: Sequence[float]
 ) -> nn.Module:
-    """uint8 [C, H, W] to float [C, H, W]: resized if a size is given, then ``specs`` in order, then normalised.
+    """Build the module that turns a uint8 image [C, H, W] into a normalised float image [C, H, W].
+
+    It resizes and crops the image if ``image_size`` is given, applies ``specs`` in order, then normalises.
+
+    Args:
+        specs: each a transform's name, or ``{Name: {argument: value}}``.
+        argument: the argument that holds ``specs``, for messages.
+        image_size: pixels of the shorter side and of the square crop.
+        mean: per channel, for values in 0..1.
+        std: as ``mean``.
 
     Raises:
-        RecipeError: every spec that is unknown or that torchvision refuses.
+        RecipeError: with every spec that is unknown or that torchvision refuses.
     """
     from torchvision.transforms import v2
 
@@ -32,7 +43,7 @@ def build_pipeline(
     problems = []
     for position, spec in enumerate(specs):
         try:
-            steps.append(_build(spec, f"{knob}[{position}]"))
+            steps.append(_build_transform(spec, f"{argument}[{position}]"))
         except RecipeError as error:
             problems += error.problems
     if problems:
@@ -43,27 +54,30 @@ def build_pipeline(
 def normalization(
     channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    """Mean and deviation per channel; ImageNet's by default, averaged for any but three channels."""
-    found = []
-    for given, default in ((mean, IMAGENET[0]), (std, IMAGENET[1])):
-        if given is not None:
-            found.append(list(given) * (channels if len(given) == 1 else 1))
-        else:
-            found.append(list(default) if channels == 3 else [sum(default) / 3] * channels)
-    return found[0], found[1]
+    """Mean and standard deviation per channel, ImageNet's by default.
+
+    One given number serves every channel. Without three channels, ImageNet's numbers are averaged over the colours.
+    """
+    return _per_channel(mean, IMAGENET_MEAN, channels), _per_channel(std, IMAGENET_STD, channels)
 
 
-def _build(spec: Spec, argument: str) -> nn.Module:
+def _per_channel(given: Sequence[float] | None, default: Sequence[float], channels: int) -> list[float]:
+    if given is None:
+        return list(default) if channels == 3 else [sum(default) / 3] * channels
+    return list(given) * channels if len(given) == 1 else list(given)
+
+
+def _build_transform(spec: Spec, argument: str) -> nn.Module:
     from torchvision.transforms import v2
 
-    name, arguments = _split(spec, argument)
-    known = {
-        key
-        for key, value in vars(v2).items()
-        if isinstance(value, type) and issubclass(value, nn.Module) and key not in NOT_FOR_ONE_IMAGE
-    }
+    name, arguments = _parse_spec(spec, argument)
+    known = set()
+    for key, value in vars(v2).items():
+        if isinstance(value, type) and issubclass(value, nn.Module) and key not in NOT_FOR_ONE_IMAGE:
+            known.add(key)
     if name not in known:
-        way_out = near_miss(name, known).strip() or "See torchvision.transforms.v2 for what there is."
+        # The list of all transforms would fill the screen.
+        way_out = near_miss(name, known).strip() or "See torchvision.transforms.v2 for the list."
         raise RecipeError(Problem(argument, name, "is not a transform of single images", way_out).within("data"))
     try:
         return getattr(v2, name)(**arguments)
@@ -72,7 +86,7 @@ def _build(spec: Spec, argument: str) -> nn.Module:
         raise RecipeError(problem.within("data")) from error
 
 
-def _split(spec: Any, argument: str) -> tuple[str, dict[str, Any]]:
+def _parse_spec(spec: Any, argument: str) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, str):
         return spec, {}
     if isinstance(spec, dict) and len(spec) == 1:

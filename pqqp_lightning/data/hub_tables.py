@@ -1,7 +1,6 @@
 """Tables of examples from the hub or from a folder in the hub's layout.
 
-``inside`` is what precedes the names of arguments in problems, for data that has an argument of its own
-(``"questions."``).
+``inside`` is the prefix of argument names in messages: ``"questions."`` where ``source`` means ``questions.source``.
 """
 
 from __future__ import annotations
@@ -23,12 +22,13 @@ else:
     Table = Any  # for Questions, as in models.loading
 
 DATA_FOLDER = "PQQP_DATA"
-"""Environment variable of the folder that the recipes' local data lies in; ../shared/data by default."""
+"""Environment variable that names the folder with the recipes' local data."""
 HUB_WAYS_OUT = "Give a local folder in the hub's layout (./data/name), or go online with HF_HUB_OFFLINE unset."
 
 
-def expand(source: str) -> str:
-    """``source`` with environment variables filled in (``$PQQP_DATA/wikitext``)."""
+def expand_variables(source: str) -> str:
+    """Replace environment variables in ``source`` (``$PQQP_DATA/wikitext``)."""
+    # os.path.expandvars leaves an unset variable in place, so the default is filled in first.
     return os.path.expandvars(source.replace(f"${DATA_FOLDER}", os.environ.get(DATA_FOLDER, "../shared/data")))
 
 
@@ -49,27 +49,40 @@ def check_builtin(source: str, builtin: str) -> list[Problem]:
 
 
 def read_table(source: str, config_name: str | None, split: str, inside: str = "") -> Table:
-    """One split of a hub data set or of a parquet folder.
+    """Read one split of a hub data set or of a parquet folder.
 
     Raises:
-        RecipeError: it is not there, or cannot be read.
+        RecipeError: the split does not exist or cannot be read.
     """
-    read = _read_folder if is_path(source) else _read_hub
-    return read(source, config_name, split, inside)
+    if not is_path(source):
+        return _read_hub(source, config_name, split, inside)
+
+    from datasets import load_dataset
+
+    files = find_files(source, config_name, split, inside)
+    problem = _of_source(source, inside, f"has a file that cannot be read: {files[0]}", "Download it again.")
+    with quiet_datasets(), third_party_errors(problem):
+        return load_dataset("parquet", data_files={split.partition("[")[0]: files}, split=split)
 
 
 def download(source: str, config_name: str | None, inside: str = "") -> None:
-    """Fill the hub's cache, if the source is on the hub: for one process per machine, before the others read."""
+    """Download ``source`` into the hub's cache; a local folder needs nothing.
+
+    One process per machine calls this before the others read.
+    """
     if not is_path(source):
         _read_hub(source, config_name, None, inside)
 
 
 def find_files(source: str, config_name: str | None, split: str, inside: str = "") -> list[str]:
-    """The parquet files of a split: ``{split}-*.parquet`` or ``{split}.parquet``, in the folder or its only one."""
+    """The parquet files of a split, sorted by name: ``{split}-*.parquet`` and ``{split}.parquet``.
+
+    They lie in the folder ``source``, in its subfolder ``config_name``, or in its only subfolder.
+    """
     folder = _find_folder(Path(source).expanduser(), source, config_name, inside)
-    split = split.partition("[")[0]  # as in the hub's train[:10%]
-    named = re.compile(rf"{re.escape(split)}(-.+)?\.parquet")
-    files = sorted(str(file) for file in folder.glob("*.parquet") if named.fullmatch(file.name))
+    split = split.partition("[")[0]  # drop the slice of the hub's notation: train[:10%]
+    pattern = re.compile(rf"{re.escape(split)}(-.+)?\.parquet")
+    files = sorted(str(file) for file in folder.glob("*.parquet") if pattern.fullmatch(file.name))
     if not files:
         splits = {file.name.partition("-")[0].removesuffix(".parquet") for file in folder.glob("*.parquet")}
         text = f"has no split {split!r} (no {split}-*.parquet in {folder})"
@@ -77,20 +90,22 @@ def find_files(source: str, config_name: str | None, split: str, inside: str = "
     return files
 
 
-def find_column(table: Table, source: str, knob: str, name: str) -> str:
-    """``name``, if the table has such a column."""
+def require_column(table: Table, source: str, argument: str, name: str) -> str:
+    """Return ``name`` if the table has that column; else raise a RecipeError that names ``argument``."""
     if name not in table.column_names:
-        text, way_out = f"is not a column of {source!r}", suggest(name, table.column_names).strip()
-        raise RecipeError(Problem(knob, name, text, way_out).within("data"))
+        text = f"is not a column of {source!r}"
+        way_out = suggest(name, table.column_names).strip()
+        raise RecipeError(Problem(argument, name, text, way_out).within("data"))
     return name
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No progress bars and no log from the datasets library: its errors are worded here."""
+    """Silence the datasets library inside: it logs each error that this module words and raises."""
     import datasets
 
-    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    bars = datasets.is_progress_bar_enabled()
+    verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
@@ -113,29 +128,17 @@ def _find_folder(folder: Path, source: str, config_name: str | None, inside: str
         return folder / config_name
     if any(folder.glob("*.parquet")):
         return folder
-    inner = sorted(child.name for child in folder.iterdir() if child.is_dir() and any(child.glob("*.parquet")))
+    subfolders = sorted({file.parent.name for file in folder.glob("*/*.parquet")})
     if config_name is not None:
-        text, way_out = f"is not a folder in {source!r}", suggest(config_name, inner).strip()
+        text = f"is not a folder in {source!r}"
+        way_out = suggest(config_name, subfolders).strip()
         raise RecipeError(Problem(f"{inside}config_name", config_name, text, way_out).within("data"))
-    if len(inner) > 1:
-        way_out = f"Set {inside}config_name: {', '.join(inner)}."
+    if len(subfolders) > 1:
+        way_out = f"Set {inside}config_name: {', '.join(subfolders)}."
         raise RecipeError(_of_source(source, inside, "holds several data sets", way_out))
-    if not inner:
+    if not subfolders:
         raise RecipeError(_of_source(source, inside, "has no parquet files, and none one folder below"))
-    return folder / inner[0]
-
-
-def _read_folder(source: str, config_name: str | None, split: str, inside: str) -> Table:
-    from datasets import load_dataset
-
-    files = find_files(source, config_name, split, inside)
-    with (
-        quiet_datasets(),
-        third_party_errors(
-            _of_source(source, inside, f"has a file that cannot be read: {files[0]}", "Download it again.")
-        ),
-    ):
-        return load_dataset("parquet", data_files={split.partition("[")[0]: files}, split=split)
+    return folder / subfolders[0]
 
 
 def _read_hub(source: str, config_name: str | None, split: str | None, inside: str) -> Any:

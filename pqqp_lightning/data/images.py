@@ -12,7 +12,14 @@ from torch.utils.data import DataLoader
 from pqqp_lightning.data import hub_tables as sources
 from pqqp_lightning.data import image_sources as pictures
 from pqqp_lightning.data.augmentation import Spec, build_pipeline, normalization
-from pqqp_lightning.data.loaders import check_positive, draw, evaluation_loader, fixed_loader, require, train_loader
+from pqqp_lightning.data.loaders import (
+    check_positive,
+    draw_indices,
+    evaluation_loader,
+    fixed_loader,
+    require_samples,
+    train_loader,
+)
 from pqqp_lightning.errors import Problem, RecipeError
 
 
@@ -28,30 +35,30 @@ class ImageData(LightningDataModule):
             train_transforms: [{RandomCrop: {size: 32, padding: 4}}, RandomHorizontalFlip]
 
     Args:
-        source: a hub id; a local folder in the hub's layout, or of the form split/class/picture; or ``digits``,
+        source: a hub id; a local folder in the hub's layout, or of the form split/class/image; or ``digits``,
             scikit-learn's 8x8 scans, offline.
-        config_name: of the data set on the hub, or of the folder's subfolder.
-        train_transforms: for finetuning, by their names in torchvision.transforms.v2, in order.
-        evaluation_transforms: for validation, test and calibration.
-        image_size: scale the shorter side to it and crop the centre, before the transforms; null leaves the images as
-            they are (``digits``: 32).
+        config_name: the data set's configuration on the hub, or the subfolder of a local folder.
+        train_transforms: transforms for finetuning, by their names in torchvision.transforms.v2, in order.
+        evaluation_transforms: transforms for validation, test and calibration.
+        image_size: pixels; scale the shorter side to it and crop the centre, before the transforms. null keeps each
+            image's size (``digits``: 32).
         channels: 3 for colour, 1 for grey.
-        image_column: of a data set; null finds it.
-        label_column: of a data set; null finds it.
+        image_column: the column that holds the images; null finds it.
+        label_column: the column that holds the labels; null finds it.
         mean: per channel, after scaling to 0..1; null takes ImageNet's.
-        std: as ``mean``.
+        std: standard deviation per channel, as ``mean``.
         batch_size: images per batch in training and evaluation.
         calibration_samples: images for calibration, drawn from the train split by ``seed``.
         calibration_batch_size: images per batch in calibration.
-        evaluation_samples: so many images of the evaluation split, drawn by ``seed``; null for all.
-        train_samples: so many images of the train split for finetuning, drawn by ``seed``; null for all.
-        train_split: for finetuning and calibration.
-        evaluation_split: for validation and test.
-        seed: of what is drawn and of the order of training.
+        evaluation_samples: images of the evaluation split to use, drawn by ``seed``; null for all.
+        train_samples: images of the train split for finetuning, drawn by ``seed``; null for all.
+        train_split: split for finetuning and calibration.
+        evaluation_split: split for validation and test.
+        seed: decides which images are drawn, and the order of training.
         num_workers: processes that load batches.
 
     Raises:
-        RecipeError: from ``setup`` and the dataloaders; ``check`` lists what can be seen without reading the data.
+        RecipeError: from ``setup`` and the dataloaders. ``check`` lists the problems that show without reading data.
     """
 
     def __init__(
@@ -77,22 +84,28 @@ class ImageData(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.source, self.config_name = sources.expand(source), config_name
+        self.source = sources.expand_variables(source)
+        self.config_name = config_name
         self.train_transforms: Sequence[Spec] = train_transforms or ()
         self.evaluation_transforms: Sequence[Spec] = evaluation_transforms or ()
         self.image_size = 32 if image_size is None and source == pictures.DIGITS else image_size
-        self.channels, self.mean, self.std = channels, mean, std
+        self.channels = channels
+        self.mean, self.std = mean, std
         self.image_column, self.label_column = image_column, label_column
-        self.batch_size, self.calibration_batch_size = batch_size, calibration_batch_size
-        self.calibration_samples, self.evaluation_samples = calibration_samples, evaluation_samples
-        self.train_samples, self.train_split, self.evaluation_split = train_samples, train_split, evaluation_split
-        self.seed, self.calibration_seed, self.num_workers = seed, seed, num_workers
-        self._pictures: dict[bool, pictures.Pictures] = {}
+        self.batch_size = batch_size
+        self.calibration_samples, self.calibration_batch_size = calibration_samples, calibration_batch_size
+        self.evaluation_samples = evaluation_samples
+        self.train_samples = train_samples
+        self.train_split, self.evaluation_split = train_split, evaluation_split
+        self.seed = seed
+        self.calibration_seed = seed  # repeated measurements draw other calibration images, all else unchanged
+        self.num_workers = num_workers
+        self._images: dict[bool, pictures.LabelledImages] = {}  # by whether they are for evaluation
 
     @property
     def num_classes(self) -> int | None:
         """How many classes there are; None before ``setup``."""
-        counts = [found.num_classes for found in self._pictures.values() if found.num_classes is not None]
+        counts = [images.num_classes for images in self._images.values() if images.num_classes is not None]
         return max(counts, default=None)
 
     def check(self) -> list[Problem]:
@@ -123,74 +136,74 @@ class ImageData(LightningDataModule):
             sources.download(self.source, self.config_name)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open what the stage needs, unless that was done before."""
+        """Open the splits that ``stage`` needs; those already open are kept."""
         self._refuse_problems()
-        self._evaluation_view()
+        self._evaluation_subset()
         if stage in (None, "fit"):
-            self._train_view()
-            self._calibration_view()
+            self._train_subset()
+            self._calibration_subset()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The training images, in an order of (seed, epoch), augmented by the global random state."""
-        return train_loader(self._train_view(), self.batch_size, self.seed, self.num_workers, pictures.collate)
+        """The training images, in an order that depends on (seed, epoch); augmentation uses the global random state."""
+        return train_loader(self._train_subset(), self.batch_size, self.seed, self.num_workers, pictures.collate)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The evaluation images."""
-        return evaluation_loader(self._evaluation_view(), self.batch_size, self.num_workers, pictures.collate)
+        return evaluation_loader(self._evaluation_subset(), self.batch_size, self.num_workers, pictures.collate)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The evaluation images."""
         return self.val_dataloader()
 
     def calibration_dataloader(self) -> DataLoader[Any]:
-        """The calibration images, the same in every run with this seed, without augmentation."""
-        return fixed_loader(self._calibration_view(), self.calibration_batch_size, self.num_workers, pictures.collate)
+        """The calibration images, without augmentation; the seed decides which."""
+        return fixed_loader(self._calibration_subset(), self.calibration_batch_size, self.num_workers, pictures.collate)
 
     def _refuse_problems(self) -> None:
         problems = self.check()
         if problems:
             raise RecipeError(problems)
 
-    def _train_view(self) -> pictures.View:
-        return self._view(False, "train_samples", self.train_samples, "train_transforms")
+    def _train_subset(self) -> pictures.TransformedSubset:
+        return self._subset(False, "train_samples", "train_transforms", self.seed)
 
-    def _evaluation_view(self) -> pictures.View:
-        return self._view(True, "evaluation_samples", self.evaluation_samples, "evaluation_transforms")
+    def _evaluation_subset(self) -> pictures.TransformedSubset:
+        return self._subset(True, "evaluation_samples", "evaluation_transforms", self.seed)
 
-    def _calibration_view(self) -> pictures.View:
-        knob, wanted = "calibration_samples", self.calibration_samples
-        return self._view(False, knob, wanted, "evaluation_transforms", self.calibration_seed)
+    def _calibration_subset(self) -> pictures.TransformedSubset:
+        return self._subset(False, "calibration_samples", "evaluation_transforms", self.calibration_seed)
 
-    def _view(
-        self, evaluation: bool, knob: str, wanted: int | None, transforms: str, seed: int | None = None
-    ) -> pictures.View:
-        found = self._read(evaluation)
-        samples = require(len(found), knob, wanted, f"images in the {'evaluation' if evaluation else 'train'} split")
-        drawn = draw(len(found), samples, self.seed if seed is None else seed)
-        return pictures.View(found, drawn, self._pipeline(transforms))
+    def _subset(self, evaluation: bool, samples: str, transforms: str, seed: int) -> pictures.TransformedSubset:
+        """Draw images of one split; ``samples`` and ``transforms`` name the arguments that say how many and which."""
+        images = self._read(evaluation)
+        split = "evaluation" if evaluation else "train"
+        count = require_samples(len(images), samples, getattr(self, samples), f"images in the {split} split")
+        return pictures.TransformedSubset(images, draw_indices(len(images), count, seed), self._pipeline(transforms))
 
-    def _read(self, evaluation: bool) -> pictures.Pictures:
-        if evaluation not in self._pictures:
-            self._pictures[evaluation] = self._open(evaluation)
-            both = [found.classes for found in self._pictures.values()]
-            if both[0] != both[-1]:
-                differing = sorted(set(both[0]) ^ set(both[-1]))
+    def _read(self, evaluation: bool) -> pictures.LabelledImages:
+        if evaluation not in self._images:
+            self._images[evaluation] = self._open(evaluation)
+            # Folder trees number their classes by name: another set of classes would shift every label.
+            classes = [images.classes for images in self._images.values()]
+            if classes[0] != classes[-1]:
+                differing = sorted(set(classes[0]) ^ set(classes[-1]))
                 text = f"has splits that differ in classes: {', '.join(differing[:5])}"
                 raise RecipeError(Problem("source", self.source, text).within("data"))
-        return self._pictures[evaluation]
+        return self._images[evaluation]
 
-    def _open(self, evaluation: bool) -> pictures.Pictures:
+    def _open(self, evaluation: bool) -> pictures.LabelledImages:
         if self.source == pictures.DIGITS:
             return pictures.read_digits(evaluation, self.channels)
         split = self.evaluation_split if evaluation else self.train_split
         if pictures.is_image_tree(self.source):
-            return pictures.read_tree(self.source, split, self.channels)
-        columns = (self.image_column, self.label_column)
-        return pictures.read_pictures_table(self.source, self.config_name, split, *columns, self.channels)
+            return pictures.read_image_tree(self.source, split, self.channels)
+        return pictures.read_image_table(
+            self.source, self.config_name, split, self.image_column, self.label_column, self.channels
+        )
 
-    def _pipeline(self, knob: str) -> nn.Module:
+    def _pipeline(self, argument: str) -> nn.Module:
         mean, std = normalization(self.channels, self.mean, self.std)
-        return build_pipeline(getattr(self, knob), knob, self.image_size, mean, std)
+        return build_pipeline(getattr(self, argument), argument, self.image_size, mean, std)
 
     def _check_transforms(self) -> list[Problem]:
         problems = []

@@ -1,4 +1,4 @@
-"""DataLoaders that leave the global random state alone, except where training augments with it."""
+"""DataLoaders that leave the global random state alone; only the augmentation of training images draws from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def train_loader(
 def fixed_loader(
     data: Any, batch_size: int, num_workers: int, collate: Callable | None = None, sampler: Sampler[int] | None = None
 ) -> DataLoader[Any]:
-    """Batches in the order of the data; iterating draws nothing from the global random state."""
+    """Batches in the order of the data."""
+    # Without a generator of its own, a DataLoader draws its workers' base seed from the global random state.
     generator = torch.Generator().manual_seed(0)
     return DataLoader(
         data, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate, generator=generator
@@ -32,37 +33,43 @@ def fixed_loader(
 
 
 def evaluation_loader(data: Any, batch_size: int, num_workers: int, collate: Callable | None = None) -> DataLoader[Any]:
-    """As :func:`fixed_loader`; in a distributed run each process gets its share, and no sample counts twice.
+    """Batches in the order of the data; in a distributed run, of this process's share.
 
     Raises:
         RecipeError: there are fewer samples than processes.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return fixed_loader(data, batch_size, num_workers, collate)
-    if len(data) < (ranks := torch.distributed.get_world_size()):
+    ranks = torch.distributed.get_world_size()
+    if len(data) < ranks:
         text = f"needs at least one evaluation sample per process: got {len(data)} for {ranks}"
         raise RecipeError(Problem(text=text, way_out="Use more samples.").within("data"))
+    # Lightning's default sampler repeats samples to fill the last batch, which would change the metric.
     return fixed_loader(data, batch_size, num_workers, collate, UnrepeatedDistributedSampler(data, shuffle=False))
 
 
-def whole(loader: Any) -> Any:
-    """The loader of all processes' shares together, the same on each of them, of one by :func:`evaluation_loader`."""
+def undivided_loader(loader: Any) -> Any:
+    """The same loader over the samples of all processes, given one that :func:`evaluation_loader` divided."""
     if not isinstance(getattr(loader, "sampler", None), UnrepeatedDistributedSampler):
         return loader
     return fixed_loader(loader.dataset, loader.batch_size, loader.num_workers, loader.collate_fn)
 
 
-def draw(count: int, samples: int, seed: int) -> list[int]:
-    """``samples`` distinct indices below ``count``, in ascending order, the same for the same seed."""
+def draw_indices(count: int, samples: int, seed: int) -> list[int]:
+    """Draw ``samples`` distinct indices below ``count``, in ascending order; they depend on ``seed`` only."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return sorted(order[:samples].tolist())
 
 
-def require(available: int, knob: str, wanted: int | None, what: str) -> int:
-    """How many samples to take: all of them, or as many as the knob says, if there are so many."""
+def require_samples(available: int, argument: str, wanted: int | None, what: str) -> int:
+    """How many samples to take: ``wanted``, or all of them if it is None.
+
+    Raises:
+        RecipeError: fewer than ``wanted`` are available.
+    """
     if wanted is not None and wanted > available:
         text = f"is more than the {available} {what}"
-        raise RecipeError(Problem(knob, wanted, text, f"Lower {knob}.").within("data"))
+        raise RecipeError(Problem(argument, wanted, text, f"Lower {argument}.").within("data"))
     return available if wanted is None else wanted
 
 
@@ -92,4 +99,6 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = self.rows[self.indices[index]]
-        return {"input_ids": torch.as_tensor(row.astype("int64") if hasattr(row, "astype") else row).long()}
+        if hasattr(row, "astype"):  # a NumPy array may have a type that torch lacks, such as uint16
+            row = row.astype("int64")
+        return {"input_ids": torch.as_tensor(row).long()}

@@ -1,4 +1,4 @@
-"""The order of training: a function of seed and epoch, so that a resumed run goes on as if it had not stopped."""
+"""The order of the training samples, a function of seed and epoch: a resumed run sees the same order."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.utils.data import Sampler
 class EpochSampler(Sampler[int]):
     """A permutation of ``data`` that depends on ``(seed, epoch)`` alone, drawn when iteration begins.
 
-    Lightning calls ``set_epoch`` before each epoch. Nothing is read from or left in the global random state.
+    Lightning calls ``set_epoch`` before each epoch. The global random state is neither read nor changed.
 
     Args:
-        data: what is sampled from; only its length matters.
-        seed: of the order.
+        data: the samples; only their number is used.
+        seed: of the permutation.
     """
 
     def __init__(self, data: Sized, seed: int = 0) -> None:
@@ -24,10 +24,11 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration gives the order of this epoch."""
+        """Set the epoch whose order the next iteration yields."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
+        # A large prime keeps the epochs of neighbouring seeds apart: seed 0, epoch 1 is not seed 1, epoch 0.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         yield from torch.randperm(len(self.data), generator=generator).tolist()
 

@@ -15,10 +15,10 @@ from pqqp_lightning.data import text_sources as corpora
 from pqqp_lightning.data.loaders import (
     Windows,
     check_positive,
-    draw,
+    draw_indices,
     evaluation_loader,
     fixed_loader,
-    require,
+    require_samples,
     train_loader,
 )
 from pqqp_lightning.data.questions import Question, Questions
@@ -40,23 +40,23 @@ class TextData(LightningDataModule):
     Args:
         source: a hub id; a local folder in the hub's layout; plain text files, the last tenth of which is for
             evaluation; or ``python-docs``, the documentation that comes with Python, offline.
-        config_name: of the data set on the hub, or of the folder's subfolder.
-        text_column: of the data set; its rows are joined by blank lines.
-        tokenizer: a hub id, folder or .gguf file; null takes the model's own.
+        config_name: the data set's configuration on the hub, or the subfolder of a local folder.
+        text_column: the column that holds the text; its rows are joined by blank lines.
+        tokenizer: a hub id, folder or .gguf file; null takes the model's tokenizer.
         sequence_length: tokens per window.
         calibration_samples: windows for calibration, drawn from the train split by ``seed``.
-        evaluation_samples: the first so many windows of the evaluation split; null for all.
+        evaluation_samples: windows of the evaluation split to use, from the first on; null for all.
         batch_size: windows per batch in training and evaluation.
         calibration_batch_size: windows per batch in calibration.
-        train_split: for finetuning and calibration.
-        evaluation_split: for validation and test.
-        seed: of the calibration windows and the order of training.
+        train_split: split for finetuning and calibration.
+        evaluation_split: split for validation and test.
+        seed: decides which calibration windows are drawn, and the order of training.
         num_workers: processes that load batches.
-        questions: multiple-choice questions to evaluate on besides: {source: allenai/ai2_arc, config_name:
+        questions: multiple-choice questions to evaluate on as well: {source: allenai/ai2_arc, config_name:
             ARC-Challenge}; see :class:`Questions`.
 
     Raises:
-        RecipeError: from ``setup`` and the dataloaders; ``check`` lists what can be seen without reading the data.
+        RecipeError: from ``setup`` and the dataloaders. ``check`` lists the problems that show without reading data.
     """
 
     def __init__(
@@ -77,15 +77,24 @@ class TextData(LightningDataModule):
         questions: Questions | None = None,
     ) -> None:
         super().__init__()
-        self.source = sources.expand(source) if isinstance(source, str) else [sources.expand(s) for s in source]
-        self.config_name, self.text_column = config_name, text_column
-        self.tokenizer, self.sequence_length = tokenizer, sequence_length
-        self.calibration_samples, self.evaluation_samples = calibration_samples, evaluation_samples
-        self.batch_size, self.calibration_batch_size = batch_size, calibration_batch_size
+        self.source: str | list[str]
+        if isinstance(source, str):
+            self.source = sources.expand_variables(source)
+        else:
+            self.source = [sources.expand_variables(file) for file in source]
+        self.config_name = config_name
+        self.text_column = text_column
+        self.tokenizer = tokenizer
+        self.sequence_length = sequence_length
+        self.calibration_samples, self.calibration_batch_size = calibration_samples, calibration_batch_size
+        self.evaluation_samples = evaluation_samples
+        self.batch_size = batch_size
         self.train_split, self.evaluation_split = train_split, evaluation_split
-        self.seed, self.calibration_seed, self.num_workers = seed, seed, num_workers
+        self.seed = seed
+        self.calibration_seed = seed  # repeated measurements draw other calibration windows, all else unchanged
+        self.num_workers = num_workers
         self.questions = questions
-        self._windows: dict[bool, Tensor] = {}
+        self._windows: dict[bool, Tensor] = {}  # token ids [N, T], by whether they are for evaluation
         self._encoded: list[Question] | None = None
 
     def check(self) -> list[Problem]:
@@ -111,7 +120,7 @@ class TextData(LightningDataModule):
         return problems + (self.questions.check() if self.questions else [])
 
     def prepare_data(self) -> None:
-        """Download, once per machine."""
+        """Download the data, once per machine."""
         self._refuse_problems()
         if isinstance(self.source, str) and self.source != corpora.PYTHON_DOCS:
             sources.download(self.source, self.config_name)
@@ -119,7 +128,7 @@ class TextData(LightningDataModule):
             self.questions.download()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and tokenise what the stage needs, unless that was done before."""
+        """Read and tokenise the parts that ``stage`` needs; those already read are kept."""
         self._refuse_problems()
         self._evaluation_windows()
         if self.questions is not None:
@@ -128,7 +137,7 @@ class TextData(LightningDataModule):
             self._calibration_windows()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """All windows of the train split, in an order of (seed, epoch)."""
+        """All windows of the train split, in an order that depends on (seed, epoch) only."""
         return train_loader(Windows(self._read(False)), self.batch_size, self.seed, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -143,7 +152,7 @@ class TextData(LightningDataModule):
         return self.val_dataloader()
 
     def calibration_dataloader(self) -> DataLoader[Any]:
-        """The calibration windows, the same in every run with this seed."""
+        """The calibration windows; the seed decides which."""
         return fixed_loader(self._calibration_windows(), self.calibration_batch_size, self.num_workers)
 
     def _refuse_problems(self) -> None:
@@ -154,27 +163,34 @@ class TextData(LightningDataModule):
     def _evaluation_windows(self) -> Windows:
         rows = self._read(True)
         what = f"evaluation windows of sequence_length={self.sequence_length}"
-        return Windows(rows, range(require(len(rows), "evaluation_samples", self.evaluation_samples, what)))
+        samples = require_samples(len(rows), "evaluation_samples", self.evaluation_samples, what)
+        return Windows(rows, range(samples))
 
     def _calibration_windows(self) -> Windows:
         rows = self._read(False)
         what = f"training windows of sequence_length={self.sequence_length}"
-        samples = require(len(rows), "calibration_samples", self.calibration_samples, what)
-        return Windows(rows, draw(len(rows), samples, self.calibration_seed))
+        samples = require_samples(len(rows), "calibration_samples", self.calibration_samples, what)
+        return Windows(rows, draw_indices(len(rows), samples, self.calibration_seed))
 
     def _read(self, evaluation: bool) -> Tensor:
+        """The windows of one part [N, T], tokenised once."""
         if evaluation not in self._windows:
-            self._windows[evaluation] = self._cut(self._text(evaluation), "evaluation" if evaluation else "training")
-        check_vocabulary(self._windows[evaluation], getattr(self.trainer, "lightning_module", None), "tokenizer")
+            part = "evaluation" if evaluation else "training"
+            self._windows[evaluation] = self._cut_windows(self._read_text(evaluation), part)
+        # Checked on every call: the windows are kept, but a later trainer may bring another model.
+        check_vocabulary(self._windows[evaluation], self._model(), "tokenizer")
         return self._windows[evaluation]
 
     def _read_questions(self, questions: Questions) -> list[Question]:
         if self._encoded is None:
-            model = getattr(self.trainer, "lightning_module", None)
-            self._encoded = questions.read(self._find_tokenizer(), model)
+            self._encoded = questions.read(self._find_tokenizer(), self._model())
         return self._encoded
 
-    def _text(self, evaluation: bool) -> str:
+    def _model(self) -> Any:
+        """The trainer's model; None while the datamodule is used without a trainer."""
+        return getattr(self.trainer, "lightning_module", None)
+
+    def _read_text(self, evaluation: bool) -> str:
         if self.source == corpora.PYTHON_DOCS:
             return corpora.read_python_docs(evaluation)
         if isinstance(self.source, list):
@@ -184,24 +200,26 @@ class TextData(LightningDataModule):
         split = self.evaluation_split if evaluation else self.train_split
         return corpora.read_rows(self.source, self.config_name, split, self.text_column)
 
-    def _cut(self, text: str, part: str) -> Tensor:
-        model, length = getattr(self.trainer, "lightning_module", None), self.sequence_length
-        longest = getattr(model, "longest_sequence", None)
+    def _cut_windows(self, text: str, part: str) -> Tensor:
+        """Tokenise ``text`` and cut it into windows, int32 [N, T]; the incomplete last window is dropped."""
+        length = self.sequence_length
+        longest = getattr(self._model(), "longest_sequence", None)
         if longest is not None and length > longest:
             problem = Problem("sequence_length", length, f"is more than the model takes ({longest})", "Lower it.")
             raise RecipeError(problem.within("data"))
-        with quiet_transformers():  # which warns that the whole text is longer than the model's context
+        with quiet_transformers():  # it warns that the text as a whole exceeds the model's context
             ids = self._find_tokenizer()(text, add_special_tokens=False)["input_ids"]
         count = len(ids) // length
         if count == 0:
             problem_text = f"is more than the {part} text of {self.source!r} has ({len(ids)} tokens)"
             raise RecipeError(Problem("sequence_length", length, problem_text, "Lower it.").within("data"))
-        return torch.tensor(ids[: count * length], dtype=torch.int32).view(count, length)  # [N, T]
+        return torch.tensor(ids[: count * length], dtype=torch.int32).view(count, length)
 
     def _find_tokenizer(self) -> Tokenizer:
         if self.tokenizer is not None:
             return load_tokenizer(self.tokenizer, "data.tokenizer")
-        model = getattr(self.trainer, "lightning_module", None)
+        model = self._model()
+        # The class is asked: reading the property of an instance would already load the tokenizer.
         if model is None or not hasattr(type(model), "tokenizer"):
             text = "is not set, and the model has none"
             raise RecipeError(Problem("tokenizer", text=text, way_out="Set data.tokenizer.").within("data"))

@@ -1,4 +1,4 @@
-"""Token ids from NumPy files, for results that agree to the digit with someone else's."""
+"""Token ids from NumPy files: with the windows of another implementation, results agree to the last digit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from pqqp_lightning.data.hub_tables import expand
+from pqqp_lightning.data.hub_tables import expand_variables
 from pqqp_lightning.data.loaders import (
     Windows,
     check_positive,
-    draw,
+    draw_indices,
     evaluation_loader,
     fixed_loader,
-    require,
+    require_samples,
     train_loader,
 )
 from pqqp_lightning.errors import NOT_GIVEN, Problem, RecipeError
@@ -35,16 +35,16 @@ class TokenData(LightningDataModule):
     Args:
         calibration: file of the calibration windows.
         evaluation: file of the windows for validation and test.
-        train: file of the windows for finetuning, if there is any.
+        train: file of the windows for finetuning; null if no stage finetunes.
         batch_size: windows per batch in training and evaluation.
         calibration_batch_size: windows per batch in calibration.
-        calibration_samples: so many of the calibration windows, drawn by ``seed``; null for all.
-        evaluation_samples: the first so many of the evaluation windows; null for all.
-        seed: of the calibration windows and the order of training.
+        calibration_samples: calibration windows to use, drawn by ``seed``; null for all.
+        evaluation_samples: evaluation windows to use, from the first on; null for all.
+        seed: decides which calibration windows are drawn, and the order of training.
         num_workers: processes that load batches.
 
     Raises:
-        RecipeError: from ``setup`` and the dataloaders; ``check`` lists what can be seen without reading the data.
+        RecipeError: from ``setup`` and the dataloaders. ``check`` lists the problems that show without reading data.
     """
 
     def __init__(
@@ -61,10 +61,15 @@ class TokenData(LightningDataModule):
     ) -> None:
         super().__init__()
         files = {"calibration": calibration, "evaluation": evaluation, "train": train}
-        self.files = {knob: None if file is None else expand(file) for knob, file in files.items()}
-        self.batch_size, self.calibration_batch_size = batch_size, calibration_batch_size
-        self.calibration_samples, self.evaluation_samples = calibration_samples, evaluation_samples
-        self.seed, self.calibration_seed, self.num_workers = seed, seed, num_workers
+        self.files: dict[str, str | None] = {}
+        for argument, file in files.items():
+            self.files[argument] = None if file is None else expand_variables(file)
+        self.batch_size = batch_size
+        self.calibration_samples, self.calibration_batch_size = calibration_samples, calibration_batch_size
+        self.evaluation_samples = evaluation_samples
+        self.seed = seed
+        self.calibration_seed = seed  # repeated measurements draw other calibration windows, all else unchanged
+        self.num_workers = num_workers
         self._arrays: dict[str, np.ndarray] = {}
 
     @property
@@ -88,18 +93,18 @@ class TokenData(LightningDataModule):
         return problems
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the files, unless that was done before."""
+        """Open the files; those already open are kept."""
         problems = self.check()
         if problems:
             raise RecipeError(problems)
-        for knob, file in self.files.items():
+        for argument, file in self.files.items():
             if file is not None:
-                self._read(knob)
+                self._read(argument)
         self._evaluation_windows()
         self._calibration_windows()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The training windows, in an order of (seed, epoch)."""
+        """The training windows, in an order that depends on (seed, epoch) only."""
         return train_loader(Windows(self._read("train")), self.batch_size, self.seed, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -115,28 +120,33 @@ class TokenData(LightningDataModule):
         return fixed_loader(self._calibration_windows(), self.calibration_batch_size, self.num_workers)
 
     def _evaluation_windows(self) -> Windows:
-        rows, what = self._read("evaluation"), f"windows in {self.files['evaluation']}"
-        return Windows(rows, range(require(len(rows), "evaluation_samples", self.evaluation_samples, what)))
+        rows = self._read("evaluation")
+        what = f"windows in {self.files['evaluation']}"
+        samples = require_samples(len(rows), "evaluation_samples", self.evaluation_samples, what)
+        return Windows(rows, range(samples))
 
     def _calibration_windows(self) -> Windows:
-        rows, what = self._read("calibration"), f"windows in {self.files['calibration']}"
-        samples = require(len(rows), "calibration_samples", self.calibration_samples, what)
-        return Windows(rows, draw(len(rows), samples, self.calibration_seed))
+        rows = self._read("calibration")
+        what = f"windows in {self.files['calibration']}"
+        samples = require_samples(len(rows), "calibration_samples", self.calibration_samples, what)
+        return Windows(rows, draw_indices(len(rows), samples, self.calibration_seed))
 
-    def _read(self, knob: str) -> np.ndarray:
-        if knob not in self._arrays:
-            file = self.files[knob]
+    def _read(self, argument: str) -> np.ndarray:
+        """The windows [N, T] of the file that ``argument`` names, memory-mapped once."""
+        if argument not in self._arrays:
+            file = self.files[argument]
             if file is None:
                 text = "is not set, but finetuning needs it"
-                raise RecipeError(Problem(knob, text=text, way_out="Give a .npy file of windows.").within("data"))
-            self._arrays[knob] = _open(file, knob)
+                raise RecipeError(Problem(argument, text=text, way_out="Give a .npy file of windows.").within("data"))
+            self._arrays[argument] = _open(file, argument)
+        # Checked on every call: the arrays are kept, but a later trainer may bring another model.
         model = getattr(self.trainer, "lightning_module", None)
-        check_vocabulary(self._arrays[knob], model, knob, self.files[knob])
-        return self._arrays[knob]
+        check_vocabulary(self._arrays[argument], model, argument, self.files[argument])
+        return self._arrays[argument]
 
 
 def check_vocabulary(rows: Any, model: Any, argument: str, value: Any = NOT_GIVEN) -> None:
-    """Refuse token ids [N, T] that ``model`` has no embedding for; without a model, only negative ones.
+    """Refuse token ids, of any shape, that ``model`` has no embedding for; without a model, only negative ones.
 
     Raises:
         RecipeError: about ``argument`` of the data, which has ``value``.
@@ -151,14 +161,15 @@ def check_vocabulary(rows: Any, model: Any, argument: str, value: Any = NOT_GIVE
         raise RecipeError(Problem(argument, value, text, way_out).within("data"))
 
 
-def _open(file: str, knob: str) -> np.ndarray:
-    unreadable = Problem(knob, file, "is not a readable .npy file", "Write it with numpy.save.").within("data")
+def _open(file: str, argument: str) -> np.ndarray:
+    unreadable = Problem(argument, file, "is not a readable .npy file", "Write it with numpy.save.").within("data")
     with third_party_errors(unreadable):
         array = np.load(Path(file).expanduser(), mmap_mode="r", allow_pickle=False)
+    # numpy.load returns a lazy archive, not an array, for a .npz file under another name.
+    content = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.shape[1] < 2:
-        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
-        text = f"is not an array of integers [windows, tokens] with at least two tokens each: got {found}"
-        raise RecipeError(Problem(knob, file, text).within("data"))
+        text = f"is not an array of integers [windows, tokens] with at least two tokens each: got {content}"
+        raise RecipeError(Problem(argument, file, text).within("data"))
     if len(array) == 0:
-        raise RecipeError(Problem(knob, file, "is an empty array").within("data"))
+        raise RecipeError(Problem(argument, file, "is an empty array").within("data"))
     return array

@@ -27,7 +27,7 @@ from pqqp_lightning.experiments.options import AnalysisOptions
 from pqqp_lightning.experiments.session import Show, alone, check_store, open_search, store_of
 from pqqp_lightning.report.analysis import ANALYSIS, LAYERS, PICTURE, layer_rows, order_key
 from pqqp_lightning.runs.checks import check_places, check_run
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
@@ -65,14 +65,14 @@ def analyze_pair(
         RecipeError: everything that must be put right, before any work.
     """
     results = store_of(trainer, options.store)
-    data = DataSource(module, datamodule=datamodule)
+    data = RunData(module, datamodule=datamodule)
     orders = check_analysis(trainer, data, results, options.samples)
     data.read(trainer)
     with alone(trainer, results, show):
         Analysis(trainer, data, orders, results, options).go(resume=resume)
 
 
-def check_analysis(trainer: Trainer, data: DataSource, store: ResultStore, samples: int) -> list[Order]:
+def check_analysis(trainer: Trainer, data: RunData, store: ResultStore, samples: int) -> list[Order]:
     """The orders of the two stages that can run.
 
     Raises:
@@ -112,7 +112,7 @@ class Analysis:
     """
 
     def __init__(
-        self, trainer: Trainer, data: DataSource, orders: Sequence[Order], store: ResultStore, options: AnalysisOptions
+        self, trainer: Trainer, data: RunData, orders: Sequence[Order], store: ResultStore, options: AnalysisOptions
     ) -> None:
         self._trainer, self._data, self._orders = trainer, data, orders
         self._options, self._samples = options, options.samples

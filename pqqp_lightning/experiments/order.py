@@ -28,14 +28,14 @@ from pqqp_lightning.experiments.session import (
 )
 from pqqp_lightning.report.prediction import PREDICTION
 from pqqp_lightning.runs.checks import check_places, check_run
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.files import write_json
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import MODEL
-from pqqp_lightning.trials.executors import Executor, check_executor, executing
+from pqqp_lightning.trials.executors import Executor, check_executor, open_executor
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.strategies import STRATEGIES, Strategy
@@ -69,7 +69,7 @@ def search_orders(
         RecipeError: everything that must be put right, before any work.
     """
     results = store_of(trainer, options.store)
-    search = OrderSearch(trainer, DataSource(module, datamodule=datamodule), trainer.stages, results, options)
+    search = OrderSearch(trainer, RunData(module, datamodule=datamodule), trainer.stages, results, options)
     search.check()
     with alone(trainer, results, show):
         if options.strategy == PREDICT:
@@ -84,7 +84,7 @@ class OrderSearch:
     def __init__(
         self,
         trainer: Trainer,
-        data: DataSource,
+        data: RunData,
         stages: Sequence[Stage],
         store: ResultStore,
         options: OrderOptions,
@@ -150,7 +150,7 @@ class OrderSearch:
     def go(self, *, resume: bool) -> None:
         """Search what is not searched yet."""
         options = self._options
-        with executing(options.executor, self._trainer, self._tree, self._progress) as executor:
+        with open_executor(options.executor, self._trainer, self._tree, self._progress) as executor:
             judge = open_search(self._trainer, self._data, self._tree, {"command": "order"}, options, resume=resume)
             chosen = STRATEGIES[options.strategy](list(self._stages), self._allowed, judge)
             self._announce(chosen, options.max_runs, options.repeats)

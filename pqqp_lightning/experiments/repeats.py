@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pqqp_lightning.errors import Problem
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.records import finite_or_none
@@ -17,13 +17,13 @@ from pqqp_lightning.trials.fingerprint import digest_of
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.strategies import Exhaustive
-from pqqp_lightning.trials.verdict import Judge, number_words
+from pqqp_lightning.trials.verdict import Judge, format_number
 
 SEED = "calibration_seed"
 """The attribute of a datamodule by which its calibration samples are drawn."""
 
 
-def check_repeats(count: int, data: DataSource, stages: Sequence[Stage]) -> list[Problem]:
+def check_repeats(count: int, data: RunData, stages: Sequence[Stage]) -> list[Problem]:
     """Why the orders cannot be measured with ``count`` draws of calibration samples."""
     if count < 1:
         way_out = "Use 1 for the recipe's own calibration samples alone."
@@ -38,7 +38,7 @@ def check_repeats(count: int, data: DataSource, stages: Sequence[Stage]) -> list
     return []
 
 
-def check_draws(data: DataSource, count: int) -> list[Problem]:
+def check_draws(data: RunData, count: int) -> list[Problem]:
     """A problem if every draw has the same samples; the data is set up."""
     if count < 2:
         return []
@@ -68,7 +68,7 @@ class Repeats:
     def __init__(
         self,
         trainer: Trainer,
-        data: DataSource,
+        data: RunData,
         stages: Mapping[str, Stage],
         store: ResultStore,
         tree: PrefixTree,
@@ -123,7 +123,7 @@ class Repeats:
 
 
 @contextmanager
-def _drawn_by(data: DataSource, seed: int) -> Iterator[None]:
+def _drawn_by(data: RunData, seed: int) -> Iterator[None]:
     own = getattr(data.datamodule, SEED)
     setattr(data.datamodule, SEED, seed)
     try:
@@ -140,5 +140,5 @@ def _sentence(ranked: Sequence[Order], scores: Sequence[Mapping[Order, float]]) 
     if len(ranked) < 2:
         return f"{words}."
     leads = [row[best] - row[ranked[1]] for row in scores]
-    between = f"{number_words(min(leads))} to {number_words(max(leads))}"
+    between = f"{format_number(min(leads))} to {format_number(max(leads))}"
     return f"{words}; its lead over {' -> '.join(ranked[1])} is {between}."

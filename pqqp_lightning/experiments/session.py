@@ -13,7 +13,7 @@ from typing import Any
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.experiments.options import ExperimentOptions
 from pqqp_lightning.runs.run import identity
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import check_same_recipe, check_writable, keep_recipe, open_folder
@@ -47,7 +47,7 @@ def check_time_limit(minutes: float | None) -> list[Problem]:
 
 def open_search(
     trainer: Trainer,
-    data: DataSource,
+    data: RunData,
     tree: PrefixTree,
     asked: dict[str, Any],
     options: ExperimentOptions,
@@ -77,7 +77,7 @@ def open_search(
     return judge
 
 
-def begin(trainer: Trainer, data: DataSource, asked: dict[str, Any], *, resume: bool) -> None:
+def begin(trainer: Trainer, data: RunData, asked: dict[str, Any], *, resume: bool) -> None:
     """Begin in the run folder, or see that what was begun there is the same.
 
     Raises:

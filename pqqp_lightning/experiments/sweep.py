@@ -17,13 +17,13 @@ from pqqp_lightning.experiments.sweep_pair import PairAnalysis, analyse, pair_no
 from pqqp_lightning.experiments.sweep_plan import Plan, make_plan
 from pqqp_lightning.report.sweep import SWEEP, write_tables
 from pqqp_lightning.runs.checks import check_run
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.storage.files import write_json
 from pqqp_lightning.storage.records import finite_or_none, hardware, package_versions
 from pqqp_lightning.storage.result_store import ResultStore
-from pqqp_lightning.trials.executors import Executor, check_executor, executing
+from pqqp_lightning.trials.executors import Executor, check_executor, open_executor
 from pqqp_lightning.trials.prefix_tree import PrefixTree, prefixes
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.verdict import Judge
@@ -52,14 +52,14 @@ def sweep_grid(
         RecipeError: everything that must be put right, before any work.
     """
     results = store_of(trainer, options.store)
-    data = DataSource(module, datamodule=datamodule)
+    data = RunData(module, datamodule=datamodule)
     plan = check_sweep(trainer, data, results, options)
     data.read(trainer)
     with alone(trainer, results, show):
         Sweep(trainer, data, plan, results, options).go(resume=resume)
 
 
-def check_sweep(trainer: Trainer, data: DataSource, store: ResultStore, options: SweepOptions) -> Plan:
+def check_sweep(trainer: Trainer, data: RunData, store: ResultStore, options: SweepOptions) -> Plan:
     """What the sweep will measure.
 
     Raises:
@@ -90,9 +90,7 @@ class Sweep:
         options: the grid as the user gave it, the executor and the limits.
     """
 
-    def __init__(
-        self, trainer: Trainer, data: DataSource, plan: Plan, store: ResultStore, options: SweepOptions
-    ) -> None:
+    def __init__(self, trainer: Trainer, data: RunData, plan: Plan, store: ResultStore, options: SweepOptions) -> None:
         self._trainer, self._data, self._plan = trainer, data, plan
         self._options = options
         self._grid = json.loads(json.dumps(options.grid, default=str))
@@ -104,7 +102,7 @@ class Sweep:
     def go(self, *, resume: bool) -> None:
         """Measure what nobody has measured yet, and write it all."""
         asked = {"command": "sweep", "grid": self._grid}
-        with executing(self._options.executor, self._trainer, self._tree, self._progress) as executor:
+        with open_executor(self._options.executor, self._trainer, self._tree, self._progress) as executor:
             judge = open_search(self._trainer, self._data, self._tree, asked, self._options, resume=resume)
             self._announce()
             notes = self._measure(executor, self._options.time_limit)

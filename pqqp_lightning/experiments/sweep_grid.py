@@ -12,7 +12,7 @@ from typing import Any
 
 from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.runs.checks import check_places
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.arguments import argument_value, arguments_of
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.trials.prefix_tree import Order
@@ -97,7 +97,7 @@ def make_variants(stages: Sequence[Stage], grid: Grid) -> dict[str, list[Variant
     return {name: [vary(stage, chosen) for chosen in _products(lists[name])] for name, stage in named.items()}
 
 
-def make_points(variants: Mapping[str, Sequence[Variant]], data: DataSource) -> list[Point]:
+def make_points(variants: Mapping[str, Sequence[Variant]], data: RunData) -> list[Point]:
     """Every combination of variants, with the orders that can run.
 
     Raises:

@@ -19,7 +19,7 @@ from pqqp_lightning.experiments.sweep_grid import (
     vary,
 )
 from pqqp_lightning.runs.checks import check_places
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.trials.prefix_tree import Order
 
@@ -78,7 +78,7 @@ class Plan:
 
 def make_plan(
     stages: Sequence[Stage],
-    data: DataSource,
+    data: RunData,
     grid: Grid,
     curve: str | None,
     curve_bits: Sequence[int],
@@ -169,7 +169,7 @@ def _of_curve_bits(problem: Problem, owner: str) -> Problem:
     return replace(problem, key="").within("curve_bits", owner)
 
 
-def _that_can_run(curve: Curve, data: DataSource) -> Curve | None:
+def _that_can_run(curve: Curve, data: RunData) -> Curve | None:
     """The curve without what cannot run alone."""
     able = [variant for variant in curve.variants if not check_places([variant.stage], data)]
     return Curve(curve.name, curve.other, curve.along, able) if able else None

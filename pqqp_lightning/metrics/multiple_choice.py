@@ -1,7 +1,7 @@
-"""Accuracy on multiple-choice questions, by how likely a language model finds each choice after the question.
+"""Accuracy on multiple-choice questions: a language model answers with the choice that it finds most likely.
 
-As lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.12608602) defines them: ``acc`` takes the choice of the highest
-log-likelihood, ``acc_norm`` that of the highest log-likelihood per character of the choice's text.
+The two accuracies are those of lm-evaluation-harness (Gao et al., doi 10.5281/zenodo.12608602). ``acc`` takes the
+choice with the highest log-likelihood, ``acc_norm`` the one with the highest log-likelihood per character of its text.
 """
 
 from __future__ import annotations
@@ -16,30 +16,36 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import Metric
 
 IGNORED = -100
-"""A target that is not counted, as torch's losses have it."""
+"""A target with this value is not counted; torch's losses use the same number."""
 
 
 def log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
-    """The summed log-likelihood of each row's targets, float64 [R].
+    """Sum the log-likelihoods of each row's targets, in nats, float64 [R].
 
     Args:
-        logits: [R, T, V]; only where there are targets are they read.
-        targets: [R, T], :data:`IGNORED` where there is none.
+        logits: [R, T, V]; only the positions with a target are read.
+        targets: [R, T]; :data:`IGNORED` at positions without a target.
     """
+    # A choice is a few tokens of a long row: a log-softmax over all positions would waste most of its work.
     row, position = (targets != IGNORED).nonzero(as_tuple=True)
     losses = F.cross_entropy(logits[row, position].float(), targets[row, position], reduction="none")
     return losses.new_zeros(len(targets), dtype=torch.float64).index_add_(0, row, -losses.double())
 
 
-def by_question(scores: Tensor, choices: Tensor) -> Tensor:
-    """The scores [R] of all choices as [Q, C], -inf where a question of ``choices`` [Q] has fewer than C."""
+def group_by_question(scores: Tensor, choices: Tensor) -> Tensor:
+    """Arrange the scores [R] of all choices by question, [Q, C].
+
+    Args:
+        scores: of all choices of the first question, then of the second, and so on.
+        choices: [Q], the number of choices of each question, at most C; missing ones score -inf.
+    """
     return pad_sequence(scores.split(choices.tolist()), batch_first=True, padding_value=-math.inf)
 
 
 class ChoiceAccuracy(Metric):
-    """The fraction of questions whose answer has the highest score; of equal scores, the first counts.
+    """The fraction of questions whose right choice has the highest score; among equal scores, the first one counts.
 
-    A score that is NaN makes it NaN. The states are whole numbers, which a conversion to half precision leaves alone.
+    One NaN score makes the accuracy NaN: a broken model has none.
     """
 
     is_differentiable = False
@@ -51,6 +57,7 @@ class ChoiceAccuracy(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # Integer states: converting the model to half precision would round counts above 2048 in a float state.
         for state in ("correct", "undefined", "count"):
             self.add_state(state, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 

@@ -1,4 +1,4 @@
-"""Perplexity from a summed cross-entropy, finite where a softmax followed by a log is not."""
+"""Perplexity from a summed cross-entropy; torchmetrics' own takes softmax and log, and overflows on damaged models."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-TOKENS_AT_ONCE = 64
+TOKENS_AT_ONCE = 64  # bounds the float32 copy of the logits: 33 MB for a vocabulary of 128,000
 LARGEST_MEAN = math.log(sys.float_info.max)
 
 
 class Perplexity(Metric):
-    """``exp`` of the mean negative log-likelihood per token, over everything seen.
+    """``exp`` of the mean negative log-likelihood per token over all updates.
 
-    The log-softmax runs in float32 on a few tokens at a time, whatever the dtype of the logits; the sum is kept in
-    float64 and stays there when the module around it is converted to half precision. A mean beyond 709 nats, where
-    ``exp`` leaves float64, gives the largest float64 instead of infinity; NaN in the logits stays NaN.
+    The log-softmax runs in float32 for logits of any dtype, and the sum is float64 even inside a half-precision model.
+    A mean above 709 nats, where ``exp`` overflows float64, gives the largest float64 instead of infinity. NaN in the
+    logits gives NaN.
 
     Args:
         ignore_index: targets with this value are not counted.
@@ -47,8 +47,9 @@ class Perplexity(Metric):
                 f"{list(targets.shape)}."
             )
         for sequence, labels in zip(logits.detach(), targets, strict=True):  # [T, V], [T]
-            for some, wanted in zip(sequence.split(TOKENS_AT_ONCE), labels.split(TOKENS_AT_ONCE), strict=True):
-                losses = F.cross_entropy(some.float(), wanted, ignore_index=self.ignore_index, reduction="none")
+            chunks = zip(sequence.split(TOKENS_AT_ONCE), labels.split(TOKENS_AT_ONCE), strict=True)
+            for chunk, chunk_labels in chunks:
+                losses = F.cross_entropy(chunk.float(), chunk_labels, ignore_index=self.ignore_index, reduction="none")
                 self.total = self.total + losses.double().sum()
         self.count = self.count + (targets != self.ignore_index).sum()
 
@@ -57,7 +58,7 @@ class Perplexity(Metric):
         return (self.total / self.count).clamp(max=LARGEST_MEAN).exp()
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> torch.nn.Module:
-        """Follow the module to another device, never to another dtype."""
+        """Move the states with the module to another device, but never convert them: half precision loses the sum."""
 
         def move(state: Tensor) -> Tensor:
             return state.to(fn(state.new_empty(0)).device)

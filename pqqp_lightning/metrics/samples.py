@@ -1,8 +1,8 @@
 """What each evaluation sample adds to a metric, and paired bootstrap intervals from it.
 
 A metric whose states are sums (accuracies, perplexity, mean errors) is a function of the sum of its samples' states.
-So any choice of samples has its metric without another forward pass, and two models can be compared on the same
-choices: their difference has a much narrower interval than each of them.
+The metric of any resample of the data therefore needs no further forward pass. Two models are compared on the same
+resamples: the interval of their difference is much narrower than that of either metric.
 """
 
 from __future__ import annotations
@@ -19,47 +19,51 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-RESAMPLES, AT_ONCE = 2000, 50
+RESAMPLES = 2000
+RESAMPLES_AT_ONCE = 50  # bounds the memory of the sample counts, 8 bytes each
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Samples:
-    """One metric's states, sample by sample.
+    """One metric's states for each of N samples.
 
     Attributes:
-        metric: computes its value from the states.
-        states: float64 [N, S], in the order of the metric's states, each flattened.
+        metric: computes its value from summed states.
+        states: float64 [N, S]: the metric's states in their order, each flattened, S numbers in all.
     """
 
     metric: Metric
     states: Tensor
 
     def value(self, counts: Tensor | None = None) -> float:
-        """The metric where sample n counts ``counts[n]`` times; each once by default."""
+        """The metric when sample n counts ``counts[n]`` times, [N]; by default each counts once."""
         summed = self.states.sum(0) if counts is None else counts.to(self.states) @ self.states
         return float(self._computed(summed[None]))
 
     @cached_property
     def draws(self) -> Tensor:
-        """The metric of :data:`RESAMPLES` draws of N samples with replacement, float64 [R].
+        """The metric of R = :data:`RESAMPLES` draws of N samples with replacement, float64 [R].
 
-        Draw r is the same choice of samples for every metric and every model that were measured on N samples.
+        The draws depend on N only: draw r takes the same samples for every metric and model measured on N samples.
         """
-        size, generator = len(self.states), torch.Generator().manual_seed(0)
+        size = len(self.states)
+        generator = torch.Generator().manual_seed(0)
         summed = []
-        for _ in range(RESAMPLES // AT_ONCE):
-            chosen = torch.stack([torch.randint(size, (size,), generator=generator) for _ in range(AT_ONCE)])
-            counts = torch.zeros(AT_ONCE, size, dtype=torch.float64)
+        for _ in range(RESAMPLES // RESAMPLES_AT_ONCE):
+            chosen = torch.randint(size, (RESAMPLES_AT_ONCE, size), generator=generator)  # indices of samples
+            counts = torch.zeros(RESAMPLES_AT_ONCE, size, dtype=torch.float64)
             counts.scatter_add_(1, chosen, torch.ones_like(counts))
             summed.append(counts @ self.states)
         return self._computed(torch.cat(summed))
 
     def _computed(self, summed: Tensor) -> Tensor:
-        """The metric of each row of states [R, S], float64 [R], by its class's own ``compute``."""
-        parts, metric = _split(self.metric, summed), self.metric
+        """The metric of each row of summed states [R, S], float64 [R]."""
+        metric = self.metric
+        parts = _split(metric, summed)
         values = []
         for row in range(len(summed)):
+            # The class's compute: the instance's is wrapped to cache its value and to synchronise processes.
             vars(metric).update({name: part[row] for name, part in parts.items()})
             values.append(float(type(metric).compute(metric)))
         return torch.tensor(values, dtype=torch.float64)
@@ -67,9 +71,9 @@ class Samples:
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
-    """Note what every sample adds to the metrics of ``model``; in the result, by their names, after the block.
+    """Record what every sample adds to the metrics of ``model``; the yielded dict has them by name after the block.
 
-    A sample is a row of the tensors that a metric is updated with. Metrics whose states are no sums are left out.
+    A sample is one row of the tensors passed to ``update``. Metrics whose states are not sums are left out.
     """
     metrics = {name: m for name, m in model.named_modules() if isinstance(m, Metric) and _adds_up(m)}
     rows: dict[str, list[Tensor]] = {name: [] for name in metrics}
@@ -88,14 +92,21 @@ def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
             found[name] = Samples(_pristine(metric), torch.stack(own))
 
 
-def over_ranks(found: dict[str, Samples]) -> dict[str, Samples]:
-    """The samples of all processes, rank by rank: the same on every rank."""
+def gather_samples(recorded: dict[str, Samples]) -> dict[str, Samples]:
+    """Concatenate the samples of all processes in rank order; every rank gets the same.
+
+    A metric that some rank did not record is left out.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return found
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, {name: samples.states for name, samples in found.items()})
-    everywhere = [name for name in found if all(name in part for part in parts)]
-    return {name: Samples(found[name].metric, torch.cat([part[name] for part in parts])) for name in everywhere}
+        return recorded
+    states_by_rank: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states_by_rank, {name: item.states for name, item in recorded.items()})
+    gathered = {}
+    for name, samples in recorded.items():
+        if all(name in states for states in states_by_rank):
+            joined = torch.cat([states[name] for states in states_by_rank])
+            gathered[name] = Samples(samples.metric, joined)
+    return gathered
 
 
 def matching(found: dict[str, Samples], values: dict[str, float]) -> dict[str, Samples]:
@@ -125,14 +136,14 @@ def restored(model: nn.Module, states: Tensor, value: float) -> Samples | None:
 def interval(
     a: Samples, b: Samples | None = None, *, sign: float = 1.0, confidence: float = CONFIDENCE
 ) -> tuple[float, float] | None:
-    """The bootstrap interval of ``sign`` times the metric of ``a``, or of its difference from that of ``b``.
+    """The bootstrap interval of ``sign`` times the metric of ``a``, or times its difference from that of ``b``.
 
-    Percentiles of :data:`RESAMPLES` draws of N samples with replacement (Efron and Tibshirani 1993, chapter 13); ``a``
-    and ``b`` are drawn together, sample by sample.
+    The ends are percentiles over :data:`RESAMPLES` draws of N samples with replacement (Efron and Tibshirani 1993,
+    chapter 13). Each draw takes the same samples for ``a`` and ``b``.
 
     Returns:
-        Its ends; None where there is one sample alone, where the two were measured on different numbers of samples, or
-        where the metric of some draw is not finite.
+        The low and the high end. None with a single sample, with different numbers of samples in ``a`` and ``b``, or
+        if the metric of any draw is not finite.
     """
     if len(a.states) < 2 or (b is not None and len(b.states) != len(a.states)):
         return None
@@ -144,25 +155,27 @@ def interval(
     return float(low), float(high)
 
 
-def joint_confidence(found: Sequence[Samples], confidence: float = CONFIDENCE) -> float:
-    """The confidence at which the intervals of the differences of *all* pairs hold together with ``confidence``.
+def joint_confidence(compared: Sequence[Samples], confidence: float = CONFIDENCE) -> float:
+    """The confidence per interval at which the differences of *all* pairs hold together with ``confidence``.
 
-    For two it is ``confidence`` itself. That all pairs count, and not those with the best alone, makes up for the best
-    having been chosen on the same samples. From the draws themselves, balanced over the pairs (Beran 1988, "Balanced
-    simultaneous confidence sets"): so correlated differences cost less than Bonferroni's correction.
+    With two models it is ``confidence`` itself. All pairs count, not just those with the best model, because the best
+    is chosen on the same samples. The correction comes from the draws, balanced over the pairs (Beran 1988, "Balanced
+    simultaneous confidence sets"), so that correlated differences cost less than Bonferroni's correction.
     """
-    differences = torch.stack([a.draws - b.draws for a, b in combinations(found, 2)])  # [pairs, draws]
+    differences = torch.stack([a.draws - b.draws for a, b in combinations(compared, 2)])  # [pairs, R]
+    # The rank of each draw among its pair's draws, counted from the middle: how wide an interval must be to hold it.
     middle = (differences.shape[1] - 1) / 2
     ordered = differences.sort(dim=1).values
-    first = torch.searchsorted(ordered, differences).double()  # equal values share the most central of their places
+    first = torch.searchsorted(ordered, differences).double()  # equal values all take their most central rank
     last = torch.searchsorted(ordered, differences, right=True).double() - 1
-    depth = torch.maximum(first - middle, middle - last).clamp(min=0)
-    farthest = float(depth.amax(0).quantile(confidence))
-    return min(1.0, max(confidence, farthest / middle))
+    distance = torch.maximum(first - middle, middle - last).clamp(min=0)
+    # A draw is covered if every pair's interval holds it, so its widest pair decides.
+    needed = float(distance.amax(0).quantile(confidence))
+    return min(1.0, max(confidence, needed / middle))
 
 
 def _same(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-9)  # float32 sums in another order
+    return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-9)  # the metric's own float32 sums run in another order
 
 
 def _width(metric: Metric) -> int:
@@ -170,15 +183,19 @@ def _width(metric: Metric) -> int:
 
 
 def _leaders(model: nn.Module) -> dict[str, str]:
-    """Metrics of a collection that share another one's states, which alone is updated, with that one's name."""
-    found: dict[str, str] = {}
+    """The metric that is updated in place of another, by the other's name.
+
+    Metrics of a MetricCollection that would have the same states form a compute group. Only the group's first metric is
+    updated; the others share its states.
+    """
+    leaders: dict[str, str] = {}
     for name, collection in model.named_modules():
         if isinstance(collection, MetricCollection):
             names = {id(metric): path for path, metric in collection.named_modules(prefix=name)}
             for group in collection.compute_groups.values():
-                leader, *others = (names[id(collection[member])] for member in group)
-                found |= dict.fromkeys(others, leader)
-    return found
+                leader, *followers = [names[id(collection[member])] for member in group]
+                leaders.update(dict.fromkeys(followers, leader))
+    return leaders
 
 
 def _record(metric: Metric, rows: list[Tensor]) -> None:
@@ -223,31 +240,36 @@ def _row(value: Any, i: int) -> Any:
 
 
 def _adds_up(metric: Metric) -> bool:
-    """Whether all its states are tensors that are summed over processes, and so over samples."""
-    sums = all(f is not None and getattr(f, "__name__", "") == "dim_zero_sum" for f in metric._reductions.values())
-    return bool(metric._defaults) and sums and all(isinstance(d, Tensor) for d in metric._defaults.values())
+    """Whether the metric has states, and all are tensors that torchmetrics sums over processes."""
+    for reduction in metric._reductions.values():
+        if reduction is None or getattr(reduction, "__name__", "") != "dim_zero_sum":
+            return False
+    return bool(metric._defaults) and all(isinstance(default, Tensor) for default in metric._defaults.values())
 
 
 def _defaults(metric: Metric) -> dict[str, Tensor]:
-    return metric._defaults  # type: ignore[return-value]  # tensors, where it adds up
+    return metric._defaults  # type: ignore[return-value]  # _adds_up has found tensors only
 
 
 def _pristine(metric: Metric) -> Metric:
-    """A copy that has seen nothing and belongs to nobody."""
+    """A copy in its initial state that does not synchronise processes."""
     copy = metric.clone()
     copy.reset()
-    copy.distributed_available_fn = lambda: False  # its states are those of all processes already
+    copy.distributed_available_fn = lambda: False  # its states will be the sums over all processes already
     return copy
 
 
 def _joined(metric: Metric) -> Tensor:
+    """All states of ``metric``, flattened into one row, float64 [S]."""
     return torch.cat([getattr(metric, name).detach().double().flatten().cpu() for name in metric._defaults])
 
 
 def _split(metric: Metric, joined: Tensor) -> dict[str, Tensor]:
-    """The states by name, each [R, *its shape], of rows that hold all of them [R, S]."""
+    """The inverse of :func:`_joined` for many rows [R, S]: each state by name, [R, *its shape]."""
     parts = {}
+    start = 0
     for name, default in _defaults(metric).items():
-        part, joined = joined[:, : default.numel()], joined[:, default.numel() :]
-        parts[name] = part.reshape(len(part), *default.shape).to(default.dtype)
+        columns = joined[:, start : start + default.numel()]
+        parts[name] = columns.reshape(len(joined), *default.shape).to(default.dtype)
+        start += default.numel()
     return parts

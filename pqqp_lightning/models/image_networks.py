@@ -1,4 +1,4 @@
-"""Image networks by name, from timm or torchvision, and weights for them from a file."""
+"""Builds image networks by name, from timm or torchvision, and reads weights for them from a file."""
 
 from __future__ import annotations
 
@@ -17,28 +17,44 @@ SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 
 
 def find_network(name: str) -> str:
-    """``library/name`` of a network; timm first where both have it.
+    """Find a network; returns ``library/name``, timm's where both libraries have it.
 
     Raises:
         RecipeError: neither library has it.
     """
-    library, _, bare = name.partition("/")
-    wanted, bare = ([library], bare) if library in LIBRARIES and bare else (list(LIBRARIES), name)
+    prefix, _, bare = name.partition("/")
+    libraries = [prefix]
+    if prefix not in LIBRARIES or not bare:
+        libraries = list(LIBRARIES)
+        bare = name
     known: list[str] = []
-    for library in wanted:
+    for library in libraries:
         names = _list_networks(library)
         if bare.partition(".")[0] in names:  # timm's names may carry a tag of their weights: resnet18.a1_in1k
             return f"{library}/{bare}"
         known += names
-    way_out = near_miss(bare, known).strip() or "Their list_models() lists what there is."
-    text = f"is not a network of {' or '.join(wanted)}"
+    # The list of all networks would fill the screen.
+    way_out = near_miss(bare, known).strip() or "list_models() of the library prints all names."
+    text = f"is not a network of {' or '.join(libraries)}"
     raise RecipeError(Problem("model", name, text, way_out).within("model"))
 
 
 def build_network(
     name: str, pretrained: bool, num_classes: int | None, in_channels: int, image_size: int | None, options: dict
 ) -> nn.Module:
-    """The network ``library/name``, with the number of classes, channels and the image size asked for."""
+    """Build the network ``library/name``.
+
+    Args:
+        name: from :func:`find_network`.
+        pretrained: download the published weights.
+        num_classes: None keeps the network's own number.
+        in_channels: channels of the images.
+        image_size: pixels; ignored by networks that take any size.
+        options: further arguments of the library's builder.
+
+    Raises:
+        RecipeError: the library refuses the arguments, or has no weights for them.
+    """
     library, _, bare = name.partition("/")
     build = _build_timm if library == "timm" else _build_torchvision
     argument = "img_size" if library == "timm" else "image_size"
@@ -47,13 +63,18 @@ def build_network(
     try:
         return build(bare, pretrained, num_classes, in_channels, {argument: image_size, **options})
     except RecipeError as error:
+        # Networks for any size (ResNet) do not know the argument. No list says which: the TypeError does.
         if isinstance(error.__cause__, TypeError) and argument in str(error.__cause__):
-            return build(bare, pretrained, num_classes, in_channels, options)  # takes images of any size
+            return build(bare, pretrained, num_classes, in_channels, options)
         raise
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint folder of this project, a safetensors file or a Lightning or plain checkpoint."""
+    """Read the weights of a checkpoint folder of this project, a .safetensors file, or a torch or Lightning checkpoint.
+
+    Raises:
+        RecipeError: the file does not exist, cannot be read, or holds no weights.
+    """
     file = Path(path).expanduser()
     if not file.exists():
         raise RecipeError(_of_weights(path, f"does not exist (looked at {file.absolute()})"))
@@ -70,7 +91,9 @@ def read_weights(path: str) -> dict[str, Tensor]:
 
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    weights = None
+    if isinstance(content, dict):  # Lightning's checkpoints nest the weights, plain ones are the state dict
+        weights = content.get("state_dict", content)
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         way_out = "Give a Lightning .ckpt or a .safetensors file."
         raise RecipeError(_of_weights(path, "does not contain a state_dict", way_out))
@@ -81,35 +104,48 @@ def _of_weights(path: str, text: str, way_out: str = "") -> Problem:
     return Problem("weights", path, text, way_out).within("model")
 
 
-def load_into(network: nn.Module, weights: dict[str, Tensor], path: str) -> None:
-    """Every weight of the network from ``weights``, of which none may be left over."""
-    wanted = network.state_dict()
-    if not wanted.keys() & weights.keys():  # those of a LightningModule
+def load_weights_into(network: nn.Module, weights: dict[str, Tensor], path: str) -> None:
+    """Load ``weights`` into ``network``; names and shapes must match exactly.
+
+    Raises:
+        RecipeError: with the missing, unexpected and misshapen weights; ``path`` is named.
+    """
+    expected = network.state_dict()
+    if not expected.keys() & weights.keys():  # a LightningModule holds its network as ``model``
         weights = {name.removeprefix("model."): value for name, value in weights.items()}
-    shapes = [
-        f"{name} ({list(weights[name].shape)}, but {list(value.shape)} wanted)"
-        for name, value in wanted.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    faults = {"missing": wanted.keys() - weights.keys(), "unexpected": weights.keys() - wanted.keys()}
-    found = [f"{kind} {shorten(sorted(names))}" for kind, names in faults.items() if names]
-    found += [f"other shapes in {shorten(shapes)}"] if shapes else []
-    if found:
+    missing = expected.keys() - weights.keys()
+    unexpected = weights.keys() - expected.keys()
+    misshapen = []
+    for name, value in expected.items():
+        if name in weights and weights[name].shape != value.shape:
+            misshapen.append(f"{name} ({list(weights[name].shape)}, but {list(value.shape)} wanted)")
+    faults = []
+    if missing:
+        faults.append(f"missing {shorten(sorted(missing))}")
+    if unexpected:
+        faults.append(f"unexpected {shorten(sorted(unexpected))}")
+    if misshapen:
+        faults.append(f"other shapes in {shorten(misshapen)}")
+    if faults:
         way_out = "Check model, num_classes, in_channels, image_size and model_args."
-        raise RecipeError(_of_weights(path, f"do not fit this network: {'; '.join(found)}", way_out))
+        raise RecipeError(_of_weights(path, f"do not fit this network: {'; '.join(faults)}", way_out))
     network.load_state_dict(weights)
 
 
 def count_classes(network: nn.Module) -> int:
-    """How many classes a network tells apart, from what it says or from its last linear layer."""
-    said = getattr(network, "num_classes", None)
-    if isinstance(said, int) and said > 0:
-        return said
-    heads = [layer.out_features for layer in network.modules() if isinstance(layer, nn.Linear)]
-    if not heads:
-        text = "is not set, and the network does not tell how many classes it has"
+    """The network's number of classes: its ``num_classes``, else the width of its last linear layer.
+
+    Raises:
+        RecipeError: the network has neither.
+    """
+    stated = getattr(network, "num_classes", None)
+    if isinstance(stated, int) and stated > 0:  # timm uses 0 for a network without a classifier
+        return stated
+    widths = [layer.out_features for layer in network.modules() if isinstance(layer, nn.Linear)]
+    if not widths:
+        text = "is not set, and the network does not state its number of classes"
         raise RecipeError(Problem("num_classes", text=text, way_out="Set num_classes.").within("model"))
-    return heads[-1]
+    return widths[-1]
 
 
 def _list_networks(library: str) -> list[str]:
@@ -126,7 +162,7 @@ def _build_timm(name: str, pretrained: bool, num_classes: int | None, in_channel
     import timm
 
     classes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    with _worded(f"timm/{name}", pretrained):
+    with _build_errors(f"timm/{name}", pretrained):
         return timm.create_model(name, pretrained=pretrained, in_chans=in_channels, **classes, **options)
 
 
@@ -140,7 +176,7 @@ def _build_torchvision(
         problem = Problem("in_channels", in_channels, text, "Use a timm network, or 3 channels.")
         raise RecipeError(problem.within("model"))
     classes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    with _worded(f"torchvision/{name}", pretrained):
+    with _build_errors(f"torchvision/{name}", pretrained):
         network = models.get_model(name, weights=None, **classes, **options)
         if pretrained:
             weights = models.get_model_weights(name)["DEFAULT"].get_state_dict(progress=False, check_hash=True)
@@ -149,18 +185,21 @@ def _build_torchvision(
 
 
 def _load_all_but_head(network: nn.Module, weights: dict[str, Any]) -> None:
-    """Pretrained weights, except for a classifier that was asked for with another number of classes."""
-    wanted = network.state_dict()
-    kept = {name: value for name, value in weights.items() if name in wanted and wanted[name].shape == value.shape}
+    """Load pretrained weights, except into a classifier with another number of classes."""
+    expected = network.state_dict()
+    fitting = {}
+    for name, value in weights.items():
+        if name in expected and expected[name].shape == value.shape:
+            fitting[name] = value
     head = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
-    left = [name for name in wanted if name not in kept and not name.startswith(f"{head}.")]
-    if left:
-        text = f"loads weights that do not fit {shorten(left)}"
+    uninitialised = [name for name in expected if name not in fitting and not name.startswith(f"{head}.")]
+    if uninitialised:
+        text = f"loads weights that do not fit {shorten(uninitialised)}"
         raise RecipeError(Problem("pretrained", True, text, "Set pretrained: false.").within("model"))
-    network.load_state_dict(kept, strict=False)
+    network.load_state_dict(fitting, strict=False)
 
 
-def _worded(name: str, pretrained: bool) -> AbstractContextManager[None]:
+def _build_errors(name: str, pretrained: bool) -> AbstractContextManager[None]:
     way_out = "Change num_classes, in_channels, image_size or model_args."
     if not pretrained:
         return third_party_errors(Problem("model", name, "cannot be built", way_out).within("model"))

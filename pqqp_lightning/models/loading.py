@@ -1,4 +1,4 @@
-"""Where a language model comes from: a hub id, a local folder, a GGUF file, or a configuration alone."""
+"""Loads language models and tokenizers from a hub id, a local folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ else:
     Tokenizer = Any
 
 BUNDLED = "smollm2-135m"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 MODEL = "model.model"
 """The setting that says where the model comes from."""
 OFFLINE_WAYS_OUT = "Give a local folder (./my-model) or a .gguf file, or go online with HF_HUB_OFFLINE unset."
 
 
 def is_path(value: str) -> bool:
-    """Whether ``value`` names something on this machine, and not on the hub."""
+    """Whether ``value`` names a file or folder on this machine, not an id on the hub."""
     looks_local = value.startswith(("./", "../", "/", "~", ".\\")) or value in (".", "..")
     return looks_local or value.endswith(".gguf") or Path(value).exists()
 
 
 def resolve_source(source: str, key: str = MODEL) -> str:
-    """A hub id, or the local folder that ``source`` stands for; a GGUF file is converted into a cached folder.
+    """Turn ``source`` into a hub id or a local folder; a GGUF file is converted into a cached folder.
 
     Raises:
-        RecipeError: of the setting ``key``: there is no such file.
+        RecipeError: about the setting ``key``: the file or folder does not exist or is of another kind.
     """
     from pqqp_lightning.models import gguf
 
@@ -53,10 +54,10 @@ def resolve_source(source: str, key: str = MODEL) -> str:
 
 
 def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder or hub id, every weight of it read from there.
+    """Load a model from a folder or hub id; every weight is read, none is initialised.
 
     Raises:
-        RecipeError: it cannot be read, is quantized already, needs remote code, or its weights do not fit its
+        RecipeError: the model cannot be read, is already quantized, needs remote code, or its weights do not fit its
             configuration.
     """
     from transformers import AutoModelForCausalLM
@@ -72,17 +73,15 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_tokenizer(source: str, key: str = MODEL) -> Tokenizer:
-    """The tokenizer of a hub id, folder, GGUF file or the bundled model."""
+    """Load the tokenizer of a hub id, folder, GGUF file or the bundled model."""
     from transformers import AutoTokenizer
 
     folder = resolve_source(source, key)
+    # transformers' own message for a folder without a tokenizer suggests to look on the hub.
     if is_path(folder) and not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
         raise RecipeError(_problem(key, source, "is a folder without a tokenizer", "Name one in data.tokenizer."))
     with quiet_transformers(), third_party_errors(_unreadable(key, source, "tokenizer")):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def _problem(key: str, source: str, text: str, way_out: str = "") -> Problem:

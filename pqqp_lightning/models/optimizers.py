@@ -1,4 +1,4 @@
-"""Optimizers over what can be trained, built when Lightning asks."""
+"""Optimizers over the trainable parameters, built when Lightning asks for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from pqqp_lightning.errors import Problem, RecipeError
 def build_optimizer(
     module: LightningModule, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None
 ) -> Any:
-    """For ``configure_optimizers``: over the parameters that require a gradient, with the schedule if there is one."""
+    """Build what ``configure_optimizers`` returns, over the parameters that require a gradient.
+
+    Raises:
+        RecipeError: no parameter requires a gradient.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         text = "no parameter of the model requires a gradient, so there is nothing to finetune"
@@ -23,6 +27,6 @@ def build_optimizer(
     if lr_scheduler is None:
         return {"optimizer": built}
     schedule = lr_scheduler(built)
-    if isinstance(schedule, ReduceLROnPlateau):
+    if isinstance(schedule, ReduceLROnPlateau):  # Lightning steps it with the value of the metric that it monitors
         return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "monitor": schedule.monitor}}
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule}}

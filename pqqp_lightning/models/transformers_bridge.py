@@ -1,4 +1,4 @@
-"""What we ask of transformers when a language model is built: its own errors worded, and no noise."""
+"""Builds language models through transformers, words its errors, and keeps its log quiet."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ if TYPE_CHECKING:
 
 @contextmanager
 def third_party_errors(problem: Problem) -> Iterator[None]:
-    """Whatever a library raises inside becomes ``problem``, with the error's first sentence in parentheses."""
+    """Turn any exception of a library inside into ``problem``, with the error's first sentence in parentheses."""
     try:
         yield
-    except (RecipeError, MemoryError, torch.OutOfMemoryError):
+    except (RecipeError, MemoryError, torch.OutOfMemoryError):  # these say more than the wording here could
         raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        first = lines[0]
+        if first.endswith(":"):  # the reason stands on the next line
+            first = " ".join(lines[:2])
         reason = first.split(". ")[0].rstrip(". :")
         raise RecipeError(replace(problem, text=f"{problem.text} ({reason})")) from error
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers: what matters is checked here."""
+    """Silence transformers' progress bars and warnings inside; this module checks what matters and raises."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -47,10 +50,17 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def check_loading(source: str, info: dict[str, Any]) -> None:
-    """Refuse a model of which any weight was left to chance or thrown away."""
+    """Refuse a loaded model that lacks weights, or whose file has weights that it does not use.
+
+    transformers initialises missing weights randomly and only logs a warning.
+
+    Raises:
+        RecipeError: with the missing, unexpected and mismatched weights that ``info`` of ``from_pretrained`` lists.
+    """
     problems = []
     for kind in ("missing", "unexpected", "mismatched"):
-        keys = sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(f"{kind}_keys") or ())
+        listed = info.get(f"{kind}_keys") or ()
+        keys = sorted(key if isinstance(key, str) else str(key[0]) for key in listed)  # mismatched: name and shapes
         if keys:
             text = f"has {kind} weights in {shorten(keys)}"
             problems.append(Problem("model", source, text, "Use the config.json that belongs to these weights."))
@@ -61,7 +71,11 @@ def check_loading(source: str, info: dict[str, Any]) -> None:
 
 
 def build_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture that a plain configuration dict describes, with random weights."""
+    """Build the architecture that a plain configuration dict describes, with random weights.
+
+    Raises:
+        RecipeError: the type is unknown, or the settings are misspelt or contradict each other.
+    """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -86,23 +100,31 @@ def build_model(settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel
 
 
 def _refuse_misspelt(name: str, settings: dict[str, Any]) -> None:
-    """transformers takes any name and heeds those it knows. One that is unknown, while a name much like it is not
-    given, is misspelt; a model's own further values are not."""
+    """Refuse settings whose names look misspelt; transformers would ignore them.
+
+    An unknown name is misspelt if a similar setting of the architecture is not given. Other unknown names may be a
+    model's own additions.
+    """
     from transformers import CONFIG_MAPPING
 
     default = CONFIG_MAPPING[name]()
-    left = default.to_dict().keys() - settings.keys()
-    unknown = [key for key in settings if not hasattr(default, key)]
-    near = {key: near_miss(key, left, cutoff=0.8) for key in unknown}
-    text = f"is not a setting of {name}"
-    misspelt = [Problem(f"model.{key}", text=text, way_out=meant.strip()) for key, meant in near.items() if meant]
-    if misspelt:
-        raise RecipeError(problem.within("model") for problem in misspelt)
+    not_given = default.to_dict().keys() - settings.keys()
+    problems = []
+    for key in settings:
+        if hasattr(default, key):
+            continue
+        suggestion = near_miss(key, not_given, cutoff=0.8)
+        if suggestion:
+            problem = Problem(f"model.{key}", text=f"is not a setting of {name}", way_out=suggestion.strip())
+            problems.append(problem.within("model"))
+    if problems:
+        raise RecipeError(problems)
 
 
 def plain_config(config: PretrainedConfig) -> dict[str, Any]:
-    """The configuration as a JSON-able dict from which ``build_model`` makes the same structure."""
+    """The configuration as a JSON-able dict, from which :func:`build_model` builds the same structure."""
     settings = json.loads(config.to_json_string(use_diff=False))
+    # Paths and versions differ between machines; they do not describe the structure.
     for name in ("_name_or_path", "_model_name_or_path", "transformers_version", "quantization_config"):
         settings.pop(name, None)
     return {"model_type": config.model_type, **settings}

@@ -1,4 +1,4 @@
-"""Everything about a run that must be put right before any work, found at once."""
+"""Checks a run before any work, and reports all problems at once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.structure import weightless_copy
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.records import RECORDS, RUN
 from pqqp_lightning.storage.run_folder import check_folder
 
 
-def check_recipe(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) -> None:
-    """Check the model, the data, every stage in its place, and the trainer's epochs.
+def check_recipe(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> None:
+    """Check the model, the data, every stage after its predecessors, and the trainer's epochs.
 
     Raises:
         RecipeError: with every problem found.
@@ -29,25 +29,25 @@ def check_recipe(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) ->
         raise RecipeError(problems)
 
 
-def check_run(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) -> list[Problem]:
-    """The problems of all but the stages' places: the folder, the data, the model, names and epochs."""
+def check_run(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> list[Problem]:
+    """The problems that do not depend on the stages' order: folder, data, model, names, epochs and strategy."""
     folder = [] if trainer.fast_dev_run else check_folder(Path(trainer.default_root_dir), (RUN, RECORDS))
     problems = folder + data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
     return problems + _check_strategy(trainer) + _check_teacher(stages)
 
 
-def check_places(stages: Sequence[Stage], data: DataSource) -> list[Problem]:
-    """The problems of the stages in this order, each with its stage in front."""
+def check_places(stages: Sequence[Stage], data: RunData) -> list[Problem]:
+    """The problems of the stages in this order; each names its stage."""
     problems = []
     for stage, own in zip(stages, check_stages(stages, data), strict=True):
         problems += [problem.within(f"stages.{stage.name}", type(stage).__name__) for problem in own]
     return problems
 
 
-def check_stages(stages: Sequence[Stage], data: DataSource) -> list[list[Problem]]:
-    """The problems of each stage in its place.
+def check_stages(stages: Sequence[Stage], data: RunData) -> list[list[Problem]]:
+    """The problems of each stage after its predecessors.
 
-    Where stages change the structure, those after them are checked against a copy that has it, weights aside.
+    If stages change the structure, later ones are checked against a weightless copy of the model with that structure.
     """
     model, found = data.module, []
     if any(type(stage).expected_plan is not Stage.expected_plan for stage in stages):
@@ -60,7 +60,7 @@ def check_stages(stages: Sequence[Stage], data: DataSource) -> list[list[Problem
     return found
 
 
-def _check_stage(stage: Stage, data: DataSource, earlier: Sequence[Stage], model: LightningModule) -> list[Problem]:
+def _check_stage(stage: Stage, data: RunData, earlier: Sequence[Stage], model: LightningModule) -> list[Problem]:
     try:
         problems = stage.check(model, data.datamodule, earlier)
     except RecipeError as error:
@@ -73,7 +73,7 @@ def _check_stage(stage: Stage, data: DataSource, earlier: Sequence[Stage], model
     return problems
 
 
-def _check_training(stage: Stage, data: DataSource, earlier: Sequence[Stage], model: LightningModule) -> list[Problem]:
+def _check_training(stage: Stage, data: RunData, earlier: Sequence[Stage], model: LightningModule) -> list[Problem]:
     problems = []
     if not data.has_training_data():
         owner = type(data.owner).__name__
@@ -104,7 +104,7 @@ def _blocks_of(stage: Stage, model: LightningModule) -> list[str]:
 
 
 def _check_teacher(stages: Sequence[Stage]) -> list[Problem]:
-    """One teacher serves the run, so that its precision must be one."""
+    """One teacher serves all stages of a run, so it has one precision."""
     asked = {stage.name: stage.distill.teacher_dtype for stage in stages if stage.distill is not None}
     if len(set(asked.values())) < 2:
         return []

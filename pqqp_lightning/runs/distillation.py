@@ -1,7 +1,8 @@
-"""Distillation from the dense model as the objective of any finetuning (Hinton et al., arXiv 1503.02531).
+"""Distillation from the dense model during finetuning (Hinton et al., arXiv 1503.02531).
 
-loss = (1 - weight) * task + weight * T^2 * KL(teacher || student at temperature T), and, if asked, the distance of the
-blocks' outputs, each relative to the teacher's mean square (Romero et al., FitNets, arXiv 1412.6550).
+loss = (1 - weight) * task + weight * T^2 * KL(teacher || student), both at temperature T. ``hidden_weight`` adds the
+mean squared distance of the blocks' outputs, relative to the teacher's mean square (Romero et al., FitNets, arXiv
+1412.6550).
 """
 
 from __future__ import annotations
@@ -23,40 +24,47 @@ from pqqp_lightning.stages.distillation import Distillation, TeacherDtype
 
 
 def make_teacher(dense: LightningModule, dtype: TeacherDtype) -> LightningModule:
-    """A frozen copy of the dense model in evaluation mode; one serves all stages of a run."""
+    """Copy the dense model, frozen and in evaluation mode; one teacher serves all stages of a run."""
     teacher = copy_model(dense).eval().requires_grad_(False)
-    return teacher if dtype == "same" else teacher.to(getattr(torch, dtype))
+    if dtype == "same":
+        return teacher
+    return teacher.to(getattr(torch, dtype))
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, settings: Distillation) -> Tensor:
     """The distance of the student's outputs from the teacher's, a scalar.
 
     Args:
-        student: logits [..., C] (or outputs, with ``loss="mse"``).
-        teacher: the same shape.
+        student: logits [..., C], or outputs of any shape with ``loss="mse"``.
+        teacher: as ``student``.
         settings: loss and temperature.
     """
-    student, teacher = student.float(), teacher.float()
+    student = student.float()
+    teacher = teacher.float()
     if settings.loss == "mse":
         return F.mse_loss(student, teacher)
-    t = settings.temperature
-    student_log, teacher_log = (x.flatten(0, -2).div(t).log_softmax(-1) for x in (student, teacher))  # [N, C]
-    return F.kl_div(student_log, teacher_log, log_target=True, reduction="batchmean") * t**2
+    temperature = settings.temperature
+    student_log = (student.flatten(0, -2) / temperature).log_softmax(-1)  # [N, C]
+    teacher_log = (teacher.flatten(0, -2) / temperature).log_softmax(-1)  # [N, C]
+    divergence = F.kl_div(student_log, teacher_log, log_target=True, reduction="batchmean")
+    return divergence * temperature**2  # gradients shrink with 1 / T^2: this keeps the balance with the task's loss
 
 
 def hidden_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Mean over blocks of the squared distance, relative to the teacher's mean square."""
-    pairs = zip(student, teacher, strict=True)
-    distances = [F.mse_loss(s.float(), t.float()) / t.float().square().mean().clamp(min=1e-12) for s, t in pairs]
+    """The mean over blocks of the squared distance, relative to the teacher's mean square; a scalar."""
+    distances = []
+    for student_output, teacher_output in zip(student, teacher, strict=True):
+        scale = teacher_output.float().square().mean().clamp(min=1e-12)
+        distances.append(F.mse_loss(student_output.float(), teacher_output.float()) / scale)
     return torch.stack(distances).mean()
 
 
 class Distill(Callback):
-    """Replaces the training step's loss for one segment.
+    """Replaces the training step's loss by the distillation loss for one segment.
 
     Args:
         teacher: from :func:`make_teacher`.
-        settings: of the stage.
+        settings: the stage's ``distill`` argument.
     """
 
     def __init__(self, teacher: LightningModule, settings: Distillation) -> None:
@@ -95,6 +103,7 @@ class Distill(Callback):
         return distilled
 
     def _loss(self, task: Tensor, seen: _Seen) -> Tensor:
+        """The loss of one step; the teacher gets the inputs of the student's first forward pass."""
         settings = self._settings
         arguments, keywords, output = seen.calls[0]
         with torch.no_grad(), _recording(self._teacher, settings) as taught:
@@ -107,7 +116,12 @@ class Distill(Callback):
 
 @dataclass
 class _Seen:
-    """What one step's forward pass showed: calls of the model, and the blocks' outputs."""
+    """The forward passes of one step.
+
+    Attributes:
+        calls: positional arguments, keyword arguments and output of each call of the model.
+        hidden: outputs of the blocks, in order.
+    """
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]]
     hidden: list[Tensor]
@@ -132,18 +146,20 @@ def _recording(model: LightningModule, settings: Distillation) -> Iterator[_Seen
 
 
 def _logits(output: Any) -> Tensor:
-    """The tensor in what a model or block gives out."""
+    """The tensor of a model's or block's output: itself, its ``logits``, or its first item."""
     if isinstance(output, Tensor):
         return output
-    return output.logits if hasattr(output, "logits") else output[0]
+    if hasattr(output, "logits"):
+        return output.logits
+    return output[0]
 
 
 def _cast(value: Any, model: nn.Module) -> Any:
-    """Floating-point inputs in the teacher's precision."""
+    """Convert floating-point inputs, at any depth of dicts and tuples, to the precision of ``model``."""
     if isinstance(value, dict):
-        return {key: _cast(v, model) for key, v in value.items()}
+        return {key: _cast(item, model) for key, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(_cast(v, model) for v in value)
+        return tuple(_cast(item, model) for item in value)
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.to(next(model.parameters()).dtype)
     return value

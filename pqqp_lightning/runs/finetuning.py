@@ -1,7 +1,8 @@
-"""One segment of training: a plain Lightning fit of a stage's epochs.
+"""Finetunes after a stage: one segment of training is one Lightning fit of the stage's epochs.
 
-A segment has its own epochs, optimizers and schedules; the loggers' step goes on over segments. One Lightning fit a
-segment, not one fit with surgery inside: then Lightning rebuilds optimizers, schedules and wrappers itself.
+Each segment has its own epochs, optimizers and schedules; the loggers' step is continuous across segments. A segment is
+a whole fit because Lightning then rebuilds optimizers, schedules and wrappers for the changed model. Surgery inside a
+running fit would train stale parameters.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.runs.distillation import Distill
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.training_callbacks import HoldMasks, ResumePoint, SeedSteps
 from pqqp_lightning.seeding import run_seed, seed_from
 from pqqp_lightning.stages.stage import Stage
@@ -27,32 +28,40 @@ from pqqp_lightning.stages.stage import Stage
 
 def train_segment(
     trainer: Trainer,
-    data: DataSource,
+    data: RunData,
     stage: Stage,
     segment: int,
     resume_point: Path,
     teacher: LightningModule | None = None,
 ) -> None:
-    """Train ``data.module`` for ``stage.epochs``; from ``resume_point`` if that file exists, else from the start.
+    """Train ``data.module`` for ``stage.epochs``.
 
-    Of the stages, only ``stage`` sees the hooks of this segment.
+    Args:
+        trainer: runs the fit; its callbacks take part, except other stages.
+        data: the model, training and evaluation data.
+        stage: the stage that was just applied.
+        segment: number of stages applied so far; part of the seed.
+        resume_point: file with the training state; training resumes from it if it exists.
+        teacher: the dense model, for ``stage.distill``.
 
     Raises:
         RecipeError: the training diverged.
     """
     seed_from(run_seed(), segment, -1)
     max_epochs = trainer.fit_loop.max_epochs
-    _start_anew(trainer, stage)
+    _reset_loops(trainer, stage)
+    # HoldMasks comes first: callbacks of the user must see pruned weights at zero.
     first: list[Callback] = [HoldMasks(), SeedSteps(run_seed(), segment)]
     if stage.distill is not None and teacher is not None:
         first.append(Distill(teacher, stage.distill))
+    # ResumePoint comes last: it saves what the other callbacks have decided at the epoch's end.
     last = [] if trainer.fast_dev_run else [ResumePoint(resume_point)]
-    before = list(trainer.callbacks)
-    given = [c for c in before if c is stage or not isinstance(c, Stage)]
-    trainer.callbacks = [*first, *given, *last]
+    callbacks = list(trainer.callbacks)
+    taking_part = [c for c in callbacks if c is stage or not isinstance(c, Stage)]
+    trainer.callbacks = [*first, *taking_part, *last]
     try:
         with _segment_learning_rate(data.module, stage.learning_rate):
-            Trainer.fit(
+            Trainer.fit(  # Lightning's: our own fit would start a run
                 trainer,
                 data.module,
                 train_dataloaders=data.train,
@@ -62,8 +71,8 @@ def train_segment(
                 weights_only=True,
             )
     finally:
-        trainer.callbacks = before
-        trainer.fit_loop.max_epochs = max_epochs  # the user's, for a later fit
+        trainer.callbacks = callbacks
+        trainer.fit_loop.max_epochs = max_epochs  # the user may fit again with this trainer
     if trainer.is_global_zero:
         resume_point.unlink(missing_ok=True)
     trainer.strategy.barrier("segment")
@@ -71,32 +80,35 @@ def train_segment(
 
 
 def _refuse_divergence(module: LightningModule, stage: Stage) -> None:
-    """A model that training has spoilt is no basis for what follows."""
-    if spoilt := [name for name, p in module.named_parameters() if not bool(p.isfinite().all())]:
+    """Refuse to go on with NaN or infinite weights: later stages would compress garbage."""
+    diverged = [name for name, parameter in module.named_parameters() if not bool(parameter.isfinite().all())]
+    if diverged:
         rate = "the model's own" if stage.learning_rate is None else f"{stage.learning_rate:g} now"
-        text = f"{shorten(spoilt)} are not finite after training: it diverged"
+        text = f"{shorten(diverged)} are not finite after training: it diverged"
         problem = Problem(text=text, way_out=f"Lower learning_rate ({rate}), or set trainer.gradient_clip_val.")
         raise RecipeError(problem.within(f"stages.{stage.name}", type(stage).__name__))
 
 
 def logged_steps(trainer: Trainer) -> int:
-    """The loggers' step, which goes on over segments."""
+    """Logger step, continuous across segments."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def continue_steps(trainer: Trainer, steps: int) -> None:
-    """Let the loggers' step go on from ``steps``."""
+    """Set the logger step, which the next segment continues."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = steps
 
 
-def _start_anew(trainer: Trainer, stage: Stage) -> None:
-    """Fresh loops and fresh early stopping; the loggers' step goes on."""
+def _reset_loops(trainer: Trainer, stage: Stage) -> None:
+    """Give the trainer new loops for the stage's epochs, and reset early stopping; the logger step continues."""
     old = trainer.fit_loop
-    loop = _FitLoop(trainer, min_epochs=old.min_epochs, max_epochs=1 if trainer.fast_dev_run else stage.epochs)
+    epochs = 1 if trainer.fast_dev_run else stage.epochs
+    loop = _FitLoop(trainer, min_epochs=old.min_epochs, max_epochs=epochs)
     loop.epoch_loop = _TrainingEpochLoop(
         trainer, min_steps=old.epoch_loop.min_steps, max_steps=old.epoch_loop.max_steps
     )
-    steps, trainer.fit_loop = logged_steps(trainer), loop
+    steps = logged_steps(trainer)
+    trainer.fit_loop = loop
     continue_steps(trainer, steps)
     trainer.should_stop = False
     for callback in trainer.callbacks:
@@ -105,17 +117,20 @@ def _start_anew(trainer: Trainer, stage: Stage) -> None:
 
 
 def _restore_first_state(callback: EarlyStopping | ModelCheckpoint, folder: Path) -> None:
-    """Back to how the user made it, so that a segment is not judged by the best score of the one before."""
+    """Restore the callback as the user made it: the previous segment's best score must not judge this one."""
     # On the callback itself, so that the copy lives exactly as long as the user's object, over several fits.
     first: dict[str, Any] = callback.__dict__.setdefault("_pqqp_first_state", copy.deepcopy(vars(callback)))
     vars(callback).update(copy.deepcopy({k: v for k, v in first.items() if k != "_pqqp_first_state"}))
-    if isinstance(callback, ModelCheckpoint):  # one folder a segment, so that files do not collide
+    if isinstance(callback, ModelCheckpoint):  # one folder per segment: file names repeat
         callback.dirpath = str(folder if callback.dirpath is None else Path(callback.dirpath) / folder.name)
 
 
 @contextmanager
 def _segment_learning_rate(module: LightningModule, learning_rate: float | None) -> Iterator[None]:
-    """Optimizers whose highest learning rate is ``learning_rate``; parameter groups and schedules keep their ratios."""
+    """Scale the optimizers configured inside so that their highest learning rate is ``learning_rate``.
+
+    Parameter groups and schedules keep their ratios.
+    """
     if learning_rate is None:
         yield
         return
@@ -146,7 +161,7 @@ _SCHEDULE_RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
 
 
 def _scale(schedule: Any, ratio: float) -> None:
-    """Multiply the learning rates that a schedule, or one that it consists of, keeps for itself."""
+    """Multiply the learning rates that a schedule stores, and those of the schedules that it combines."""
     for name in _SCHEDULE_RATES:
         if hasattr(schedule, name):
             setattr(schedule, name, [lr * ratio for lr in getattr(schedule, name)])
@@ -157,7 +172,7 @@ def _scale(schedule: Any, ratio: float) -> None:
 
 
 def _parts_of(configured: Any) -> tuple[list[Any], list[Any]]:
-    """The optimizers and schedulers in any of the forms that ``configure_optimizers`` may return."""
+    """Optimizers and schedulers from any form that ``configure_optimizers`` may return."""
     from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
 
     optimizers, configs, _ = _configure_optimizers(configured)

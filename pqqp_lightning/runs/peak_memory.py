@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work."""
+"""Measures the peak memory of a piece of work, in bytes."""
 
 from __future__ import annotations
 
@@ -11,24 +11,29 @@ from pathlib import Path
 
 import torch
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass
 class Peak:
-    """Filled in when the work is done: GPU memory on a GPU, else the process's resident memory, in bytes."""
+    """The peak, set when the work is done: allocated GPU memory on a GPU, else the process's resident memory."""
 
     size_bytes: int = 0
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure the peak of work on ``device``; where the system cannot start anew (not Linux), the process's so far."""
-    peak, on_gpu = Peak(), device.type == "cuda"
+    """Measure the peak of the work inside on ``device``.
+
+    Only Linux can reset the resident peak. Other systems report the peak since the process began.
+    """
+    peak = Peak()
+    on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
-        _RESET.write_text("5")
+        _CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set size (VmHWM)
     try:
         yield peak
     finally:
@@ -37,8 +42,8 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 def _resident_peak() -> int:
     if _STATUS.exists():
-        line = next((s for s in _STATUS.read_text().splitlines() if s.startswith("VmHWM")), None)
-        if line is not None:
-            return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM"):  # "VmHWM:   123456 kB"
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""One run in its folder: the dense baseline, each stage in order, and resuming where a kill left off."""
+"""One run in its folder: the dense baseline, then each stage in order; a killed run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pqqp_lightning.checkpoint.size import layer_table
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.structure import class_path
 from pqqp_lightning.runs.finetuning import continue_steps
-from pqqp_lightning.runs.run_data import DataSource
-from pqqp_lightning.runs.stage_runner import Runner
+from pqqp_lightning.runs.run_data import RunData
+from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.files import checkpoint_bytes
@@ -27,34 +27,44 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A list of stages applied in a run folder.
+    """Applies a list of stages to a model and keeps everything in a run folder.
 
     Args:
-        trainer: ours; its recipe is kept with the run.
+        trainer: ours; its recipe is stored in the folder.
         data: the model and its data.
         stages: in the order of compression.
         folder: the run folder.
     """
 
-    def __init__(self, trainer: Trainer, data: DataSource, stages: Sequence[Stage], folder: Path) -> None:
-        self._stages, self._folder, self._trainer = stages, folder, trainer
-        self._runner = Runner(trainer, data)
+    def __init__(self, trainer: Trainer, data: RunData, stages: Sequence[Stage], folder: Path) -> None:
+        self._stages = stages
+        self._folder = folder
+        self._trainer = trainer
+        self._runner = StageRunner(trainer, data)
         self._records: list[Record] = []
         self._identity = identity(trainer, data, stages)
 
-    def go(self, *, resume: bool) -> list[Record]:
-        """Do what is not done yet, and return the records of all stages, baseline first."""
+    def execute(self, *, resume: bool) -> list[Record]:
+        """Apply the stages, or with ``resume`` the remaining ones.
+
+        Returns:
+            The records of all stages, the baseline's first.
+        """
         recipe = self._trainer.recipe_text
         if resume:
             self._records = finished_records(self._folder, self._identity)
             if self._trainer.is_global_zero:
                 keep_recipe(self._folder, recipe)
         elif self._trainer.is_global_zero:
-            self._reopen_loggers(open_folder(self._folder, self._identity, recipe))
+            moved = open_folder(self._folder, self._identity, recipe)
+            for logger in self._trainer.loggers:
+                # An earlier run in the folder was moved aside together with the files that its loggers hold open.
+                if moved and logger.log_dir and Path(logger.log_dir).is_relative_to(self._folder):
+                    vars(logger)["_experiment"] = None  # Lightning's loggers open it again on first use
         try:
             self._measure_dense()
             for position, stage in enumerate(self._stages):
-                self._stage(position, stage)
+                self._apply(position, stage)
             self._finish()
         except RecipeError:
             self._report("failed")
@@ -64,38 +74,43 @@ class Run:
     def _measure_dense(self) -> None:
         if self._records:
             self._runner.resume()
-            self._runner.describe_dense(self._stages)
+            self._runner.describe_dense(self._stages)  # before _restore: the layers must be those of the dense model
             self._runner.dense = self._records[0]
             self._restore()
         else:
             self._add(self._runner.measure_dense(self._stages))
 
     def _restore(self) -> None:
-        """Bring the model to where the run was: the last stage that is finished, or lacks only its finetuning."""
+        """Load the model of the last compressed stage, finetuned or not."""
         continue_steps(self._trainer, max(record.get("logged_steps", 0) for record in self._records))
-        done = len(self._records) - 1
-        if done < len(self._stages) and self._half_done(done):
-            done += 1
-        if done:
-            folder = self._stage_folder(done - 1)
-            if done == len(self._stages) and not folder.is_dir():
+        applied = len(self._records) - 1
+        if applied < len(self._stages) and self._compressed_record(applied):
+            applied += 1
+        if applied:
+            folder = self._stage_folder(applied - 1)
+            # A run killed at its very end has already moved the last stage's folder.
+            if applied == len(self._stages) and not folder.is_dir():
                 folder = self._folder / MODEL
             self._runner.load(folder)
 
-    def _stage(self, position: int, stage: Stage) -> None:
+    def _apply(self, position: int, stage: Stage) -> None:
+        """Apply the stage at ``position``, or the finetuning that it lacks, unless its record exists."""
         if position + 1 < len(self._records):
             return
         folder = self._stage_folder(position)
-        if position < len(self._runner.applied) and (compressed := self._half_done(position)):
-            record = self._runner.finetune(stage, folder, compressed)
+        compressed_record = None
+        if position < len(self._runner.applied):  # loaded by _restore
+            compressed_record = self._compressed_record(position)
+        if compressed_record:
+            record = self._runner.finetune(stage, folder, compressed_record)
         else:
             record = self._runner.apply(stage, folder)
         self._add(record)
-        if self._trainer.is_global_zero and position:
+        if self._trainer.is_global_zero and position:  # only now can the run resume from this stage's folder
             shutil.rmtree(self._stage_folder(position - 1), ignore_errors=True)
 
-    def _half_done(self, position: int) -> Record | None:
-        """The record of a stage that was compressed but not yet finetuned when the run was killed."""
+    def _compressed_record(self, position: int) -> Record | None:
+        """The record of a stage that was compressed but not finetuned when the run was killed; else None."""
         folder = self._stage_folder(position)
         if not self._stages[position].epochs or not (folder / MANIFEST).is_file():
             return None
@@ -103,6 +118,7 @@ class Run:
         return None if "metrics_before_finetuning" in record else record
 
     def _finish(self) -> None:
+        """Move the last stage's checkpoint to its final place, and write the finished report."""
         if not self._trainer.is_global_zero:
             return
         last = self._stage_folder(len(self._stages) - 1) if self._stages else None
@@ -111,7 +127,7 @@ class Run:
             shutil.rmtree(model, ignore_errors=True)
             last.replace(model)
             shutil.rmtree(self._folder / STAGES, ignore_errors=True)
-        elif not model.is_dir():
+        elif not model.is_dir():  # no stages: the model is dense or loaded
             save_checkpoint(self._runner.module, model, self._runner.applied, {"record": self._records[-1]})
         self._report("finished")
 
@@ -120,12 +136,6 @@ class Run:
         if self._trainer.is_global_zero:
             append_record(self._folder, record)
             self._report("running")
-
-    def _reopen_loggers(self, moved: bool) -> None:
-        """Let loggers begin new files whose old ones were ``moved`` aside with the folder of an earlier run."""
-        for logger in self._trainer.loggers:
-            if moved and logger.log_dir and Path(logger.log_dir).is_relative_to(self._folder):
-                vars(logger)["_experiment"] = None  # loggers have no public way to reopen their files
 
     def _report(self, status: str) -> None:
         if not self._trainer.is_global_zero:
@@ -140,12 +150,12 @@ class Run:
         return self._folder / STAGES / f"{position + 1}-{self._stages[position].name}"
 
 
-def identity(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) -> dict[str, Any]:
-    """What makes two runs the same: stages with their knobs, seed, model and data."""
+def identity(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> dict[str, Any]:
+    """Everything that a resumed run must share: stages with their arguments, seed, model and data, as plain data."""
     plain = {
         "command": "fit",
         "seed": run_seed(),
-        "stages": {s.name: {"class_path": class_path(s), "init_args": s.arguments()} for s in stages},
+        "stages": {stage.name: {"class_path": class_path(stage), "init_args": stage.arguments()} for stage in stages},
         "model": class_path(data.module),
         "data": None if data.datamodule is None else class_path(data.datamodule),
         **trainer.recipe,

@@ -1,4 +1,4 @@
-"""The data of a run, as Lightning takes it (loaders or a datamodule), and the calibration batches drawn from it."""
+"""The model and data of a run, in any form that Lightning accepts, and the calibration batches drawn from them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.utils.data import DataLoader, Subset
 from pqqp_lightning.errors import Problem, RecipeError
 
 FALLBACK_SAMPLES = 128
-"""Calibration samples taken from the training data where the data does not say which."""
+"""Calibration samples taken from the training data if the datamodule has no ``calibration_dataloader``."""
 
 
 @dataclass(frozen=True)
-class DataSource:
-    """Exactly what the user gave: loaders, a datamodule, or a module with its own loaders.
+class RunData:
+    """The model and its data as the user gave them: loaders, a datamodule, or a model with its own loaders.
 
     Attributes:
         module: the model.
-        train: training loaders.
-        validation: evaluation loaders.
-        datamodule: a datamodule in place of both.
+        train: training loaders, if given.
+        validation: evaluation loaders, if given.
+        datamodule: a datamodule in place of loaders.
     """
 
     module: LightningModule
@@ -34,20 +34,24 @@ class DataSource:
 
     @property
     def owner(self) -> Any:
-        """Who has the loader hooks."""
+        """The datamodule or model whose loader hooks are called."""
         return self.datamodule if self.datamodule is not None else self.module
 
     def has(self, hook: str) -> bool:
-        """Whether there are loaders for ``"train_dataloader"`` or ``"val_dataloader"``."""
+        """Whether loaders were given or the owner defines ``hook``: ``train_dataloader`` or ``val_dataloader``."""
         given = self.train if hook == "train_dataloader" else self.validation
-        return given is not None or is_overridden(hook, self.owner, self._parent())
+        base = LightningModule if self.datamodule is None else LightningDataModule
+        return given is not None or is_overridden(hook, self.owner, base)
 
     def has_training_data(self) -> bool:
-        """Whether training data is there; a datamodule may know better than its class (``has_training_data``)."""
+        """Whether there is training data.
+
+        A datamodule whose class defines ``train_dataloader`` may still lack it: its ``has_training_data`` says so.
+        """
         return self.has("train_dataloader") and getattr(self.datamodule, "has_training_data", True)
 
     def has_calibration_data(self) -> bool:
-        """Whether calibration batches can be had."""
+        """Whether there is calibration data, or training data to take it from."""
         return hasattr(self.owner, "calibration_dataloader") or self.has_training_data()
 
     def check(self) -> list[Problem]:
@@ -60,9 +64,10 @@ class DataSource:
         return problems + (list(check()) if callable(check) else [])
 
     def read(self, trainer: Trainer) -> None:
-        """Have the datamodule read its data now: what is wrong with it is found before anything is written."""
+        """Make the datamodule read its data now, so that its errors come before anything is written."""
         if self.datamodule is None or not trainer.is_global_zero:
             return
+        # Text data asks the trainer for its model's tokenizer; Lightning connects them only when a loop starts.
         trainer.strategy.connect(self.module)
         self.datamodule.trainer = trainer
         self.datamodule.prepare_data()
@@ -72,21 +77,25 @@ class DataSource:
         """This rank's calibration batches, and a batch of one sample.
 
         Args:
-            rank: this process.
-            ranks: processes in all; samples are dealt out in turn.
-            limit: at most so many batches (``fast_dev_run``).
+            rank: of this process.
+            ranks: number of processes; each takes every ``ranks``-th sample.
+            limit: maximum number of batches (``fast_dev_run``).
+
+        Raises:
+            RecipeError: there are fewer samples than processes, or several training loaders to take them from.
         """
         loader = self._calibration_loader()
         dataset: Any = loader.dataset
-        if not hasattr(dataset, "__len__"):
+        if not hasattr(dataset, "__len__"):  # a stream: its samples have no index, so whole batches are dealt out
             batches: list[Any] = list(islice(loader, limit or FALLBACK_SAMPLES))[rank::ranks]
             return batches, batches[0]
         if len(dataset) < ranks:
             text = f"needs at least one calibration sample per process: got {len(dataset)} for {ranks}"
             raise RecipeError(Problem(text=text, way_out="Use more samples.").within("data"))
-        mine = Subset(dataset, range(rank, len(dataset), ranks))
-        batches = list(islice(self._loader(mine, loader), limit))
-        return batches, next(iter(DataLoader(mine, batch_size=1, collate_fn=loader.collate_fn)))
+        share = Subset(dataset, range(rank, len(dataset), ranks))
+        batches = list(islice(self._plain_loader(share, loader), limit))
+        one_sample = next(iter(DataLoader(share, batch_size=1, collate_fn=loader.collate_fn)))
+        return batches, one_sample
 
     def evaluation_loaders(self) -> Any:
         """The loaders of the validation data, as the user gave them."""
@@ -98,7 +107,7 @@ class DataSource:
 
     def _calibration_loader(self) -> DataLoader[Any]:
         if self.train is None:
-            self.owner.setup("fit")  # only evaluation may have been set up
+            self.owner.setup("fit")  # after trainer.validate, only the evaluation data is set up
         if hasattr(self.owner, "calibration_dataloader"):
             return self.owner.calibration_dataloader()
         loader = self.training_loaders()
@@ -107,12 +116,11 @@ class DataSource:
             raise RecipeError(Problem(text=text, way_out="Define calibration_dataloader().").within("data"))
         dataset: Any = loader.dataset
         if hasattr(dataset, "__len__"):
-            return self._loader(Subset(dataset, range(min(FALLBACK_SAMPLES, len(dataset)))), loader)
+            first_samples = Subset(dataset, range(min(FALLBACK_SAMPLES, len(dataset))))
+            return self._plain_loader(first_samples, loader)
         return loader
 
     @staticmethod
-    def _loader(dataset: Any, like: DataLoader[Any]) -> DataLoader[Any]:
+    def _plain_loader(dataset: Any, like: DataLoader[Any]) -> DataLoader[Any]:
+        """A loader without shuffling, with the batch size and collation of ``like``."""
         return DataLoader(dataset, batch_size=like.batch_size or 1, collate_fn=like.collate_fn, shuffle=False)
-
-    def _parent(self) -> Any:
-        return LightningDataModule if self.datamodule is not None else LightningModule

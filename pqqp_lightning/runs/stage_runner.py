@@ -1,6 +1,6 @@
 """Applies stages to a model one after another: compress, verify, measure, save, finetune.
 
-``fit`` and ``order`` are both built on :class:`Runner`: the first applies one list, the second every permutation.
+``fit`` applies one list of stages with a :class:`StageRunner`; a search applies many, one after another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.checkpoint.save import save_checkpoint
 from pqqp_lightning.checkpoint.size import ModelSize, measure_size, size_numbers
 from pqqp_lightning.errors import Problem, RecipeError, shorten
-from pqqp_lightning.metrics.samples import Samples, matching, over_ranks, recording
+from pqqp_lightning.metrics.samples import Samples, gather_samples, matching, recording
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.constraints import (
     Promise,
@@ -33,12 +33,12 @@ from pqqp_lightning.network.constraints import (
     constraints_of,
     set_constraints,
 )
-from pqqp_lightning.network.layers import weight_matrix
+from pqqp_lightning.network.layers import Layer, weight_matrix
 from pqqp_lightning.network.structure import Skeleton
 from pqqp_lightning.runs.distillation import make_teacher
 from pqqp_lightning.runs.finetuning import logged_steps, train_segment
 from pqqp_lightning.runs.peak_memory import peak_memory
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stages.stage import Context, Stage
 from pqqp_lightning.storage.records import Record, make_record
@@ -47,24 +47,24 @@ RESUME_POINT = "training.ckpt"
 
 
 @dataclass
-class Runner:
-    """Applies stages to ``module``.
+class StageRunner:
+    """Applies stages to the model of ``data`` and measures it after each.
 
     Attributes:
-        trainer: Lightning's, for evaluation and training.
-        data: evaluation, calibration and training data.
-        targeted: names of all layers that some stage of the run acts on.
-        original_bits: bits of a dense targeted weight.
-        dense_entries: weights that these layers have in the dense model.
-        applied: the stages that the model has gone through.
+        trainer: for evaluation and training.
+        data: the model, and its evaluation, calibration and training data.
+        targeted: names of the layers that at least one stage acts on.
+        original_bits: bits per weight of these layers in the dense model.
+        dense_entries: number of weights of these layers in the dense model.
+        applied: the stages that the model went through, with their plans.
         dense: the baseline's record.
-        teacher: a frozen copy of the dense model, if a stage learns from one.
-        keep_samples: note in ``samples`` what every sample adds to the metrics.
-        samples: by metric, of the latest evaluation.
+        teacher: a frozen copy of the dense model, if a stage distils from it.
+        keep_samples: record what each evaluation sample adds to the metrics.
+        samples: these contributions at the latest evaluation, by metric.
     """
 
     trainer: Trainer
-    data: DataSource
+    data: RunData
     targeted: list[str] = field(default_factory=list)
     original_bits: int = 32
     dense_entries: int = 0
@@ -84,14 +84,17 @@ class Runner:
         return self.data.module
 
     def resume(self) -> None:
-        """Do what evaluating the dense model does besides: start the processes, convert the model, set up the data."""
-        self._evaluate_little(0)
+        """Start the processes, convert the model and set up the data, without evaluating.
+
+        A run with a measured baseline needs these side effects of the evaluation all the same.
+        """
+        self._evaluate_batches(0)
 
     def metric_names(self) -> list[str]:
-        """What the evaluation measures, from one batch of it."""
-        return list(self._evaluate_little(1))
+        """Names of the metrics, from evaluating one batch."""
+        return list(self._evaluate_batches(1))
 
-    def _evaluate_little(self, batches: int) -> dict[str, float]:
+    def _evaluate_batches(self, batches: int) -> dict[str, float]:
         limit = self.trainer.limit_val_batches
         self.trainer.limit_val_batches = batches if limit else limit
         try:
@@ -100,20 +103,20 @@ class Runner:
             self.trainer.limit_val_batches = limit
 
     def load(self, folder: Path) -> None:
-        """Bring the model to the checkpoint in ``folder``."""
-        if any(item.plan for item in self.applied):  # its structure is not the dense model's any more
+        """Load the checkpoint in ``folder`` into the model."""
+        if any(item.plan for item in self.applied):  # stages changed its structure; a checkpoint's plans start dense
             self._structure.restore(self.module)
         self.applied = restore(self.module, folder)["applied"]
 
     def evaluate(self) -> dict[str, float]:
-        """The validation metrics of the model as it is; random state is put back."""
+        """Run Lightning's validation and return its metrics; the random state is restored."""
         watching = recording(self.module) if self.keep_samples else nullcontext({})
         with keep_random_state(), watching as found:
             results = self.trainer.validate(
                 self.module, dataloaders=self.data.validation, datamodule=self.data.datamodule, verbose=False
             )
         metrics = {name: float(value) for result in results for name, value in result.items()}
-        self.samples = matching(over_ranks(found), metrics) if self.keep_samples else {}
+        self.samples = matching(gather_samples(found), metrics) if self.keep_samples else {}
         return metrics
 
     def measure_dense(self, stages: Sequence[Stage]) -> Record:
@@ -137,26 +140,28 @@ class Runner:
         return self.dense
 
     def describe_dense(self, stages: Sequence[Stage]) -> None:
-        """Note which layers the stages act on and what they are while dense; keep the teacher that stages ask for."""
-        layers = {name: layer for stage in stages for name, layer in stage.find_layers(self.module).items()}
+        """Read the targeted layers' sizes while the model is dense, and copy the teacher if a stage needs one."""
+        layers: dict[str, Layer] = {}
+        for stage in stages:
+            layers.update(stage.find_layers(self.module))
         self.targeted = list(layers)
         self.dense_entries = sum(layer.weight.numel() for layer in layers.values())
         if layers:
             self.original_bits = 8 * next(iter(layers.values())).weight.element_size()
-        asking = [s.distill for s in stages if s.distill is not None and s.epochs]
-        if asking and self.teacher is None:
-            self.teacher = make_teacher(self.module, asking[0].teacher_dtype)
+        distillations = [stage.distill for stage in stages if stage.distill is not None and stage.epochs]
+        if distillations and self.teacher is None:
+            self.teacher = make_teacher(self.module, distillations[0].teacher_dtype)  # the checks want one dtype
 
     def apply(self, stage: Stage, folder: Path, half: bool = True) -> Record:
         """Apply ``stage``: compress, verify and measure, then finetune and measure again; save to ``folder``.
 
         Args:
-            stage: what to apply.
-            folder: of the checkpoint.
-            half: save before finetuning, too, for a run that goes on from there.
+            stage: the stage to apply.
+            folder: where the checkpoint is written.
+            half: save before finetuning as well, so that a killed run resumes there.
 
         Raises:
-            RecipeError: the stage cannot go on, or broke an earlier stage's constraint.
+            RecipeError: the stage fails, or broke an earlier stage's constraint.
         """
         start = time.perf_counter()
         with peak_memory(self.trainer.strategy.root_device) as peak:
@@ -170,29 +175,37 @@ class Runner:
         return record
 
     def apply_again(self, stage: Stage, folder: Path, record: Record) -> None:
-        """Apply ``stage`` as ``record`` has measured it before, and save the model once it is whole."""
+        """Apply ``stage`` without evaluating and save the model; ``record`` is its known result."""
         self.compress(stage)
         if stage.epochs:
             self._train(stage, folder)
         self.save(folder, record)
 
     def compress(self, stage: Stage) -> Context:
-        """Let ``stage`` compress the model and verify every promise; returns what it noted.
+        """Compress the model with ``stage`` and verify every promise; returns what it noted.
 
         Raises:
-            RecipeError: the stage cannot go on, or broke an earlier stage's constraint.
+            RecipeError: the stage fails, or broke an earlier stage's constraint.
         """
+        # The position is part of the seed: a stage computes the same in a resumed run and in every search.
         seed_from(run_seed(), len(self.applied))
-        context, promised = self._context(stage), collect_promises(self.module)
+        context = self._context(stage)
+        promised = collect_promises(self.module)
         with self.on_device():
             plan = stage.compress(self.module, context) if stage.compresses else {}
-        self._agree_over_ranks()
+        self._require_equal_ranks()
         self._verify(stage, promised, context)
         self.applied.append(Applied(type(stage), plan))
         return context
 
     def finetune(self, stage: Stage, folder: Path, compressed: Record) -> Record:
-        """Train for the stage's epochs, from ``folder``'s training state if there is one; measure and save."""
+        """Train for the stage's epochs, resuming a killed training; then measure and save.
+
+        Args:
+            stage: the stage that was compressed.
+            folder: where the checkpoint is written.
+            compressed: the record of the stage before finetuning.
+        """
         start = time.perf_counter()
         with peak_memory(self.trainer.strategy.root_device) as peak:
             context = self._train(stage, folder)
@@ -208,24 +221,25 @@ class Runner:
 
     def _train(self, stage: Stage, folder: Path) -> Context:
         """Train the compressed model, let ``stage`` finish and verify every promise; returns what it noted."""
-        promised, context = collect_promises(self.module), self._context(stage)
+        promised = collect_promises(self.module)
+        context = self._context(stage)
         resume_point = folder.parent / RESUME_POINT
         train_segment(self.trainer, self.data, stage, len(self.applied), resume_point, self.teacher)
         with self.on_device():
             plan = stage.finish(self.module, context, self.applied[-1].plan)
-        self._agree_over_ranks()
+        self._require_equal_ranks()
         self._verify(stage, promised, context)
         self.applied[-1] = replace(self.applied[-1], plan=plan)
         return context
 
     def save(self, folder: Path, record: Record) -> None:
-        """Save the model as it is, with its record, on the first rank."""
+        """Save the model with its record, on the first rank."""
         if self.trainer.is_global_zero:
             save_checkpoint(self.module, folder, self.applied, {"record": record}, self._build)
         self.trainer.strategy.barrier("saved")
 
     def size(self) -> ModelSize:
-        """The counted size of the model as it is."""
+        """Count the model's size."""
         return measure_size(self.module, self.targeted, self.dense_entries)
 
     def _context(self, stage: Stage) -> Context:
@@ -247,7 +261,7 @@ class Runner:
         )
 
     def walk(self, title: str, blocks: Blocks) -> Walk:
-        """A walk of the model as it is over this rank's calibration batches."""
+        """Make a walk of the model over this rank's calibration batches."""
         limit = 1 if self.trainer.fast_dev_run else None
         batches, probe = self.data.calibration_batches(self.trainer.global_rank, self.trainer.world_size, limit)
         return Walk(
@@ -262,29 +276,30 @@ class Runner:
             loss=self._loss_of,
         )
 
-    def _transferred(self, batch: Any) -> Any:
-        """The batch as Lightning's own loops hand it to a step."""
+    def _transfer(self, batch: Any) -> Any:
+        """The batch as Lightning's loops pass it to a step: converted, and on the device."""
         batch = self.trainer.precision_plugin.convert_input(batch)
         batch = self.module._on_before_batch_transfer(batch, 0)
         return self.trainer.strategy.batch_to_device(batch)
 
     def _loss_of(self, batch: Any) -> torch.Tensor:
         with _without_logging(self.module):
-            result: Any = self.module.training_step(self._transferred(batch), 0)
+            result: Any = self.module.training_step(self._transfer(batch), 0)
         return result["loss"] if isinstance(result, dict) else result
 
     def _run_batch(self, batch: Any) -> None:
-        batch = self._transferred(batch)
+        batch = self._transfer(batch)
         step = getattr(self.module, "calibration_step", None)
         if step is not None:
             step(batch, 0)
             return
+        # Without a step of its own, any model still runs its forward pass in validation_step.
         with _without_logging(self.module):
             self.module.validation_step(batch, 0)
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """The model on the strategy's device while it is compressed, or walked over."""
+        """Move the model to the strategy's device inside; Lightning moves it back to the CPU after each loop."""
         home = self.module.device
         self.module.to(self.trainer.strategy.root_device)
         try:
@@ -293,25 +308,31 @@ class Runner:
             self.module.to(home)
 
     def _verify(self, stage: Stage, promised: list[Promise], context: Context) -> None:
-        """Hold the model to every promise: those made before the stage, and its own."""
+        """Verify that the weights keep the promises made before the stage, and its own.
+
+        With ``allow_undo``, broken constraints of earlier stages are dropped and noted in ``context``.
+
+        Raises:
+            RecipeError: a promise is broken.
+        """
         broken = broken_promises(self.module, promised)
         if broken and stage.allow_undo:
-            for promise, found in broken:
-                left = constraints_of(promise.layer).without_broken(weight_matrix(promise.layer), promise.constraints)
-                set_constraints(promise.layer, left)
+            for promise, faults in broken:
+                kept = constraints_of(promise.layer).without_broken(weight_matrix(promise.layer), promise.constraints)
+                set_constraints(promise.layer, kept)
                 context.undone = True
-                context.notes.append(f"undone in {promise.name}: {'; '.join(found)}")
+                context.notes.append(f"undone in {promise.name}: {'; '.join(faults)}")
             broken = []
         broken += broken_promises(self.module, collect_promises(self.module))
         if broken:
-            first, found = broken[0]
+            first, faults = broken[0]
             names = dict.fromkeys(promise.name for promise, _ in broken)
-            text = f"broke what was promised for {shorten(names)}; {first.name}: {'; '.join(found)}"
+            text = f"broke what was promised for {shorten(names)}; {first.name}: {'; '.join(faults)}"
             way_out = "Put this stage before the one that it undoes, or set allow_undo: true."
             raise RecipeError(Problem(text=text, way_out=way_out).within(f"stages.{stage.name}", type(stage).__name__))
 
-    def _agree_over_ranks(self) -> None:
-        """Every rank must hold the same weights after a stage."""
+    def _require_equal_ranks(self) -> None:
+        """Raise if the ranks hold different weights after a stage, which DDP would train on silently."""
         if self.trainer.world_size == 1:
             return
         total = torch.stack([p.detach().double().abs().sum() for p in self.module.parameters()]).sum()
@@ -325,7 +346,7 @@ class Runner:
 
 @contextmanager
 def _without_logging(module: LightningModule) -> Iterator[None]:
-    """Run a validation step outside of Lightning's loop: nothing is logged, metrics are afterwards as before."""
+    """Run a step outside of Lightning's loop: nothing is logged, and the metrics' states are restored on exit."""
     metrics = [m for m in module.modules() if isinstance(m, Metric)]
     before = [{**m._copy_state_dict(), "_update_count": m._update_count, "_computed": m._computed} for m in metrics]
     for metric in metrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,23 @@ from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.runs.checks import check_recipe
 from pqqp_lightning.runs.run import Run
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.stage import Stage
 
 
 class Training(Stage):
-    """What a recipe without stages does: ``trainer.max_epochs`` of ordinary training."""
+    """The stage of a recipe without stages: ``trainer.max_epochs`` of ordinary training.
+
+    Checkpoints store this class's path.
+    """
 
 
 class Trainer(pl.Trainer):
     """A Lightning Trainer whose callbacks may include stages: ``fit`` applies them in the order of the list.
 
-    ``default_root_dir`` is the run folder (``runs/run`` by default). Everything else is Lightning's; four defaults
-    differ: a CSV logger in the run folder, no model summary, no sanity validation, and no checkpoint callback
-    unless you add one (stages save themselves).
+    ``default_root_dir`` is the run folder (``runs/run`` by default). The other arguments are Lightning's. Four
+    defaults differ: a CSV logger in the run folder, no model summary, no sanity validation, and no checkpoint callback
+    unless you add one, since the run saves the model after each stage.
 
     Attributes:
         recipe: the model's, the data's and the trainer's settings as plain data, which decide whether a run may be
@@ -60,7 +64,8 @@ class Trainer(pl.Trainer):
             kwargs["num_sanity_val_steps"] = 0
         if kwargs.get("enable_checkpointing") is None:
             kwargs["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-        name_stages([c for c in callbacks if isinstance(c, Stage)])  # Lightning wants their states' keys distinct
+        # Lightning refuses callbacks with equal state keys, which contain the stages' names.
+        name_stages([c for c in callbacks if isinstance(c, Stage)])
         super().__init__(*args, **kwargs)
         self.recipe = {}
         self.recipe_text = ""
@@ -79,34 +84,37 @@ class Trainer(pl.Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Measure the dense model, then apply the stages in order; see the class.
+        """Evaluate the dense model, then apply the stages in order and evaluate after each.
 
         Args:
             model: any LightningModule.
             train_dataloaders: training data, or a datamodule.
             val_dataloaders: evaluation data.
             datamodule: in place of both.
-            ckpt_path: "last" to go on with the run in ``default_root_dir``.
-            weights_only: not used; checkpoints always load tensors only.
+            ckpt_path: "last" resumes the run in ``default_root_dir``.
+            weights_only: ignored; checkpoints are always loaded as tensors only.
 
         Raises:
-            RecipeError: everything that must be put right, before any work.
+            RecipeError: with all problems of the recipe, before any work.
         """
         if isinstance(train_dataloaders, LightningDataModule):
-            train_dataloaders, datamodule = None, train_dataloaders
+            datamodule = train_dataloaders
+            train_dataloaders = None
         resume = is_resume(ckpt_path, "fit")
-        data = DataSource(model, train_dataloaders, val_dataloaders, datamodule)
-        stages = self.stages or self._plain_training()
+        data = RunData(model, train_dataloaders, val_dataloaders, datamodule)
+        stages = self.stages
+        if not stages and self.fit_loop.max_epochs:
+            stages = [Training(epochs=self.fit_loop.max_epochs)]
         check_recipe(self, data, stages)
         data.read(self)
-        if self.fast_dev_run:
+        if self.fast_dev_run:  # leaves nothing behind, so it must not write over the run folder
             folder = Path(tempfile.mkdtemp(prefix="pqqp-fast-dev-run-"))
             try:
-                Run(self, data, stages, folder).go(resume=False)
+                Run(self, data, stages, folder).execute(resume=False)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return
-        Run(self, data, stages, Path(self.default_root_dir)).go(resume=resume)
+        Run(self, data, stages, Path(self.default_root_dir)).execute(resume=resume)
 
     def validate(
         self,
@@ -135,6 +143,7 @@ class Trainer(pl.Trainer):
         return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def _load_run(self, model: LightningModule | None, ckpt_path: Any) -> Any:
+        """Load ``model`` from a run folder; returns the ``ckpt_path`` that is left for Lightning to load."""
         folder = Path(self.default_root_dir) if ckpt_path == "last" else Path(ckpt_path or "")
         if model is None or not ckpt_path:
             return ckpt_path
@@ -146,19 +155,12 @@ class Trainer(pl.Trainer):
         restore(model, model_folder(folder))
         return None
 
-    def _plain_training(self) -> list[Stage]:
-        """Without any stage, ``max_epochs`` of ordinary training (none if it is not given)."""
-        epochs = self.fit_loop.max_epochs
-        if not epochs:
-            return []
-        return [Training(epochs=epochs)]
-
 
 def is_resume(ckpt_path: Any, command: str) -> bool:
-    """Whether ``ckpt_path`` asks to resume what is in the run folder.
+    """Whether ``ckpt_path`` asks to resume the run in the run folder.
 
     Raises:
-        RecipeError: it asks for something else.
+        RecipeError: it names anything but "last".
     """
     if ckpt_path not in (None, "last"):
         text = f"is not supported: {command} resumes the run in --run_dir"
@@ -167,9 +169,9 @@ def is_resume(ckpt_path: Any, command: str) -> bool:
 
 
 def name_stages(stages: Sequence[Stage]) -> None:
-    """Give stages without a name of their own a distinct one: sparsegpt, gptq, sparsegpt-2."""
-    seen: dict[str, int] = {}
+    """Number stages that share a name: sparsegpt, gptq, sparsegpt-2."""
+    counts: Counter[str] = Counter()
     for stage in stages:
-        seen[stage.name] = seen.get(stage.name, 0) + 1
-        if seen[stage.name] > 1:
-            stage.name = f"{stage.name}-{seen[stage.name]}"
+        counts[stage.name] += 1
+        if counts[stage.name] > 1:
+            stage.name = f"{stage.name}-{counts[stage.name]}"

@@ -1,4 +1,4 @@
-"""Callbacks of a training segment: masks held, randomness tied to the step, and a file to resume from."""
+"""Callbacks of a training segment: they hold masks, seed every step, and save a file to resume from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from pqqp_lightning.storage.files import sync
 
 
 class HoldMasks(Callback):
-    """Pruned weights stay exactly zero while a model trains; where a weight is computed, what it is computed from."""
+    """Keeps pruned weights exactly zero while the model trains.
+
+    Where a layer computes its weight from a parameter (a fake-quantized one), that parameter is held.
+    """
 
     def __init__(self) -> None:
         self._hold = HoldZeros()
@@ -36,7 +39,7 @@ class HoldMasks(Callback):
 
 
 class SeedSteps(Callback):
-    """Random numbers depend on (seed, segment, epoch, step) alone, so that a resumed run draws the same ones."""
+    """Seeds every epoch and step from (seed, segment, epoch, step, rank): a resumed run draws the same numbers."""
 
     def __init__(self, seed: int, segment: int) -> None:
         self._seed, self._segment = seed, segment
@@ -45,7 +48,7 @@ class SeedSteps(Callback):
         seed_from(self._seed, self._segment, trainer.current_epoch, -1, trainer.global_rank)
         loop = trainer.fit_loop
         if getattr(loop, "is_resuming", False) and loop._data_fetcher is not None:
-            # Lightning began this epoch's data before its seed and its sampler's epoch were set
+            # On resume, Lightning has started this epoch's loader before it set the seed and the sampler's epoch.
             iter(loop._data_fetcher)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -53,7 +56,7 @@ class SeedSteps(Callback):
 
 
 class ResumePoint(Checkpoint):
-    """Saves the training state at the end of every epoch, after all other callbacks, whole or not at all."""
+    """Saves the training state at the end of every epoch, after all other callbacks; the file is always complete."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -61,7 +64,7 @@ class ResumePoint(Checkpoint):
 
     @property
     def state_key(self) -> str:
-        """One for every path, so that a resumed run finds it."""
+        """The same for every path, so that a run whose folder was moved finds its state."""
         return "pqqp_lightning.ResumePoint"
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,7 +74,7 @@ class ResumePoint(Checkpoint):
         self._stopped = state_dict["stopped"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._stopped:  # early stopping had decided before the kill
+        if self._stopped:  # EarlyStopping had decided before the kill, and does not store that
             trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

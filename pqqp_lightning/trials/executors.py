@@ -1,7 +1,6 @@
-"""Who measures the sequences of a search: this process, one after another, or Ray's tasks, many at the same time.
+"""Executors measure the sequences of a search: in this process one by one, or in Ray tasks in parallel.
 
-Either way the results end up in the store, and the search goes on from there: what it finds does not depend on who
-measured.
+Both write results to the store, and the search reads them from there, so its findings do not depend on the executor.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ class Executor(Protocol):
     """Measures sequences of stages."""
 
     def measure(self, sequences: Sequence[Order], is_late: Callable[[], bool]) -> Iterator[Order]:
-        """Measure ``sequences`` with all their beginnings, and yield each one that is done.
+        """Measure ``sequences`` and all their prefixes, and yield each sequence that is done.
 
-        Once ``is_late`` says so nothing further is begun; what is known is yielded all the same.
+        Once ``is_late`` returns True, nothing new is measured; sequences with known results are still yielded.
         """
 
 
@@ -36,12 +35,14 @@ class LocalExecutor:
     """Measures in this process."""
 
     def __init__(self, tree: PrefixTree, progress: Progress) -> None:
-        self._tree, self._progress = tree, progress
+        self._tree = tree
+        self._progress = progress
 
     def measure(self, sequences: Sequence[Order], is_late: Callable[[], bool]) -> Iterator[Order]:
-        """One sequence after another, as they come; a common beginning is used while it is in memory."""
+        """Measure one sequence after another; consecutive sequences reuse a common prefix that is in memory."""
         for sequence in sequences:
-            if not all(self._tree.is_known(node) for node in prefixes(sequence)) and is_late():
+            all_known = all(self._tree.is_known(node) for node in prefixes(sequence))
+            if not all_known and is_late():
                 continue
             for node in prefixes(sequence):
                 known = self._tree.is_known(node)
@@ -52,19 +53,19 @@ class LocalExecutor:
 
 
 @contextmanager
-def executing(name: str, trainer: Trainer, tree: PrefixTree, progress: Progress) -> Iterator[Executor]:
-    """The executor of that name, from :data:`EXECUTORS`, for as long as it is used.
+def open_executor(name: str, trainer: Trainer, tree: PrefixTree, progress: Progress) -> Iterator[Executor]:
+    """Yield the executor called ``name`` and close it on exit.
 
     Args:
-        name: passed :func:`check_executor`.
+        name: one of :data:`EXECUTORS`, checked by :func:`check_executor`.
         trainer: for evaluation and training.
-        tree: not open yet.
-        progress: is told what was computed.
+        tree: the results; not open yet, since Ray workers get a copy of it.
+        progress: prints a line for each computed node.
     """
     if name == LOCAL:
         yield LocalExecutor(tree, progress)
         return
-    from pqqp_lightning.trials.ray_executor import RayExecutor  # Ray is imported here alone
+    from pqqp_lightning.trials.ray_executor import RayExecutor  # Ray is optional and slow to import
 
     executor = RayExecutor(trainer, tree, progress)
     try:
@@ -74,7 +75,7 @@ def executing(name: str, trainer: Trainer, tree: PrefixTree, progress: Progress)
 
 
 def check_executor(name: str, trainer: Trainer) -> list[Problem]:
-    """Why there is no such executor, or why it cannot run what this trainer runs."""
+    """The problem if the executor is unknown, not installed, or cannot run with this trainer."""
     if name not in EXECUTORS:
         return [Problem("executor", name, "is unknown", suggest(name, EXECUTORS).strip())]
     if name == LOCAL:

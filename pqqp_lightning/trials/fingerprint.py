@@ -1,7 +1,7 @@
-"""What a result depends on, as one digest: the model's content, the data's, the seed, the trainer, and the code.
+"""Digests of everything that a result depends on: model, data, seed, trainer, stages and code.
 
-Two searches that ask for the same stages on the same model and data get the same address, whatever their names and
-folders are; a changed weight, sample, knob, or file of code gets another one.
+Two searches for the same stages on the same model and data find the same result, under any names and in any folders. A
+changed weight, sample, argument or source file changes the digest.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
@@ -22,87 +23,92 @@ from torch import Tensor, nn
 
 import pqqp_lightning
 from pqqp_lightning.checkpoint.format import origin_of, skeleton_of
-from pqqp_lightning.data.loaders import whole
+from pqqp_lightning.data.loaders import undivided_loader
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.structure import class_path
-from pqqp_lightning.runs.run_data import DataSource
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stages.arguments import arguments_of
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.records import package_versions
 
+# Values whose repr says everything about them.
 PLAIN = (str, bytes, int, float, complex, Path, torch.dtype, torch.device, torch.Size, type(None))
 
-DEEPEST = 12
-"""Objects within objects; what lies deeper does not count."""
+MAX_DEPTH = 12
+"""Levels of objects within objects that are digested; deeper ones are ignored."""
 
-
-TRAINER_OPTIONS = (
+RESULT_OPTIONS = (
     "precision",
     "accumulate_grad_batches",
     "gradient_clip_val",
     "limit_train_batches",
     "limit_val_batches",
 )
-"""Options of the trainer that decide the numbers: a run is not resumed with others."""
+"""Trainer options that change the numbers: a run is not resumed with other values."""
 
-TRAINING = ("max_steps", "min_steps", "min_epochs", "gradient_clip_algorithm", "overfit_batches")
-"""Further ones that decide what finetuning does."""
+TRAINING_OPTIONS = ("max_steps", "min_steps", "min_epochs", "gradient_clip_algorithm", "overfit_batches")
+"""Trainer options that change finetuning only."""
 
-HASHED_SAMPLES = 1024
-"""So many evaluation samples are read in full; of more, the first ones and the number count."""
+EVALUATION_SAMPLES = 1024
+"""Evaluation samples to digest, from the first on; of a larger set, its size is digested as well."""
 
 TRAINING_SAMPLES = 64
-"""Of the training samples so many count, taken at equal distances."""
+"""Training samples to digest, at equal distances: reading all of a large set takes longer than the search."""
 
 
-def base_fingerprint(trainer: Trainer, data: DataSource, targeted: Sequence[str]) -> str:
-    """The digest of everything that results depend on besides the stages, and besides what training alone depends on.
+def base_fingerprint(trainer: Trainer, data: RunData, targeted: Sequence[str]) -> str:
+    """The digest of everything that all results of a search depend on, without stages and training.
 
     Args:
-        trainer: its precision, limits and processes.
-        data: the dense model, and data that is set up.
-        targeted: the layers that fractions are taken of.
+        trainer: for its precision, limits and number of processes.
+        data: the dense model, and its data, set up.
+        targeted: names of the layers that sparsity and bits are counted over.
     """
-    settings = {name: str(getattr(trainer, name, None)) for name in (*TRAINER_OPTIONS, "fast_dev_run")}
-    settings |= {"ranks": str(trainer.world_size), "device": trainer.strategy.root_device.type}
+    settings = {name: str(getattr(trainer, name, None)) for name in (*RESULT_OPTIONS, "fast_dev_run")}
+    settings["ranks"] = str(trainer.world_size)
+    settings["device"] = trainer.strategy.root_device.type
     module = data.module
-    code = [package_sources(), sources_of([type(m) for m in module.modules()])]
-    return digest_of(
-        [_model(module), _sampled(_samples(data)), run_seed(), settings, list(targeted), package_versions(), code]
-    )
+    samples = _digest_samples(_evaluation_samples(data))
+    code = [package_sources(), sources_of([type(part) for part in module.modules()])]
+    return digest_of([_digest_model(module), samples, run_seed(), settings, list(targeted), package_versions(), code])
 
 
-def training_fingerprint(trainer: Trainer, data: DataSource) -> str:
-    """The digest of what finetuning depends on besides: optimizer, schedule, training data, and further callbacks."""
-    settings = {name: str(getattr(trainer, name, None)) for name in TRAINING}
+def training_fingerprint(trainer: Trainer, data: RunData) -> str:
+    """The digest of what only finetuning depends on: optimizer, schedule, training data and the user's callbacks."""
+    settings = {name: str(getattr(trainer, name, None)) for name in TRAINING_OPTIONS}
+    # The module's own attributes, such as its optimizer: those of every LightningModule say nothing about training.
     bare = vars(LightningModule())
     module = {name: value for name, value in vars(data.module).items() if name not in bare}
-    idle = (Stage, Checkpoint, ModelSummary, ProgressBar)
-    callbacks = [c for c in getattr(trainer, "callbacks", []) if not isinstance(c, idle)]
+    without_effect = (Stage, Checkpoint, ModelSummary, ProgressBar)  # stages are digested one by one
+    callbacks = [c for c in getattr(trainer, "callbacks", []) if not isinstance(c, without_effect)]
     given = trainer.recipe.get("model")
     code = sources_of([type(callback) for callback in callbacks])
-    return digest_of([settings, module, given, callbacks, code, _sampled(_training_samples(data))])
+    return digest_of([settings, module, given, callbacks, code, _digest_samples(_training_samples(data))])
 
 
 def stage_fingerprint(stage: Stage) -> str:
-    """The digest of a stage that has done nothing yet: its knobs, its name and its code.
-
-    Where it keeps an argument under another name than its constructor's, everything that it holds counts.
-    """
+    """The digest of a stage that has not run yet: its arguments, its name and its code."""
     options = stage.arguments()
+    # A stage that stores an argument under another name has incomplete options: all of its attributes count then.
     held = {} if options.keys() >= arguments_of(type(stage)).keys() else vars(stage)
     return digest_of([class_path(stage), stage.name, options, held, sources_of([type(stage)])])
 
 
 def node_fingerprint(base: str, training: str, stages: Sequence[str]) -> str:
-    """The digest of these stages, by their own digests, in this order, on that base; ``training`` if one trains."""
+    """The digest of a sequence of stages.
+
+    Args:
+        base: from :func:`base_fingerprint`.
+        training: from :func:`training_fingerprint` if a stage of the sequence trains, else empty.
+        stages: the stages' digests, in order.
+    """
     return digest_of([base, training, list(stages)])
 
 
-def _model(module: LightningModule) -> str:
-    """Weights, their constraints, and what a loaded model was built from."""
+def _digest_model(module: LightningModule) -> str:
+    """The digest of the weights, their constraints, and the stages that a loaded model went through."""
     digest = hashlib.sha256(class_path(module).encode())
     for name, value in module.state_dict().items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -110,114 +116,135 @@ def _model(module: LightningModule) -> str:
     for name, _, constraints in constrained_layers(module):
         grid = constraints.grid
         digest.update(f"{name} {constraints.pattern} {grid and (grid.bits, grid.codebook)}".encode())
-        for part in (constraints.mask_bits, *((grid.scale, grid.zero) if grid else ())):
-            digest.update(b"-" if part is None else tensor_bytes(part))
+        tensors = [constraints.mask_bits]
+        if grid:
+            tensors += [grid.scale, grid.zero]
+        for tensor in tensors:
+            digest.update(b"-" if tensor is None else tensor_bytes(tensor))
     origin = origin_of(module)
-    for item in origin.applied if origin else ():
+    applied = origin.applied if origin else ()
+    for item in applied:
         digest.update(item.stage.__qualname__.encode())
         digest.update(digest_of(item.plan).encode())
     digest.update(str(origin.skeleton if origin else skeleton_of(module)).encode())
     return digest.hexdigest()
 
 
-def _sampled(parts: Iterable[Any]) -> str:
-    """The samples themselves, as they come out of the loaders."""
+def _digest_samples(parts: Iterable[Any]) -> str:
+    """The digest of samples as the loaders yield them."""
     with keep_random_state():
-        seed_from(run_seed())  # what is drawn anew for every sample is drawn the same
+        seed_from(run_seed())  # random augmentation must give the same samples in every search
         return digest_of([digest_of(part) for part in parts])
 
 
-def _samples(data: DataSource) -> Iterator[Any]:
+def _evaluation_samples(data: RunData) -> Iterator[Any]:
+    """The calibration batches and the first evaluation batches."""
     if data.has_calibration_data():
         batches, _ = data.calibration_batches(0, 1, None)
         yield from batches
     for loader in _loaders(data.evaluation_loaders()):
-        yield from _first(whole(loader))
+        yield from _first_batches(undivided_loader(loader))
 
 
-def _training_samples(data: DataSource) -> Iterator[Any]:
+def _training_samples(data: RunData) -> Iterator[Any]:
+    """The settings of the training loaders and samples at equal distances."""
     for loader in _loaders(data.training_loaders()):
         dataset: Any = getattr(loader, "dataset", None)
         yield [getattr(loader, name, None) for name in ("batch_size", "drop_last", "collate_fn")]
-        yield own_settings(getattr(loader, "sampler", None))  # not its samples: to draw them may move it on
+        yield plain_settings(getattr(loader, "sampler", None))  # not its order: drawing it may change its state
         if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
             yield len(dataset)
-            yield from (dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // TRAINING_SAMPLES)))
+            step = max(1, len(dataset) // TRAINING_SAMPLES)
+            for index in range(0, len(dataset), step):
+                yield dataset[index]
 
 
-def _first(loader: Any) -> Iterator[Any]:
-    """The batches of the first samples, and how many batches there are in all."""
-    yield getattr(loader, "batch_size", None)
-    seen = 0
+def _first_batches(loader: Any) -> Iterator[Any]:
+    """The batches of the first samples, and the number of all batches."""
+    batch_size = getattr(loader, "batch_size", None)
+    yield batch_size
+    samples = 0
     for batch in loader:
         yield batch
-        seen += getattr(loader, "batch_size", None) or 1
-        if seen >= HASHED_SAMPLES:
+        samples += batch_size or 1
+        if samples >= EVALUATION_SAMPLES:
             break
     if hasattr(loader, "__len__"):
         yield len(loader)
 
 
 def _loaders(given: Any) -> Iterable[Any]:
+    """The loaders in any of the forms that Lightning accepts: one, a list or a dict."""
     if isinstance(given, dict):
         return given.values()
     return given if isinstance(given, list | tuple) else [given]
 
 
 def digest_of(value: Any) -> str:
-    """The digest of tensors, arrays, plain values and objects that hold such, nested in any way.
+    """The digest of tensors, arrays, plain values, and objects that hold them at any depth.
 
-    A network counts as its class alone: its weights are digested where they are meant.
+    Of a network only its class counts; :func:`base_fingerprint` digests the model's weights.
     """
     digest = hashlib.sha256()
     _update(digest, value, ())
     return digest.hexdigest()
 
 
-def own_settings(value: Any) -> dict[str, Any]:
-    """The class of an object and those of its attributes that are plain values."""
-    settings = {name: held for name, held in getattr(value, "__dict__", {}).items() if isinstance(held, PLAIN)}
+def plain_settings(value: Any) -> dict[str, Any]:
+    """The class of an object, and its attributes that are plain values."""
+    attributes = getattr(value, "__dict__", {})
+    settings = {name: held for name, held in attributes.items() if isinstance(held, PLAIN)}
     return {"class": type(value), **settings}
 
 
 @cache
 def package_sources() -> str:
-    """The digest of this package's code, stages included."""
+    """The digest of this package's code, built-in stages included."""
     digest = hashlib.sha256()
-    package = Path(pqqp_lightning.__file__).parent  # not this file's folder: all of the package decides the numbers
+    package = Path(pqqp_lightning.__file__).parent  # the whole package: every room can change the numbers
+    # callbacks/ is a symlink in a checkout, and rglob does not follow it in every version of Python.
     for file in sorted([*package.rglob("*.py"), *(package / "callbacks").glob("*.py")]):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 
 
 def sources_of(classes: Iterable[type]) -> list[str]:
-    """Digests of the files that define ``classes`` and their bases, as far as they can be read.
+    """Digests of the source files that define ``classes`` and their bases; unreadable ones are left out.
 
-    A whole file counts, with the functions that stand beside the class; this package's are in :func:`package_sources`.
+    This package's files are left out, too: :func:`package_sources` has them.
     """
-    ours = __name__.partition(".")[0]
-    bases = {base for cls in classes for base in cls.__mro__ if base.__module__.partition(".")[0] != ours}
-    return sorted({_source(base) for base in bases} - {""})
+    this_package = __name__.partition(".")[0]
+    digests = set()
+    for cls in classes:
+        for base in cls.__mro__:
+            if base.__module__.partition(".")[0] != this_package:
+                digests.add(_source_digest(base))
+    return sorted(digests - {""})
 
 
 @cache
-def _source(cls: type) -> str:
+def _source_digest(cls: type) -> str:
+    """The digest of the file of ``cls``, since the class may call functions beside it; empty if unreadable."""
     try:
         file = inspect.getsourcefile(cls)
-        text = Path(file).read_bytes() if file and Path(file).is_file() else inspect.getsource(cls).encode()
+        if file and Path(file).is_file():
+            return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        return hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()  # a class from a notebook
     except (OSError, TypeError):
         return ""
-    return hashlib.sha256(text).hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
-    """The tensor's memory, without a copy where it lies on the processor in one piece."""
+    """The tensor's bytes; a contiguous CPU tensor is not copied."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
 def _update(digest: Any, value: Any, within: tuple[int, ...]) -> None:
-    """Add ``value`` with its type in brackets, so that neither borders nor kinds can be mistaken."""
+    """Add ``value`` to ``digest``; ``within`` holds the ids of the objects around it, to stop at cycles.
+
+    The type and the brackets keep ``["ab"]`` apart from ``["a", "b"]``, and ``1`` from ``"1"``.
+    """
     digest.update(f"({type(value).__module__}.{type(value).__qualname__} ".encode())
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {list(value.shape)} ".encode())
@@ -228,19 +255,19 @@ def _update(digest: Any, value: Any, within: tuple[int, ...]) -> None:
     elif isinstance(value, PLAIN):
         digest.update(repr(value).encode())
     elif isinstance(value, nn.Module):
-        pass
+        pass  # its class alone counts
     elif isinstance(value, type | BuiltinFunctionType):
         digest.update(f"{value.__module__}.{value.__qualname__}".encode())
-    elif id(value) not in within and len(within) < DEEPEST:
+    elif id(value) not in within and len(within) < MAX_DEPTH:
         for part in _parts(value):
             _update(digest, part, (*within, id(value)))
     digest.update(b")")
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    """What an object holds."""
+    """The contents of an object, in an order that does not depend on the process."""
     if isinstance(value, Mapping):
-        return [part for item in value.items() for part in item]
+        return chain.from_iterable(value.items())
     if isinstance(value, set | frozenset):
         return sorted(map(digest_of, value))
     if isinstance(value, list | tuple):
@@ -250,21 +277,22 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, MethodType):
-        return [value.__func__, own_settings(value.__self__)]
-    if isinstance(value, FunctionType):
+        return [value.__func__, plain_settings(value.__self__)]
+    if isinstance(value, FunctionType):  # by its code: an optimizer may be given as a lambda
         return [value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__, *_enclosed(value)]
     if isinstance(value, CodeType):
         return [value.co_code, value.co_names, value.co_consts]
     try:
         return [vars(value)]
     except TypeError:
-        slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+        slots = chain.from_iterable(getattr(cls, "__slots__", ()) for cls in type(value).__mro__)
         return [getattr(value, name, None) for name in slots]
 
 
 def _enclosed(function: FunctionType) -> Iterable[Any]:
+    """The values of the variables that a function takes from the functions around it."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
-        except ValueError:  # not filled yet
+        except ValueError:  # the variable has no value yet
             yield None

@@ -1,7 +1,7 @@
-"""Sequences of stages, each from the same dense model; a common beginning is computed once, whoever asks for it.
+"""Measures sequences of stages from one dense model; a common prefix is computed once for all searches.
 
-The sequences form a tree: a node adds one stage to its parent. One model is in memory; the others lie on the disk as
-packed checkpoints for as long as something may go on from them. What was measured stays in the store.
+The sequences form a tree: a node adds one stage to its parent. One node's model is in memory. The others are packed
+checkpoints on disk, kept while a later sequence may extend them. Measured results stay in the store.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.checkpoint.save import save_checkpoint
 from pqqp_lightning.metrics.samples import Samples, restored
 from pqqp_lightning.network.blocks import model_blocks
-from pqqp_lightning.runs.run_data import DataSource
-from pqqp_lightning.runs.stage_runner import Runner
+from pqqp_lightning.runs.run_data import RunData
+from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.records import Record
@@ -34,15 +34,23 @@ from pqqp_lightning.trials.fingerprint import (
 )
 
 Order = tuple[str, ...]
-"""Stages to apply one after another, by the names that a tree knows them by."""
+"""Names of the stages to apply, in order; a node of the tree. The empty order is the dense model."""
 
-READABLE = 60
-"""Characters of the stages' names in a result's folder name."""
+MAX_NAME_LENGTH = 60
+"""Characters of the stages' names at the start of a result's key; the digest after them identifies it."""
 
 
 def prefixes(order: Order) -> list[Order]:
-    """Every beginning of ``order`` but the empty one."""
+    """Every prefix of ``order``, the shortest first and ``order`` itself last, without the empty one."""
     return [order[:length] for length in range(1, len(order) + 1)]
+
+
+def distinct_prefixes(orders: Iterable[Order]) -> list[Order]:
+    """The prefixes of all ``orders`` without repetition, each before its extensions."""
+    nodes: dict[Order, None] = {}  # a dict keeps the order, unlike a set
+    for order in orders:
+        nodes.update(dict.fromkeys(prefixes(order)))
+    return list(nodes)
 
 
 class PrefixTree:
@@ -51,41 +59,43 @@ class PrefixTree:
     Args:
         trainer: for evaluation and training.
         data: the dense model and its data, set up.
-        stages: by the names that orders call them by; two of them may be the same stage with other knobs, and then have
-            one ``name``: the address of a result tells what was applied, and not what a search calls it.
-        store: where results are looked up and kept.
+        stages: by the names that orders use. A sweep may name one stage several times with other arguments; those
+            share ``Stage.name``, because a result's key says what was applied, not what a search calls it.
+        store: holds the results of all searches.
 
     Attributes:
-        base: the digests of all that results depend on besides the stages, and of what training does, once it is
-            identified.
-        applications: stages applied so far.
-        seconds: what one application with its evaluation took, for each.
+        base: digests of what all results depend on, and of what finetuned ones depend on as well; None before
+            :meth:`identify`.
+        applications: number of stages applied so far.
+        seconds: time of each application including its evaluation.
     """
 
-    def __init__(self, trainer: Trainer, data: DataSource, stages: Mapping[str, Stage], store: ResultStore) -> None:
-        self._trainer, self._data, self._store = trainer, data, store
+    def __init__(self, trainer: Trainer, data: RunData, stages: Mapping[str, Stage], store: ResultStore) -> None:
+        self._trainer = trainer
+        self._data = data
+        self._store = store
         mark_blocks(model_blocks(data.module))
-        self._runner = Runner(trainer, data, keep_samples=True)
+        self._runner = StageRunner(trainer, data, keep_samples=True)
         self._stages = dict(stages)
         self._digests = {name: stage_fingerprint(stage) for name, stage in stages.items()}
         self._results: dict[Order, Result] = {}
         self._samples: dict[tuple[Order, str], Samples | None] = {}
         self.base: tuple[str, str] | None = None
-        self._at: Order | None = ()
+        self._in_memory: Order | None = ()  # the model's node; None while a stage changes it
         self.applications = 0
         self.seconds: list[float] = []
 
     def identify(self) -> None:
-        """Find out what results depend on: from here on they can be looked up."""
+        """Compute the digests that results are looked up by."""
         with self._without_loggers():
             self._runner.resume()
-        self._settle()
+        self._compute_base()
 
     def open(self, check: Callable[[Iterable[str]], object] = lambda names: None) -> Record:
-        """Measure the dense model, or look it up; nothing else can be measured before.
+        """Measure the dense model, or look its result up; call this before :meth:`measure`.
 
         Args:
-            check: is shown the metrics' names, before all of the work.
+            check: called with the metrics' names before any work; may raise.
         """
         if self.base is None:
             self.identify()
@@ -96,116 +106,129 @@ class PrefixTree:
         return self._runner.dense
 
     def open_with(self, dense: Result) -> None:
-        """The same for a dense model that another tree of this trainer has measured on the same evaluation data."""
-        self._settle()
-        self._runner.dense, self._results[()] = dense.record, dense
+        """Open with the dense result of another tree that has the same trainer and evaluation data."""
+        self._compute_base()
+        self._runner.dense = dense.record
+        self._results[()] = dense
 
-    def _settle(self) -> None:
+    def _compute_base(self) -> None:
         self._runner.describe_dense(list(self._stages.values()))
-        trains = any(stage.epochs for stage in self._stages.values())
         base = base_fingerprint(self._trainer, self._data, self._runner.targeted)
-        self.base = base, training_fingerprint(self._trainer, self._data) if trains else ""
+        training = ""
+        if any(stage.epochs for stage in self._stages.values()):  # reading training samples takes a while
+            training = training_fingerprint(self._trainer, self._data)
+        self.base = (base, training)
 
     def key(self, order: Order) -> str:
-        """The address of a result."""
-        assert self.base is not None, "not identified yet"
+        """The key of a result in the store: the stages' names and a digest."""
+        assert self.base is not None, "call identify() first"
         base, training = self.base
         stages = [self._stages[name] for name in order]
-        readable = "+".join(stage.name for stage in stages) or "dense"
-        trained = training if any(stage.epochs for stage in stages) else ""
-        digest = node_fingerprint(base, trained, [self._digests[name] for name in order])
-        return f"{readable[:READABLE]}-{digest[:24]}"
+        names = "+".join(stage.name for stage in stages) or "dense"
+        if not any(stage.epochs for stage in stages):
+            training = ""  # changed training data must not invalidate results without finetuning
+        digest = node_fingerprint(base, training, [self._digests[name] for name in order])
+        return f"{names[:MAX_NAME_LENGTH]}-{digest[:24]}"
 
     def is_known(self, order: Order) -> bool:
-        """Whether the result is there already."""
-        return order in self._results or self._agreed(lambda: self._store.has(self.key(order)))
+        """Whether this or another search has measured ``order``."""
+        return order in self._results or self._ask_first_rank(lambda: self._store.has(self.key(order)))
 
     def missing(self, orders: Iterable[Order]) -> set[Order]:
-        """The sequences whose last stage is to be applied until all ``orders`` are known: those that nobody has
-        measured, and those among their beginnings whose models are not there any more."""
-        found: set[Order] = set()
+        """The nodes whose last stage must be applied to measure all ``orders``.
+
+        These are the unmeasured orders, and their prefixes whose checkpoint was deleted.
+        """
+        missing: set[Order] = set()
         for order in orders:
-            if not self.is_known(order):
-                found.add(order)
-                while order[:-1] and not self.has_model(order[:-1]):
-                    order = order[:-1]
-                    found.add(order)
-        return found
+            if self.is_known(order):
+                continue
+            missing.add(order)
+            parent = order[:-1]
+            while parent and not self.has_model(parent):
+                missing.add(parent)
+                parent = parent[:-1]
+        return missing
 
     def measure(self, order: Order) -> Result:
-        """The result of the dense model after these stages, computed if nobody has computed it."""
+        """The result of the dense model after these stages, looked up or computed."""
         if order not in self._results:
             key = self.key(order)
-            found = self._agreed(lambda: self._store.read(key))
-            if found is None:
+            result = self._ask_first_rank(lambda: self._store.read(key))
+            if result is None:
                 with self._locked(key):
-                    found = self._agreed(lambda: self._store.read(key)) or self._compute(order, key)
-            self._results[order] = found
+                    # Another search may have computed it while this one waited for the lock.
+                    result = self._ask_first_rank(lambda: self._store.read(key)) or self._compute(order, key)
+            self._results[order] = result
         return self._results[order]
 
     @property
     def names(self) -> list[str]:
-        """What orders call the stages, as the tree was given them."""
+        """The stages' names in orders, as given to the tree."""
         return list(self._stages)
 
     def results(self) -> dict[Order, Result]:
-        """All that was measured or looked up, dense model included."""
+        """Every result that this tree has measured or looked up, the dense model's included."""
         return dict(self._results)
 
     def samples(self, order: Order, metric: str) -> Samples | None:
-        """What each evaluation sample adds to ``metric``, if that can be said."""
+        """What each evaluation sample adds to ``metric``; None if it was not recorded."""
         if (order, metric) not in self._samples:
             result = self._results[order]
-            value, states = result.record["metrics"].get(metric), result.samples.get(metric)
-            self._samples[order, metric] = (
-                None if value is None or states is None else restored(self._data.module, states, value)
-            )
+            value = result.record["metrics"].get(metric)
+            states = result.samples.get(metric)
+            samples = None
+            if value is not None and states is not None:
+                samples = restored(self._data.module, states, value)
+            self._samples[order, metric] = samples
         return self._samples[order, metric]
 
     def snapshot(self, order: Order) -> Any:
-        """The folder of the compressed model, computed again if it is not there any more."""
+        """The folder of the compressed model, which is computed again if it was deleted."""
         if not self.has_model(order):
-            if self._at == order:
-                self._at = None  # in memory, but to be written
+            if self._in_memory == order:
+                self._in_memory = None  # makes _go_to apply the stage again, which writes the checkpoint
             self._go_to(order)
         return self._store.snapshot(self._model_key(order))
 
     def take_model(self, order: Order, take: Callable[[Path], None]) -> None:
-        """Call ``take`` with the folder of the compressed model, which no other search drops meanwhile."""
-        key, taken = self._model_key(order), False
+        """Call ``take`` with the folder of the compressed model; no other search can delete it meanwhile."""
+        key = self._model_key(order)
+        taken = False
         while not taken:
             self.snapshot(order)
             with self._locked(key):
-                if taken := self.has_model(order):
+                taken = self.has_model(order)  # another search may have deleted it before the lock was ours
+                if taken:
                     if self._trainer.is_global_zero:
                         take(self._store.snapshot(key))
                     self._trainer.strategy.barrier("taken")
 
     def bring_to(self, order: Order) -> LightningModule:
-        """The one model of the tree, after these stages, until the tree is asked for something else."""
+        """Bring the tree's only model to ``order``; the next call of the tree may change it."""
         self._go_to(order)
         return self._data.module
 
     def compress_alone(self, name: str) -> LightningModule:
-        """The one model of the tree, as this stage alone compresses it; nothing is measured or kept."""
+        """Compress the dense model with one stage; nothing is measured or kept. The next call may change the model."""
         self._go_to(())
-        self._at = None
+        self._in_memory = None
         self._runner.compress(self._stages[name])
         return self._data.module
 
     @property
     def targeted(self) -> list[str]:
-        """The dense model's layers that some stage acts on."""
+        """Names of the dense model's layers that some stage acts on."""
         return self._runner.targeted
 
     @contextmanager
     def walking(self, title: str) -> Iterator[Walk]:
-        """A walk of the model as it is over the calibration data; inside, the model is on the trainer's device."""
+        """Yield a calibration walk of the model in memory, which is on the trainer's device inside."""
         with self._runner.on_device():
             yield self._runner.walk(title, model_blocks(self._data.module))
 
     def drop(self, order: Order) -> None:
-        """Nothing goes on from ``order`` any more."""
+        """Delete the model of ``order``; its result stays."""
         if self._trainer.is_global_zero:
             self._store.drop_snapshot(self._model_key(order))
         self._trainer.strategy.barrier("dropped")
@@ -224,42 +247,47 @@ class PrefixTree:
         return result
 
     def _apply(self, order: Order, measured: Result | None = None) -> Record:
-        """Apply the last stage of ``order``; what was measured before is not measured again."""
-        start, self._at = time.perf_counter(), None
-        stage, folder = self._stages[order[-1]], self._store.snapshot(self.key(order))
+        """Apply the last stage of ``order`` to its parent's model; with a known result, do not evaluate again."""
+        start = time.perf_counter()
+        self._in_memory = None
+        stage = self._stages[order[-1]]
+        folder = self._store.snapshot(self.key(order))
         if measured is not None:
             record = measured.record
             self._runner.apply_again(stage, folder, record)
         else:
             record = self._runner.apply(stage, folder, half=False)
-            record.pop("logged_steps", None)  # where the loggers were: this process's history, not the result's
+            record.pop("logged_steps", None)  # depends on what this process ran before, unlike the result
             self.seconds.append(time.perf_counter() - start)
-        self._at = order
+        self._in_memory = order
         self.applications += 1
         return record
 
     def _go_to(self, order: Order) -> None:
-        """Bring the model to ``order``."""
+        """Bring the model in memory to ``order``: load its checkpoint, or apply its stages again."""
         self._keep_dense()
-        if self._at == order:
+        if self._in_memory == order:
             return
         key = self._model_key(order)
         with self._locked(key):
             if self.has_model(order):
-                self._at = None
+                self._in_memory = None  # should loading fail, the model is of no node
                 self._runner.load(self._store.snapshot(key))
-                self._at = order
-            elif order:  # dropped since it was measured
-                measured = self._results.get(order) or self._agreed(lambda: self._store.read(key))
+                self._in_memory = order
+            elif order:  # its checkpoint was deleted after the measurement
+                measured = self._results.get(order) or self._ask_first_rank(lambda: self._store.read(key))
                 self._go_to(order[:-1])
                 self._apply(order, measured)
             else:
                 raise RuntimeError("the dense model was dropped before the search's end")
 
     def _keep_dense(self) -> None:
-        """Save the dense model as long as it is in memory: it cannot be computed again, and another search may have
-        measured all that begins with it, so that the first thing this one does is to load what goes on from there."""
-        if self._at != () or self.has_model(()):
+        """Save the dense model before the model in memory changes, because it cannot be computed again.
+
+        Measuring it is not the place: another search may have measured it already, and then this one only reads its
+        result and loads a later node over it.
+        """
+        if self._in_memory != () or self.has_model(()):
             return
         key = self._model_key(())
         with self._locked(key):
@@ -268,23 +296,33 @@ class PrefixTree:
             self._trainer.strategy.barrier("dense")
 
     def has_model(self, order: Order) -> bool:
-        """Whether the compressed model is there to go on from."""
-        return self._agreed(lambda: self._store.has_snapshot(self._model_key(order)))
+        """Whether the checkpoint of ``order`` exists, so that later stages can be applied to it."""
+        return self._ask_first_rank(lambda: self._store.has_snapshot(self._model_key(order)))
 
     def _model_key(self, order: Order) -> str:
-        """Where the model lies. The dense one cannot be computed again: another search that ends must not drop it."""
+        """The key of the node's checkpoint.
+
+        Searches share compressed models, but each has its own copy of the dense one, under its run folder's digest: it
+        cannot be computed again when another search ends and deletes it.
+        """
         if order:
             return self.key(order)
         folder = str(Path(self._trainer.default_root_dir).resolve())
         return f"{self.key(())}-{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
 
-    def _agreed(self, ask: Callable[[], Any]) -> Any:
-        """The first rank's answer, on every rank."""
+    def _ask_first_rank(self, ask: Callable[[], Any]) -> Any:
+        """Call ``ask`` on the first rank and return its answer on every rank.
+
+        The store changes while ranks look at it. Ranks with different answers would take different branches.
+        """
         answer = ask() if self._trainer.is_global_zero else None
-        return self._trainer.strategy.broadcast(answer) if self._trainer.world_size > 1 else answer
+        if self._trainer.world_size > 1:
+            answer = self._trainer.strategy.broadcast(answer)
+        return answer
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
+        """Hold the store's lock of ``key`` against other searches, on the first rank for all."""
         if not self._trainer.is_global_zero:
             yield
             return
@@ -293,8 +331,9 @@ class PrefixTree:
 
     @contextmanager
     def _without_loggers(self) -> Iterator[None]:
-        """Nothing is written to the run folder yet."""
-        loggers, self._trainer.loggers = self._trainer.loggers, []
+        """Take the loggers away inside: the run folder must stay untouched until all checks have passed."""
+        loggers = self._trainer.loggers
+        self._trainer.loggers = []
         try:
             yield
         finally:

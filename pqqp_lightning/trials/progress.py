@@ -1,4 +1,4 @@
-"""How long a search may take, and what it says while it runs."""
+"""The time limit of a search, and the progress lines that it prints."""
 
 from __future__ import annotations
 
@@ -11,29 +11,34 @@ from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 
 
 class TimeLimit:
-    """Minutes from now on, by the first process's clock; None for no limit."""
+    """A limit in minutes from its construction; None for no limit. Every process follows the first one's clock."""
 
     def __init__(self, trainer: Trainer, minutes: float | None) -> None:
-        self._trainer, self.minutes, self._start = trainer, minutes, time.monotonic()
+        self._trainer = trainer
+        self.minutes = minutes
+        self._start = time.monotonic()
 
     def is_over(self) -> bool:
         """Whether the time is up."""
         if self.minutes is None:
             return False
         over = time.monotonic() - self._start > 60 * self.minutes
-        return self._trainer.strategy.broadcast(over) if self._trainer.world_size > 1 else over
+        if self._trainer.world_size > 1:
+            # Processes that stopped at different nodes would wait for each other forever.
+            over = self._trainer.strategy.broadcast(over)
+        return over
 
 
 @dataclass
 class Progress:
-    """A line for each node that was computed, with what the rest may take.
+    """Prints a line for each computed node, with an estimate of the remaining time.
 
     Attributes:
-        command: that the lines are of.
-        trainer: shows progress bars, or not.
-        tree: counts the applications.
-        most: applications when all is done; may be set until the first line.
-        bound: "at most " where it may become fewer.
+        command: name at the start of each line.
+        trainer: without a progress bar, no lines are printed.
+        tree: counts the applications of stages.
+        most: applications that the whole search needs; set before the first line.
+        bound: "at most " if the search may need fewer.
     """
 
     command: str
@@ -43,15 +48,18 @@ class Progress:
     bound: str = ""
 
     def measured(self, node: Order, at_once: int = 1) -> None:
-        """Say that ``node`` was computed, by one of ``at_once`` who work at the same time."""
+        """Print that ``node`` was computed; ``at_once`` nodes are computed in parallel."""
         if not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None:
             return
-        left, taken = self.most - self.tree.applications, self.tree.seconds
-        about = duration(sum(taken) / max(1, len(taken)) * left / max(1, min(at_once, left)))
-        rest = f"; {self.bound}{left} left, about {about}" if left > 0 else ""
+        remaining = self.most - self.tree.applications
+        rest = ""
+        if remaining > 0:
+            mean_s = sum(self.tree.seconds) / max(1, len(self.tree.seconds))
+            estimate_s = mean_s * remaining / max(1, min(at_once, remaining))
+            rest = f"; {self.bound}{remaining} left, about {format_duration(estimate_s)}"
         print(f"{self.command}: {' -> '.join(node)} measured{rest}", flush=True)
 
 
-def duration(seconds: float) -> str:
-    """For people."""
+def format_duration(seconds: float) -> str:
+    """Seconds up to a minute and a half, minutes above: ``45 s``, ``3 min``."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

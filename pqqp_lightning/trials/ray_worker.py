@@ -1,4 +1,4 @@
-"""What a process of Ray does for a search: the same as the driver would, with a copy of what the driver has."""
+"""The task of a Ray worker: it measures a node as the driver would, with a copy of the driver's search."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from ray import cloudpickle
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 
-SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
-"""Environment variables that decide the numbers."""
+RESULT_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
+"""Environment variables that change the numbers."""
 
-LATEST_S = 60.0
-"""So long may a network file system hide a new file."""
+VISIBLE_WITHIN_S = 60.0
+"""A network file system shows a new file on other machines within this time."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a worker takes over from the driver's process.
+    """The driver's process state that a worker adopts.
 
     Attributes:
-        search: the one that a task is of.
-        base: the driver's digests of all that results depend on besides the stages.
+        search: identifies the search of a task.
+        base: the driver's ``PrefixTree.base``.
         folder: the working folder.
-        path: where modules are imported from.
-        environment: those of :data:`SEED_VARIABLES` that are set.
-        threads: torch's.
+        path: ``sys.path``.
+        environment: those of :data:`RESULT_VARIABLES` that are set.
+        threads: torch's number of threads.
         numerics: torch's switches, from :func:`read_numerics`.
     """
 
@@ -53,12 +53,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a task did; the result itself is in the store.
+    """What a task did; its result is in the store.
 
     Attributes:
-        applications: stages applied.
-        seconds: what one of them took, for each.
-        problems: what the user has to put right.
+        applications: number of stages applied.
+        seconds: time of each application.
+        problems: what the user must put right.
     """
 
     applications: int = 0
@@ -67,61 +67,65 @@ class Outcome:
 
 
 _trees: dict[str, PrefixTree] = {}
-"""This process's copy of the latest search's tree."""
+"""This process's copy of the latest search's tree, by search; a Ray worker runs many tasks."""
 
 
-def pack(trainer: Trainer, tree: PrefixTree) -> bytes:
-    """The copy that workers get; ``tree`` is not open yet."""
+def pickle_search(trainer: Trainer, tree: PrefixTree) -> bytes:
+    """Pickle the search for the workers; ``tree`` must not be open yet."""
     return cloudpickle.dumps((trainer, tree))
 
 
-def settings_of(search: str, base: tuple[str, str] | None) -> Settings:
-    """This process's."""
-    environment = {name: os.environ[name] for name in SEED_VARIABLES if name in os.environ}
+def read_settings(search: str, base: tuple[str, str] | None) -> Settings:
+    """Read the settings of this process."""
+    environment = {name: os.environ[name] for name in RESULT_VARIABLES if name in os.environ}
     path = [entry or os.getcwd() for entry in sys.path]
     return Settings(search, base, os.getcwd(), path, environment, torch.get_num_threads(), read_numerics())
 
 
 def run_node(settings: Settings, copy: list[Any], node: Order, keep: bool, again: bool) -> Outcome:
-    """Measure ``node``, unless somebody has.
+    """Measure ``node``, unless its result is in the store.
 
     Args:
         settings: the driver's.
-        copy: a reference to what :func:`pack` made, in a list, so that Ray does not read it for every task.
-        node: its parent's model is in the store.
-        keep: the model is needed too, for the nodes that go on from it.
-        again: a worker was lost over it, perhaps after it had written the result: that application counts.
+        copy: a reference to :func:`pickle_search`'s bytes, inside a list, because Ray would fetch a bare reference for
+            every task.
+        node: the node to measure; its parent's model is in the store.
+        keep: make sure that the node's model is in the store, for its children.
+        again: a worker died while measuring the node. It may have written the result, so its application counts.
     """
     try:
         tree = _tree_of(settings, copy)
-        before, timed = tree.applications, len(tree.seconds)
+        applications_before = tree.applications
+        timed_before = len(tree.seconds)
         if node[:-1]:
-            soon(lambda: tree.has_model(node[:-1]))
+            wait_until(lambda: tree.has_model(node[:-1]))
         tree.measure(node)
         if keep:
             tree.snapshot(node)
     except RecipeError as error:
         return Outcome(problems=error.problems)
-    return Outcome(max(tree.applications - before, int(again)), tree.seconds[timed:])
+    return Outcome(max(tree.applications - applications_before, int(again)), tree.seconds[timed_before:])
 
 
-def soon(ask: Callable[[], bool]) -> bool:
-    """Whether that becomes true while a network file system may still hide a new file."""
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """Wait for a file of another machine to appear; returns whether ``condition`` became true in time."""
     start = time.monotonic()
-    while not (true := ask()) and time.monotonic() - start < LATEST_S:
+    while not condition():
+        if time.monotonic() - start >= VISIBLE_WITHIN_S:
+            return False
         time.sleep(0.5)
-    return true
+    return True
 
 
-def not_shared(folder: str) -> Problem:
-    """This machine does not see what another one wrote."""
+def not_shared_problem(folder: str) -> Problem:
+    """The problem to report if this machine does not see the files of another one."""
     text = f"needs shared files: {socket.gethostname()} does not see the same files in {folder} as the other machines"
     way_out = "Work in a folder, with a store, that all machines share under one path, or use --executor local."
     return Problem("executor", "ray", text, way_out)
 
 
 def read_numerics() -> dict[str, Any]:
-    """The switches of torch that decide the numbers."""
+    """Read torch's switches that change the numbers."""
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -131,26 +135,20 @@ def read_numerics() -> dict[str, Any]:
     }
 
 
-def _set_numerics(found: dict[str, Any]) -> None:
-    torch.use_deterministic_algorithms(found["deterministic"], warn_only=found["warn_only"])
-    torch.set_float32_matmul_precision(found["precision"])
-    torch.set_default_dtype(found["dtype"])
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = found["cudnn"]
-
-
 def _tree_of(settings: Settings, copy: list[Any]) -> PrefixTree:
-    """The tree of this search, open; made by the first task that a process gets.
+    """The open tree of this search; a process's first task unpickles and opens it.
 
     Raises:
-        RecipeError: this process would measure something else than the driver, or where the driver does not look.
+        RecipeError: this process would get other results than the driver, or does not see the driver's files.
     """
     if settings.search not in _trees:
         if not Path(settings.folder).is_dir():
-            raise RecipeError(not_shared(settings.folder))
-        _take_over(settings)
+            raise RecipeError(not_shared_problem(settings.folder))
+        _adopt(settings)
         trainer, tree = cloudpickle.loads(ray.get(copy[0]))
-        _leave_the_terminal(trainer)
+        _redirect_output(trainer)
         tree.identify()
+        # Equal digests mean equal model, data, packages and code: only then is a result of this process the driver's.
         if tree.base != settings.base:
             text = (
                 f"needs the same model, data, packages and code on every machine: {socket.gethostname()} would give "
@@ -161,26 +159,31 @@ def _tree_of(settings: Settings, copy: list[Any]) -> PrefixTree:
                 "to a module, or use --executor local."
             )
             raise RecipeError(Problem("executor", "ray", text, way_out))
-        if not soon(lambda: tree.is_known(())):
-            raise RecipeError(not_shared(settings.folder))
+        if not wait_until(lambda: tree.is_known(())):  # the driver has measured the dense model
+            raise RecipeError(not_shared_problem(settings.folder))
         tree.open()
-        _trees.clear()
+        _trees.clear()  # an earlier search's model would stay in memory
         _trees[settings.search] = tree
     return _trees[settings.search]
 
 
-def _take_over(settings: Settings) -> None:
+def _adopt(settings: Settings) -> None:
+    """Make this process compute as the driver does."""
     os.chdir(settings.folder)
     sys.path[:0] = [entry for entry in settings.path if entry not in sys.path]
-    for name in SEED_VARIABLES:
+    for name in RESULT_VARIABLES:
         os.environ.pop(name, None)
     os.environ.update(settings.environment)
     torch.set_num_threads(settings.threads)
-    _set_numerics(settings.numerics)
+    numerics = settings.numerics
+    torch.use_deterministic_algorithms(numerics["deterministic"], warn_only=numerics["warn_only"])
+    torch.set_float32_matmul_precision(numerics["precision"])
+    torch.set_default_dtype(numerics["dtype"])
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = numerics["cudnn"]
 
 
-def _leave_the_terminal(trainer: Trainer) -> None:
-    """No progress bars; logs of training go to a file of this process."""
+def _redirect_output(trainer: Trainer) -> None:
+    """Remove progress bars, and log training to a file of this process: two processes must not share one."""
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ProgressBar)]
     if trainer.loggers:
         version = f"ray-{socket.gethostname()}-{os.getpid()}"

@@ -1,4 +1,4 @@
-"""Which order is best, by how much, and how sure that is: scores and paired intervals of what a tree has measured."""
+"""The verdict on measured orders: which one is best, by how much, and whether the data can tell them apart."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pqqp_lightning.trials.strategies import nearest_order
 
 LOWER_IS_BETTER = ("perplexity", "loss", "error", "mse", "mae", "rmse")
 HIGHER_IS_BETTER = ("top1", "top5", "accuracy", "acc", "f1", "auroc", "precision", "recall", "r2")
-LARGER = 1.01
-"""An order is marked that ends more than 1% larger than the smallest."""
+MAX_SIZE_RATIO = 1.01
+"""Orders more than 1% larger than the smallest one are marked: their scores are not at equal size."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """M of one node minus that of another, with its paired bootstrap interval where there is one."""
+    """M of one node minus M of another, with the ends of its paired bootstrap interval if there is one."""
 
     value: float | None
     low: float | None = None
@@ -32,22 +32,30 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval holds no 0."""
+        """Whether the interval excludes 0."""
         return leaves_zero_out(self.low, self.high)
 
     def plain(self) -> dict[str, float | None]:
-        """For the report."""
+        """The difference as plain data for the report."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
 class Judge:
-    """Scores nodes of ``tree`` by ``metric``."""
+    """Scores the nodes of a tree.
+
+    Args:
+        tree: measures the nodes.
+        metric: name of the metric.
+        higher: whether a higher value is better.
+    """
 
     def __init__(self, tree: PrefixTree, metric: str, higher: bool) -> None:
-        self.tree, self.metric, self.higher = tree, metric, higher
+        self.tree = tree
+        self.metric = metric
+        self.higher = higher
 
     def score(self, order: Order) -> float:
-        """M: higher is better; minus infinity where the metric is not finite. Measures what is not measured yet."""
+        """M of a node, measured if unknown: the metric, negated if lower is better; -inf if it is not finite."""
         value = self.tree.measure(order).record["metrics"][self.metric]
         if value is None:
             return float("-inf")
@@ -58,66 +66,86 @@ class Judge:
         return self.score(a) > self.score(b)
 
     def intensities(self, names: Sequence[str]) -> dict[str, float]:
-        """M of the dense model minus M after each stage alone, for those that were measured alone."""
+        """M of the dense model minus M after each stage alone; stages not measured alone are left out."""
         known = self.tree.results()
-        return {name: self.score(()) - self.score((name,)) for name in names if (name,) in known}
+        dense = self.score(())
+        return {name: dense - self.score((name,)) for name in names if (name,) in known}
 
     def difference(self, a: Order, b: Order, confidence: float = CONFIDENCE) -> Difference:
-        """M(a) - M(b)."""
-        first, second = self.score(a), self.score(b)
-        if max(abs(first), abs(second)) == float("inf"):
+        """M(a) - M(b); its interval holds with ``confidence``."""
+        score_a = self.score(a)
+        score_b = self.score(b)
+        if max(abs(score_a), abs(score_b)) == float("inf"):
             return Difference(None)
-        x, y = self.tree.samples(a, self.metric), self.tree.samples(b, self.metric)
-        if x is None or y is None:
-            return Difference(first - second)
-        found = interval(x, y, sign=1.0 if self.higher else -1.0, confidence=confidence)
-        return Difference(first - second, *(found or ()))
+        samples_a = self.tree.samples(a, self.metric)
+        samples_b = self.tree.samples(b, self.metric)
+        if samples_a is None or samples_b is None:
+            return Difference(score_a - score_b)
+        ends = interval(samples_a, samples_b, sign=1.0 if self.higher else -1.0, confidence=confidence)
+        return Difference(score_a - score_b, *(ends or ()))
 
     def interval(self, order: Order) -> list[float] | None:
-        """The metric's own interval."""
+        """The ends of the metric's own 95% interval, if there is one."""
         samples = self.tree.samples(order, self.metric)
-        found = interval(samples) if samples is not None else None
-        return list(found) if found else None
+        if samples is None:
+            return None
+        ends = interval(samples)
+        return None if ends is None else list(ends)
 
     def decide(self, measured: Sequence[Order], comparable_only: bool = False) -> Verdict:
-        """The verdict on the orders that were measured; with ``comparable_only`` on those without a mark, if any."""
+        """Rank the measured orders.
+
+        Args:
+            measured: the orders.
+            comparable_only: leave out marked orders, unless all are marked.
+        """
         marks = self.marks(measured)
-        left = [order for order in measured if not (comparable_only and marks[order])] or list(measured)
-        ranked = sorted(left, key=self.score, reverse=True)
+        competing = list(measured)
+        if comparable_only:
+            competing = [order for order in measured if not marks[order]] or competing
+        ranked = sorted(competing, key=self.score, reverse=True)
         confidence = self._joint_confidence(ranked)
         leads = {order: self.difference(ranked[0], order, confidence) for order in ranked[1:]}
-        return Verdict(self, ranked, marks, leads, [order for order in measured if order not in left])
+        return Verdict(self, ranked, marks, leads, [order for order in measured if order not in competing])
 
     def _joint_confidence(self, orders: Sequence[Order]) -> float:
-        """At which all comparisons together hold with 95%, although the best was chosen on the same samples."""
-        found = [self.tree.samples(order, self.metric) for order in orders]
-        known = [samples for samples in found if samples is not None and bool(samples.draws.isfinite().all())]
-        same = {len(samples.states) for samples in known}
-        return joint_confidence(known) if len(known) > 1 and len(same) == 1 else CONFIDENCE
+        """The confidence per comparison at which all hold together with 95%.
+
+        It is higher than 95%, because the best order is chosen on the samples that it is compared on.
+        """
+        comparable = []
+        for order in orders:
+            samples = self.tree.samples(order, self.metric)
+            if samples is not None and bool(samples.draws.isfinite().all()):
+                comparable.append(samples)
+        sizes = {len(samples.states) for samples in comparable}
+        if len(comparable) < 2 or len(sizes) > 1:
+            return CONFIDENCE
+        return joint_confidence(comparable)
 
     def marks(self, measured: Sequence[Order]) -> dict[Order, list[str]]:
-        """Why an order cannot be compared with the others, in a few words."""
+        """The reasons, in a few words, why an order cannot be compared with the others; empty if it can."""
         records = {order: self.tree.measure(order).record for order in measured}
-        least = min(record["size_bytes"] for record in records.values())
-        found: dict[Order, list[str]] = {}
+        smallest = min(record["size_bytes"] for record in records.values())
+        marks: dict[Order, list[str]] = {}
         for order, record in records.items():
-            found[order] = []
-            if record["size_bytes"] > LARGER * least:
-                found[order].append(f"{record['size_bytes'] / least:.2f} times as large as the smallest")
+            marks[order] = []
+            if record["size_bytes"] > MAX_SIZE_RATIO * smallest:
+                marks[order].append(f"{record['size_bytes'] / smallest:.2f} times as large as the smallest")
             if any(self.tree.measure(prefix).record["undone"] for prefix in prefixes(order)):
-                found[order].append("lost a constraint")
-        return found
+                marks[order].append("lost a constraint")
+        return marks
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a search found.
+    """The ranking of a search's orders.
 
     Attributes:
-        judge: has measured.
-        ranked: the orders, best first.
-        marks: why some cannot be compared.
-        leads: M of the best minus that of each other one; their intervals hold together with 95%.
+        judge: gave the scores.
+        ranked: the competing orders, best first.
+        marks: reasons why an order cannot be compared with the others, for each measured order.
+        leads: M of the best order minus M of each other one; the intervals hold together with 95%.
         left_out: measured orders that do not compete, because they are marked.
     """
 
@@ -133,46 +161,50 @@ class Verdict:
         return self.ranked[0]
 
     def sentence(self) -> str:
-        """The verdict for people."""
+        """The verdict in words."""
         return self._lead() + self._caveat()
 
     def _caveat(self) -> str:
-        """Why the best order's lead is not the order's alone, where others stand without a mark."""
-        if not (marks := self.marks[self.best]) or all(self.marks[order] for order in self.ranked):
+        """A warning if the best order is marked and another one is not: the order may not be the reason of its lead."""
+        marks = self.marks[self.best]
+        if not marks or all(self.marks[order] for order in self.ranked):
             return ""
         return f" But it cannot be compared: {'; '.join(marks)}. --comparable_only true leaves such orders out."
 
     def _lead(self) -> str:
-        best, metric = " -> ".join(self.best), self.judge.metric
+        metric = self.judge.metric
         value = self.judge.tree.measure(self.best).record["metrics"][metric]
-        shown = f"{best} ({metric} {number_words(value)})"
+        best = f"{' -> '.join(self.best)} ({metric} {format_number(value)})"
         if value is None:
             return f"No order has a finite {metric}."
         if not self.leads:
-            return f"{shown} is the only order that {'is comparable' if self.left_out else 'was measured'}."
+            return f"{best} is the only order that {'is comparable' if self.left_out else 'was measured'}."
         finite = {order: lead for order, lead in self.leads.items() if lead.value is not None}
         broken = [order for order in self.leads if order not in finite]
-        also = f"; {metric} is not finite after {_listed(broken)}" if broken else ""
+        broken_words = f"; {metric} is not finite after {_join_orders(broken)}" if broken else ""
         if not finite:
-            return f"{shown} is best{also}."
+            return f"{best} is best{broken_words}."
         if any(lead.low is None for lead in finite.values()):
             equal = [order for order, lead in finite.items() if lead.value == 0]
-            beside = f", and so is {_listed(equal)}" if equal else ""
-            unsure = "its lead has no interval, which takes a torchmetrics metric that adds up over two samples or more"
-            return f"{shown} is best{beside}; {unsure}{also}."
-        tied = [order for order, lead in finite.items() if not lead.is_clear]
-        if len(tied) == len(finite):
-            words = f"{shown} is best, but its lead over no other order is clear"
-            return f"No evidence that the order matters here: {words}{also}."
-        first = next(order for order in self.ranked[1:] if order not in tied)
-        lead = self.leads[first]
-        ahead, low, high = map(number_words, (lead.value, lead.low, lead.high))
-        beaten = f"; no evidence that it beats {_listed(tied)}" if tied else ""
-        return f"{shown} is best, ahead of {' -> '.join(first)} by {ahead} ({low} to {high}){beaten}{also}."
+            equal_words = f", and so is {_join_orders(equal)}" if equal else ""
+            reason = "its lead has no interval, which needs a torchmetrics metric that sums over two samples or more"
+            return f"{best} is best{equal_words}; {reason}{broken_words}."
+        unclear = [order for order, lead in finite.items() if not lead.is_clear]
+        if len(unclear) == len(finite):
+            words = f"{best} is best, but its lead over no other order is clear"
+            return f"No evidence that the order matters here: {words}{broken_words}."
+        # The nearest order that is clearly behind: a lead over an unclear one would claim too much.
+        behind = next(order for order in self.ranked[1:] if order not in unclear)
+        lead = self.leads[behind]
+        ends = f"({format_number(lead.low)} to {format_number(lead.high)})"
+        unclear_words = f"; no evidence that it beats {_join_orders(unclear)}" if unclear else ""
+        lead_words = f"ahead of {' -> '.join(behind)} by {format_number(lead.value)} {ends}"
+        return f"{best} is best, {lead_words}{unclear_words}{broken_words}."
 
     def report(self) -> dict[str, Any]:
-        """Plain data for ``order.json``."""
-        judge, dense = self.judge, self.judge.tree.measure(()).record
+        """The content of ``order.json`` as plain data."""
+        judge = self.judge
+        dense = judge.tree.measure(()).record
         second = self.ranked[1] if self.leads else None
         return {
             "versions": package_versions(),
@@ -190,10 +222,11 @@ class Verdict:
         }
 
     def _intensities(self) -> dict[str, float]:
-        """In the recipe's order, whichever order is best."""
+        """The stages' intensities, in the recipe's order of stages."""
         return self.judge.intensities([name for name in self.judge.tree.names if name in self.best])
 
     def _entry(self, order: Order, dense: Record) -> dict[str, Any]:
+        """One order of the report, with the records of its prefixes."""
         records = [self.judge.tree.measure(prefix).record for prefix in prefixes(order)]
         return {
             "order": list(order),
@@ -206,56 +239,67 @@ class Verdict:
         }
 
     def _advantages(self) -> dict[str, dict[str, float | None]]:
-        """A(f1->f2) = M(f2(f1(model))) - M(f1(f2(model))) of each pair, from the orders that begin with it."""
-        known, found = self.judge.tree.results(), {}
-        for first, second in permutations(sorted({name for order in self.ranked for name in order}), 2):
+        """A(f1->f2) = M(f2(f1(model))) - M(f1(f2(model))) of each pair of stages that was measured both ways."""
+        known = self.judge.tree.results()
+        names = sorted(set().union(*self.ranked))
+        advantages = {}
+        for first, second in permutations(names, 2):
             if (first, second) in known and (second, first) in known:
-                found[f"{first}->{second}"] = self.judge.difference((first, second), (second, first)).plain()
-        return found
+                advantage = self.judge.difference((first, second), (second, first))
+                advantages[f"{first}->{second}"] = advantage.plain()
+        return advantages
 
     def _hypothesis(self) -> dict[str, Any] | None:
-        """The order from the weakest stage to the strongest, and how far it is from the best one.
+        """The order from the weakest stage to the strongest, and how far it is behind the best one.
 
-        Of stages that are equally strong the recipe's first stands first, so that the best order has no say in it.
+        None if a stage was not measured alone, or only one order competes.
         """
         intensity = self._intensities()
         if len(intensity) < len(self.best) or len(self.ranked) < 2:
             return None
-        wanted = tuple(sorted(intensity, key=lambda name: intensity[name]))
-        order = nearest_order(wanted, sorted(self.ranked, key=lambda order: [*map(wanted.index, order)]))
+        # Equally strong stages stay in the recipe's order: choosing the better order would favour the hypothesis.
+        predicted = tuple(sorted(intensity, key=lambda name: intensity[name]))
+        # For the same reason, equally near orders are sorted by the prediction, not by their scores.
+        candidates = sorted(self.ranked, key=lambda order: [predicted.index(name) for name in order])
+        order = nearest_order(predicted, candidates)
         behind = Difference(0.0, 0.0, 0.0) if order == self.best else self.leads[order]
         strengths = list(intensity.values())
         equal = [name for name, value in intensity.items() if strengths.count(value) > 1]
-        return {"order": list(order), "exactly": order == wanted, "equal": equal, "behind": behind.plain()}
+        return {"order": list(order), "exactly": order == predicted, "equal": equal, "behind": behind.plain()}
 
 
 def deciding_metric(
     module: LightningModule, metrics: Iterable[str], metric: str | None, higher: bool | None
 ) -> tuple[str, bool]:
-    """The metric that decides, and whether more of it is better.
+    """Choose the metric that ranks the orders, and its direction.
 
     Args:
-        module: may say both (``primary_metric``, ``higher_is_better``).
-        metrics: the names of what is measured.
-        metric: what the user wants.
-        higher: what the user says.
+        module: may have ``primary_metric`` and ``higher_is_better``.
+        metrics: names of the measured metrics.
+        metric: the user's choice; None takes the module's, else the first one measured.
+        higher: whether higher is better, if the user says so.
+
+    Returns:
+        The metric's name, and whether a higher value is better.
 
     Raises:
-        RecipeError: it is not measured, or its direction is not known.
+        RecipeError: the metric is not measured, or its direction is unknown.
     """
-    own, metrics = getattr(module, "primary_metric", None), list(metrics)
-    chosen = metric or own or next(iter(metrics), "")
+    primary = getattr(module, "primary_metric", None)
+    metrics = list(metrics)
+    chosen = metric or primary or next(iter(metrics), "")
     if not metrics:
         way_out = "Look at limit_val_batches and validation_step."
         raise RecipeError(Problem(text="the evaluation measured nothing", way_out=way_out).within("trainer"))
     if chosen not in metrics:
         raise RecipeError(Problem("metric", chosen, "is not measured", suggest(chosen, metrics).strip()))
-    if higher is None and chosen == own:
+    if higher is None and chosen == primary:
         higher = getattr(module, "higher_is_better", None)
-    word = chosen.lower()
-    if higher is None and any(w in word for w in LOWER_IS_BETTER):
+    # The losses come first: "accuracy_loss" is a loss.
+    name = chosen.lower()
+    if higher is None and any(word in name for word in LOWER_IS_BETTER):
         higher = False
-    if higher is None and any(w in word for w in HIGHER_IS_BETTER):
+    if higher is None and any(word in name for word in HIGHER_IS_BETTER):
         higher = True
     if higher is None:
         text = "is unknown: higher values may be better or worse"
@@ -263,11 +307,14 @@ def deciding_metric(
     return chosen, higher
 
 
-def number_words(value: float | None) -> str:
-    """A metric's value in a sentence."""
+def format_number(value: float | None) -> str:
+    """A metric's value with four digits; ``-`` if there is none."""
     return "-" if value is None else f"{value:.4g}"
 
 
-def _listed(orders: Sequence[Order]) -> str:
-    shown = [" -> ".join(order) for order in orders[:3]]
-    return ", ".join(shown) + (f" and {len(orders) - 3} more" if len(orders) > 3 else "")
+def _join_orders(orders: Sequence[Order]) -> str:
+    """The first three orders, and how many more there are."""
+    words = ", ".join(" -> ".join(order) for order in orders[:3])
+    if len(orders) > 3:
+        words += f" and {len(orders) - 3} more"
+    return words
