@@ -90,7 +90,7 @@ def _check_name(setting: Setting, command: str, settings: Sequence[Setting]) -> 
             way_out = f"Remove it, or run pqqp-lightning {owners[0]}."
         else:
             text = f"Unknown option '{dashes}{name}'" if dashes else f"Unknown section '{name}'"
-            way_out = _suggest_name(setting, known, settings)
+            way_out = _suggest_name(setting, command, known, settings)
         return [Problem(name, text=text, way_out=way_out, source=where, complete=True)]
     if setting.value is NO_VALUE:
         kinds = {action.dest: getattr(action, "_typehint", None) for action in option_parser(command)._actions}
@@ -99,7 +99,7 @@ def _check_name(setting: Setting, command: str, settings: Sequence[Setting]) -> 
     return []
 
 
-def _suggest_name(setting: Setting, known: set[str], settings: Sequence[Setting]) -> str:
+def _suggest_name(setting: Setting, command: str, known: set[str], settings: Sequence[Setting]) -> str:
     """What an unknown option or section may have been meant for: another one, a stage, or an argument of a stage."""
     name = setting.key.split(".")[0]
     if setting.where != COMMAND_LINE:
@@ -110,7 +110,7 @@ def _suggest_name(setting: Setting, known: set[str], settings: Sequence[Setting]
     near = near_miss(f"--{name}", [f"--{option}" for option in (*known, "config", "print_config")], cutoff=0.7)
     if not near and any(name in arguments_of(cls) for cls in known_stages().values()):
         return f"An argument of a stage is given as --stages.NAME.{name} VALUE."
-    return near.strip() or "pqqp-lightning COMMAND --help lists the options."
+    return near.strip() or f"pqqp-lightning {command} --help lists the options."
 
 
 def _check_options(command: str, settings: Sequence[Setting]) -> list[Problem]:
