@@ -274,5 +274,7 @@ class Stage(Callback):
 
     def _no_layer(self, candidates: Iterable[str]) -> Problem:
         """``targets`` and ``ignore`` leave none of ``candidates``, the model's layers."""
-        text = f"and ignore={self.ignore} leave no layer"
-        return Problem("targets", self.targets, text, f"The model has {shorten(candidates)}.")
+        way_out = f"The model has {shorten(candidates)}."
+        if self.targets is None:
+            return Problem("ignore", self.ignore, "leaves no layer", way_out)
+        return Problem("targets", self.targets, f"and ignore={self.ignore} leave no layer", way_out)
