@@ -369,7 +369,7 @@ def test_python_raises_every_problem_at_once(folder):
     with pytest.raises(RecipeError, match=re.escape("sparsity=1.5")) as caught:
         trainer.fit(model(), datamodule=TokenData("nothing.npy", "evaluation.npy"))
     assert [str(problem) for problem in caught.value.problems] == [
-        f"data: calibration='nothing.npy': there is no such file (looked at {folder}/nothing.npy).",
+        f"data: calibration='nothing.npy' does not exist (looked at {folder}/nothing.npy).",
         "stages.magnitude (Magnitude): sparsity=1.5 is not in (0, 1). 0.5 removes half of the weights.",
         "stages.rtn (RTN): bits=9 is not between 2 and 8.",
     ]

@@ -564,7 +564,7 @@ WRONG = [
     ),
     Wrong(
         "options that predict does not heed",
-        ["command line: max_runs=2 ~ strategy=predict", "command line: executor='ray' ~ strategy=predict"],
+        ["command line: max_runs=2 ~ strategy='predict'", "command line: executor='ray' ~ strategy='predict'"],
         "--strategy predict --max_runs 2 --executor ray",
         command="order --config recipe.yaml",
     ),
