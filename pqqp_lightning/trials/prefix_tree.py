@@ -155,10 +155,10 @@ class PrefixTree:
         """What each evaluation sample adds to ``metric``, if that can be said."""
         if (order, metric) not in self._samples:
             result = self._results[order]
-            value, states = result.record["metrics"].get(metric), result.samples.get(metric)
-            self._samples[order, metric] = (
-                None if value is None or states is None else restored(self._data.module, states, value)
-            )
+            samples = None
+            if metric in result.samples and result.record["metrics"].get(metric) is not None:
+                samples = restored(self._data.module, result.paths[metric], result.samples[metric])
+            self._samples[order, metric] = samples
         return self._samples[order, metric]
 
     def snapshot(self, order: Order) -> Any:
@@ -215,8 +215,9 @@ class PrefixTree:
             record = self._apply(order)
         else:
             record = self._runner.measure_dense(list(self._stages.values()))
-        states = {name: samples.states for name, samples in self._runner.samples.items()}
-        result = Result(record, states)
+        samples = self._runner.samples
+        states = {name: found.states for name, found in samples.items()}
+        result = Result(record, states, {name: found.path for name, found in samples.items()})
         if self._trainer.is_global_zero:
             self._store.write(key, result)
         self._trainer.strategy.barrier("measured")
