@@ -39,7 +39,7 @@ from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.experiments.analysis import analyze_pair
 from pqqp_lightning.experiments.order import search_orders
 from pqqp_lightning.experiments.sweep import MOST_POINTS, sweep_grid
-from pqqp_lightning.report.html import show_run
+from pqqp_lightning.report.pages import show_run
 from pqqp_lightning.runs.trainer import Trainer, goes_on
 from pqqp_lightning.stages.discovery import (
     import_from_working_folder,

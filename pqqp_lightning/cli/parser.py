@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pqqp_lightning.cli.methods import summarize
 from pqqp_lightning.cli.settings import ENVIRONMENT
 from pqqp_lightning.errors import RecipeError, suggest
-from pqqp_lightning.report.html import show_run
+from pqqp_lightning.report.pages import show_run
 from pqqp_lightning.stages.discovery import known_stages
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.files import not_written

@@ -13,7 +13,7 @@ import pqqp_lightning
 from pqqp_lightning.cli.diagnosis import OPTIONS, OPTIONS_OF, SECTIONS
 from pqqp_lightning.cli.settings import COMMAND_LINE, load_yaml, option, read_settings
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.storage.run_folder import RECIPE
+from pqqp_lightning.storage.run_folder import RunFolder
 
 
 def with_saved_recipe(command: str, arguments: list[str]) -> list[str]:
@@ -25,9 +25,9 @@ def with_saved_recipe(command: str, arguments: list[str]) -> list[str]:
         if option(arguments, "ckpt_path") is None:
             print(f"{command}: the recipe's model, not compressed; without --config it would be the one in {run}.")
         return arguments
-    recipe = Path(run) / RECIPE
+    recipe = RunFolder(Path(run)).recipe
     if not recipe.is_file():
-        raise RecipeError(f"{run}: holds no {RECIPE}. Name the folder of a run, or give --config.")
+        raise RecipeError(f"{run}: holds no {recipe.name}. Name the folder of a run, or give --config.")
     settings, _ = read_settings(command, arguments)
     if idle := [setting.key for setting in settings if setting.key.split(".")[0] in ("stages", "stage_order")]:
         raise RecipeError(
@@ -47,8 +47,8 @@ def _without_options_of_searches(recipe: Path, command: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="pqqp-recipe-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     kept = {key: value for key, value in content.items() if key in known}
-    (folder / RECIPE).write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
-    return folder / RECIPE
+    (folder / recipe.name).write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+    return folder / recipe.name
 
 
 def bundled(argument: str) -> str:

@@ -25,7 +25,6 @@ from pqqp_lightning.experiments.session import (
     open_search,
     store_of,
 )
-from pqqp_lightning.report.prediction import PREDICTION
 from pqqp_lightning.runs.checks import check_places, check_run
 from pqqp_lightning.runs.run_data import DataSource
 from pqqp_lightning.runs.trainer import Trainer
@@ -33,14 +32,13 @@ from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.files import write_json
 from pqqp_lightning.storage.result_store import ResultStore
-from pqqp_lightning.storage.run_folder import MODEL
+from pqqp_lightning.storage.run_folder import RunFolder
 from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, executing
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.strategies import STRATEGIES, Strategy
 from pqqp_lightning.trials.verdict import Verdict
 
-ORDER = "order.json"
 MOST_STAGES = 4
 """4 stages have 24 orders; 5 would have 120."""
 
@@ -105,7 +103,7 @@ class OrderSearch:
         self, trainer: Trainer, data: DataSource, stages: Sequence[Stage], store: ResultStore, executor: str = LOCAL
     ) -> None:
         self._trainer, self._data, self._stages = trainer, data, {stage.name: stage for stage in stages}
-        self._folder = Path(trainer.default_root_dir)
+        self._folder = RunFolder(Path(trainer.default_root_dir))
         self._store, self._tree = store, PrefixTree(trainer, data, self._stages, store)
         self._executor, self._progress = executor, Progress("order", trainer, self._tree, bound="at most ")
         self._refused: dict[Order, list[str]] = {}
@@ -196,7 +194,7 @@ class OrderSearch:
         self._tree.drop(())
         if self._trainer.is_global_zero:
             report["refused"] = [{"order": list(order), "problems": p} for order, p in self._refused.items()]
-            write_json(self._folder / PREDICTION, report)
+            write_json(self._folder.prediction, report)
 
     def _measure(
         self, executor: Executor, strategy: Strategy, max_runs: int | None, limit: TimeLimit
@@ -238,10 +236,10 @@ class OrderSearch:
     def _finish(
         self, strategy: Strategy, verdict: Verdict, notes: list[str], repeats: dict[str, Any] | None, more: int
     ) -> None:
-        self._tree.take_model(verdict.best, lambda model: link_folder(model, self._folder / MODEL))
+        self._tree.take_model(verdict.best, lambda model: link_folder(model, self._folder.model))
         if self._trainer.is_global_zero:
             write_json(
-                self._folder / ORDER,
+                self._folder.order,
                 {
                     "status": "finished",
                     "seed": run_seed(),

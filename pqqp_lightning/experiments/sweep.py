@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
@@ -15,14 +15,16 @@ from pqqp_lightning.experiments.session import Show, alone, check_store, check_t
 from pqqp_lightning.experiments.sweep_grid import Point
 from pqqp_lightning.experiments.sweep_pair import PairAnalysis, analyse, pair_notes
 from pqqp_lightning.experiments.sweep_plan import Plan, make_plan
-from pqqp_lightning.report.sweep import SWEEP, write_tables
+from pqqp_lightning.report.sweep_numbers import draw_figures, write_tables
 from pqqp_lightning.runs.checks import check_run
 from pqqp_lightning.runs.run_data import DataSource
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.storage.files import write_json
 from pqqp_lightning.storage.records import finite_or_none, hardware, package_versions
+from pqqp_lightning.storage.reports import SweepReport
 from pqqp_lightning.storage.result_store import ResultStore
+from pqqp_lightning.storage.run_folder import RunFolder
 from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, executing
 from pqqp_lightning.trials.prefix_tree import PrefixTree, prefixes
 from pqqp_lightning.trials.progress import Progress, TimeLimit
@@ -131,7 +133,7 @@ class Sweep:
     ) -> None:
         self._trainer, self._data, self._plan = trainer, data, plan
         self._grid = json.loads(json.dumps(grid, default=str))
-        self._folder = Path(trainer.default_root_dir)
+        self._folder = RunFolder(Path(trainer.default_root_dir))
         self._tree = PrefixTree(trainer, data, plan.steps, store)
         self._nodes = list(dict.fromkeys(node for sequence in plan.sequences for node in prefixes(sequence)))
         self._executor, self._progress = executor, Progress("sweep", trainer, self._tree)
@@ -147,8 +149,8 @@ class Sweep:
             notes = self._measure(executor, minutes)
         if self._trainer.is_global_zero:
             report = self._report(judge, notes)
-            report["figures"] = _draw(self._folder, report)
-            write_json(self._folder / SWEEP, report)
+            report["figures"] = draw_figures(self._folder, report)
+            write_json(self._folder.sweep, report)
             write_tables(self._folder, report)
         for node in self._tree.results():
             self._tree.drop(node)
@@ -177,7 +179,7 @@ class Sweep:
         of_all = f"{left} of {len(self._plan.sequences)} sequences of stages"
         return [f"stopped at time_limit={minutes:g} minutes: {of_all} not measured"]
 
-    def _report(self, judge: Judge, notes: list[str]) -> dict[str, Any]:
+    def _report(self, judge: Judge, notes: list[str]) -> SweepReport:
         """Plain data for ``sweep.json``."""
         plan, points = self._plan, [self._point(point, judge) for point in self._plan.points]
         report: dict[str, Any] = {
@@ -203,7 +205,7 @@ class Sweep:
             report |= {"pruning": plan.curve.other, "quantizing": plan.curve.name, "curves": curves}
             report["hypothesis"] = analyse(points, plan.curve)
             notes += pair_notes(points, curves, plan.curve)
-        return report
+        return cast(SweepReport, report)
 
     def _alone(self, judge: Judge) -> list[dict[str, Any]]:
         """Every variant that was measured alone; the intensity is M(dense) - M, what it costs."""
@@ -241,10 +243,3 @@ class Sweep:
             ],
             "refused": [{"order": [names[s] for s in order], "problems": p} for order, p in point.refused.items()],
         }
-
-
-def _draw(folder: Path, report: dict[str, Any]) -> list[str]:
-    """Import matplotlib here alone: it takes a while, and other commands do without."""
-    from pqqp_lightning.report.sweep_figures import draw_figures
-
-    return draw_figures(folder, report)

@@ -20,9 +20,9 @@ from pqqp_lightning.runs.run_data import DataSource
 from pqqp_lightning.runs.stage_runner import Runner
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
-from pqqp_lightning.storage.files import checkpoint_bytes
-from pqqp_lightning.storage.records import Record, append_record, write_report
-from pqqp_lightning.storage.run_folder import MANIFEST, MODEL, STAGES, finished_records, keep_recipe, open_folder
+from pqqp_lightning.storage.records import append_record, read_records, write_report
+from pqqp_lightning.storage.reports import Record
+from pqqp_lightning.storage.run_folder import MANIFEST, RunFolder
 
 
 class Run:
@@ -36,7 +36,7 @@ class Run:
     """
 
     def __init__(self, trainer: Trainer, data: DataSource, stages: Sequence[Stage], folder: Path) -> None:
-        self._stages, self._folder, self._trainer = stages, folder, trainer
+        self._stages, self._folder, self._trainer = stages, RunFolder(folder), trainer
         self._runner = Runner(trainer, data)
         self._records: list[Record] = []
         self._identity = identity(trainer, data, stages)
@@ -45,11 +45,12 @@ class Run:
         """Do what is not done yet, and return the records of all stages, baseline first."""
         recipe = getattr(self._trainer, "recipe_text", "")
         if resume:
-            self._records = finished_records(self._folder, self._identity)
+            self._folder.resume(self._identity)
+            self._records = read_records(self._folder.path)
             if self._trainer.is_global_zero:
-                keep_recipe(self._folder, recipe)
+                self._folder.keep_recipe(recipe)
         elif self._trainer.is_global_zero:
-            self._reopen_loggers(open_folder(self._folder, self._identity, recipe))
+            self._reopen_loggers(self._folder.open(self._identity, recipe))
         try:
             self._measure_dense()
             for position, stage in enumerate(self._stages):
@@ -78,7 +79,7 @@ class Run:
         if done:
             folder = self._stage_folder(done - 1)
             if done == len(self._stages) and not folder.is_dir():
-                folder = self._folder / MODEL
+                folder = self._folder.model
             self._runner.load(folder)
 
     def _stage(self, position: int, stage: Stage) -> None:
@@ -105,11 +106,11 @@ class Run:
         if not self._trainer.is_global_zero:
             return
         last = self._stage_folder(len(self._stages) - 1) if self._stages else None
-        model = self._folder / MODEL
+        model = self._folder.model
         if last is not None and last.is_dir():
             shutil.rmtree(model, ignore_errors=True)
             last.replace(model)
-            shutil.rmtree(self._folder / STAGES, ignore_errors=True)
+            shutil.rmtree(self._folder.stages, ignore_errors=True)
         elif not model.is_dir():
             save_checkpoint(self._runner.module, model, self._runner.applied, {"record": self._records[-1]})
         self._report("finished")
@@ -117,13 +118,13 @@ class Run:
     def _add(self, record: Record) -> None:
         self._records.append(record)
         if self._trainer.is_global_zero:
-            append_record(self._folder, record)
+            append_record(self._folder.path, record)
             self._report("running")
 
     def _reopen_loggers(self, moved: bool) -> None:
         """Let loggers begin new files whose old ones were ``moved`` aside with the folder of an earlier run."""
         for logger in self._trainer.loggers:
-            if moved and logger.log_dir and Path(logger.log_dir).is_relative_to(self._folder):
+            if moved and logger.log_dir and Path(logger.log_dir).is_relative_to(self._folder.path):
                 vars(logger)["_experiment"] = None
 
     def _report(self, status: str) -> None:
@@ -132,11 +133,11 @@ class Run:
         more: dict[str, Any] = {"seed": run_seed(), "recipe": self._identity}
         if status == "finished":
             more["layers"] = layer_table(self._runner.size())
-            more["checkpoint"] = {"path": MODEL, "file_bytes": checkpoint_bytes(self._folder / MODEL)}
-        write_report(self._folder, status=status, records=self._records, **more)
+            more["checkpoint"] = {"path": self._folder.model.name, "file_bytes": self._folder.model_bytes()}
+        write_report(self._folder.path, status=status, records=self._records, **more)
 
     def _stage_folder(self, position: int) -> Path:
-        return self._folder / STAGES / f"{position + 1}-{self._stages[position].name}"
+        return self._folder.stage(position, self._stages[position].name)
 
 
 def identity(trainer: Trainer, data: DataSource, stages: Sequence[Stage]) -> dict[str, Any]:

@@ -41,7 +41,8 @@ from pqqp_lightning.runs.peak_memory import peak_memory
 from pqqp_lightning.runs.run_data import DataSource
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stages.stage import Context, Stage
-from pqqp_lightning.storage.records import Record, make_record
+from pqqp_lightning.storage.records import make_record
+from pqqp_lightning.storage.reports import Record
 
 RESUME_POINT = "training.ckpt"
 

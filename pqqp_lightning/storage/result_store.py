@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.storage.files import read_json, sync, write_json
-from pqqp_lightning.storage.records import Record
+from pqqp_lightning.storage.reports import Record
 from pqqp_lightning.storage.run_folder import MANIFEST
 
 RECORD, SAMPLES, MODEL = "record.json", "samples.safetensors", "model"

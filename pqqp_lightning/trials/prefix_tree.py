@@ -23,7 +23,7 @@ from pqqp_lightning.network.blocks import model_blocks
 from pqqp_lightning.runs.run_data import DataSource
 from pqqp_lightning.runs.stage_runner import Runner
 from pqqp_lightning.stages.stage import Stage
-from pqqp_lightning.storage.records import Record
+from pqqp_lightning.storage.reports import Record
 from pqqp_lightning.storage.result_store import Result, ResultStore
 from pqqp_lightning.trials.fingerprint import (
     base_fingerprint,

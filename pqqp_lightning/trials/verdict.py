@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule
 from pqqp_lightning.algorithms.rank_statistics import leaves_zero_out
 from pqqp_lightning.errors import RecipeError, suggest
 from pqqp_lightning.metrics.samples import CONFIDENCE, interval, joint_confidence
-from pqqp_lightning.storage.records import Record, finite_or_none, hardware, package_versions
+from pqqp_lightning.storage.records import finite_or_none, hardware, package_versions
+from pqqp_lightning.storage.reports import DifferenceReport, OrderEntry, Record
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree, prefixes
 from pqqp_lightning.trials.strategies import nearest_order
 
@@ -35,7 +36,7 @@ class Difference:
         """Whether the interval holds no 0."""
         return leaves_zero_out(self.low, self.high)
 
-    def plain(self) -> dict[str, float | None]:
+    def plain(self) -> DifferenceReport:
         """For the report."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
@@ -193,7 +194,7 @@ class Verdict:
         """In the recipe's order, whichever order is best."""
         return self.judge.intensities([name for name in self.judge.tree.names if name in self.best])
 
-    def _entry(self, order: Order, dense: Record) -> dict[str, Any]:
+    def _entry(self, order: Order, dense: Record) -> OrderEntry:
         records = [self.judge.tree.measure(prefix).record for prefix in prefixes(order)]
         return {
             "order": list(order),
@@ -205,7 +206,7 @@ class Verdict:
             "marks": self.marks[order],
         }
 
-    def _advantages(self) -> dict[str, dict[str, float | None]]:
+    def _advantages(self) -> dict[str, DifferenceReport]:
         """A(f1->f2) = M(f2(f1(model))) - M(f1(f2(model))) of each pair, from the orders that begin with it."""
         known, found = self.judge.tree.results(), {}
         for first, second in permutations(sorted({name for order in self.ranked for name in order}), 2):
