@@ -31,6 +31,7 @@ from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.files import write_json
+from pqqp_lightning.storage.reports import RepeatsReport
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import RunFolder
 from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, executing
@@ -234,7 +235,7 @@ class OrderSearch:
             print(words, flush=True)
 
     def _finish(
-        self, strategy: Strategy, verdict: Verdict, notes: list[str], repeats: dict[str, Any] | None, more: int
+        self, strategy: Strategy, verdict: Verdict, notes: list[str], repeats: RepeatsReport | None, more: int
     ) -> None:
         self._tree.take_model(verdict.best, lambda model: link_folder(model, self._folder.model))
         if self._trainer.is_global_zero:

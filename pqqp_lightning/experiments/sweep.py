@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
@@ -22,7 +22,7 @@ from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.storage.files import write_json
 from pqqp_lightning.storage.records import finite_or_none, hardware, package_versions
-from pqqp_lightning.storage.reports import SweepReport
+from pqqp_lightning.storage.reports import AloneReport, PointReport, SweepReport
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import RunFolder
 from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, executing
@@ -182,7 +182,7 @@ class Sweep:
     def _report(self, judge: Judge, notes: list[str]) -> SweepReport:
         """Plain data for ``sweep.json``."""
         plan, points = self._plan, [self._point(point, judge) for point in self._plan.points]
-        report: dict[str, Any] = {
+        report: SweepReport = {
             "status": "stopped" if notes else "finished",
             "seed": run_seed(),
             "versions": package_versions(),
@@ -202,12 +202,13 @@ class Sweep:
             curves = analysis.curves()
             for entry, point in zip(points, plan.points, strict=True):
                 entry["pair"] = analysis.point(point, curves)
-            report |= {"pruning": plan.curve.other, "quantizing": plan.curve.name, "curves": curves}
+            report["pruning"], report["quantizing"] = plan.curve.other, plan.curve.name
+            report["curves"] = curves
             report["hypothesis"] = analyse(points, plan.curve)
             notes += pair_notes(points, curves, plan.curve)
-        return cast(SweepReport, report)
+        return report
 
-    def _alone(self, judge: Judge) -> list[dict[str, Any]]:
+    def _alone(self, judge: Judge) -> list[AloneReport]:
         """Every variant that was measured alone; the intensity is M(dense) - M, what it costs."""
         known = self._tree.results()
         extra = self._plan.curve.variants if self._plan.curve else []
@@ -224,7 +225,7 @@ class Sweep:
             if (step,) in known
         ]
 
-    def _point(self, point: Point, judge: Judge) -> dict[str, Any]:
+    def _point(self, point: Point, judge: Judge) -> PointReport:
         """One point: every order that was measured, and those that cannot run."""
         known, names = self._tree.results(), {v.step: v.name for v in point.variants}
         measured = [order for order in point.orders if order in known]

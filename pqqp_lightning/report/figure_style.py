@@ -119,5 +119,6 @@ def svg_text(figure: Figure, salt: str) -> str:
 
 def save_png(figure: Figure, path: Path) -> str:
     """Write the PNG; returns its name."""
+    figure.set_dpi(160)
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
     return path.name

@@ -272,7 +272,8 @@ class Advantage:
 
 def order_verdict(report: OrderReport) -> list[str]:
     """The verdict, and what one must know to read it."""
-    repeats = (report.get("repeats") or {}).get("verdict", "")
+    again = report.get("repeats")
+    repeats = again["verdict"] if again else ""
     left_out = [f"Left out: {line}" for line in marked_lines(report.get("left_out", []))]
     sentences = [report["verdict"], repeats, hypothesis_sentence(report), *left_out]
     marked = [line.replace("->", "→") for line in marked_lines(report["orders"])]

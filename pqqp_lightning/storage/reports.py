@@ -109,6 +109,27 @@ class DifferenceReport(TypedDict):
     high: float | None
 
 
+class Lead(DifferenceReport):
+    """How far the best order is ahead of the second."""
+
+    over: list[str]
+
+
+class RepeatedOrder(TypedDict):
+    """An order's metric with every draw of calibration samples."""
+
+    order: list[str]
+    values: list[float | None]
+
+
+class RepeatsReport(TypedDict):
+    """The orders measured again with other calibration samples, and how often the best one is best."""
+
+    seeds: list[int]
+    orders: list[RepeatedOrder]
+    verdict: str
+
+
 class Refused(TypedDict):
     """An order that cannot run, and why."""
 
@@ -173,11 +194,11 @@ class OrderReport(Origin):
     refused: list[Refused]
     strategy: NotRequired[str]
     applications: NotRequired[int]
-    lead: NotRequired[Any]
+    lead: NotRequired[Lead | None]
     intensity: NotRequired[dict[str, float | None]]
     hypothesis: NotRequired[HypothesisReport | None]
     left_out: NotRequired[list[MarkedOrder]]
-    repeats: NotRequired[Any]
+    repeats: NotRequired[RepeatsReport | None]
     notes: NotRequired[list[str]]
 
 
@@ -231,6 +252,14 @@ class PointReport(TypedDict):
     pair: NotRequired[PairReport]
 
 
+class MonotoneFit(TypedDict):
+    """The growing function nearest to A, at each x in order, and the share of A's variance that it explains."""
+
+    x: list[float]
+    y: list[float]
+    explained: float | None
+
+
 class Correlation(TypedDict):
     """How A goes with a quantity: Spearman's rank correlation and the monotone fit, see algorithms.rank_statistics."""
 
@@ -240,7 +269,7 @@ class Correlation(TypedDict):
     high: float | None
     chance: float | None
     points: int
-    fit: Any
+    fit: MonotoneFit | None
 
 
 class PairHypothesis(TypedDict):

@@ -72,7 +72,11 @@ class ResultStore:
                 return Result(cast(Record, measured), {}, {})
             with safe_open(samples, "pt") as opened:
                 states = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-                return Result(cast(Record, measured), states, opened.metadata())
+                paths = opened.metadata()
+            if paths is None:
+                print(f"{self.path(key)}: does not say whose samples it holds, and is measured again.", flush=True)
+                return None
+            return Result(cast(Record, measured), states, paths)
         except (RecipeError, SafetensorError):
             print(f"{self.path(key)}: is damaged, and is measured again.", flush=True)
             return None

@@ -55,6 +55,11 @@ class RunFolder:
         return self.path / "stages"
 
     @property
+    def logs(self) -> Path:
+        """What Lightning's loggers write."""
+        return self.path / "logs"
+
+    @property
     def report(self) -> Path:
         """What ``fit`` found."""
         return self.path / "report.json"
