@@ -112,8 +112,8 @@ def svg_text(figure: Figure, salt: str) -> str:
     opening = re.sub(r' (xmlns(:xlink)?|version|width|height)="[^"]*"', "", opening)
     rest = re.sub(r"<!--.*?-->\s*", "", rest, flags=re.DOTALL)  # the same words as the text after them
     # a page has several figures: matplotlib numbers the groups of each alike, and names those of one kind alike
-    rest = re.sub(r'<g id="[a-z0-9_]*_[0-9]+">', "<g>", rest)
-    rest = re.sub(r'<g id="([a-z ]+)">', r'<g class="\1">', rest)
+    rest = re.sub(r'<g id="[a-z0-9_.]*_[0-9]+"', "<g", rest)
+    rest = re.sub(r'<g id="([a-z ]+)"', r'<g class="\1"', rest)
     return f"{opening}>{rest}"
 
 
