@@ -31,8 +31,9 @@ from pqqp_lightning.experiments.sweep_plan import Curve
 from pqqp_lightning.report.blocks import Section
 from pqqp_lightning.report.markdown import to_markdown
 from pqqp_lightning.report.pages import read_page
+from pqqp_lightning.report.pictures import draw_sweep
 from pqqp_lightning.report.sweep import read_sweep_report
-from pqqp_lightning.report.sweep_numbers import draw_figures, point_name
+from pqqp_lightning.report.sweep_numbers import point_name
 from pqqp_lightning.storage.files import write_json
 from pqqp_lightning.storage.run_folder import RunFolder
 
@@ -191,7 +192,7 @@ def put_together(name: str) -> list[float]:
         whole |= {"hypothesis": analyse(points, stages), "notes": pair_notes(points, whole["curves"], stages)}
         folder = folder_of(name)
         folder.mkdir(parents=True, exist_ok=True)
-        draw_figures(RunFolder(folder), whole)
+        draw_sweep(RunFolder(folder), whole)
         write_json(RunFolder(folder).sweep, whole)
         shutil.copy(next(iter(done.values())) / "recipe.yaml", folder)
     return list(done)

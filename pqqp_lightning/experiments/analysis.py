@@ -27,7 +27,8 @@ from pqqp_lightning.calibration.layer_errors import (
 )
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.experiments.session import Show, alone, check_store, open_search, store_of
-from pqqp_lightning.report.analysis_numbers import draw_figure, layer_rows, order_key
+from pqqp_lightning.report.analysis_numbers import layer_rows, order_key
+from pqqp_lightning.report.pictures import draw_analysis
 from pqqp_lightning.runs.checks import check_places, check_run
 from pqqp_lightning.runs.run_data import DataSource
 from pqqp_lightning.runs.trainer import Trainer
@@ -140,7 +141,7 @@ class Analysis:
             report = self._report(judge, variants)
         if self._trainer.is_global_zero:
             write_csv(self._folder.layers, layer_rows(report))
-            report["figures"] = [draw_figure(self._folder, report)]
+            report["figures"] = draw_analysis(self._folder, report)
             write_json(self._folder.analysis, report)
         for node in self._tree.results():
             self._tree.drop(node)

@@ -15,7 +15,8 @@ from pqqp_lightning.experiments.session import Show, alone, check_store, check_t
 from pqqp_lightning.experiments.sweep_grid import Point
 from pqqp_lightning.experiments.sweep_pair import PairAnalysis, analyse, pair_notes
 from pqqp_lightning.experiments.sweep_plan import Plan, make_plan
-from pqqp_lightning.report.sweep_numbers import draw_figures, write_tables
+from pqqp_lightning.report.pictures import draw_sweep
+from pqqp_lightning.report.sweep_numbers import write_tables
 from pqqp_lightning.runs.checks import check_run
 from pqqp_lightning.runs.run_data import DataSource
 from pqqp_lightning.runs.trainer import Trainer
@@ -149,7 +150,7 @@ class Sweep:
             notes = self._measure(executor, minutes)
         if self._trainer.is_global_zero:
             report = self._report(judge, notes)
-            report["figures"] = draw_figures(self._folder, report)
+            report["figures"] = draw_sweep(self._folder, report)
             write_json(self._folder.sweep, report)
             write_tables(self._folder, report)
         for node in self._tree.results():

@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pqqp_lightning.report.plots import LayerPlot
 from pqqp_lightning.storage.reports import AnalysisReport
-from pqqp_lightning.storage.run_folder import RunFolder
 
 Row = dict[str, Any]
 """A row of a table: the layer's name, and numbers by column."""
-
-
-def draw_figure(folder: RunFolder, report: AnalysisReport) -> str:
-    """Draw the layers into ``folder``, and return the file's name."""
-    from pqqp_lightning.report.figures import draw_png  # here: matplotlib takes a second to import
-
-    return draw_png(LayerPlot(report), folder.layers_figure)
 
 
 def order_key(order: Sequence[str]) -> str:

@@ -5,29 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from pqqp_lightning.algorithms.rank_statistics import Ratio
-from pqqp_lightning.report.plots import AdvantagePlot, CurvePlot
 from pqqp_lightning.storage.files import write_csv
 from pqqp_lightning.storage.reports import PairReport, PointReport, Record, SweepReport
 from pqqp_lightning.storage.run_folder import RunFolder
 
 Row = dict[str, Any]
 """A row of a CSV file, by column."""
-
-
-def draw_figures(folder: RunFolder, report: SweepReport) -> list[str]:
-    """Draw what the sweep has to show into ``folder``.
-
-    Returns:
-        The files' names.
-    """
-    from pqqp_lightning.report.figures import draw_png  # here: matplotlib takes a second to import
-
-    drawn = []
-    if has_curve(report):
-        drawn.append(draw_png(CurvePlot(report), folder.curve_figure))
-    if has_advantage(report):
-        drawn.append(draw_png(AdvantagePlot(report), folder.advantage_figure))
-    return drawn
 
 
 def has_curve(report: SweepReport) -> bool:
