@@ -29,11 +29,13 @@ from pqqp_lightning.algorithms.rank_statistics import leaves_zero_out
 from pqqp_lightning.experiments.sweep_pair import analyse, pair_notes
 from pqqp_lightning.experiments.sweep_plan import Curve
 from pqqp_lightning.report.blocks import Section
-from pqqp_lightning.report.html import read_page
 from pqqp_lightning.report.markdown import to_markdown
-from pqqp_lightning.report.sweep import SWEEP, point_name, read_sweep_report
-from pqqp_lightning.report.sweep_figures import draw_figures
+from pqqp_lightning.report.pages import read_page
+from pqqp_lightning.report.pictures import draw_sweep
+from pqqp_lightning.report.sweep import read_sweep_report
+from pqqp_lightning.report.sweep_numbers import point_name
 from pqqp_lightning.storage.files import write_json
+from pqqp_lightning.storage.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).parents[1]
 RUNS, PICTURES = REPOSITORY / "runs" / "results", REPOSITORY / "docs" / "results"
@@ -183,7 +185,7 @@ def put_together(name: str) -> list[float]:
     """Make one sweep, in the experiment's run folder, of those for its sparsities; those that have been run."""
     done = {sparsity: folder for sparsity, folder in parts_of(name).items() if is_done(folder)}
     if done:
-        reports = [read_sweep_report(folder) for folder in done.values()]
+        reports = [read_sweep_report(RunFolder(folder)) for folder in done.values()]
         points = [point for report in reports for point in report["points"]]
         alone = {entry["step"]: entry for report in reports for entry in report["alone"]}
         whole = reports[0] | {"points": points, "alone": list(alone.values())}
@@ -191,8 +193,8 @@ def put_together(name: str) -> list[float]:
         whole |= {"hypothesis": analyse(points, stages), "notes": pair_notes(points, whole["curves"], stages)}
         folder = folder_of(name)
         folder.mkdir(parents=True, exist_ok=True)
-        draw_figures(folder, whole)
-        write_json(folder / SWEEP, whole)
+        draw_sweep(RunFolder(folder), whole)
+        write_json(RunFolder(folder).sweep, whole)
         shutil.copy(next(iter(done.values())) / "recipe.yaml", folder)
     return list(done)
 
@@ -217,7 +219,8 @@ def _pairs() -> Iterator[str]:
     yield "| pair | points | P → Q better | Q → P better | ρ(A, C\\*_P - C_Q) | ρ(A, G) |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: |"
     for name, experiment in EXPERIMENTS.items():
-        if (file := folder_of(name) / SWEEP).is_file() and (report := read_sweep_report(file.parent)).get("hypothesis"):
+        folder = RunFolder(folder_of(name))
+        if folder.sweep.is_file() and (report := read_sweep_report(folder)).get("hypothesis"):
             advantages = [point["pair"]["advantage"] for point in report["points"]]
             clear = [a["value"] > 0 for a in advantages if leaves_zero_out(a["low"], a["high"])]
             ranks = [_rank(report["hypothesis"][which]) for which in ("ratio_difference", "gap")]
@@ -255,8 +258,9 @@ def _section(name: str) -> Iterator[str]:
     ]
     text = to_markdown(replace(whole, sections=shown))
     yield text.split("\n\n", 2)[2].replace("\n## ", "\n### ").strip()
-    if (folder_of(name) / SWEEP).is_file():
-        yield from _accuracies(read_sweep_report(folder_of(name)))
+    folder = RunFolder(folder_of(name))
+    if folder.sweep.is_file():
+        yield from _accuracies(read_sweep_report(folder))
     PICTURES.mkdir(exist_ok=True)
     for picture in sorted(folder_of(name).glob("*.png")):
         copy = PICTURES / f"{name}-{picture.name}"

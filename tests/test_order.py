@@ -189,7 +189,8 @@ def test_refused_orders_are_listed_with_their_reasons(folder, capsys):
         assert "off the grid of stage 'quantize'. Finetune before quantizing" in problem
     printed = capsys.readouterr().out
     for refused in report["refused"]:
-        assert f"{' -> '.join(refused['order'])} cannot run: {refused['problems'][0]}\n" in printed
+        assert " -> ".join(refused["order"]) in printed
+        assert f": cannot run: {refused['problems'][0]}\n" in printed
     assert list(report["advantage"]) == ["prune->tune", "tune->prune"]  # of the pairs that orders can begin with
 
 

@@ -11,7 +11,7 @@ from tiny import make_data, make_model, trainer
 
 from pqqp_lightning.callbacks import GPTQ, RTN, SLEB, BasisSharing, QuaRot, SparseGPT
 from pqqp_lightning.experiments import OrderOptions, search_orders
-from pqqp_lightning.report.prediction import print_prediction
+from pqqp_lightning.report.pages import show_run
 from pqqp_lightning.runs.stage_runner import StageRunner
 
 TWO = RECIPE[RECIPE.index("stages:") :]
@@ -51,7 +51,7 @@ def test_a_rotation_has_no_intensity_and_orders_that_cannot_run_are_left_out(tmp
 
 
 def test_layers_that_go_count_as_wholly_wrong_and_that_is_said(tmp_path, capsys):
-    report = predict(tmp_path, *named(shorten=SLEB(1), quantize=RTN(8)), show=print_prediction)
+    report = predict(tmp_path, *named(shorten=SLEB(1), quantize=RTN(8)), show=show_run)
     assert report["intensity"]["shorten"] == pytest.approx(0.5)  # one block of two
     assert report["gone"] == {"shorten": report["layers"] // 2, "quantize": 0}
     printed = capsys.readouterr().out

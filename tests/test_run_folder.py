@@ -5,6 +5,9 @@ import json
 import pytest
 from command_line import prepare, run, write_recipe
 
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.storage.run_folder import RunFolder
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -87,3 +90,28 @@ def test_names_that_yaml_takes_for_numbers_are_names(folder):
     assert run("order", "--config", "recipe.yaml", "--run_dir", "found") == 0
     names = json.loads((folder / "found/order.json").read_text())["orders"][0]["order"]
     assert sorted(names) == ["1", "2"]
+
+
+def test_a_run_folder_is_opened_once_and_resumed_by_the_same_run_alone(tmp_path, capsys):
+    folder = RunFolder(tmp_path / "run")
+    identity = {"seed": 0, "stages": {"prune": {"sparsity": 0.5}}}
+    with pytest.raises(RecipeError, match="there is no run to go on with"):
+        folder.resume(identity)
+    assert not folder.open(identity, "a recipe")
+    assert folder.holds_run
+    assert folder.recipe.read_text() == "a recipe"
+    folder.resume(identity)
+    with pytest.raises(RecipeError, match=r"stages\.prune\.sparsity is 0\.5 there and 0\.7 here"):
+        folder.resume({"seed": 0, "stages": {"prune": {"sparsity": 0.7}}})
+    assert folder.open(identity)
+    assert capsys.readouterr().out == f"{folder.path} held an earlier run; it is now {folder.path}.1.\n"
+    assert RunFolder(tmp_path / "run.1").recipe.read_text() == "a recipe"
+    assert not folder.recipe.exists()
+    assert folder.model_bytes() is None
+
+
+def test_no_two_files_of_a_run_folder_have_one_name(tmp_path):
+    names = [name for name, member in vars(RunFolder).items() if isinstance(member, property)]
+    files = [value for name in names if isinstance(value := getattr(RunFolder(tmp_path), name), type(tmp_path))]
+    assert len(files) == len(set(files)) > 15
+    assert {file.parent for file in files} == {tmp_path}

@@ -6,12 +6,15 @@ from itertools import combinations
 
 import pytest
 import torch
+from tiny import RegressionData, Regressor, trainer
 from torch import nn
 from torchmetrics import MeanSquaredError, Metric, MetricCollection
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 
 from pqqp_lightning.metrics import Perplexity
-from pqqp_lightning.metrics.samples import Samples, interval, joint_confidence, matching, recording
+from pqqp_lightning.metrics.samples import Samples, interval, joint_confidence, recording
+from pqqp_lightning.runs.run_data import RunData
+from pqqp_lightning.runs.stage_runner import StageRunner
 
 
 class Holder(nn.Module):
@@ -70,16 +73,32 @@ def test_metrics_that_do_not_add_up_are_left_out():
     assert set(found) == {"mse"}
 
 
-def test_values_are_matched_to_the_names_that_they_were_logged_with():
-    found = {"head.metric": accuracies([1, 1, 0, 1])}
-    assert set(matching(found, {"loss": 0.3, "top1": 0.75})) == {"top1"}
-    assert not matching(found, {"top1": 0.5})
+class TwoErrors(Regressor):
+    """Logs two metrics of one value, each under a name that is not its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = MeanSquaredError(), MeanSquaredError()
+
+    def validation_step(self, batch, batch_idx):
+        for metric in (self.first, self.second):
+            metric(self(batch[0]), batch[1])
+        self.log("one", self.second, on_step=False, on_epoch=True)
+        self.log_dict({"other": self.first, "plain": self(batch[0]).mean()}, on_step=False, on_epoch=True)
 
 
-def test_of_metrics_with_one_value_each_keeps_its_own_samples():
-    acc, acc_norm = accuracies([1, 1, 0, 1]), accuracies([0, 1, 1, 1])
-    for found in ({"m.acc": acc, "m.acc_norm": acc_norm}, {"m.acc_norm": acc_norm, "m.acc": acc}):
-        assert matching(found, {"acc": 0.75, "acc_norm": 0.75}) == {"acc": acc, "acc_norm": acc_norm}
+def test_samples_belong_to_the_name_that_their_metric_was_logged_with(tmp_path):
+    data = RunData(TwoErrors(), datamodule=RegressionData())
+    runner = StageRunner(trainer(tmp_path), data, keep_samples=True)
+    metrics = runner.evaluate()
+    assert metrics["one"] == metrics["other"]
+    assert {name: samples.path for name, samples in runner.samples.items()} == {"one": "second", "other": "first"}
+
+
+def test_samples_that_miss_a_part_of_the_metric_do_not_reproduce_it():
+    samples = accuracies([1, 1, 0, 1])
+    assert samples.reproduces(0.75)
+    assert not samples.reproduces(0.5)
 
 
 def bootstrap_slowly(a, b, draws=4000):

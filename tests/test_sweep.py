@@ -179,7 +179,8 @@ def test_report_prints_it_again(folder, capsys):
     page, text = ((folder / "sweep" / name).read_text() for name in ("report.html", "report.md"))
     for words in (
         "A(quantize-&gt;prune)",
-        "prune[sparsity=0.8], quantize[bits=3]",
+        "prune[sparsity=0.8],",
+        "quantize[bits=3]",
         "bits 4",
         "8.00x",
         "curve.png",

@@ -43,7 +43,7 @@ def test_the_wheel_holds_stages_recipes_fragments_and_the_page(wheel):
     assert "pqqp_lightning/callbacks/sparsegpt.py" in names
     assert "pqqp_lightning/recipes/quickstart.yaml" in names
     assert "pqqp_lightning/configs/model/smollm2-135m.yaml" in names
-    assert "pqqp_lightning/page/templates/report.html" in names
+    assert "pqqp_lightning/report/templates/report.html" in names
     assert not any(name.startswith(("callbacks/", "recipes/", "tests/")) for name in names)
 
 

@@ -19,7 +19,7 @@ from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import LAYER_TYPES
-from pqqp_lightning.storage.disk_tensors import Spill
+from pqqp_lightning.storage.disk_tensors import DiskTensors
 
 _BLOCK = "_pqqp_dense_block"
 
@@ -177,13 +177,13 @@ def mark_blocks(blocks: Blocks) -> None:
             block.__dict__[_BLOCK] = name
 
 
-def layers_of(model: nn.Module, names: Sequence[str], spill: Spill) -> Layers:
-    """Copies of the layers that have the place of the dense layers ``names``, with their weights in ``spill``.
+def layers_of(model: nn.Module, names: Sequence[str], disk: DiskTensors) -> Layers:
+    """Copies of the layers that have the place of the dense layers ``names``, with their weights in ``disk``.
 
     Args:
         model: compressed; its blocks were marked while it was dense.
         names: of dense layers.
-        spill: for the weights.
+        disk: for the weights.
     """
     marked = {vars(module)[_BLOCK]: name for name, module in model.named_modules() if _BLOCK in vars(module)}
     had_blocks = bool(marked)
@@ -193,7 +193,7 @@ def layers_of(model: nn.Module, names: Sequence[str], spill: Spill) -> Layers:
         now = name if block is None else f"{marked[block]}{name.removeprefix(block)}"
         gone = block is None and had_blocks and _is_of_a_marked(model, name)
         module = None if gone else _submodule(model, now)
-        found[name] = None if module is None else _spilled(module, spill)
+        found[name] = None if module is None else _on_disk(module, disk)
     return found
 
 
@@ -232,15 +232,15 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _spilled(module: nn.Module, spill: Spill) -> nn.Module:
+def _on_disk(module: nn.Module, disk: DiskTensors) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(_put(parameter.detach(), spill), requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(_put(parameter.detach(), disk), requires_grad=False)
     for buffer in module.buffers():
-        memo[id(buffer)] = _put(buffer, spill)
+        memo[id(buffer)] = _put(buffer, disk)
     return copy.deepcopy(module, memo).eval()
 
 
-def _put(tensor: Tensor, spill: Spill) -> Tensor:
-    kept = spill.put(tensor)
+def _put(tensor: Tensor, disk: DiskTensors) -> Tensor:
+    kept = disk.put(tensor)
     return kept.to(tensor.device) if kept.data_ptr() != tensor.data_ptr() else tensor.clone()

@@ -23,7 +23,7 @@ from lightning.pytorch import LightningModule
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.structure import class_path
 from pqqp_lightning.storage.files import sha256_of
-from pqqp_lightning.storage.run_folder import MANIFEST, WEIGHTS
+from pqqp_lightning.storage.run_folder import MANIFEST, WEIGHTS, RunFolder
 
 FORMAT = 2
 READABLE_FORMATS = (1, 2)
@@ -98,7 +98,7 @@ def origin_of(module: LightningModule) -> Origin | None:
 
 def model_folder(run: Path) -> Path:
     """The checkpoint folder of a run: ``model/`` in it, or itself."""
-    return run if (run / MANIFEST).is_file() else run / "model"
+    return run if (run / MANIFEST).is_file() else RunFolder(run).model
 
 
 def skeleton_of(module: LightningModule) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from pqqp_lightning.checkpoint.format import FORMAT, Applied, digest_of_manifest
 from pqqp_lightning.checkpoint.packing import pack_weight
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.structure import dotted_name
-from pqqp_lightning.storage.disk_tensors import Spill
+from pqqp_lightning.storage.disk_tensors import DiskTensors
 from pqqp_lightning.storage.files import checkpoint_bytes, new_folder, sha256_of
 from pqqp_lightning.storage.run_folder import MANIFEST, WEIGHTS
 
@@ -47,9 +47,9 @@ def save_checkpoint(
         skeleton = origin.skeleton
     elif skeleton is None:
         skeleton = skeleton_of(module)
-    with new_folder(folder) as temporary, Spill(temporary) as spill:
+    with new_folder(folder) as temporary, DiskTensors(temporary) as disk:
         weights = temporary / WEIGHTS
-        stored, described = _contents(module, applied, spill)
+        stored, described = _contents(module, applied, disk)
         try:
             save_file(stored, weights)
         except SafetensorError as error:  # safetensors reports a full disk this way
@@ -62,7 +62,7 @@ def save_checkpoint(
 
 
 def _contents(
-    module: LightningModule, applied: Sequence[Applied], spill: Spill
+    module: LightningModule, applied: Sequence[Applied], disk: DiskTensors
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors to store by name, and the manifest entries that describe them."""
     tensors, aliases = stored_tensors(module)
@@ -73,7 +73,7 @@ def _contents(
         owner, hidden = weight_owner(name)
         if owner != name and owner in constraints:
             parts, entries[name] = pack_weight(tensor, stored_constraints(constraints[owner], hidden))
-            stored.update({f"{name}:{part}": spill.put(value) for part, value in parts.items()})
+            stored.update({f"{name}:{part}": disk.put(value) for part, value in parts.items()})
         else:
             stored[name] = tensor
     plans = []

@@ -14,6 +14,7 @@ from torch import nn
 from pqqp_lightning.checkpoint.encoding import encode_weight, stored_constraints, stored_tensors, weight_owner
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import LAYER_TYPES, is_adapter
+from pqqp_lightning.storage.reports import SizeNumbers
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _is_within(name: str, parents: set[str]) -> bool:
     return any(".".join(parts[:end]) in parents for end in range(len(parts), 0, -1))
 
 
-def size_numbers(size: ModelSize, original_bits: int) -> dict[str, float]:
+def size_numbers(size: ModelSize, original_bits: int) -> SizeNumbers:
     """What a record keeps of a size.
 
     Args:

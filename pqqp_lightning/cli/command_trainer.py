@@ -17,7 +17,7 @@ from pqqp_lightning.experiments import (
     search_orders,
     sweep_grid,
 )
-from pqqp_lightning.report.html import show_run
+from pqqp_lightning.report.pages import show_run
 from pqqp_lightning.runs.trainer import Trainer, is_resume
 
 SECTIONS = ("model", "data", "trainer", "stages")

@@ -33,7 +33,7 @@ from pqqp_lightning.cli.settings import (
     without_section,
 )
 from pqqp_lightning.errors import Problem, RecipeError
-from pqqp_lightning.report.html import show_run
+from pqqp_lightning.report.pages import show_run
 from pqqp_lightning.stages.discovery import (
     import_from_working_folder,
     import_working_folder,

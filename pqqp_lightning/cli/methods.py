@@ -9,7 +9,7 @@ import docstring_parser
 from rich.console import Console
 from rich.table import Table
 
-from pqqp_lightning.report.formatting import wide_console
+from pqqp_lightning.report.terminal import wide_console
 from pqqp_lightning.stages.arguments import arguments_of, documentation
 from pqqp_lightning.stages.stage import Stage
 

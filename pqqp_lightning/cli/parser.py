@@ -18,7 +18,7 @@ from pqqp_lightning.cli.command_trainer import NOT_OPTIONS, RECIPE_OPTIONS, Comm
 from pqqp_lightning.cli.methods import summarize
 from pqqp_lightning.cli.settings import ENVIRONMENT
 from pqqp_lightning.errors import Problem, RecipeError, suggest
-from pqqp_lightning.report.html import show_run
+from pqqp_lightning.report.pages import show_run
 from pqqp_lightning.stages.discovery import known_stages
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.files import not_written

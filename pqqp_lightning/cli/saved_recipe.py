@@ -13,7 +13,7 @@ import pqqp_lightning
 from pqqp_lightning.cli.command_trainer import SECTIONS, option_names
 from pqqp_lightning.cli.settings import COMMAND_LINE, load_yaml, option, read_settings
 from pqqp_lightning.errors import Problem, RecipeError
-from pqqp_lightning.storage.run_folder import RECIPE
+from pqqp_lightning.storage.run_folder import RunFolder
 
 
 @contextmanager
@@ -32,10 +32,10 @@ def with_saved_recipe(command: str, arguments: list[str]) -> Iterator[list[str]]
             print(f"{command}: measures the recipe's model, not compressed. Leave --config out for the one in {run}.")
         yield arguments
         return
-    recipe = Path(run) / RECIPE
+    recipe = RunFolder(Path(run)).recipe
     if not recipe.is_file():
         way_out = "Name the folder of a run, or give --config."
-        raise RecipeError(Problem("run_dir", run, f"has no {RECIPE}", way_out, source=COMMAND_LINE))
+        raise RecipeError(Problem("run_dir", run, f"has no {recipe.name}", way_out, source=COMMAND_LINE))
     settings, _ = read_settings(command, arguments)
     idle = [setting for setting in settings if setting.key.split(".")[0] in ("stages", "stage_order")]
     if idle:
@@ -56,8 +56,8 @@ def _without_other_options(recipe: Path, command: str, folder: Path) -> Path:
     if not isinstance(content, dict) or content.keys() <= known:
         return recipe
     kept = {key: value for key, value in content.items() if key in known}
-    (folder / RECIPE).write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
-    return folder / RECIPE
+    (folder / recipe.name).write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+    return folder / recipe.name
 
 
 def packaged(argument: str) -> str:

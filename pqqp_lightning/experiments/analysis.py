@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
@@ -25,16 +25,19 @@ from pqqp_lightning.calibration.layer_errors import (
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.experiments.options import AnalysisOptions
 from pqqp_lightning.experiments.session import Show, alone, check_store, open_search, store_of
-from pqqp_lightning.report.analysis import ANALYSIS, LAYERS, PICTURE, layer_rows, order_key
+from pqqp_lightning.report.analysis_numbers import layer_rows, order_key
+from pqqp_lightning.report.pictures import draw_analysis
 from pqqp_lightning.runs.checks import check_places, check_run
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
-from pqqp_lightning.storage.disk_tensors import Spill
+from pqqp_lightning.storage.disk_tensors import DiskTensors
 from pqqp_lightning.storage.files import write_csv, write_json
 from pqqp_lightning.storage.records import hardware, package_versions
+from pqqp_lightning.storage.reports import AdditivityReport, AnalysisReport
 from pqqp_lightning.storage.result_store import ResultStore
+from pqqp_lightning.storage.run_folder import RunFolder
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 from pqqp_lightning.trials.verdict import Judge
 
@@ -116,7 +119,8 @@ class Analysis:
     ) -> None:
         self._trainer, self._data, self._orders = trainer, data, orders
         self._options, self._samples = options, options.samples
-        self._folder, self._store = Path(trainer.default_root_dir), store
+        self._folder = RunFolder(Path(trainer.default_root_dir))
+        self._store = store
         self._stages = {stage.name: stage for stage in trainer.stages}
         self._tree = PrefixTree(trainer, data, self._stages, store)
 
@@ -127,19 +131,18 @@ class Analysis:
         nodes = [*((order[0],) for order in self._orders), *self._orders]
         for node in nodes:
             self._tree.measure(node)
-        with Spill(self._store.folder) as spill:
+        with DiskTensors(self._store.folder) as disk:
             names = self._tree.targeted
-            variants = {order_key(n): layers_of(self._tree.bring_to(n), names, spill) for n in nodes}
+            variants = {order_key(n): layers_of(self._tree.bring_to(n), names, disk) for n in nodes}
             report = self._report(judge, variants)
         if self._trainer.is_global_zero:
-            write_csv(self._folder / LAYERS, layer_rows(report))
-            _draw(self._folder / PICTURE, report)
-            report["figures"] = [PICTURE]
-            write_json(self._folder / ANALYSIS, report)
+            write_csv(self._folder.layers, layer_rows(report))
+            report["figures"] = draw_analysis(self._folder, report)
+            write_json(self._folder.analysis, report)
         for node in self._tree.results():
             self._tree.drop(node)
 
-    def _report(self, judge: Judge, variants: Mapping[str, Layers]) -> dict[str, Any]:
+    def _report(self, judge: Judge, variants: Mapping[str, Layers]) -> AnalysisReport:
         """Plain data for ``analysis.json``."""
         self._tree.bring_to(())
         best = max(self._orders, key=judge.score)
@@ -167,12 +170,5 @@ class Analysis:
                 key: [name for name, layer in layers.items() if layer is None] for key, layers in variants.items()
             },
             "selectivity": {order_key(order): mixed_share(variants[order_key(order)]) for order in self._orders},
-            "additivity": None if adding is None else asdict(adding),
+            "additivity": None if adding is None else cast(AdditivityReport, asdict(adding)),
         }
-
-
-def _draw(path: Path, report: dict[str, Any]) -> None:
-    """Import matplotlib here alone: it takes a while, and other commands do without."""
-    from pqqp_lightning.report.analysis_figures import draw
-
-    draw(path, report)

@@ -26,22 +26,21 @@ from pqqp_lightning.experiments.session import (
     open_search,
     store_of,
 )
-from pqqp_lightning.report.prediction import PREDICTION
 from pqqp_lightning.runs.checks import check_places, check_run
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.files import write_json
+from pqqp_lightning.storage.reports import RepeatsReport
 from pqqp_lightning.storage.result_store import ResultStore
-from pqqp_lightning.storage.run_folder import MODEL
+from pqqp_lightning.storage.run_folder import RunFolder
 from pqqp_lightning.trials.executors import Executor, check_executor, open_executor
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.strategies import STRATEGIES, Strategy
 from pqqp_lightning.trials.verdict import Verdict
 
-ORDER = "order.json"
 MOST_STAGES = 4
 """4 stages have 24 orders; 5 would have 120."""
 
@@ -93,7 +92,7 @@ class OrderSearch:
         self._data = data
         self._stages = {stage.name: stage for stage in stages}
         self._options = options
-        self._folder = Path(trainer.default_root_dir)
+        self._folder = RunFolder(Path(trainer.default_root_dir))
         self._store = store
         self._tree = PrefixTree(trainer, data, self._stages, store)
         self._progress = Progress("order", trainer, self._tree, bound="at most ")
@@ -176,7 +175,7 @@ class OrderSearch:
         self._tree.drop(())
         if self._trainer.is_global_zero:
             report["refused"] = self._refused_orders()
-            write_json(self._folder / PREDICTION, report)
+            write_json(self._folder.prediction, report)
 
     def _refused_orders(self) -> list[dict[str, Any]]:
         """The orders that cannot run, and why, as plain data."""
@@ -222,12 +221,12 @@ class OrderSearch:
             print(words, flush=True)
 
     def _finish(
-        self, strategy: Strategy, verdict: Verdict, notes: list[str], repeats: dict[str, Any] | None, more: int
+        self, strategy: Strategy, verdict: Verdict, notes: list[str], repeats: RepeatsReport | None, more: int
     ) -> None:
-        self._tree.take_model(verdict.best, lambda model: link_folder(model, self._folder / MODEL))
+        self._tree.take_model(verdict.best, lambda model: link_folder(model, self._folder.model))
         if self._trainer.is_global_zero:
             write_json(
-                self._folder / ORDER,
+                self._folder.order,
                 {
                     "status": "finished",
                     "seed": run_seed(),

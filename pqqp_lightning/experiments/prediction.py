@@ -16,7 +16,7 @@ from pqqp_lightning.calibration.layer_errors import SAMPLES, Layers, layer_error
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
-from pqqp_lightning.storage.disk_tensors import Spill
+from pqqp_lightning.storage.disk_tensors import DiskTensors
 from pqqp_lightning.storage.records import hardware, package_versions
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 from pqqp_lightning.trials.strategies import nearest_order
@@ -94,10 +94,10 @@ class Prediction:
         }
         variants: dict[str, Layers] = {}
         self._folder.mkdir(parents=True, exist_ok=True)
-        with Spill(self._folder) as spill:
+        with DiskTensors(self._folder) as disk:
             for name, stage in self._stages.items():
                 if name in first and not stage.keeps_function:
-                    variants[name] = layers_of(self._tree.compress_alone(name), self._tree.targeted, spill)
+                    variants[name] = layers_of(self._tree.compress_alone(name), self._tree.targeted, disk)
                     self._gone[name] = sum(layer is None for layer in variants[name].values())
             self._tree.bring_to(())
             with self._tree.walking(PREDICT) as walk:

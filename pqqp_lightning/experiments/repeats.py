@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.records import finite_or_none
+from pqqp_lightning.storage.reports import RepeatsReport
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.trials.executors import LocalExecutor
 from pqqp_lightning.trials.fingerprint import digest_of
@@ -78,7 +78,7 @@ class Repeats:
         self._store, self._tree, self._judge = store, tree, judge
         self.applications = 0
 
-    def report(self, ranked: Sequence[Order], count: int, limit: TimeLimit) -> dict[str, Any] | None:
+    def report(self, ranked: Sequence[Order], count: int, limit: TimeLimit) -> RepeatsReport | None:
         """Each order's metric with every draw, and how often the best one is best; None for a single draw.
 
         A draw that the time limit ends before all orders are measured does not count; what it measured is kept.

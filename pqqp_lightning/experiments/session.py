@@ -16,7 +16,7 @@ from pqqp_lightning.runs.run import identity
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.storage.result_store import ResultStore
-from pqqp_lightning.storage.run_folder import check_same_recipe, check_writable, keep_recipe, open_folder
+from pqqp_lightning.storage.run_folder import RunFolder, check_writable
 from pqqp_lightning.trials.prefix_tree import PrefixTree
 from pqqp_lightning.trials.verdict import Judge, deciding_metric
 
@@ -83,13 +83,14 @@ def begin(trainer: Trainer, data: RunData, asked: dict[str, Any], *, resume: boo
     Raises:
         RecipeError: it is not.
     """
-    folder, started = Path(trainer.default_root_dir), identity(trainer, data, trainer.stages) | asked
+    folder = RunFolder(Path(trainer.default_root_dir))
+    started = identity(trainer, data, trainer.stages) | asked
     if resume:
-        check_same_recipe(folder, started)
+        folder.resume(started)
         if trainer.is_global_zero:
-            keep_recipe(folder, trainer.recipe_text)
+            folder.keep_recipe(trainer.recipe_text)
     elif trainer.is_global_zero:
-        open_folder(folder, started, trainer.recipe_text)
+        folder.open(started, trainer.recipe_text)
 
 
 @contextmanager

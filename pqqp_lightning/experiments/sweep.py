@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
@@ -15,14 +14,17 @@ from pqqp_lightning.experiments.session import Show, alone, check_store, check_t
 from pqqp_lightning.experiments.sweep_grid import Point
 from pqqp_lightning.experiments.sweep_pair import PairAnalysis, analyse, pair_notes
 from pqqp_lightning.experiments.sweep_plan import Plan, make_plan
-from pqqp_lightning.report.sweep import SWEEP, write_tables
+from pqqp_lightning.report.pictures import draw_sweep
+from pqqp_lightning.report.sweep_numbers import write_tables
 from pqqp_lightning.runs.checks import check_run
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.storage.files import write_json
 from pqqp_lightning.storage.records import finite_or_none, hardware, package_versions
+from pqqp_lightning.storage.reports import AloneReport, PointReport, SweepReport
 from pqqp_lightning.storage.result_store import ResultStore
+from pqqp_lightning.storage.run_folder import RunFolder
 from pqqp_lightning.trials.executors import Executor, check_executor, open_executor
 from pqqp_lightning.trials.prefix_tree import PrefixTree, prefixes
 from pqqp_lightning.trials.progress import Progress, TimeLimit
@@ -94,7 +96,7 @@ class Sweep:
         self._trainer, self._data, self._plan = trainer, data, plan
         self._options = options
         self._grid = json.loads(json.dumps(options.grid, default=str))
-        self._folder = Path(trainer.default_root_dir)
+        self._folder = RunFolder(Path(trainer.default_root_dir))
         self._tree = PrefixTree(trainer, data, plan.steps, store)
         self._nodes = list(dict.fromkeys(node for sequence in plan.sequences for node in prefixes(sequence)))
         self._progress = Progress("sweep", trainer, self._tree)
@@ -108,8 +110,8 @@ class Sweep:
             notes = self._measure(executor, self._options.time_limit)
         if self._trainer.is_global_zero:
             report = self._report(judge, notes)
-            report["figures"] = _draw(self._folder, report)
-            write_json(self._folder / SWEEP, report)
+            report["figures"] = draw_sweep(self._folder, report)
+            write_json(self._folder.sweep, report)
             write_tables(self._folder, report)
         for node in self._tree.results():
             self._tree.drop(node)
@@ -138,10 +140,10 @@ class Sweep:
         of_all = f"{left} of {len(self._plan.sequences)} sequences of stages"
         return [f"stopped at time_limit={minutes:g} minutes: {of_all} not measured"]
 
-    def _report(self, judge: Judge, notes: list[str]) -> dict[str, Any]:
+    def _report(self, judge: Judge, notes: list[str]) -> SweepReport:
         """Plain data for ``sweep.json``."""
         plan, points = self._plan, [self._point(point, judge) for point in self._plan.points]
-        report: dict[str, Any] = {
+        report: SweepReport = {
             "status": "stopped" if notes else "finished",
             "seed": run_seed(),
             "versions": package_versions(),
@@ -161,12 +163,13 @@ class Sweep:
             curves = analysis.curves()
             for entry, point in zip(points, plan.points, strict=True):
                 entry["pair"] = analysis.point(point, curves)
-            report |= {"pruning": plan.curve.other, "quantizing": plan.curve.name, "curves": curves}
+            report["pruning"], report["quantizing"] = plan.curve.other, plan.curve.name
+            report["curves"] = curves
             report["hypothesis"] = analyse(points, plan.curve)
             notes += pair_notes(points, curves, plan.curve)
         return report
 
-    def _alone(self, judge: Judge) -> list[dict[str, Any]]:
+    def _alone(self, judge: Judge) -> list[AloneReport]:
         """Every variant that was measured alone; the intensity is M(dense) - M, what it costs."""
         known = self._tree.results()
         extra = self._plan.curve.variants if self._plan.curve else []
@@ -183,7 +186,7 @@ class Sweep:
             if (step,) in known
         ]
 
-    def _point(self, point: Point, judge: Judge) -> dict[str, Any]:
+    def _point(self, point: Point, judge: Judge) -> PointReport:
         """One point: every order that was measured, and those that cannot run."""
         known, names = self._tree.results(), {v.step: v.name for v in point.variants}
         measured = [order for order in point.orders if order in known]
@@ -205,10 +208,3 @@ class Sweep:
                 for order, problems in point.refused.items()
             ],
         }
-
-
-def _draw(folder: Path, report: dict[str, Any]) -> list[str]:
-    """Import matplotlib here alone: it takes a while, and other commands do without."""
-    from pqqp_lightning.report.sweep_figures import draw_figures
-
-    return draw_figures(folder, report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import cast
 
 from pqqp_lightning.algorithms.rank_statistics import (
     Ratio,
@@ -16,9 +16,16 @@ from pqqp_lightning.algorithms.rank_statistics import (
 )
 from pqqp_lightning.experiments.sweep_grid import Point, Variant
 from pqqp_lightning.experiments.sweep_plan import Curve
+from pqqp_lightning.storage.reports import (
+    Correlation,
+    CurvePoint,
+    CurveReport,
+    PairHypothesis,
+    PairReport,
+    PointReport,
+)
 from pqqp_lightning.trials.verdict import Judge
 
-Plain = dict[str, Any]
 SIDES = {
     "above": "better than quantization alone at any rate of its curve",
     "below": "worse than quantization alone at the end of its curve",
@@ -38,30 +45,30 @@ class PairAnalysis:
         self._judge, self._curve = judge, curve
         self._known = judge.tree.results()
 
-    def curves(self) -> list[Plain]:
+    def curves(self) -> list[CurveReport]:
         """M of quantization alone over C, a curve for each choice of its other knobs.
 
         Each begins with the dense model: what is not quantized has C = 1.
         """
-        found: dict[str, list[Plain]] = {}
+        found: dict[str, list[CurvePoint]] = {}
         for variant in self._curve.variants:
             if (score := self._alone(variant)) is not None:
-                entry = self._entry(variant) | {"score": score}
+                entry = self._entry(variant, score)
                 found.setdefault(self._curve.label(variant), [self._dense()]).append(entry)
-        curves = []
+        curves: list[CurveReport] = []
         for label, points in found.items():
             points.sort(key=lambda point: point["rate"])
             curves.append({"label": label, "points": points, "falls_steadily": falls_steadily(_pairs(points))})
         return curves
 
-    def point(self, point: Point, curves: Sequence[Plain]) -> Plain:
+    def point(self, point: Point, curves: Sequence[CurveReport]) -> PairReport:
         """A, G, C_P, C_Q, C*_P and C*_P - C_Q; None for what was not measured or is not finite."""
         p = next(v for v in point.variants if v.name == self._curve.other)
         q = next(v for v in point.variants if v.name == self._curve.name)
         there, back = (q.step, p.step), (p.step, q.step)
         both = there in self._known and back in self._known
         label = self._curve.label(q)
-        curve: list[Plain] = next((c["points"] for c in curves if c["label"] == label), [])
+        curve: list[CurvePoint] = next((c["points"] for c in curves if c["label"] == label), [])
         score_p, score_q = self._alone(p), self._alone(q)
         ratio = equivalent_ratio(_pairs(curve), score_p) if self._rates_differ(curve) else Ratio(None, "no curve")
         rate_q = self._rate(q)
@@ -78,13 +85,14 @@ class PairAnalysis:
             "ratio_difference": None if ratio.value is None or rate_q is None else ratio.value - rate_q,
         }
 
-    def _dense(self) -> Plain:
+    def _dense(self) -> CurvePoint:
         record = self._judge.tree.measure(()).record
         return {"knobs": {}, "rate": 1.0, "score": self._judge.score(()), "metrics": record["metrics"]}
 
-    def _entry(self, variant: Variant) -> Plain:
+    def _entry(self, variant: Variant, score: float) -> CurvePoint:
         record = self._known[(variant.step,)].record
-        return {"knobs": variant.plain, "rate": record["nominal_rate"], "metrics": record["metrics"]}
+        metrics = record["metrics"]
+        return {"knobs": variant.plain, "rate": record["nominal_rate"], "metrics": metrics, "score": score}
 
     def _alone(self, variant: Variant) -> float | None:
         if (variant.step,) not in self._known:
@@ -97,28 +105,40 @@ class PairAnalysis:
         return None if known is None else known.record["nominal_rate"]
 
     @staticmethod
-    def _rates_differ(points: Sequence[Plain]) -> bool:
+    def _rates_differ(points: Sequence[CurvePoint]) -> bool:
         """Whether the stage compresses weights at all; one that rounds activations only has one rate."""
         return len({point["rate"] for point in points}) > 1
 
 
-def analyse(points: Iterable[Plain], curve: Curve) -> Plain:
+def analyse(points: Iterable[PointReport], curve: Curve) -> PairHypothesis:
     """The hypothesis on the pairs of all points: correlations, monotone fits, and the verdict in sentences."""
     pairs = [point["pair"] for point in points]
     p, q = curve.other, curve.name
     advantage = f"A({q}->{p})"
-    names = {"gap": f"G({q}, {p})", "ratio_difference": f"C*_{p} - C_{q}"}
-    found: Plain = {"advantage": advantage, "verdict": []}
-    for quantity, name in names.items():
-        usable = [(x[quantity], a) for x in pairs if x[quantity] is not None and (a := _value(x)) is not None]
-        x, y = [u[0] for u in usable], [u[1] for u in usable]
-        correlation = rank_correlation(x, y)
-        found[quantity] = {"name": name, **correlation.plain(), "fit": monotone_fit(x, y)}
-        found["verdict"].append(sentence(advantage, name, correlation))
-    return found
+    gap, gap_sentence = _correlated(advantage, f"G({q}, {p})", [(pair["gap"], pair) for pair in pairs])
+    by_ratio = [(pair["ratio_difference"], pair) for pair in pairs]
+    ratio, ratio_sentence = _correlated(advantage, f"C*_{p} - C_{q}", by_ratio)
+    verdict = [gap_sentence, ratio_sentence]
+    return {"advantage": advantage, "verdict": verdict, "gap": gap, "ratio_difference": ratio}
 
 
-def pair_notes(points: Sequence[Plain], curves: Sequence[Plain], curve: Curve) -> list[str]:
+def _correlated(
+    advantage: str, name: str, points: Sequence[tuple[float | None, PairReport]]
+) -> tuple[Correlation, str]:
+    """How A goes with the quantity called ``name``, over the points that have both; and the same as a sentence."""
+    x: list[float] = []
+    y: list[float] = []
+    for quantity, pair in points:
+        value = _value(pair)
+        if quantity is not None and value is not None:
+            x.append(quantity)
+            y.append(value)
+    correlation = rank_correlation(x, y)
+    found = {"name": name, **correlation.plain(), "fit": monotone_fit(x, y)}
+    return cast(Correlation, found), sentence(advantage, name, correlation)
+
+
+def pair_notes(points: Sequence[PointReport], curves: Sequence[CurveReport], curve: Curve) -> list[str]:
     """What is worth saying beside the numbers: ratios beyond the curve, curves that rise, points that are marked."""
     notes = []
     for side, words in SIDES.items():
@@ -138,9 +158,9 @@ def pair_notes(points: Sequence[Plain], curves: Sequence[Plain], curve: Curve) -
     return notes
 
 
-def _pairs(points: Sequence[Plain]) -> list[tuple[float, float]]:
+def _pairs(points: Sequence[CurvePoint]) -> list[tuple[float, float]]:
     return [(point["rate"], point["score"]) for point in points if math.isfinite(point["score"])]
 
 
-def _value(pair: Plain) -> float | None:
+def _value(pair: PairReport) -> float | None:
     return None if pair["advantage"] is None else pair["advantage"]["value"]

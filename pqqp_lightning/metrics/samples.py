@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
@@ -31,15 +31,21 @@ class Samples:
     Attributes:
         metric: computes its value from summed states.
         states: float64 [N, S]: the metric's states in their order, each flattened, S numbers in all.
+        path: the metric's name among the model's modules.
     """
 
     metric: Metric
     states: Tensor
+    path: str = ""
 
     def value(self, counts: Tensor | None = None) -> float:
         """The metric when sample n counts ``counts[n]`` times, [N]; by default each counts once."""
         summed = self.states.sum(0) if counts is None else counts.to(self.states) @ self.states
         return float(self._computed(summed[None]))
+
+    def reproduces(self, value: float) -> bool:
+        """Whether the samples make up the whole of ``value``: some update may hold no rows that belong together."""
+        return math.isclose(self.value(), value, rel_tol=1e-4, abs_tol=1e-9)  # float32 sums in another order
 
     @cached_property
     def draws(self) -> Tensor:
@@ -89,7 +95,7 @@ def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
     leaders = _leaders(model)
     for name, metric in metrics.items():
         if own := rows[leaders.get(name, name)]:
-            found[name] = Samples(_pristine(metric), torch.stack(own))
+            found[name] = Samples(_pristine(metric), torch.stack(own), name)
 
 
 def gather_samples(recorded: dict[str, Samples]) -> dict[str, Samples]:
@@ -105,32 +111,15 @@ def gather_samples(recorded: dict[str, Samples]) -> dict[str, Samples]:
     for name, samples in recorded.items():
         if all(name in states for states in states_by_rank):
             joined = torch.cat([states[name] for states in states_by_rank])
-            gathered[name] = Samples(samples.metric, joined)
+            gathered[name] = replace(samples, states=joined)
     return gathered
 
 
-def matching(found: dict[str, Samples], values: dict[str, float]) -> dict[str, Samples]:
-    """``found`` under the names that their values were logged with; left out where none of ``values`` agrees.
-
-    Two metrics may have the same value by chance: then the one that is itself of the logged name counts.
-    """
-    named: dict[str, Samples] = {}
-    for name, value in values.items():
-        for path, samples in found.items():
-            its_own = path.rpartition(".")[2] == name
-            if _same(samples.value(), value) and (its_own or name not in named):
-                named[name] = samples
-    return named
-
-
-def restored(model: nn.Module, states: Tensor, value: float) -> Samples | None:
-    """The samples whose ``states`` were kept, with the metric of ``model`` that makes ``value`` of them."""
-    for metric in model.modules():
-        if isinstance(metric, Metric) and _adds_up(metric) and _width(metric) == states.shape[1]:
-            samples = Samples(_pristine(metric), states)
-            if _same(samples.value(), value):
-                return samples
-    return None
+def restored(model: nn.Module, path: str, states: Tensor) -> Samples:
+    """The samples whose ``states`` were kept, with the metric at ``path`` in ``model``."""
+    metric = model.get_submodule(path)
+    assert isinstance(metric, Metric), f"{path} is not a metric"
+    return Samples(_pristine(metric), states, path)
 
 
 def interval(
@@ -172,14 +161,6 @@ def joint_confidence(compared: Sequence[Samples], confidence: float = CONFIDENCE
     # A draw is covered if every pair's interval holds it, so its widest pair decides.
     needed = float(distance.amax(0).quantile(confidence))
     return min(1.0, max(confidence, needed / middle))
-
-
-def _same(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-9)  # the metric's own float32 sums run in another order
-
-
-def _width(metric: Metric) -> int:
-    return sum(default.numel() for default in _defaults(metric).values())
 
 
 def _leaders(model: nn.Module) -> dict[str, str]:

@@ -1,4 +1,8 @@
-"""What a page consists of, without saying how it looks."""
+"""What a report consists of, without saying how it looks.
+
+A report is built once from the records; the terminal, HTML and Markdown each draw it. The terminal shows the blocks
+with ``in_summary``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from markupsafe import Markup
+from pqqp_lightning.report.plots import Plot
 
 ARROW = " → "
 
@@ -22,6 +26,10 @@ class Table:
         best: the row that stands out, if any.
         words: the places of the columns that hold words instead of numbers.
         folded: whether one opens it to see it.
+        in_summary: whether the terminal shows it.
+        details: the places of the columns that the terminal leaves out.
+        titled: whether the terminal shows the caption above it.
+        unbroken: the places of the columns that the terminal keeps on one line.
     """
 
     kind: ClassVar[str] = "table"
@@ -31,6 +39,10 @@ class Table:
     best: int | None = None
     words: Sequence[int] = (0,)
     folded: bool = False
+    in_summary: bool = False
+    details: Sequence[int] = ()
+    titled: bool = False
+    unbroken: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -39,28 +51,40 @@ class Figure:
 
     Attributes:
         caption: what it shows, and how to read it.
-        drawing: from :mod:`pqqp_lightning.report.svg_plots`.
+        plot: the numbers, see :mod:`pqqp_lightning.report.plots`.
     """
 
     kind: ClassVar[str] = "figure"
     caption: str
-    drawing: Markup
+    plot: Plot
 
 
 @dataclass(frozen=True)
 class Words:
-    """Sentences, each on its own."""
+    """Sentences, each on its own line.
+
+    Attributes:
+        sentences: plain text.
+        in_summary: whether the terminal shows them.
+    """
 
     kind: ClassVar[str] = "words"
     sentences: Sequence[str]
+    in_summary: bool = False
 
 
 @dataclass(frozen=True)
 class Notes:
-    """A list of what was unusual: each with where."""
+    """A list of what was unusual.
+
+    Attributes:
+        items: where, and what.
+        in_summary: whether the terminal shows it.
+    """
 
     kind: ClassVar[str] = "notes"
     items: Sequence[tuple[str, str]]
+    in_summary: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +126,7 @@ class Page:
         verdict: what came out, in a sentence.
         remarks: what one must know to read the verdict.
         warning: why this is not the end, if it is not.
-        way_on: what to add to the command line then.
+        way_on: what to add to the command line then, if anything.
         sections: the rest.
     """
 

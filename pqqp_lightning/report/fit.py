@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table as TerminalTable
+from typing import cast
 
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.report.blocks import Block, Notes, Page, Section, Table, Words
@@ -18,13 +14,13 @@ from pqqp_lightning.report.formatting import (
     number_text,
     size_columns,
     stage_label,
-    wide_console,
 )
-from pqqp_lightning.report.sections import Report, about, repeat_section, size_figure, walk_blocks
+from pqqp_lightning.report.sections import about, repeat_section, size_figure, walk_blocks
 from pqqp_lightning.storage.files import read_json
-from pqqp_lightning.storage.records import REPORT, RUN, Record
+from pqqp_lightning.storage.reports import FitReport, Record
+from pqqp_lightning.storage.run_folder import RunFolder
 
-SEARCHES = {"order": "search for the best order", "sweep": "sweep", "analyze": "analysis"}
+COMMANDS = {"order": "search for the best order", "sweep": "sweep", "analyze": "analysis"}
 
 
 WARNINGS = {
@@ -33,7 +29,7 @@ WARNINGS = {
 }
 
 
-def fit_page(folder: Path, report: Report) -> Page:
+def fit_page(folder: RunFolder, report: FitReport) -> Page:
     """The page of ``report.json``."""
     records: list[Record] = report["stages"]
     sections = [Section("Stages", _stage_blocks(records))] if records else []
@@ -44,7 +40,7 @@ def fit_page(folder: Path, report: Report) -> Page:
     if records:
         sections.append(Section("Sizes", _size_blocks(folder, report)))
     return Page(
-        title=folder.resolve().name,
+        title=folder.path.resolve().name,
         about=about(report),
         verdict=fit_verdict(records, so_far=report["status"] != "finished"),
         remarks=_promises(records),
@@ -93,18 +89,18 @@ def _stage_blocks(records: Sequence[Record]) -> list[Block]:
         for record in records
     ]
     notes = [(record["name"], note) for record in records for note in stage_notes(record)]
-    table = Table("After each stage", ["stage", *metrics, *SIZE_COLUMNS, "seconds"], rows)
-    return [table, *([Notes(notes)] if notes else [])]
+    table = Table("After each stage", ["stage", *metrics, *SIZE_COLUMNS, "seconds"], rows, in_summary=True)
+    return [table, *([Notes(notes, in_summary=True)] if notes else [])]
 
 
-def _size_blocks(folder: Path, report: Report) -> list[Block]:
+def _size_blocks(folder: RunFolder, report: FitReport) -> list[Block]:
     records, checkpoint, layers = report["stages"], report.get("checkpoint"), report.get("layers")
     blocks: list[Block] = [size_figure(records, file_bytes=checkpoint["file_bytes"] if checkpoint else None)]
     if checkpoint:
-        where = folder / checkpoint["path"]
+        where = folder.path / checkpoint["path"]
         on_disk, counted = human_bytes(checkpoint["file_bytes"]), human_bytes(records[-1]["size_bytes"])
-        loading = f"Load it with pqqp_lightning.load({str(folder)!r})."
-        blocks.append(Words([f"{where}: {on_disk} on disk ({counted} counted). {loading}"]))
+        loading = f"Load it with pqqp_lightning.load({str(folder.path)!r})."
+        blocks.append(Words([f"{where}: {on_disk} on disk ({counted} counted). {loading}"], in_summary=True))
     if layers:
         rows = [
             [
@@ -127,57 +123,18 @@ def _promises(records: Sequence[Record]) -> list[str]:
     return ["Masks and grids were verified exactly after each stage: no stage undid an earlier one."]
 
 
-def stage_table(records: Sequence[Record], title: str | None = None) -> TerminalTable:
-    """One row a stage: metrics, zeros, bits per weight, nominal C, counted size and rate, seconds."""
-    metrics = metric_names(records)
-    table = TerminalTable(title=title, title_justify="left")
-    table.add_column("stage")
-    for name in [*metrics, *SIZE_COLUMNS, "seconds"]:
-        table.add_column(name, justify="right")
-    for record in records:
-        values = [number_text(record["metrics"].get(name)) for name in metrics]
-        table.add_row(
-            stage_label(record),
-            *values,
-            *size_columns(record),
-            f"{record['elapsed_s']:.1f}",
-        )
-    return table
-
-
-def print_report(folder: Path, console: Console | None = None) -> None:
-    """Print the table, the notes and where things are, from ``report.json``."""
-    report = read_report(folder)
-    console = console or wide_console()
-    console.print(stage_table(report["stages"]))
-    for record in report["stages"]:
-        for note in record["notes"]:
-            console.print(f"{record['name']}: {note}", highlight=False, markup=False, soft_wrap=True)
-    if checkpoint := report.get("checkpoint"):
-        counted = report["stages"][-1]["size_bytes"]
-        console.print(
-            f"{folder / checkpoint['path']}: {human_bytes(checkpoint['file_bytes'])} on disk "
-            f"({human_bytes(counted)} counted). Load it with pqqp_lightning.load('{folder}').",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-    if report["status"] != "finished":
-        console.print("The run is not finished: go on with --ckpt_path last.", highlight=False)
-
-
-def read_report(folder: Path) -> dict[str, Any]:
+def read_report(folder: RunFolder) -> FitReport:
     """The run's ``report.json``.
 
     Raises:
         RecipeError: there is none, or it is damaged.
     """
-    path = folder / REPORT
-    if not folder.is_dir():
-        raise RecipeError(f"{folder}: there is no such folder. Name the folder of a run, such as runs/quickstart.")
-    command = read_json(folder / RUN).get("command") if (folder / RUN).is_file() else None
-    if command in SEARCHES:
-        raise RecipeError(f"{folder}: the {SEARCHES[command]} is not finished. Go on with --ckpt_path last.")
-    if not path.is_file():
-        raise RecipeError(f"{folder}: holds no {REPORT}. Name the folder of a run, such as runs/quickstart.")
-    return read_json(path, "status", "stages")
+    path = folder.path
+    if not path.is_dir():
+        raise RecipeError(f"{path}: there is no such folder. Name the folder of a run, such as runs/quickstart.")
+    command = read_json(folder.run).get("command") if folder.run.is_file() else None
+    if command in COMMANDS:
+        raise RecipeError(f"{path}: the {COMMANDS[command]} is not finished. Go on with --ckpt_path last.")
+    if not folder.report.is_file():
+        raise RecipeError(f"{path}: holds no {folder.report.name}. Name the folder of a run, such as runs/quickstart.")
+    return cast(FitReport, read_json(folder.report, "status", "stages"))

@@ -1,26 +1,23 @@
-"""The table at the end of a run, drawn from its records alone."""
+"""Numbers and names as people read them."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import Any
 
-from rich.console import Console
-
-from pqqp_lightning.storage.records import Record
+from pqqp_lightning.storage.reports import DifferenceReport, OrderEntry, Record
 
 Bounds = tuple[float, float] | tuple[None, None]
 SIZE_COLUMNS = ("zeros", "bits/weight", "nominal C", "size", "C")
 
 
-def difference_text(difference: dict[str, float | None] | None) -> str:
+def difference_text(difference: DifferenceReport | None) -> str:
     """``"2.10 (0.50 to 3.40)"``, without an interval where there is none, ``-`` where there is no difference."""
-    value = (difference or {}).get("value")
-    low, high = bounds(((difference or {}).get("low"), (difference or {}).get("high")))
+    if difference is None:
+        return number_text(None)
+    low, high = bounds((difference["low"], difference["high"]))
     if low is None or low == high:
-        return number_text(value)
-    return f"{number_text(value)} ({interval_text(low, high)})"
+        return number_text(difference["value"])
+    return f"{number_text(difference['value'])} ({interval_text(low, high)})"
 
 
 def interval_text(low: float | None, high: float | None) -> str:
@@ -34,14 +31,9 @@ def bounds(interval: Sequence[float | None] | None) -> Bounds:
     return (None, None) if low is None or high is None else (low, high)
 
 
-def metric_names(measured: Sequence[dict[str, Any]]) -> list[str]:
+def metric_names(measured: Sequence[Record | OrderEntry]) -> list[str]:
     """Every metric of records or orders, in order of appearance."""
     return list(dict.fromkeys(name for record in measured for name in record["metrics"]))
-
-
-def wide_console() -> Console:
-    """The terminal, or 120 columns where the output goes to a file."""
-    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def human_bytes(count: float) -> str:

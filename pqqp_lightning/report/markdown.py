@@ -15,7 +15,8 @@ def to_markdown(page: Page) -> str:
     """The whole page."""
     parts = [f"# {escape(page.title)}", escape(page.about), f"**{escape(page.verdict)}**"]
     if page.warning:
-        parts.append(f"{escape(page.warning)} Go on with `{page.way_on}`.")
+        way_on = f" Go on with `{page.way_on}`." if page.way_on else ""
+        parts.append(f"{escape(page.warning)}{way_on}")
     parts += [escape(words) for words in page.remarks]
     for section in page.sections:
         if texts := [text for block in section.blocks if (text := _block(block))]:

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table as TerminalTable
+from typing import cast
 
 from pqqp_lightning.algorithms.rank_statistics import leaves_zero_out
 from pqqp_lightning.report.blocks import Block, Figure, Notes, Page, Section, Table, Words
@@ -23,10 +19,9 @@ from pqqp_lightning.report.formatting import (
     metric_names,
     number_text,
     size_columns,
-    wide_console,
 )
+from pqqp_lightning.report.plots import Dot, DotPlot
 from pqqp_lightning.report.sections import (
-    Report,
     Walk,
     about,
     names_text,
@@ -36,16 +31,15 @@ from pqqp_lightning.report.sections import (
     size_figure,
     walk_blocks,
 )
-from pqqp_lightning.report.svg_plots import Dot, draw_dots
-from pqqp_lightning.storage.files import checkpoint_bytes, read_json
+from pqqp_lightning.storage.files import read_json
+from pqqp_lightning.storage.reports import MarkedOrder, OrderEntry, OrderReport
+from pqqp_lightning.storage.run_folder import RunFolder
 
-Order = dict[str, Any]
 
-
-def order_page(folder: Path, report: Report) -> Page:
+def order_page(folder: RunFolder, report: OrderReport) -> Page:
     """The page of ``order.json``."""
-    orders: list[Order] = report["orders"]
-    report = {"recipe": recipe_of(folder)} | report
+    orders: list[OrderEntry] = report["orders"]
+    report = {**report, "recipe": report.get("recipe", recipe_of(folder))}
     verdict, *remarks = order_verdict(report)
     sections = [
         Section("Orders", _order_blocks(report)),
@@ -57,7 +51,7 @@ def order_page(folder: Path, report: Report) -> Page:
         repeat_section(folder, report, "order"),
     ]
     return Page(
-        title=folder.resolve().name,
+        title=folder.path.resolve().name,
         about=about(report),
         verdict=verdict,
         remarks=[*remarks, *report.get("notes", [])],
@@ -65,7 +59,7 @@ def order_page(folder: Path, report: Report) -> Page:
     )
 
 
-def _order_blocks(report: Report) -> list[Block]:
+def _order_blocks(report: OrderReport) -> list[Block]:
     metric = report["metric"]
     dots = [_dot(order, report) for order in report["orders"]]
     better = "more" if report["higher_is_better"] else "less"
@@ -75,10 +69,10 @@ def _order_blocks(report: Report) -> list[Block]:
         caption += " Bars are each order's own 95% interval."
     if any(dot.remark for dot in dots):
         caption += " Hollow dots differ from the best order in more than the order, as is said below their names."
-    return [Figure(caption, draw_dots(dots)), *_behind_figure(report), _order_table(report)]
+    return [Figure(caption, DotPlot(dots)), *_behind_figure(report), _order_table(report)]
 
 
-def _behind_figure(report: Report) -> list[Block]:
+def _behind_figure(report: OrderReport) -> list[Block]:
     """How far each order is behind the best: their own intervals may overlap although the difference is clear."""
     if not any(order.get("behind") for order in report["orders"]):
         return []
@@ -87,13 +81,13 @@ def _behind_figure(report: Report) -> list[Block]:
         f"How far each order is behind the best, in {report['metric']}. Bars are 95% intervals of the difference on "
     )
     caption += "the same samples: where one holds 0, there is no evidence that the two orders differ."
-    return [Figure(caption, draw_dots(dots))]
+    return [Figure(caption, DotPlot(dots))]
 
 
-def _behind_dot(order: Order, best: bool) -> Dot:
-    behind = order.get("behind") or {}
-    value = 0.0 if best else behind.get("value")
-    low, high = bounds((behind.get("low"), behind.get("high")))
+def _behind_dot(order: OrderEntry, best: bool) -> Dot:
+    behind = order.get("behind")
+    value = behind["value"] if behind and not best else 0.0 if best else None
+    low, high = bounds((behind["low"], behind["high"])) if behind else (None, None)
     detail = interval_text(low, high)
     marks = "; ".join(order.get("marks") or [])
     return Dot(
@@ -101,7 +95,7 @@ def _behind_dot(order: Order, best: bool) -> Dot:
     )
 
 
-def _dot(order: Order, report: Report) -> Dot:
+def _dot(order: OrderEntry, report: OrderReport) -> Dot:
     value = order["metrics"].get(report["metric"])
     low, high = bounds(order.get("interval"))
     return Dot(
@@ -116,7 +110,7 @@ def _dot(order: Order, report: Report) -> Dot:
     )
 
 
-def _order_table(report: Report) -> Table:
+def _order_table(report: OrderReport) -> Table:
     orders = report["orders"]
     metrics = metric_names(orders)
     intervals = any(bounds(order.get("interval"))[0] is not None for order in orders)
@@ -142,10 +136,12 @@ def _order_table(report: Report) -> Table:
     behind = ["behind the best"] if compared else []
     head = ["order", *metrics, *interval, *behind, *SIZE_COLUMNS, "seconds", *(["remark"] if marked else [])]
     best = next(i for i, order in enumerate(orders) if order["order"] == report["best"])
-    return Table("Every order, best first", head, rows, best, words=(0, len(head) - 1) if marked else (0,))
+    details = [i for i, name in enumerate(head) if name in ("behind the best", "seconds", "remark")]
+    words = (0, len(head) - 1) if marked else (0,)
+    return Table("Every order, best first", head, rows, best, words, in_summary=True, details=details)
 
 
-def _pair_blocks(report: Report) -> list[Block]:
+def _pair_blocks(report: OrderReport) -> list[Block]:
     pairs = advantages(report)
     if not pairs:
         return []
@@ -163,10 +159,10 @@ def _pair_blocks(report: Report) -> list[Block]:
     explained = f"A(f1 → f2) is by how much {metric} is better where f1 comes just before f2 than the other way round, "
     explained += "both applied to the dense model."
     head = ["pair", f"A in {metric}", *(["95% interval"] if intervals else []), "says"]
-    return [Words([explained]), Table("Each pair of stages", head, rows, words=(0, len(head) - 1))]
+    return [Words([explained]), Table("Each pair of stages", head, rows, words=(0, len(head) - 1), in_summary=True)]
 
 
-def _walk_blocks(report: Report) -> list[Block]:
+def _walk_blocks(report: OrderReport) -> list[Block]:
     walks: list[Walk] = [(names_text(o["order"]), o["stages"]) for o in report["orders"]]
     longest = max(len(records) for _, records in walks)
     columns = ["dense", *(f"stage {i}" for i in range(1, longest))]
@@ -174,28 +170,27 @@ def _walk_blocks(report: Report) -> list[Block]:
     return walk_blocks(report["metric"], walks, columns, best)
 
 
-def _size_blocks(folder: Path, report: Report) -> list[Block]:
+def _size_blocks(folder: RunFolder, report: OrderReport) -> list[Block]:
     best = next(order for order in report["orders"] if order["order"] == report["best"])
-    model = folder / "model"
-    if not model.is_dir():
+    on_disk, counted = folder.model_bytes(), best["size_bytes"]
+    if on_disk is None:
         return [size_figure(best["stages"], " of the best order")]
-    on_disk, counted = checkpoint_bytes(model), best["size_bytes"]
-    words = f"{model}: the best order's, {human_bytes(on_disk)} on disk ({human_bytes(counted)} counted). "
-    words += f"Load it with pqqp_lightning.load({str(folder)!r})."
-    return [size_figure(best["stages"], " of the best order", on_disk), Words([words])]
+    words = f"{folder.model}: the best order's, {human_bytes(on_disk)} on disk ({human_bytes(counted)} counted). "
+    words += f"Load it with pqqp_lightning.load({str(folder.path)!r})."
+    return [size_figure(best["stages"], " of the best order", on_disk), Words([words], in_summary=True)]
 
 
-def _refused_blocks(report: Report) -> list[Block]:
+def _refused_blocks(report: OrderReport) -> list[Block]:
     """Orders under the reason that they share."""
     refused = sorted(report["refused"], key=lambda r: r["problems"])
     items = [
-        ("; ".join(names_text(r["order"]) for r in same), " ".join(problems))
+        ("; ".join(names_text(r["order"]) for r in same), f"cannot run: {' '.join(problems)}")
         for problems, same in groupby(refused, key=lambda r: r["problems"])
     ]
-    return [Notes(items)] if items else []
+    return [Notes(items, in_summary=True)] if items else []
 
 
-def _note_blocks(orders: list[Order]) -> list[Block]:
+def _note_blocks(orders: list[OrderEntry]) -> list[Block]:
     """Each note of a stage once, with the orders' beginnings where it was made."""
     places: dict[tuple[str, str], list[str]] = {}
     for beginning, name, note in _noted(orders):
@@ -209,7 +204,7 @@ def _note_blocks(orders: list[Order]) -> list[Block]:
     return [Notes(items)] if items else []
 
 
-def _noted(orders: list[Order]) -> Iterator[tuple[str, str, str]]:
+def _noted(orders: list[OrderEntry]) -> Iterator[tuple[str, str, str]]:
     for order in orders:
         for i, record in enumerate(order["stages"]):
             beginning = names_text(order["order"][:i]) or record["name"]
@@ -217,55 +212,12 @@ def _noted(orders: list[Order]) -> Iterator[tuple[str, str, str]]:
                 yield beginning, record["name"], note
 
 
-def print_order_report(folder: Path, console: Console | None = None) -> None:
-    """Print the verdict, every order with its interval and sizes, best first, and A(f1->f2) of each pair."""
-    report = read_order_report(folder)
-    console = console or wide_console()
-    console.print(_terminal_table(report))
-    lines = marked_lines(report["orders"])
-    lines += [f"left out: {line}" for line in marked_lines(report.get("left_out", []))]
-    lines += [f"{' -> '.join(r['order'])} cannot run: {'; '.join(r['problems'])}" for r in report["refused"]]
-    lines += report.get("notes", [])
-    metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
-    for pair, advantage in report["advantage"].items():
-        if advantage["value"] is not None and advantage["value"] >= 0:
-            lines.append(f"A({pair}) = {advantage['value']:+.4g}{_range(advantage)} in {metric}")
-    if sentence := hypothesis_sentence(report):
-        lines.append(sentence)
-    if repeats := report.get("repeats"):
-        lines.append(repeats["verdict"])
-    if (folder / "model").is_dir():
-        lines.append(f"{folder / 'model'}: the best order's. Load it with pqqp_lightning.load('{folder}').")
-    if "verdict" in report:
-        lines.append(report["verdict"])
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _terminal_table(report: dict[str, Any]) -> TerminalTable:
-    metrics = metric_names(report["orders"])
-    table = TerminalTable()
-    table.add_column("order")
-    for name in [*metrics, "95% interval", *SIZE_COLUMNS]:
-        table.add_column(name, justify="right")
-    for order in report["orders"]:
-        best, interval = order["order"] == report["best"], order.get("interval")
-        table.add_row(
-            " -> ".join(order["order"]) + (" (best)" if best else ""),
-            *[number_text(order["metrics"].get(name)) for name in metrics],
-            " to ".join(map(number_text, interval)) if interval else "-",
-            *size_columns(order["stages"][-1]),
-            style="bold" if best else None,
-        )
-    return table
-
-
-def marked_lines(orders: Sequence[dict[str, Any]]) -> list[str]:
+def marked_lines(orders: Sequence[MarkedOrder | OrderEntry]) -> list[str]:
     """Of those orders that are marked: why they cannot be compared."""
     return [f"{' -> '.join(order['order'])}: {'; '.join(order['marks'])}" for order in orders if order.get("marks")]
 
 
-def hypothesis_sentence(report: dict[str, Any]) -> str:
+def hypothesis_sentence(report: OrderReport) -> str:
     """How the order from the weakest stage to the strongest did; empty if that was not asked."""
     if not (asked := report.get("hypothesis")):
         return ""
@@ -280,18 +232,14 @@ def hypothesis_sentence(report: dict[str, Any]) -> str:
     return f"{words} is behind the best by {difference_text(asked['behind'])} in {report['metric']}.{equal}"
 
 
-def _range(difference: dict[str, float | None]) -> str:
-    low, high = difference["low"], difference["high"]
-    return "" if low is None or high is None or low == high else f" ({low:.4g} to {high:.4g})"
-
-
-def read_order_report(folder: Path) -> dict[str, Any]:
+def read_order_report(folder: RunFolder) -> OrderReport:
     """The search's ``order.json``.
 
     Raises:
         RecipeError: it is damaged.
     """
-    return read_json(folder / "order.json", "orders", "best", "metric", "higher_is_better", "advantage", "refused")
+    needed = ("orders", "best", "metric", "higher_is_better", "advantage", "refused")
+    return cast(OrderReport, read_json(folder.order, *needed))
 
 
 @dataclass(frozen=True)
@@ -322,15 +270,17 @@ class Advantage:
         return f"{self.first} first is better" if clear else "no evidence that the order matters"
 
 
-def order_verdict(report: Report) -> list[str]:
+def order_verdict(report: OrderReport) -> list[str]:
     """The verdict, and what one must know to read it."""
-    repeats = (report.get("repeats") or {}).get("verdict", "")
+    again = report.get("repeats")
+    repeats = again["verdict"] if again else ""
     left_out = [f"Left out: {line}" for line in marked_lines(report.get("left_out", []))]
     sentences = [report["verdict"], repeats, hypothesis_sentence(report), *left_out]
-    return [*(sentence.replace("->", "→") for sentence in sentences if sentence), _measured(report)]
+    marked = [line.replace("->", "→") for line in marked_lines(report["orders"])]
+    return [*(sentence.replace("->", "→") for sentence in sentences if sentence), *marked, _measured(report)]
 
 
-def advantages(report: Report) -> list[Advantage]:
+def advantages(report: OrderReport) -> list[Advantage]:
     """Each pair once, in the direction in which its advantage is not negative."""
     found: list[Advantage] = []
     for pair, entry in report["advantage"].items():
@@ -341,7 +291,7 @@ def advantages(report: Report) -> list[Advantage]:
     return found
 
 
-def _measured(report: Report) -> str:
+def _measured(report: OrderReport) -> str:
     orders, refused = report["orders"], report["refused"]
     count = f"{len(orders)} order{'s' if len(orders) != 1 else ''}"
     words = f"{report['strategy'].capitalize()} search: {count}" if report.get("strategy") else count.capitalize()

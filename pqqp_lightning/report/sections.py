@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pqqp_lightning.report.blocks import ARROW, Block, Code, Figure, Section, Table, Words
 from pqqp_lightning.report.formatting import human_bytes, number_text, stage_label
-from pqqp_lightning.report.svg_plots import MOST_NAMED, Bar, Line, draw_bars, draw_walk
-from pqqp_lightning.report.svg_scale import Scale
-from pqqp_lightning.storage.records import Record
+from pqqp_lightning.report.plots import MOST_NAMED, Bar, BarPlot, Line, LinePlot, is_logarithmic
+from pqqp_lightning.storage.reports import Origin, Record
+from pqqp_lightning.storage.run_folder import RunFolder
 
-Report = dict[str, Any]
 Walk = tuple[str, Sequence[Record]]
 """A line's name and its records, dense first."""
 
@@ -30,8 +28,7 @@ def walk_blocks(metric: str, walks: Sequence[Walk], columns: Sequence[str], best
         caption += f" The thick line is the best order, {walks[best][0]}; the others are thin."
     if len(columns) > MOST_NAMED:
         caption += " 0 is the dense model, the other numbers are the stages in turn."
-    label = f"{caption} {walks[best][0]}: {', '.join(texts[best])}."
-    figure = Figure(caption, draw_walk(lines, columns, label))
+    figure = Figure(caption, LinePlot(lines, columns))
     if len(walks) == 1:  # the table of stages says the same
         return [figure]
     padded = [[name, *row, *["-"] * (len(columns) - len(row))] for (name, _), row in zip(walks, texts, strict=True)]
@@ -47,15 +44,15 @@ def size_figure(records: Sequence[Record], whose: str = "", file_bytes: int | No
     caption = f"Bytes counted after each stage{whose}, from what is stored."
     if file_bytes is not None:
         bars.append(Bar("files on disk", human_bytes(file_bytes), file_bytes, other=True))
-    return Figure(caption, draw_bars(bars))
+    return Figure(caption, BarPlot(bars))
 
 
-def repeat_section(folder: Path, report: Report, command: str) -> Section:
+def repeat_section(folder: RunFolder, report: Origin, command: str) -> Section:
     """The recipe, the command line, and what else decides the numbers."""
-    recipe = folder / "recipe.yaml"
+    recipe = folder.recipe
     blocks: list[Block] = []
     if recipe.is_file():
-        again = [command, "--config", str(recipe), "--run_dir", f"{folder}-again"]
+        again = [command, "--config", str(recipe), "--run_dir", f"{folder.path}-again"]
         blocks.append(Code("The command line", f"pqqp-lightning {shlex.join(again)}", "sh"))
         text = recipe.read_text(encoding="utf-8", errors="replace")
         blocks.append(Code("recipe.yaml, with every default written out", text.rstrip("\n"), "yaml", folded=True))
@@ -66,21 +63,21 @@ def repeat_section(folder: Path, report: Report, command: str) -> Section:
         if identity := report.get("recipe"):
             text = yaml.safe_dump(identity, sort_keys=False, allow_unicode=True).rstrip("\n")
             blocks.append(Code("What was run", text, "yaml"))
-    facts = {"seed": report.get("seed"), **report.get("hardware", {}), **report.get("versions", {})}
+    facts: dict[str, Any] = {"seed": report.get("seed"), **report.get("hardware", {}), **report.get("versions", {})}
     rows = [[name, str(value)] for name, value in facts.items() if value is not None]
     return Section("Run it again", [*blocks, Table("Seed, hardware and versions", (), rows, words=(0, 1))])
 
 
-def about(report: Report) -> str:
+def about(report: Origin) -> str:
     """The model and the data in a line, as far as the recipe names them."""
-    recipe = report.get("recipe") or {}
+    recipe: Any = report.get("recipe") or {}
     return ", ".join(filter(None, (_named(recipe.get(key)) for key in ("model", "data"))))
 
 
-def recipe_of(folder: Path) -> Any:
+def recipe_of(folder: RunFolder) -> Any:
     """``recipe.yaml`` as data; None where there is none, or none that can be read."""
     try:
-        return yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        return yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
 
@@ -92,7 +89,7 @@ def names_text(names: Iterable[str]) -> str:
 
 def scale_note(values: Iterable[float | None]) -> str:
     """What must be said about the axis."""
-    return " (logarithmic scale)" if Scale(values).logarithmic else ""
+    return " (logarithmic scale)" if is_logarithmic(values) else ""
 
 
 def _named(section: Any) -> str:

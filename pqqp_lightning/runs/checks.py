@@ -15,8 +15,7 @@ from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.structure import weightless_copy
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.stage import Stage
-from pqqp_lightning.storage.records import RECORDS, RUN
-from pqqp_lightning.storage.run_folder import check_folder
+from pqqp_lightning.storage.run_folder import RunFolder, check_folder
 
 
 def check_recipe(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> None:
@@ -31,7 +30,8 @@ def check_recipe(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> No
 
 def check_run(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> list[Problem]:
     """The problems that do not depend on the stages' order: folder, data, model, names, epochs and strategy."""
-    folder = [] if trainer.fast_dev_run else check_folder(Path(trainer.default_root_dir), (RUN, RECORDS))
+    run_folder = RunFolder(Path(trainer.default_root_dir))
+    folder = [] if trainer.fast_dev_run else check_folder(run_folder.path, run_folder.marks)
     problems = folder + data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
     return problems + _check_strategy(trainer) + _check_teacher(stages)
 

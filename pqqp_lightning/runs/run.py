@@ -18,9 +18,9 @@ from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
-from pqqp_lightning.storage.files import checkpoint_bytes
-from pqqp_lightning.storage.records import Record, append_record, write_report
-from pqqp_lightning.storage.run_folder import MANIFEST, MODEL, STAGES, finished_records, keep_recipe, open_folder
+from pqqp_lightning.storage.records import append_record, read_records, write_report
+from pqqp_lightning.storage.reports import Record
+from pqqp_lightning.storage.run_folder import MANIFEST, RunFolder
 
 if TYPE_CHECKING:
     from pqqp_lightning.runs.trainer import Trainer  # which imports this module
@@ -38,7 +38,7 @@ class Run:
 
     def __init__(self, trainer: Trainer, data: RunData, stages: Sequence[Stage], folder: Path) -> None:
         self._stages = stages
-        self._folder = folder
+        self._folder = RunFolder(folder)
         self._trainer = trainer
         self._runner = StageRunner(trainer, data)
         self._records: list[Record] = []
@@ -52,14 +52,15 @@ class Run:
         """
         recipe = self._trainer.recipe_text
         if resume:
-            self._records = finished_records(self._folder, self._identity)
+            self._folder.resume(self._identity)
+            self._records = read_records(self._folder.path)
             if self._trainer.is_global_zero:
-                keep_recipe(self._folder, recipe)
+                self._folder.keep_recipe(recipe)
         elif self._trainer.is_global_zero:
-            moved = open_folder(self._folder, self._identity, recipe)
+            moved = self._folder.open(self._identity, recipe)
             for logger in self._trainer.loggers:
                 # An earlier run in the folder was moved aside together with the files that its loggers hold open.
-                if moved and logger.log_dir and Path(logger.log_dir).is_relative_to(self._folder):
+                if moved and logger.log_dir and Path(logger.log_dir).is_relative_to(self._folder.path):
                     vars(logger)["_experiment"] = None  # Lightning's loggers open it again on first use
         try:
             self._measure_dense()
@@ -90,7 +91,7 @@ class Run:
             folder = self._stage_folder(applied - 1)
             # A run killed at its very end has already moved the last stage's folder.
             if applied == len(self._stages) and not folder.is_dir():
-                folder = self._folder / MODEL
+                folder = self._folder.model
             self._runner.load(folder)
 
     def _apply(self, position: int, stage: Stage) -> None:
@@ -122,11 +123,11 @@ class Run:
         if not self._trainer.is_global_zero:
             return
         last = self._stage_folder(len(self._stages) - 1) if self._stages else None
-        model = self._folder / MODEL
+        model = self._folder.model
         if last is not None and last.is_dir():
             shutil.rmtree(model, ignore_errors=True)
             last.replace(model)
-            shutil.rmtree(self._folder / STAGES, ignore_errors=True)
+            shutil.rmtree(self._folder.stages, ignore_errors=True)
         elif not model.is_dir():  # no stages: the model is dense or loaded
             save_checkpoint(self._runner.module, model, self._runner.applied, {"record": self._records[-1]})
         self._report("finished")
@@ -134,7 +135,7 @@ class Run:
     def _add(self, record: Record) -> None:
         self._records.append(record)
         if self._trainer.is_global_zero:
-            append_record(self._folder, record)
+            append_record(self._folder.path, record)
             self._report("running")
 
     def _report(self, status: str) -> None:
@@ -143,11 +144,11 @@ class Run:
         more: dict[str, Any] = {"seed": run_seed(), "recipe": self._identity}
         if status == "finished":
             more["layers"] = layer_table(self._runner.size())
-            more["checkpoint"] = {"path": MODEL, "file_bytes": checkpoint_bytes(self._folder / MODEL)}
-        write_report(self._folder, status=status, records=self._records, **more)
+            more["checkpoint"] = {"path": self._folder.model.name, "file_bytes": self._folder.model_bytes()}
+        write_report(self._folder.path, status=status, records=self._records, **more)
 
     def _stage_folder(self, position: int) -> Path:
-        return self._folder / STAGES / f"{position + 1}-{self._stages[position].name}"
+        return self._folder.stage(position, self._stages[position].name)
 
 
 def identity(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> dict[str, Any]:

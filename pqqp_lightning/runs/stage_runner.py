@@ -24,7 +24,7 @@ from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.checkpoint.save import save_checkpoint
 from pqqp_lightning.checkpoint.size import ModelSize, measure_size, size_numbers
 from pqqp_lightning.errors import Problem, RecipeError, shorten
-from pqqp_lightning.metrics.samples import Samples, gather_samples, matching, recording
+from pqqp_lightning.metrics.samples import Samples, gather_samples, recording
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.constraints import (
     Promise,
@@ -41,7 +41,8 @@ from pqqp_lightning.runs.peak_memory import peak_memory
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stages.stage import Context, Stage
-from pqqp_lightning.storage.records import Record, make_record
+from pqqp_lightning.storage.records import make_record
+from pqqp_lightning.storage.reports import Record
 
 RESUME_POINT = "training.ckpt"
 
@@ -116,8 +117,25 @@ class StageRunner:
                 self.module, dataloaders=self.data.validation, datamodule=self.data.datamodule, verbose=False
             )
         metrics = {name: float(value) for result in results for name, value in result.items()}
-        self.samples = matching(gather_samples(found), metrics) if self.keep_samples else {}
+        self.samples = {}
+        recorded = gather_samples(found)
+        for name, path in self._logged_metrics():
+            if name in metrics and path in recorded and recorded[path].reproduces(metrics[name]):
+                self.samples[name] = recorded[path]
         return metrics
+
+    def _logged_metrics(self) -> Iterator[tuple[str, str]]:
+        """Each name that the evaluation logged a torchmetrics metric under, and that metric's path in the model.
+
+        Lightning keeps this pairing in the loop's results, which have no public name: two metrics may have the same
+        value, so their values cannot tell which is which.
+        """
+        results = self.trainer.validate_loop._results
+        for logged in results.values():
+            path = logged.meta.metric_attribute
+            if path is not None:
+                for name in dict.fromkeys(results._forked_name(logged, on_step=False)):
+                    yield name, path
 
     def measure_dense(self, stages: Sequence[Stage]) -> Record:
         """Evaluate the dense model and keep its record as the baseline."""

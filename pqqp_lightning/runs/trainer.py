@@ -22,6 +22,7 @@ from pqqp_lightning.runs.checks import check_recipe
 from pqqp_lightning.runs.run import Run
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.stage import Stage
+from pqqp_lightning.storage.run_folder import RunFolder
 
 
 class Training(Stage):
@@ -57,7 +58,9 @@ class Trainer(pl.Trainer):
         callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
         kwargs["default_root_dir"] = kwargs.get("default_root_dir") or "runs/run"
         if kwargs.get("logger") is None and not kwargs.get("fast_dev_run"):
-            kwargs["logger"] = CSVLogger(kwargs["default_root_dir"], name="logs")
+            kwargs["logger"] = CSVLogger(
+                kwargs["default_root_dir"], name=RunFolder(Path(kwargs["default_root_dir"])).logs.name
+            )
         if kwargs.get("enable_model_summary") is None:
             kwargs["enable_model_summary"] = False
         if kwargs.get("num_sanity_val_steps") is None:

@@ -16,7 +16,7 @@ SMALLEST = 1 << 20
 ALIGNMENT = 64
 
 
-class Spill:
+class DiskTensors:
     """A nameless file in ``folder``; what is put there stays usable, and the system keeps of it in memory what it can.
 
     Args:
@@ -39,7 +39,7 @@ class Spill:
         mapped = np.memmap(self._file, np.uint8, "r+", start, data.shape)
         return torch.from_numpy(mapped).view(tensor.dtype).view(tensor.shape)
 
-    def __enter__(self) -> Spill:
+    def __enter__(self) -> DiskTensors:
         return self
 
     def __exit__(

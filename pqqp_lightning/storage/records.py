@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from pqqp_lightning.storage.files import append_line, read_lines, write_json
+from pqqp_lightning.storage.reports import Record, SizeNumbers
+from pqqp_lightning.storage.run_folder import RunFolder
 
-Record = dict[str, Any]
-RUN, RECORDS, REPORT = "run.json", "records.jsonl", "report.json"
 PACKAGES = (
     *("pqqp-lightning", "torch", "lightning", "torchmetrics", "transformers", "timm", "datasets", "safetensors"),
     *("peft", "bitsandbytes", "torch-pruning", "torchvision", "scipy"),
@@ -29,7 +29,7 @@ def make_record(
     method: str,
     options: dict[str, Any],
     metrics: dict[str, float],
-    size: dict[str, float],
+    size: SizeNumbers,
     dense: Record | None,
     elapsed_s: float,
     peak_memory_bytes: int,
@@ -42,7 +42,7 @@ def make_record(
     Args:
         name: the stage's name, "dense" for the baseline.
         method: its class.
-        options: its knobs.
+        options: its arguments.
         metrics: measured after it.
         size: counted after it, from :func:`~pqqp_lightning.checkpoint.size.size_numbers`.
         dense: the baseline's record, None for the baseline itself.
@@ -79,12 +79,12 @@ def finite_or_none(value: float) -> float | None:
 
 def append_record(folder: Path, record: Record) -> None:
     """Add a finished stage to the run's records, flushed to the disk."""
-    append_line(folder / RECORDS, json.dumps(record))
+    append_line(RunFolder(folder).records, json.dumps(record))
 
 
 def read_records(folder: Path) -> list[Record]:
     """The records of the finished stages, baseline first."""
-    return read_lines(folder / RECORDS)
+    return cast(list[Record], read_lines(RunFolder(folder).records))
 
 
 def write_report(folder: Path, *, status: str, records: Sequence[Record], **more: Any) -> None:
@@ -96,7 +96,7 @@ def write_report(folder: Path, *, status: str, records: Sequence[Record], **more
         "hardware": hardware(),
         "stages": list(records),
     }
-    write_json(folder / REPORT, report)
+    write_json(RunFolder(folder).report, report)
 
 
 @cache

@@ -12,15 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.storage.files import read_json, sync, write_json
-from pqqp_lightning.storage.records import Record
+from pqqp_lightning.storage.reports import Record
 from pqqp_lightning.storage.run_folder import MANIFEST
 
 RECORD, SAMPLES_FILE, MODEL = "record.json", "samples.safetensors", "model"
@@ -33,10 +34,12 @@ class Result:
     Attributes:
         record: of its last stage.
         samples: float64 [N, S] by metric, see :mod:`pqqp_lightning.metrics.samples`.
+        paths: the model's module that is the metric, by metric.
     """
 
     record: Record
     samples: dict[str, Tensor]
+    paths: dict[str, str]
 
 
 class ResultStore:
@@ -64,7 +67,16 @@ class ResultStore:
         record = self.path(key) / RECORD
         samples = self.path(key) / SAMPLES_FILE
         try:
-            return Result(read_json(record, "name", "metrics"), load_file(samples) if samples.is_file() else {})
+            measured = read_json(record, "name", "metrics")
+            if not samples.is_file():
+                return Result(cast(Record, measured), {}, {})
+            with safe_open(samples, "pt") as opened:
+                states = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+                paths = opened.metadata()
+            if paths is None:
+                print(f"{self.path(key)}: does not say whose samples it holds, and is measured again.", flush=True)
+                return None
+            return Result(cast(Record, measured), states, paths)
         except (RecipeError, SafetensorError):
             print(f"{self.path(key)}: is damaged, and is measured again.", flush=True)
             return None
@@ -75,7 +87,7 @@ class ResultStore:
         folder.mkdir(parents=True, exist_ok=True)
         if result.samples:
             temporary = folder / f".{SAMPLES_FILE}.tmp"
-            save_file(result.samples, temporary)
+            save_file(result.samples, temporary, result.paths)
             sync(temporary)
             temporary.replace(folder / SAMPLES_FILE)
         write_json(folder / RECORD, result.record)

@@ -1,19 +1,182 @@
-"""The folder of a run: which files lie in it, when it may be begun, and whether it holds the same run."""
+"""The folder of a run: the names of its files, when a run may start in it, and whether it holds the same run."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pqqp_lightning.errors import Problem, RecipeError
-from pqqp_lightning.storage.files import read_json, write_json, write_text
-from pqqp_lightning.storage.records import RECORDS, RUN, Record, read_records
-
-RECIPE, STAGES, MODEL = "recipe.yaml", "stages", "model"
+from pqqp_lightning.storage.files import checkpoint_bytes, read_json, write_json, write_text
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json.gz"
+"""The files of a checkpoint, such as the one in a run folder's ``model/``."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder, which need not exist.
+
+    Attributes:
+        path: of the folder.
+    """
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe; a run from Python has none."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def run(self) -> Path:
+        """What makes two runs the same: the first file that a run writes."""
+        return self.path / "run.json"
+
+    @property
+    def records(self) -> Path:
+        """One record a line for each finished stage."""
+        return self.path / "records.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """The checkpoint of the finished run."""
+        return self.path / "model"
+
+    def stage(self, position: int, name: str) -> Path:
+        """The checkpoint of an unfinished run after the stage at ``position``, counted from 0."""
+        return self.stages / f"{position + 1}-{name}"
+
+    @property
+    def stages(self) -> Path:
+        """The checkpoints of an unfinished run."""
+        return self.path / "stages"
+
+    @property
+    def logs(self) -> Path:
+        """What Lightning's loggers write."""
+        return self.path / "logs"
+
+    @property
+    def report(self) -> Path:
+        """What ``fit`` found."""
+        return self.path / "report.json"
+
+    @property
+    def order(self) -> Path:
+        """What ``order`` found."""
+        return self.path / "order.json"
+
+    @property
+    def prediction(self) -> Path:
+        """What ``order`` predicted without measuring."""
+        return self.path / "prediction.json"
+
+    @property
+    def sweep(self) -> Path:
+        """What ``sweep`` found."""
+        return self.path / "sweep.json"
+
+    @property
+    def points(self) -> Path:
+        """A row for each point of a sweep."""
+        return self.path / "sweep.csv"
+
+    @property
+    def curve(self) -> Path:
+        """A row for each point of a sweep's quantization alone."""
+        return self.path / "curve.csv"
+
+    @property
+    def curve_figure(self) -> Path:
+        """The same as a picture."""
+        return self.path / "curve.png"
+
+    @property
+    def advantage_figure(self) -> Path:
+        """A picture of what the order gains in a sweep."""
+        return self.path / "advantage.png"
+
+    @property
+    def analysis(self) -> Path:
+        """What ``analyze`` found."""
+        return self.path / "analysis.json"
+
+    @property
+    def layers(self) -> Path:
+        """A row for each layer of an analysis."""
+        return self.path / "layers.csv"
+
+    @property
+    def layers_figure(self) -> Path:
+        """The same as a picture."""
+        return self.path / "layers.png"
+
+    @property
+    def html(self) -> Path:
+        """The report for a browser."""
+        return self.path / "report.html"
+
+    @property
+    def markdown(self) -> Path:
+        """The report as text."""
+        return self.path / "report.md"
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        """Names of the files of which a folder that holds a run has one."""
+        return (self.run.name, self.records.name)
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.run.exists() or self.records.exists()
+
+    def open(self, identity: dict[str, Any], recipe_text: str = "") -> bool:
+        """Start a run; an earlier run's folder is renamed, never overwritten.
+
+        Args:
+            identity: what makes two runs the same.
+            recipe_text: the resolved recipe, if there is one.
+
+        Returns:
+            Whether there was an earlier run.
+        """
+        occupied = self.holds_run
+        if occupied:
+            number = next(i for i in range(1, 10**6) if not self.path.with_name(f"{self.path.name}.{i}").exists())
+            aside = self.path.with_name(f"{self.path.name}.{number}")
+            self.path.rename(aside)
+            print(f"{self.path} held an earlier run; it is now {aside}.", flush=True)
+        write_json(self.run, identity)  # from here on there is a run to resume
+        self.keep_recipe(recipe_text)
+        return occupied
+
+    def keep_recipe(self, recipe_text: str) -> None:
+        """Write the recipe, unless it is there or there is none."""
+        if recipe_text and not self.recipe.exists():
+            write_text(self.recipe, recipe_text)
+
+    def resume(self, identity: dict[str, Any]) -> None:
+        """Check that the folder holds an earlier part of the same run.
+
+        Raises:
+            RecipeError: there is no run in the folder, or it is of another recipe.
+        """
+        if not self.run.is_file():
+            text = f"{self.path}: there is no run to resume"
+            raise RecipeError(Problem(text=text, way_out="Leave --ckpt_path out to start one."))
+        earlier = read_json(self.run, "stages")
+        if differing := _differences(earlier, identity):
+            text = f"{self.path}: holds a run of another recipe: {'; '.join(differing)}"
+            way_out = "Use that recipe, another --run_dir, or leave --ckpt_path out to start over."
+            raise RecipeError(Problem(text=text, way_out=way_out))
+
+    def model_bytes(self) -> int | None:
+        """Bytes of the finished run's checkpoint; None if there is none."""
+        return checkpoint_bytes(self.model) if self.model.is_dir() else None
 
 
 def check_folder(path: Path, marks: Sequence[str]) -> list[Problem]:
@@ -52,52 +215,6 @@ def check_writable(option: str, path: Path) -> list[Problem]:
         return []
     reason = "is a file" if nearest.is_file() else "is not writable"
     return [Problem(option, str(path), f"cannot be written: {nearest} {reason}", f"Choose another --{option}.")]
-
-
-def open_folder(folder: Path, identity: dict[str, Any], recipe_text: str = "") -> bool:
-    """Start a run in ``folder``; what an earlier run left there is moved aside, never lost.
-
-    Returns:
-        Whether there was anything to move.
-    """
-    occupied = (folder / RUN).exists() or (folder / RECORDS).exists()
-    if occupied:
-        number = next(i for i in range(1, 10**6) if not folder.with_name(f"{folder.name}.{i}").exists())
-        aside = folder.with_name(f"{folder.name}.{number}")
-        folder.rename(aside)
-        print(f"{folder} held an earlier run; it is now {aside}.", flush=True)
-    write_json(folder / RUN, identity)  # from here on there is a run to go on with
-    keep_recipe(folder, recipe_text)
-    return occupied
-
-
-def keep_recipe(folder: Path, recipe_text: str) -> None:
-    """Write the recipe into the run folder, unless it is there or there is none."""
-    if recipe_text and not (folder / RECIPE).exists():
-        write_text(folder / RECIPE, recipe_text)
-
-
-def finished_records(folder: Path, identity: dict[str, Any]) -> list[Record]:
-    """The records of an unfinished run in ``folder``, which must be of the same recipe."""
-    check_same_recipe(folder, identity)
-    return read_records(folder)
-
-
-def check_same_recipe(folder: Path, identity: dict[str, Any]) -> None:
-    """Refuse to go on with a run of another recipe.
-
-    Raises:
-        RecipeError: there is no run in ``folder``, or it is of another recipe.
-    """
-    path = folder / RUN
-    if not path.is_file():
-        text = f"{folder}: there is no run to resume"
-        raise RecipeError(Problem(text=text, way_out="Leave --ckpt_path out to start one."))
-    earlier = read_json(path, "stages")
-    if differing := _differences(earlier, identity):
-        text = f"{folder}: holds a run of another recipe: {'; '.join(differing)}"
-        way_out = "Use that recipe, another --run_dir, or leave --ckpt_path out to start over."
-        raise RecipeError(Problem(text=text, way_out=way_out))
 
 
 def _differences(a: Any, b: Any, where: str = "") -> list[str]:

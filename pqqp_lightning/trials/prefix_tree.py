@@ -24,7 +24,7 @@ from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.stages.stage import Stage
-from pqqp_lightning.storage.records import Record
+from pqqp_lightning.storage.reports import Record
 from pqqp_lightning.storage.result_store import Result, ResultStore
 from pqqp_lightning.trials.fingerprint import (
     base_fingerprint,
@@ -175,11 +175,9 @@ class PrefixTree:
         """What each evaluation sample adds to ``metric``; None if it was not recorded."""
         if (order, metric) not in self._samples:
             result = self._results[order]
-            value = result.record["metrics"].get(metric)
-            states = result.samples.get(metric)
             samples = None
-            if value is not None and states is not None:
-                samples = restored(self._data.module, states, value)
+            if metric in result.samples and result.record["metrics"].get(metric) is not None:
+                samples = restored(self._data.module, result.paths[metric], result.samples[metric])
             self._samples[order, metric] = samples
         return self._samples[order, metric]
 
@@ -239,8 +237,9 @@ class PrefixTree:
             record = self._apply(order)
         else:
             record = self._runner.measure_dense(list(self._stages.values()))
-        states = {name: samples.states for name, samples in self._runner.samples.items()}
-        result = Result(record, states)
+        samples = self._runner.samples
+        states = {name: found.states for name, found in samples.items()}
+        result = Result(record, states, {name: found.path for name, found in samples.items()})
         if self._trainer.is_global_zero:
             self._store.write(key, result)
         self._trainer.strategy.barrier("measured")

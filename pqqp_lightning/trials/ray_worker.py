@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from ray import cloudpickle
 
 from pqqp_lightning.errors import Problem, RecipeError
+from pqqp_lightning.storage.run_folder import RunFolder
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 
 RESULT_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
@@ -187,4 +188,5 @@ def _redirect_output(trainer: Trainer) -> None:
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ProgressBar)]
     if trainer.loggers:
         version = f"ray-{socket.gethostname()}-{os.getpid()}"
-        trainer.loggers = [CSVLogger(trainer.default_root_dir, name="logs", version=version)]
+        logs = RunFolder(Path(trainer.default_root_dir)).logs
+        trainer.loggers = [CSVLogger(trainer.default_root_dir, name=logs.name, version=version)]

@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule
 from pqqp_lightning.algorithms.rank_statistics import leaves_zero_out
 from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.metrics.samples import CONFIDENCE, interval, joint_confidence
-from pqqp_lightning.storage.records import Record, finite_or_none, hardware, package_versions
+from pqqp_lightning.storage.records import finite_or_none, hardware, package_versions
+from pqqp_lightning.storage.reports import DifferenceReport, OrderEntry, Record
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree, prefixes
 from pqqp_lightning.trials.strategies import nearest_order
 
@@ -35,7 +36,7 @@ class Difference:
         """Whether the interval excludes 0."""
         return leaves_zero_out(self.low, self.high)
 
-    def plain(self) -> dict[str, float | None]:
+    def plain(self) -> DifferenceReport:
         """The difference as plain data for the report."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
@@ -132,7 +133,7 @@ class Judge:
             marks[order] = []
             if record["size_bytes"] > MAX_SIZE_RATIO * smallest:
                 marks[order].append(f"{record['size_bytes'] / smallest:.2f} times as large as the smallest")
-            if any(self.tree.measure(prefix).record["undone"] for prefix in prefixes(order)):
+            if any(self.tree.measure(prefix).record.get("undone") for prefix in prefixes(order)):
                 marks[order].append("lost a constraint")
         return marks
 
@@ -225,7 +226,7 @@ class Verdict:
         """The stages' intensities, in the recipe's order of stages."""
         return self.judge.intensities([name for name in self.judge.tree.names if name in self.best])
 
-    def _entry(self, order: Order, dense: Record) -> dict[str, Any]:
+    def _entry(self, order: Order, dense: Record) -> OrderEntry:
         """One order of the report, with the records of its prefixes."""
         records = [self.judge.tree.measure(prefix).record for prefix in prefixes(order)]
         return {
@@ -238,7 +239,7 @@ class Verdict:
             "marks": self.marks[order],
         }
 
-    def _advantages(self) -> dict[str, dict[str, float | None]]:
+    def _advantages(self) -> dict[str, DifferenceReport]:
         """A(f1->f2) = M(f2(f1(model))) - M(f1(f2(model))) of each pair of stages that was measured both ways."""
         known = self.judge.tree.results()
         names = sorted(set().union(*self.ranked))

@@ -1,0 +1,126 @@
+"""What tables and figures of a sweep share: its points as rows, names and marks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pqqp_lightning.algorithms.rank_statistics import Ratio
+from pqqp_lightning.storage.files import write_csv
+from pqqp_lightning.storage.reports import PairReport, PointReport, Record, SweepReport
+from pqqp_lightning.storage.run_folder import RunFolder
+
+Row = dict[str, Any]
+"""A row of a CSV file, by column."""
+
+
+def has_curve(report: SweepReport) -> bool:
+    """Whether quantization alone was measured at two rates or more."""
+    return any(len(curve["points"]) > 1 for curve in report.get("curves", []))
+
+
+def has_advantage(report: SweepReport) -> bool:
+    """Whether both orders were measured at some point."""
+    return any(advantage_of(point) is not None for point in report["points"])
+
+
+def write_tables(folder: RunFolder, report: SweepReport) -> None:
+    """Write ``sweep.csv``, and ``curve.csv`` where quantization alone was measured."""
+    write_csv(folder.points, [point_row(point, report) for point in report["points"]])
+    if report.get("curves"):
+        write_csv(folder.curve, curve_rows(report))
+
+
+def point_row(point: PointReport, report: SweepReport) -> Row:
+    """Everything about one point, by column; M is the metric with the sign that makes more of it better."""
+    row = arguments_of(point, report)
+    scores = _alone_scores(report)
+    for name, step in point["steps"].items():
+        row[f"M({name})"] = scores.get(step)
+    for names in _orders(report):
+        found = next((o["record"] for o in point["orders"] if o["order"] == names), None)
+        shown = "->".join(names)
+        row[f"M({shown})"] = _score(found, report)
+        row[f"size_bytes({shown})"] = None if found is None else found["size_bytes"]
+    if "pair" in point:
+        row |= _pair_columns(point["pair"], report)
+    row["marks"] = "; ".join(point_marks(point))
+    return row
+
+
+def curve_rows(report: SweepReport) -> list[Row]:
+    """Quantization alone, one row a rate; the dense model comes first."""
+    knobs = list(dict.fromkeys(knob for curve in report["curves"] for pt in curve["points"] for knob in pt["knobs"]))
+    return [
+        {"curve": curve["label"]}
+        | {knob: point["knobs"].get(knob) for knob in knobs}
+        | {"C": point["rate"], "M": point["score"]}
+        | point["metrics"]
+        for curve in report["curves"]
+        for point in curve["points"]
+    ]
+
+
+def point_marks(point: PointReport) -> list[str]:
+    """Why its orders cannot be compared, and which cannot run."""
+    marks = [f"{' -> '.join(order['order'])}: {mark}" for order in point["orders"] for mark in order["marks"]]
+    return marks + [f"{' -> '.join(refused['order'])} cannot run" for refused in point["refused"]]
+
+
+def ratio_of(pair: PairReport) -> Ratio:
+    """C*_P, or on which side of the curve it lies."""
+    return Ratio(pair["equivalent_ratio"], pair["beyond"], pair["limit"])
+
+
+def point_name(point: PointReport) -> str:
+    """``"prune[sparsity=0.5], quantize[bits=4]"``."""
+    return ", ".join(point["steps"].values())
+
+
+def refusals(report: SweepReport) -> list[tuple[str, str]]:
+    """Every order that cannot run somewhere, and why, once."""
+    refused = [(r["order"], p) for point in report["points"] for r in point["refused"] for p in r["problems"]]
+    return list(dict.fromkeys((" -> ".join(order), problem) for order, problem in refused))
+
+
+def _pair_columns(pair: PairReport, report: SweepReport) -> Row:
+    p, q = report["pruning"], report["quantizing"]
+    advantage = pair["advantage"] or {"value": None, "low": None, "high": None}
+    return {
+        f"A({q}->{p})": advantage["value"],
+        "A low": advantage["low"],
+        "A high": advantage["high"],
+        f"G({q},{p})": pair["gap"],
+        f"C_{p}": pair["rate_pruned"],
+        f"C_{q}": pair["rate_quantized"],
+        f"C*_{p}": pair["equivalent_ratio"],
+        f"C*_{p} beyond the curve": pair["beyond"],
+        "end of the curve": pair["limit"],
+        f"C*_{p} - C_{q}": pair["ratio_difference"],
+    }
+
+
+def arguments_of(point: PointReport, report: SweepReport) -> Row:
+    """The values that the grid varies, as ``{"prune.sparsity": 0.5}``."""
+    return {f"{name}.{knob}": v for name in report["stages"] for knob, v in point["knobs"][name].items()}
+
+
+def _alone_scores(report: SweepReport) -> dict[str, float | None]:
+    return {entry["step"]: _score(entry["record"], report) for entry in report["alone"]}
+
+
+def _score(record: Record | None, report: SweepReport) -> float | None:
+    """M, where it is finite."""
+    value = None if record is None else record["metrics"].get(report["metric"])
+    return None if value is None else value if report["higher_is_better"] else -value
+
+
+def _orders(report: SweepReport) -> list[list[str]]:
+    """Every order that some point was measured in."""
+    found = {tuple(order["order"]) for point in report["points"] for order in point["orders"]}
+    return [list(order) for order in sorted(found)]
+
+
+def advantage_of(point: PointReport) -> float | None:
+    """A of a point, where it was measured and is finite."""
+    advantage = point["pair"]["advantage"] if "pair" in point else None
+    return None if advantage is None else advantage["value"]

@@ -1,0 +1,374 @@
+"""What the JSON files of a run folder hold: one type for each, read and written as plain data.
+
+``NotRequired`` marks what older runs lack, or what a run has only in some cases.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+
+class SizeNumbers(TypedDict):
+    """Counted size, see :func:`pqqp_lightning.checkpoint.size.size_numbers`.
+
+    Attributes:
+        size_bytes: of the whole model.
+        nominal_rate: nominal C of the targeted weights.
+        sparsity: the fraction of the targeted weights that are zero or gone.
+        pruned: the fraction that masks or smaller shapes remove.
+        bits_per_weight: stored bits for each targeted weight of the dense model.
+    """
+
+    size_bytes: int
+    nominal_rate: float
+    sparsity: float
+    pruned: float
+    bits_per_weight: float
+
+
+class Record(SizeNumbers):
+    """One finished stage: a line of ``records.jsonl``.
+
+    Attributes:
+        name: the stage's name, "dense" for the baseline.
+        method: its class.
+        options: its arguments.
+        metrics: measured after it; None where a metric is not finite.
+        compression_rate: the dense model's bytes over this one's.
+        elapsed_s: compression and finetuning, without evaluation.
+        peak_memory_bytes: of the same.
+        constraints_verified: every promise of every stage so far holds exactly.
+        notes: what was unusual.
+        undone: the stage gave up a constraint of an earlier stage; older runs do not record it.
+        metrics_before_finetuning: of a stage that trains.
+        logged_steps: the loggers' step at the stage's end.
+    """
+
+    name: str
+    method: str
+    options: dict[str, Any]
+    metrics: dict[str, float | None]
+    compression_rate: float
+    elapsed_s: float
+    peak_memory_bytes: int
+    constraints_verified: bool
+    notes: list[str]
+    undone: NotRequired[bool]
+    metrics_before_finetuning: NotRequired[dict[str, float | None]]
+    logged_steps: NotRequired[int]
+
+
+class LayerNumbers(TypedDict):
+    """One targeted layer of the finished model: its shape (O, I), bits, entries that are zero or pruned, and bytes."""
+
+    name: str
+    shape: list[int]
+    bits: int
+    zeros: int
+    pruned: int
+    size_bytes: int
+    adapter: NotRequired[bool]
+
+
+class CheckpointFiles(TypedDict):
+    """The finished model: its folder within the run folder, and the bytes of its files."""
+
+    path: str
+    file_bytes: int
+
+
+class Origin(TypedDict):
+    """What decides the numbers of any run besides its recipe.
+
+    Attributes:
+        status: "running", "failed", "stopped" or "finished".
+        seed: of the run.
+        recipe: the resolved recipe, as data.
+        versions: of the packages.
+        hardware: the machine.
+    """
+
+    status: str
+    seed: NotRequired[int | None]
+    recipe: NotRequired[Any]
+    versions: NotRequired[dict[str, str]]
+    hardware: NotRequired[dict[str, Any]]
+
+
+class FitReport(Origin):
+    """``report.json``: the records of all stages, and at the end the layers and the checkpoint."""
+
+    stages: list[Record]
+    layers: NotRequired[list[LayerNumbers]]
+    checkpoint: NotRequired[CheckpointFiles | None]
+
+
+class DifferenceReport(TypedDict):
+    """A difference of scores and its paired bootstrap interval; None where there is none."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class Lead(DifferenceReport):
+    """How far the best order is ahead of the second."""
+
+    over: list[str]
+
+
+class RepeatedOrder(TypedDict):
+    """An order's metric with every draw of calibration samples."""
+
+    order: list[str]
+    values: list[float | None]
+
+
+class RepeatsReport(TypedDict):
+    """The orders measured again with other calibration samples, and how often the best one is best."""
+
+    seeds: list[int]
+    orders: list[RepeatedOrder]
+    verdict: str
+
+
+class Refused(TypedDict):
+    """An order that cannot run, and why."""
+
+    order: list[str]
+    problems: list[str]
+
+
+class OrderEntry(TypedDict):
+    """One measured order of ``order.json``.
+
+    Attributes:
+        order: the stages' names.
+        stages: the records, dense first.
+        metrics: of the last stage.
+        size_bytes: of the last stage.
+        interval: the deciding metric's own interval.
+        behind: how far it is behind the best order.
+        marks: why it cannot be compared with the others.
+    """
+
+    order: list[str]
+    stages: list[Record]
+    metrics: dict[str, float | None]
+    size_bytes: int
+    interval: NotRequired[list[float] | None]
+    behind: NotRequired[DifferenceReport | None]
+    marks: NotRequired[list[str]]
+
+
+class MarkedOrder(TypedDict):
+    """An order and why it cannot be compared."""
+
+    order: list[str]
+    marks: list[str]
+
+
+class HypothesisReport(TypedDict):
+    """The order from the weakest stage to the strongest, and how far it is behind the best.
+
+    Attributes:
+        order: as near to it as was measured.
+        exactly: whether it is that order.
+        equal: stages that are equally strong alone.
+        behind: the distance from the best order.
+    """
+
+    order: list[str]
+    exactly: NotRequired[bool]
+    equal: NotRequired[list[str]]
+    behind: DifferenceReport
+
+
+class OrderReport(Origin):
+    """``order.json``: every order that was measured, best first."""
+
+    metric: str
+    higher_is_better: bool
+    verdict: str
+    orders: list[OrderEntry]
+    best: list[str]
+    advantage: dict[str, DifferenceReport]
+    refused: list[Refused]
+    strategy: NotRequired[str]
+    applications: NotRequired[int]
+    lead: NotRequired[Lead | None]
+    intensity: NotRequired[dict[str, float | None]]
+    hypothesis: NotRequired[HypothesisReport | None]
+    left_out: NotRequired[list[MarkedOrder]]
+    repeats: NotRequired[RepeatsReport | None]
+    notes: NotRequired[list[str]]
+
+
+class CurvePoint(TypedDict):
+    """Quantization alone with these arguments: its nominal C, its score M, its metrics."""
+
+    knobs: dict[str, Any]
+    rate: float
+    score: float
+    metrics: dict[str, float | None]
+
+
+class CurveReport(TypedDict):
+    """Quantization alone over C, for one choice of its other arguments."""
+
+    label: str
+    points: list[CurvePoint]
+    falls_steadily: bool
+
+
+class PairReport(TypedDict):
+    """A, G, C_P, C_Q, C*_P and C*_P - C_Q of a point; None for what was not measured or is not finite."""
+
+    advantage: DifferenceReport | None
+    score_pruned: float | None
+    score_quantized: float | None
+    gap: float | None
+    rate_pruned: float | None
+    rate_quantized: float | None
+    equivalent_ratio: float | None
+    beyond: str
+    limit: float | None
+    ratio_difference: float | None
+
+
+class PointOrder(TypedDict):
+    """An order that a point was measured in, with the record of its last stage."""
+
+    order: list[str]
+    record: Record
+    marks: list[str]
+
+
+class PointReport(TypedDict):
+    """One point of a sweep: its arguments and steps by stage, its orders best first, and those that cannot run."""
+
+    knobs: dict[str, dict[str, Any]]
+    steps: dict[str, str]
+    orders: list[PointOrder]
+    refused: list[Refused]
+    pair: NotRequired[PairReport]
+
+
+class MonotoneFit(TypedDict):
+    """The growing function nearest to A, at each x in order, and the share of A's variance that it explains."""
+
+    x: list[float]
+    y: list[float]
+    explained: float | None
+
+
+class Correlation(TypedDict):
+    """How A goes with a quantity: Spearman's rank correlation and the monotone fit, see algorithms.rank_statistics."""
+
+    name: str
+    value: float | None
+    low: float | None
+    high: float | None
+    chance: float | None
+    points: int
+    fit: MonotoneFit | None
+
+
+class PairHypothesis(TypedDict):
+    """The hypothesis on the pairs of all points, and its verdict in sentences."""
+
+    advantage: str
+    verdict: list[str]
+    gap: Correlation
+    ratio_difference: Correlation
+
+
+class AloneReport(TypedDict):
+    """A stage that was measured alone, and what it costs."""
+
+    step: str
+    stage: str
+    knobs: dict[str, Any]
+    intensity: float | None
+    record: Record
+
+
+class SweepReport(Origin):
+    """``sweep.json``: every point; of a pruning and a quantizing stage also the curve and the hypothesis."""
+
+    metric: str
+    higher_is_better: bool
+    stages: list[str]
+    alone: list[AloneReport]
+    points: list[PointReport]
+    notes: list[str]
+    grid: NotRequired[dict[str, Any]]
+    applications: NotRequired[int]
+    dense: NotRequired[Record]
+    pruning: NotRequired[str]
+    quantizing: NotRequired[str]
+    curves: NotRequired[list[CurveReport]]
+    hypothesis: NotRequired[PairHypothesis]
+    figures: NotRequired[list[str]]
+
+
+class LayerErrors(TypedDict):
+    """A layer's relative squared output error after each stage and each order."""
+
+    name: str
+    errors: dict[str, float]
+
+
+class AdditivityReport(TypedDict):
+    """How far the blocks' errors add up, see calibration.layer_errors."""
+
+    ratio: float
+    cosine: float
+    parts: int
+
+
+class AnalysisReport(Origin):
+    """``analysis.json``: two stages compared layer by layer.
+
+    Sequences of stages are named as ``"prune->quantize"``.
+    """
+
+    metric: str
+    higher_is_better: bool
+    stages: list[str]
+    orders: list[list[str]]
+    samples: int
+    records: dict[str, Record]
+    advantage: DifferenceReport | None
+    best: list[str]
+    layers: list[LayerErrors]
+    gone: dict[str, list[str]]
+    selectivity: dict[str, tuple[int, int]]
+    additivity: AdditivityReport | None
+    figures: NotRequired[list[str]]
+
+
+class MeasuredBefore(TypedDict):
+    """What earlier searches measured of the predicted order."""
+
+    verdict: str
+    best: list[str]
+    metric: str
+    behind: dict[str, DifferenceReport]
+
+
+class PredictionReport(Origin):
+    """``prediction.json``: the order that calibration speaks for, and each stage's intensity."""
+
+    strategy: str
+    predicted: list[str]
+    exactly: bool
+    intensity: dict[str, float | None]
+    samples: int
+    layers: int
+    gone: NotRequired[dict[str, int]]
+    refused: list[Refused]
+    measured: MeasuredBefore | None
+
+
+AnyReport = FitReport | OrderReport | SweepReport | AnalysisReport | PredictionReport
