@@ -19,9 +19,11 @@ from command_line import RECIPE, prepare, run, write_recipe
 from tiny import RegressionData, Regressor, trainer
 
 from pqqp_lightning.callbacks import RTN, Magnitude
+from pqqp_lightning.report.formatting import human_bytes
 from pqqp_lightning.report.html import to_html
 from pqqp_lightning.report.pages import read_page, write_pages
 from pqqp_lightning.report.terminal import print_page
+from pqqp_lightning.storage.run_folder import RunFolder
 
 STAGES = RECIPE[RECIPE.index("stages:") :]
 WITH_FINETUNING = """\
@@ -145,9 +147,10 @@ def test_the_page_of_a_fit_holds_the_records(fit):
     assert "2.44x smaller, perplexity from 306.63 to 307.66." in page.text
     assert "quantize (RTN) 307.66 50.0% 3.22 16.00x 184.6 kB 2.44x" in page.text
     assert "| quantize (RTN) | 307.66 | 50.0% | 3.22 | 16.00x | 184.6 kB | 2.44x |" in markdown
+    on_disk = human_bytes(RunFolder(fit).model_bytes())
     for text in (page.text, markdown):
         assert "CausalLM, TokenData" in text
-        assert "186.2 kB on disk (184.6 kB counted)" in text
+        assert f"{on_disk} on disk (184.6 kB counted)" in text
         assert "model.model.layers.1.mlp.down" in text.replace("\\", "")
         assert f"pqqp-lightning fit --config {fit}/recipe.yaml --run_dir {fit}-again" in text
         assert "torchmetrics" in text
