@@ -8,6 +8,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+# Files whose tests take longest, since they start processes. They come first, so that no worker ends alone with one.
+LONGEST = ("wheel", "ray", "contributing", "ddp", "order", "resume", "recipes", "models_loading", "multiple_choice")
+
+
+def pytest_collection_modifyitems(items):
+    """Start with the longest files; ``--no-loadscope-reorder`` lets the workers take files in this order."""
+    first = [f"test_{name}" for name in LONGEST]
+    items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
+
 
 @pytest.fixture(autouse=True)
 def _fresh_seed(monkeypatch):

@@ -224,7 +224,7 @@ def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder, two):
 def test_a_strategy_whose_processes_do_not_last_is_refused(folder, here, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([*on_two("compress.yaml", "spawned"), "--trainer.strategy", "ddp_spawn"])
-    assert "trainer.strategy: its processes would start and end with every evaluation" in capsys.readouterr().err
+    assert "trainer: strategy would start new processes for every evaluation" in capsys.readouterr().err
     assert not (folder / "spawned").exists()
 
 

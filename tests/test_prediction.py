@@ -22,9 +22,10 @@ STAGES = {
 }
 
 
-def predict(folder, *stages, **options):
+def predict(folder, *stages, show=None, **options):
     chosen = OrderOptions(strategy="predict", **options)
-    search_orders(trainer(folder / "run", *stages), make_model("llama"), make_data("llama", folder), chosen)
+    engine = trainer(folder / "run", *stages)
+    search_orders(engine, make_model("llama"), make_data("llama", folder), chosen, show=show)
     return json.loads((folder / "run/prediction.json").read_text())
 
 

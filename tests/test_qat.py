@@ -213,7 +213,7 @@ def test_it_starts_where_rounding_to_nearest_stands_and_ends_as_trained(tmp_path
 
 
 @pytest.mark.parametrize("learn", [True, False])
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_training_through_the_rounding_loses_less_than_rounding(tmp_path, bits, learn):
     every = {"targets": ["*"]}
     losses = {}

@@ -152,7 +152,7 @@ def test_a_node_that_kills_every_worker_ends_the_search(own_stage, monkeypatch, 
     (own_stage / "once").unlink()
     assert run("order", "--config", "recipe.yaml", "--executor", "ray") == 2
     (problem,) = capsys.readouterr().err.splitlines()
-    assert problem.startswith("command line: executor=ray: 2 workers were lost over ")
+    assert problem.startswith("command line: executor='ray' lost 2 workers over ")
     assert "quantize: The worker died unexpectedly" in problem
     assert "or use --executor local." in problem
 
@@ -208,7 +208,7 @@ def test_bad_executors(command, folder, monkeypatch, capsys):
     assert run(*words, "--executor", "rey") == 2
     assert capsys.readouterr().err == "command line: executor='rey' is unknown. Did you mean 'ray'?\n"
     assert run(*words, "--executor", "ray", "--trainer.devices", "2") == 2
-    assert "executor=ray gives every task one device, but the trainer has 2 with" in capsys.readouterr().err
+    assert "executor='ray' gives every task one device, but the trainer has 2 with" in capsys.readouterr().err
     monkeypatch.setattr(executor, "find_spec", lambda name: None if name == "ray" else importlib.util.find_spec(name))
     assert run(*words, "--executor", "ray") == 2
     assert capsys.readouterr().err == (

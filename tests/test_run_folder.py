@@ -48,10 +48,12 @@ def test_the_model_of_a_search_is_measured_by_its_folder_alone(folder, capfd):
     assert f"{best:.2f}" in capfd.readouterr().out
 
 
-def test_stages_are_no_matter_of_a_test(folder, capfd):
+def test_stages_are_refused_when_a_saved_model_is_tested(folder, capfd):
     assert run("fit", "--config", "recipe.yaml", "--run_dir", "mine") == 0
     assert run("test", "--run_dir", "mine", "--stages.prune.sparsity", "0.9") == 2
-    assert "stages.prune.sparsity: test measures the model in mine as it was saved" in capfd.readouterr().err
+    assert (
+        "stages.prune.sparsity has no effect: test measures the model in mine as it was saved" in capfd.readouterr().err
+    )
     assert run("test", "--config", "recipe.yaml", "--run_dir", "mine") == 0
     assert "test: measures the recipe's model, not compressed. Leave --config out for the one in mine." in (
         capfd.readouterr().out
@@ -95,7 +97,7 @@ def test_names_that_yaml_takes_for_numbers_are_names(folder):
 def test_a_run_folder_is_opened_once_and_resumed_by_the_same_run_alone(tmp_path, capsys):
     folder = RunFolder(tmp_path / "run")
     identity = {"seed": 0, "stages": {"prune": {"sparsity": 0.5}}}
-    with pytest.raises(RecipeError, match="there is no run to go on with"):
+    with pytest.raises(RecipeError, match="there is no run to resume"):
         folder.resume(identity)
     assert not folder.open(identity, "a recipe")
     assert folder.holds_run

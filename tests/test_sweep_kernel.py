@@ -108,5 +108,5 @@ def test_where_triton_cannot_build_it_the_sweep_goes_on_without(kernel, monkeypa
 
     monkeypatch.setattr(kernel, "build", build)
     monkeypatch.setattr(algorithms, "sweep_kernel", kernel, raising=False)
-    with pytest.warns(UserWarning, match="slower here.*Failed to find C compiler"):
+    with pytest.warns(UserWarning, match="they run slower.*Failed to find C compiler"):
         assert sweep._kernel.__wrapped__() is None
