@@ -56,8 +56,8 @@ class ActivationQuantization(Stage):
         self.bits, self.kv_bits, self.symmetric = bits, kv_bits, symmetric
         self.clip, self.outliers = clip, outliers
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         for argument, value in (("bits", self.bits), ("kv_bits", self.kv_bits)):
             if value is not None and not 2 <= value <= 8:
                 problems.append(Problem(argument, value, "is not between 2 and 8"))

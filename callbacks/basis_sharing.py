@@ -71,8 +71,8 @@ class BasisSharing(Stage):
         """The Linear layers among the targets."""
         return {name: layer for name, layer in super().find_layers(model).items() if isinstance(layer, nn.Linear)}
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if not 0 < self.ratio < 1:
             way_out = "0.2 saves a fifth of the layers' parameters."
             problems.append(Problem("ratio", self.ratio, "is not in (0, 1)", way_out))
@@ -94,7 +94,7 @@ class BasisSharing(Stage):
         )
         layers = self.find_layers(model)
         problems += self._check_structure(model, layers) + self._check_share(layers)
-        return problems + ([] if self.check_knobs() else self._check_ranks(model))
+        return problems + ([] if self.check_arguments() else self._check_ranks(model))
 
     def expected_plan(self, model: LightningModule) -> Plan:
         layers = self.find_layers(model)

@@ -85,8 +85,8 @@ class ChannelPruning(Stage):
         names = {member.name for group in groups for member in group.members}
         return {n: m for n, m in model.named_modules() if n in names and isinstance(m, LAYER_TYPES)}
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if not 0 <= self.ratio < 1:
             way_out = "0.5 removes half of each group's channels."
             problems.append(Problem("ratio", self.ratio, "is not in [0, 1)", way_out))
@@ -101,7 +101,7 @@ class ChannelPruning(Stage):
         return problems
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
-        problems = self.check_knobs()
+        problems = self.check_arguments()
         if self.importance == "taylor" and not is_overridden("training_step", model, LightningModule):
             text = f"needs a training_step in {type(model).__name__}, for its loss"
             problems.append(Problem("importance", self.importance, text, "Add one, or use norm."))

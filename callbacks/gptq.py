@@ -17,7 +17,7 @@ from pqqp_lightning.stages import (
     LayerInputs,
     Problem,
     QuantizationStage,
-    check_hessian_knobs,
+    check_hessian_arguments,
     factorize,
 )
 
@@ -63,8 +63,8 @@ class GPTQ(QuantizationStage):
         super().__init__(bits, group_size, symmetric, clip, **kwargs)
         self.block_size, self.damping, self.activation_order = block_size, damping, activation_order
 
-    def check_knobs(self) -> list[Problem]:
-        return super().check_knobs() + check_hessian_knobs(self.block_size, self.damping)
+    def check_arguments(self) -> list[Problem]:
+        return super().check_arguments() + check_hessian_arguments(self.block_size, self.damping)
 
     def prepare(self, statistic: Tensor, found: Found) -> Sequence[InverseFactor]:
         return factorize(statistic, self.damping, found, activation_order=self.activation_order)

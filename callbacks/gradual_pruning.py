@@ -74,8 +74,8 @@ class GradualPruning(PruningStage):
         self._hold = HoldZeros()
         self._steps = self._interval = 1
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if self.epochs == 0:
             way_out = "Set epochs: 1 or more, or use Magnitude."
             problems.append(Problem("epochs", self.epochs, "leaves no training to prune in", way_out))

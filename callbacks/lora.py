@@ -84,10 +84,10 @@ class LoRA(Stage):
         self.initialization, self.merge, self.merge_aware = initialization, merge, merge_aware
         self._validated: dict[str, float] = {}
 
-    def check_knobs(self) -> list[Problem]:
+    def check_arguments(self) -> list[Problem]:
         problems = [Problem("epochs", self.epochs, "trains no adapter", "Use 1 or more.")]
         if self.epochs:
-            problems = super().check_knobs()
+            problems = super().check_arguments()
         if not self.rank > 0:
             problems.append(Problem("rank", self.rank, "is not above 0"))
         if not self.alpha > 0:

@@ -49,8 +49,8 @@ class Magnitude(OneShotPruning):
         super().__init__(sparsity, pattern, **kwargs)
         self.scope = scope
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if self.scope == "global" and not isinstance(self.sparsity, float | int):
             way_out = "Set sparsity: 0.5, or scope: layer."
             problems.append(Problem("scope", self.scope, "needs one sparsity for all layers", way_out))

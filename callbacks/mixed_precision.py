@@ -28,7 +28,7 @@ from pqqp_lightning.stages import (
     QuantizationStage,
     Sensitivity,
     Stage,
-    check_hessian_knobs,
+    check_hessian_arguments,
     constraints_of,
     measure_costs,
     weight_matrix,
@@ -95,13 +95,13 @@ class MixedPrecision(QuantizationStage):
         self.size_bytes, self.schedule, self.method, self.sensitivity = size_bytes, schedule, method, sensitivity
         self.block_size, self.damping, self.activation_order = block_size, damping, activation_order
 
-    def check_knobs(self) -> list[Problem]:
-        problems = Stage.check_knobs(self) + check_hessian_knobs(self.block_size, self.damping)
+    def check_arguments(self) -> list[Problem]:
+        problems = Stage.check_arguments(self) + check_hessian_arguments(self.block_size, self.damping)
         if not self._widths:
             way_out = "Give the bit widths to choose from, as in bits: [2, 3, 4, 8]."
             return [*problems, Problem("bits", self.bits, "is empty", way_out)]
         for bits in self._widths:  # and of the group size
-            problems += [p for p in self._stage(bits).check_knobs() if p not in problems]
+            problems += [p for p in self._stage(bits).check_arguments() if p not in problems]
         if self.average_bits is not None and self.size_bytes is not None:
             text = f"and size_bytes={self.size_bytes} are both given"
             problems.append(Problem("average_bits", self.average_bits, text, "Set one budget."))

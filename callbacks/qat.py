@@ -60,8 +60,8 @@ class QAT(QuantizationStage):
         super().__init__(bits, group_size, symmetric, epochs=epochs, **kwargs)
         self.learn_scales = learn_scales
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if self.epochs == 0:
             way_out = "Set epochs: 1 or more, or use RTN or GPTQ."
             problems.append(Problem("epochs", self.epochs, "leaves no training", way_out))

@@ -60,13 +60,13 @@ class QLoRA(LoRA):
         super().__init__(rank, alpha, dropout, initialization, merge, merge_aware, epochs, learning_rate, **kwargs)
         self.group_size = group_size
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if self.initialization in ("pissa", "olora"):  # from Python, past the signature
             text = "would move the weights off their grid"
             way_out = "Use default, gaussian or orthogonal."
             problems.append(Problem("initialization", self.initialization, text, way_out))
-        return problems + NF4(self.group_size).check_knobs()
+        return problems + NF4(self.group_size).check_arguments()
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)

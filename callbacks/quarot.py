@@ -59,8 +59,8 @@ class QuaRot(Stage):
         super().__init__(**kwargs)
         self.online, self.gains, self.seed = online, gains, seed
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if self.gains not in ("fold", "keep"):
             problems.append(Problem("gains", self.gains, "is neither 'fold' nor 'keep'"))
         for argument, patterns in (("targets", self.targets), ("ignore", self.ignore)):

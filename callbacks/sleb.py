@@ -80,8 +80,8 @@ class SLEB(Stage):
         super().__init__(**kwargs)
         self.amount, self.granularity = amount, granularity
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if self.granularity not in ("block", "sublayer"):
             problems.append(Problem("granularity", self.granularity, "is unknown", "Use block or sublayer."))
         whole = isinstance(self.amount, int)

@@ -16,7 +16,7 @@ from pqqp_lightning.stages import (
     LayerInputs,
     OneShotPruning,
     Problem,
-    check_hessian_knobs,
+    check_hessian_arguments,
     factorize,
 )
 
@@ -55,8 +55,8 @@ class SparseGPT(OneShotPruning):
         super().__init__(sparsity, pattern, **kwargs)
         self.block_size, self.damping = block_size, damping
 
-    def check_knobs(self) -> list[Problem]:
-        return super().check_knobs() + check_hessian_knobs(self.block_size, self.damping)
+    def check_arguments(self) -> list[Problem]:
+        return super().check_arguments() + check_hessian_arguments(self.block_size, self.damping)
 
     def prepare(self, statistic: Tensor, found: Found) -> Sequence[InverseFactor]:
         return factorize(statistic, self.damping, found)

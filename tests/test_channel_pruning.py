@@ -640,7 +640,7 @@ def test_adapters_kept_apart_must_be_merged_first():
         ("resnet", {"epochs": -1}, r"epochs=-1 is negative"),
     ],
 )
-def test_bad_knobs_give_worded_errors(tmp_path, kind, options, message):
+def test_bad_arguments_give_worded_errors(tmp_path, kind, options, message):
     with pytest.raises(RecipeError, match=message):
         fit(tmp_path, kind, ChannelPruning(**options))
     assert not (tmp_path / "run").exists()

@@ -237,7 +237,7 @@ def test_its_folder_is_named_after_the_recipe(folder):
     assert (folder / "runs/store").is_dir()
 
 
-def test_each_choice_of_other_knobs_has_a_curve_of_its_own(folder):
+def test_each_choice_of_other_arguments_has_a_curve_of_its_own(folder):
     report = sweep(folder, grid=["--grid.quantize.bits", "[4,3]", "--grid.quantize.group_size", "[32,channel]"])
     curves = {curve["label"]: curve["points"] for curve in report["curves"]}
     assert list(curves) == ["group_size=32", "group_size=channel"]

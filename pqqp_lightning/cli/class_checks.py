@@ -187,7 +187,7 @@ def _own_problems(cls: type, section: str, arguments: Sequence[Setting]) -> list
         values = parser_of(cls).parse_object({a.key: copy.deepcopy(a.value) for a in arguments})
         instance = cls(**values.as_dict())
         if isinstance(instance, Stage):
-            found = RecipeError(instance.check_knobs()).problems
+            found = RecipeError(instance.check_arguments()).problems
             return [problem.within(section, cls.__name__) for problem in found]
         found = RecipeError(instance.check() if hasattr(instance, "check") else []).problems
         return [p.within(section, cls.__name__) if p.key and not p.section else p for p in found]

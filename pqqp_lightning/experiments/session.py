@@ -12,7 +12,7 @@ from typing import Any
 
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.experiments.options import ExperimentOptions
-from pqqp_lightning.runs.run import identity
+from pqqp_lightning.runs.run import run_identity
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.storage.result_store import ResultStore
@@ -84,7 +84,7 @@ def begin(trainer: Trainer, data: RunData, asked: dict[str, Any], *, resume: boo
         RecipeError: it is not.
     """
     folder = RunFolder(Path(trainer.default_root_dir))
-    started = identity(trainer, data, trainer.stages) | asked
+    started = run_identity(trainer, data, trainer.stages) | asked
     if resume:
         folder.resume(started)
         if trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""``sweep``: measures a grid over knobs and orders, and writes what it says about the order of compression."""
+"""``sweep``: measures a grid over arguments and orders, and writes what it says about the order of compression."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a grid over knobs to variants of the stages, and everything about the grid that must be put right at once."""
+"""Turns a grid of arguments into variants of the stages, and reports every problem of the grid at once."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.trials.prefix_tree import Order
 
 Grid = Mapping[str, Any]
-"""Stage name to knob to the list of its values, as the user gave it."""
+"""Stage name to argument to the list of its values, as the user gave it."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A stage with the knobs of one place in the grid.
+    """A stage with the arguments of one place in the grid.
 
     Attributes:
         stage: named as in the recipe.
-        knobs: those that the grid sets.
+        arguments: those that the grid sets.
     """
 
     stage: Stage
-    knobs: dict[str, Any]
+    arguments: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -40,13 +40,13 @@ class Variant:
 
     @property
     def plain(self) -> dict[str, Any]:
-        """The knobs as plain data."""
-        return {knob: self.stage.arguments()[knob] for knob in self.knobs}
+        """The arguments as plain data."""
+        return {name: self.stage.arguments()[name] for name in self.arguments}
 
     @property
     def step(self) -> str:
         """What orders call it: ``"prune[sparsity=0.5]"``."""
-        return f"{self.name}[{knobs_text(self.knobs)}]" if self.knobs else self.name
+        return f"{self.name}[{arguments_text(self.arguments)}]" if self.arguments else self.name
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class Point:
     refused: dict[Order, list[Problem]] = field(default_factory=dict)
 
 
-def knobs_text(knobs: Mapping[str, Any]) -> str:
+def arguments_text(arguments: Mapping[str, Any]) -> str:
     """``"sparsity=0.5, scope=global"``."""
     return ", ".join(
-        f"{k}={v if isinstance(v, str | int | float) else json.dumps(v, default=str)}" for k, v in knobs.items()
+        f"{k}={v if isinstance(v, str | int | float) else json.dumps(v, default=str)}" for k, v in arguments.items()
     )
 
 
@@ -89,8 +89,8 @@ def make_variants(stages: Sequence[Stage], grid: Grid) -> dict[str, list[Variant
             text = "expected arguments with their values, as in {sparsity: [0.5, 0.7]}"
             problems.append(Problem(text=text).within(f"grid.{name}"))
             continue
-        for knob, values in grid[name].items():
-            lists[name][knob], found = read_values(named[name], str(knob), values)
+        for argument, values in grid[name].items():
+            lists[name][argument], found = read_values(named[name], str(argument), values)
             problems += [problem.within(f"grid.{name}", type(named[name]).__name__) for problem in found]
     if problems:
         raise RecipeError(problems)
@@ -122,7 +122,7 @@ def make_points(variants: Mapping[str, Sequence[Variant]], data: RunData) -> lis
 def own_problems(variant: Variant) -> list[Problem]:
     """What the stage says of the values, whatever the model is."""
     problems = []
-    for problem in variant.stage.check_knobs():
+    for problem in variant.stage.check_arguments():
         placed = problem.within(f"stages.{variant.name}", type(variant.stage).__name__)
         problems.append(_of_the_grid(placed, [variant]))
     return problems
@@ -133,22 +133,23 @@ def count_points(variants: Mapping[str, Sequence[Variant]]) -> int:
     return math.prod(len(own) for own in variants.values())
 
 
-def read_values(stage: Stage, knob: str, values: Any) -> tuple[list[Any], list[Problem]]:
+def read_values(stage: Stage, argument: str, values: Any) -> tuple[list[Any], list[Problem]]:
     """An argument's values as the stage takes them, and what is wrong with them."""
     known = [name for name in arguments_of(type(stage)) if name in vars(stage)]
-    if knob not in known:
-        return [], [Problem(knob, text="is not an argument of this stage", way_out=suggest(knob, known).strip())]
+    if argument not in known:
+        way_out = suggest(argument, known).strip()
+        return [], [Problem(argument, text="is not an argument of this stage", way_out=way_out)]
     if not isinstance(values, list) or not values:
         text = "is empty" if values == [] else "is not a list"
-        return [], [Problem(knob, values, text, f"Write its values as in [{vars(stage)[knob]}].")]
+        return [], [Problem(argument, values, text, f"Write its values as in [{vars(stage)[argument]}].")]
     problems, read = [], []
     for value in values:
         try:
-            read.append(argument_value(type(stage), knob, value))
+            read.append(argument_value(type(stage), argument, value))
         except ValueError as error:
-            problems.append(Problem(knob, value, f"is not accepted: expected {error}"))
+            problems.append(Problem(argument, value, f"is not accepted: expected {error}"))
     if twice := [value for i, value in enumerate(read) if value in read[:i]]:
-        problems.append(Problem(knob, values, f"names {twice[0]!r} twice", "Name every value once."))
+        problems.append(Problem(argument, values, f"names {twice[0]!r} twice", "Name every value once."))
     return read, problems
 
 
@@ -158,11 +159,12 @@ def _products(lists: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:
-    """The stage made anew with these knobs, so that what its constructor derives from them follows; its name stays, and
-    with it the address of what it gives.
+    """A new stage with ``chosen`` among its arguments, and with the same name.
+
+    The constructor runs again, because it may derive attributes from the arguments.
 
     Raises:
-        RecipeError: it cannot be made anew.
+        RecipeError: the stage does not keep all of its arguments as attributes.
     """
     if not chosen:
         return Variant(copy.deepcopy(stage), chosen)
@@ -179,6 +181,6 @@ def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:
 def _of_the_grid(problem: Problem, variants: Iterable[Variant]) -> Problem:
     """The problem, placed in the grid if its argument has its value from there."""
     for variant in variants:
-        if problem.section == f"stages.{variant.name}" and problem.argument in variant.knobs:
+        if problem.section == f"stages.{variant.name}" and problem.argument in variant.arguments:
             return replace(problem, key=problem.argument).within(f"grid.{variant.name}", problem.owner)
     return problem

@@ -46,7 +46,7 @@ class PairAnalysis:
         self._known = judge.tree.results()
 
     def curves(self) -> list[CurveReport]:
-        """M of quantization alone over C, a curve for each choice of its other knobs.
+        """M of quantization alone over C, a curve for each choice of its other arguments.
 
         Each begins with the dense model: what is not quantized has C = 1.
         """

@@ -10,8 +10,8 @@ from pqqp_lightning.experiments.sweep_grid import (
     Grid,
     Point,
     Variant,
+    arguments_text,
     count_points,
-    knobs_text,
     make_points,
     make_variants,
     own_problems,
@@ -35,7 +35,7 @@ class Curve:
     Attributes:
         name: the stage's.
         other: the other stage's.
-        along: the knobs that move along a curve; every other choice of the rest is a curve of its own.
+        along: the arguments that move along a curve; every other choice of the rest is a curve of its own.
         variants: those of the grid and of ``--curve_bits``.
     """
 
@@ -46,7 +46,7 @@ class Curve:
 
     def label(self, variant: Variant) -> str:
         """The curve that a variant is on."""
-        return knobs_text({knob: value for knob, value in variant.knobs.items() if knob not in self.along})
+        return arguments_text({name: value for name, value in variant.arguments.items() if name not in self.along})
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,14 @@ def _find_curve(variants: Variants, named: str | None, bits: Sequence[int], prob
         return None
     other = next(n for n in variants if n != name)
     own = variants[name]
-    along = {BITS} if bits or BITS in own[0].knobs else {knob for variant in own for knob in variant.knobs}
+    # every variant of a stage has the same arguments, those of the grid
+    along = {BITS} if bits or BITS in own[0].arguments else set(own[0].arguments)
     return Curve(name, other, frozenset(along), [*own, *_further(own, bits, problems)])
 
 
 def _quantizing(variants: Variants, problems: list[Problem]) -> str | None:
     """The stage whose bits are in the grid; else the one of the two that leaves a grid of values."""
-    with_bits = [name for name, own in variants.items() if BITS in own[0].knobs]
+    with_bits = [name for name, own in variants.items() if BITS in own[0].arguments]
     if len(with_bits) > 1:
         both = " and ".join(with_bits)
         way_out = f"Say which one the curve is of: --curve {with_bits[0]}."
@@ -155,7 +156,7 @@ def _further(own: Sequence[Variant], bits: Sequence[int], problems: list[Problem
     there, further = [variant.stage.arguments() for variant in own], dict[str, Variant]()
     for variant in own:
         for value in values:
-            new = vary(variant.stage, {**variant.knobs, BITS: value})
+            new = vary(variant.stage, {**variant.arguments, BITS: value})
             if new.stage.arguments() not in there:
                 further[new.step] = new
     for variant in further.values():

@@ -11,7 +11,7 @@ from pqqp_lightning.errors import Problem
 from pqqp_lightning.stages.layerwise import Found
 
 
-def check_hessian_knobs(block_size: int, damping: float) -> list[Problem]:
+def check_hessian_arguments(block_size: int, damping: float) -> list[Problem]:
     """Problems with ``block_size`` and ``damping``."""
     problems = []
     if block_size < 1:

@@ -76,8 +76,8 @@ class OneShotPruning(PruningStage):
     def amount(self, name: str) -> dict[str, Any]:
         return {"sparsity": self._fractions[name]} if name in self._fractions else super().amount(name)
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if self.allocation == "sensitivity" and (self.pattern is not None or isinstance(self.sparsity, dict)):
             text = "needs one sparsity for all layers, from which it finds each layer's"
             way_out = "Set sparsity: 0.5 without a pattern, or allocation: uniform."

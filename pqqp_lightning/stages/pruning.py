@@ -64,8 +64,8 @@ class PruningStage(LayerwiseStage):
             return {"pattern": parse_pattern(pattern)}
         return {"sparsity": None if self.sparsity is None else value_for(name, self.sparsity)}
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if (self.sparsity is None) == (self.pattern is None):
             given = "neither" if self.sparsity is None else "both"
             text = f"{given} of sparsity and pattern given"

@@ -91,8 +91,8 @@ class QuantizationStage(GridStage):
             "clip": self.clip,
         }
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         problems += [Problem("bits", b, "is not between 2 and 8") for b in values_of(self.bits) if not 2 <= b <= 8]
         return problems + _too_small(self.group_size, "'channel' for one scale an output channel")
 
@@ -119,8 +119,8 @@ class CodebookStage(GridStage):
         super().__init__(**kwargs)
         self.group_size = group_size
 
-    def check_knobs(self) -> list[Problem]:
-        return super().check_knobs() + _too_small(self.group_size, "'auto' for 64 or the nearest divisor below")
+    def check_arguments(self) -> list[Problem]:
+        return super().check_arguments() + _too_small(self.group_size, "'auto' for 64 or the nearest divisor below")
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         return super().check(model, data, earlier) + self.check_layers(self.find_layers(model))

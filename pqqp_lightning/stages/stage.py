@@ -151,9 +151,9 @@ class Stage(Callback):
             data: the datamodule, or None.
             earlier: the stages before this one.
         """
-        return self.check_knobs() + (self._check_targets(model) if self.compresses else [])
+        return self.check_arguments() + (self._check_targets(model) if self.compresses else [])
 
-    def check_knobs(self) -> list[Problem]:
+    def check_arguments(self) -> list[Problem]:
         """The problems of the arguments alone, whatever the model is. :meth:`check` includes them."""
         problems = []
         if self.epochs < 0:
