@@ -22,19 +22,20 @@ SHARING = [
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "fc1"),  # LLaMA, OPT, Phi
     *("qkv", "query", "key", "value", "query_key_value", "dense_h_to_4h", "fc_in"),  # timm, BERT, NeoX, GPT-J
 ]
-"""Projections that share by default: those that read the residual stream. Sharing the two that write to it, W_O and
-W_Down, costs more than it saves (section 3.3 of the paper)."""
+"""Projections that share a basis by default: those that read the residual stream. Sharing W_O and W_Down, which write
+to it, costs more than it saves (section 3.3 of the paper)."""
 
 
 class BasisSharing(Stage):
-    """Writes the weights of consecutive layers as products of one shared basis and coefficients of their own.
+    """Factorises the weights of consecutive layers into one shared basis and coefficients for each layer.
 
-    The q projections of two neighbouring blocks share a basis, so do their k projections, and so on; attention outputs
-    and down projections get a basis each. Bases and coefficients are those that change the outputs on the calibration
-    data least. Linear layers only. Later stages act on both factors, once on a shared basis.
+    The q projections of two neighbouring blocks share a basis, their k projections share another, and so on. Each
+    attention output and down projection has its own basis. Bases and coefficients minimize the change of the outputs
+    on the calibration data. Only Linear layers are factorised. Later stages act on both factors, and once on each
+    shared basis.
 
-    Calibration goes block by block. A group is factorised when its last block's inputs are known; until then its
-    earlier blocks pass on what their dense layers give.
+    Calibration proceeds block by block. A group is factorised when the inputs of its last block are known. Until then
+    its earlier blocks compute with their dense layers.
 
     Example::
 
@@ -43,12 +44,12 @@ class BasisSharing(Stage):
 
     Args:
         ratio: fraction of the layers' parameters to save, in (0, 1); the ranks follow from it.
-        group: consecutive layers that share a basis; 1 factorises every layer alone. More layers leave room for more
-            basis vectors, which must serve them all.
+        group: consecutive layers that share a basis; 1 factorises every layer alone. A larger group has more basis
+            vectors, but all its layers must use them.
         share: name patterns of the layers that share; by default the projections that read the residual stream (q, k,
-            v, gate, up, fc1, qkv). The rest of the targets is factorised layer by layer.
-        damping: fraction of the inputs' mean square that every input direction is weighed with besides; more trusts the
-            calibration data less.
+            v, gate, up, fc1, qkv). The other targets are factorised layer by layer.
+        damping: weight added to every input direction, as a fraction of the inputs' mean square; a larger value relies
+            less on the calibration data.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
@@ -117,7 +118,7 @@ class BasisSharing(Stage):
             gram = reading.statistic.value()[0]
             for name in reading.layers:
                 group, grams[name] = group_of[name], gram
-                if all(member in grams for member in group["layers"]):  # its last layer's reading has come
+                if all(member in grams for member in group["layers"]):  # this was the last layer of the group
                     self._factorise(model, group, [grams.pop(member) for member in group["layers"]], context)
 
         context.calibrate(self.find_blocks(model), layers, Hessian, factorise)
@@ -148,7 +149,7 @@ class BasisSharing(Stage):
         return super()._check_targets(model)
 
     def _check_structure(self, model: nn.Module, layers: dict[str, Layer]) -> list[Problem]:
-        """Layers that are part of something already: factors, or the base of an adapter."""
+        """Layers that are already factors, or the base of an adapter."""
         problems = []
         if factors := [name for name in factors_of(model) if name in layers]:
             text = f"{shorten(factors)} are factors that an earlier BasisSharing made"

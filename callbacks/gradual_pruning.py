@@ -29,15 +29,15 @@ from pqqp_lightning.stages import (
 )
 
 UPDATES = 100
-"""How often the mask grows in a run where ``every`` is not given."""
+"""How often the mask grows in a run without ``every``."""
 
 
 class GradualPruning(PruningStage):
-    """Removes the smallest weights little by little while the model trains; the sparsity grows along a cubic.
+    """Removes the smallest weights gradually while the model trains; the sparsity follows a cubic schedule.
 
-    s(t) = s_f + (s_i - s_f) (1 - t / T)^3 over the first ``ramp`` of the stage's steps; the rest are recovery. What is
-    removed stays zero, in training and validation alike. An earlier mask is where it starts, if it removes more than
-    ``initial_sparsity``. An N:M pattern is reached entry by entry along the same cubic.
+    s(t) = s_f + (s_i - s_f) (1 - t / T)^3 over the first ``ramp`` of the stage's steps; the model recovers in the other
+    steps. Removed weights stay zero in training and validation. The schedule starts from an earlier mask if that
+    removes more than ``initial_sparsity``. An N:M pattern is reached entry by entry on the same schedule.
 
     Example::
 
@@ -45,12 +45,12 @@ class GradualPruning(PruningStage):
           prune: {class_path: GradualPruning, init_args: {sparsity: 0.8, epochs: 4, learning_rate: 0.0005}}
 
     Args:
-        sparsity: fraction of the weights to remove in the end, in (0, 1); or name pattern to fraction.
+        sparsity: final fraction of removed weights, in (0, 1); or name pattern to fraction.
         pattern: "N:M" instead: N kept of every M consecutive inputs.
-        initial_sparsity: fraction removed before training begins, below the final one.
+        initial_sparsity: fraction removed before training, below the final one.
         every: optimizer steps between updates of the mask; about 100 updates in all by default.
         ramp: fraction of the steps in which the mask grows, in (0, 1].
-        epochs: epochs of training in which it happens, at least 1.
+        epochs: epochs of training, at least 1.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
@@ -68,7 +68,7 @@ class GradualPruning(PruningStage):
     ) -> None:
         super().__init__(sparsity, pattern, epochs=epochs, **kwargs)
         self.initial_sparsity, self.every, self.ramp = initial_sparsity, every, ramp
-        self._masks: dict[str, Tensor] = {}  # packed keep-masks as they have grown so far
+        self._masks: dict[str, Tensor] = {}  # the current keep-masks, packed
         self._layers: dict[str, Layer] = {}
         self._ends: dict[str, tuple[float, float]] = {}
         self._hold = HoldZeros()
@@ -88,7 +88,7 @@ class GradualPruning(PruningStage):
         return problems or self._check_initial()
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
-        """Remove ``initial_sparsity``; the rest goes in training."""
+        """Remove ``initial_sparsity``; training removes the rest."""
         if self.initial_sparsity:
             for name, layer in context.each(self.find_layers(model)):
                 matrix, earlier = weight_matrix(layer), constraints_of(layer).mask(layer.weight.device)
@@ -97,7 +97,7 @@ class GradualPruning(PruningStage):
         return {}
 
     def finish(self, model: LightningModule, context: Context, plan: Plan) -> Plan:
-        """Fix the final mask: the exact count, whatever steps there were."""
+        """Prune to the exact final count, whatever the last update of the mask removed."""
         for name, layer in context.each(self.find_layers(model)):
             matrix, amount = weight_matrix(layer), self.amount(name)
             mask = prune_magnitude(matrix, mask=self._mask(name, layer), **amount)
@@ -106,7 +106,7 @@ class GradualPruning(PruningStage):
         return plan
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._masks = {}  # a resumed run loads them after this
+        self._masks = {}  # a resumed run loads its masks after setup
 
     def state_dict(self) -> dict[str, Any]:
         return {"masks": dict(self._masks)}
@@ -130,7 +130,7 @@ class GradualPruning(PruningStage):
         self._interval = self.every or max(1, self._steps // UPDATES)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._hold.zero()
+        self._hold.zero()  # the optimizer may have moved removed weights away from zero
         step = trainer.global_step
         if step == self._steps or (step < self._steps and step % self._interval == 0):
             for name, layer in self._layers.items():
@@ -142,7 +142,7 @@ class GradualPruning(PruningStage):
         self._layers = {}
 
     def _grow(self, name: str, layer: Layer, step: int) -> None:
-        """The mask of one layer after ``step`` optimizer steps."""
+        """Update the mask of one layer after ``step`` optimizer steps."""
         initial, final = self._ends[name]
         sparsity = cubic_sparsity(step, self._steps, initial=initial, final=final)
         mask, pattern = self._mask(name, layer), self._pattern(name)
@@ -152,7 +152,7 @@ class GradualPruning(PruningStage):
         self._hold_mask(name, layer)
 
     def _ends_of(self, name: str, layer: Layer) -> tuple[float, float]:
-        """(s_i, s_f) of one layer: what is removed as training begins, and will be in the end."""
+        """(s_i, s_f) of one layer: its sparsity before and after training."""
         earlier, matrix = constraints_of(layer), weight_matrix(layer)
         last = prune_magnitude(matrix, mask=earlier.mask(matrix.device), **self.amount(name))
         return 1 - earlier.kept() / matrix.numel(), 1 - int(last.sum()) / matrix.numel()
@@ -163,7 +163,7 @@ class GradualPruning(PruningStage):
             self._hold.hold(layer.weight, to_weight(~mask, layer.weight.shape))
 
     def _mask(self, name: str, layer: Layer) -> Tensor | None:
-        """The keep-mask [O, I] so far: grown in this training, or of earlier stages."""
+        """The current keep-mask [O, I]: of this training, or of earlier stages."""
         constraints, device = constraints_of(layer), layer.weight.device
         if name not in self._masks:
             return constraints.mask(device)

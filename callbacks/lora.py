@@ -31,16 +31,15 @@ Initialization = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
 LINEAR_ONLY = ("orthogonal", "pissa", "olora")
 CHANGES_THE_WEIGHT = ("pissa", "olora")
 LITTLE = 0.1
-"""Share of the adapters' update below which the record says that merging left little of it."""
+"""The record warns if merging keeps less than this share of the adapters' update."""
 
 
 class LoRA(Stage):
     """Trains low-rank adapters B A next to frozen weights, then merges them without breaking a mask or a grid.
 
-    Merged weights are masked and rounded to their grid again. The record says how far that moved them, and what the
-    metrics were before. Kept apart (``merge: false``), the adapters are counted in the size; later stages act on the
-    weights below them. Running statistics of batch normalisation
-    follow the training as in any other.
+    Merged weights are masked and rounded to their grid again. The record says how far this moved them, and has the
+    metrics before merging. With ``merge: false`` the adapters stay separate: they count in the size, and later stages
+    act on the weights below them. Running statistics of batch normalisation are updated as in any training.
 
     Example::
 
@@ -53,14 +52,15 @@ class LoRA(Stage):
         alpha: the update is alpha / rank * B A.
         dropout: on the adapters' input, in training; in [0, 1).
         initialization: how A and B start. "default" and "gaussian" draw A and start B at zero; "orthogonal" draws both
-            so that B A is zero; "pissa" (arXiv 2404.02948) and "olora" (arXiv 2406.01775) take them out of the weight.
-        merge: add the adapters to the weights afterwards; false keeps them apart.
-        merge_aware: where merging will meet a mask or a grid, train with the weights as it will leave them, so that it
-            loses nothing (MaskLoRA, arXiv 2312.15230, and LR-QAT, arXiv 2406.06385); a step then costs about as much
-            as one of full finetuning. Into a mask it does not pay on SmolLM2-135M (40.2 either way, docs/methods.md);
-            into a grid, plain training may be rounded away.
+            so that B A is zero; "pissa" (arXiv 2404.02948) and "olora" (arXiv 2406.01775) move part of the weight into
+            them.
+        merge: add the adapters to the weights after training; false keeps them separate.
+        merge_aware: on layers with a mask or a grid, train with the weights as they will be after merging, so that
+            merging loses nothing (MaskLoRA, arXiv 2312.15230, and LR-QAT, arXiv 2406.06385). A step then costs about
+            as much as one of full finetuning. Use it on a grid, where rounding may cancel the update; on a mask it
+            made no difference (docs/methods.md).
         epochs: epochs of training, 1 or more.
-        learning_rate: its highest learning rate, made for Adam; null takes the model's own.
+        learning_rate: the highest learning rate, chosen for Adam; null uses the model's own.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
@@ -110,7 +110,7 @@ class LoRA(Stage):
         return problems + self._check_initialization(model, layers, earlier)
 
     def find_layers(self, model: nn.Module) -> dict[str, Layer]:
-        """The layers that get adapters; not those that stand at several places, whose place is not theirs alone."""
+        """The layers that get adapters: not those used at several places, since an adapter replaces one place only."""
         shared = _shared(model)
         return {name: layer for name, layer in super().find_layers(model).items() if id(layer) not in shared}
 
@@ -125,20 +125,21 @@ class LoRA(Stage):
         return plan
 
     def expected_plan(self, model: LightningModule) -> Plan:
-        """That of :meth:`finish`, which is what later stages meet."""
+        """The plan of :meth:`finish`: later stages act on the model after training."""
         return {} if self.merge else self._plan(model)
 
     def _plan(self, model: LightningModule) -> Plan:
         layers = [wrapped_name(name, model) for name in self.find_layers(model)]
-        name = unused_name(model, f"{self.name}_adapter")  # with a suffix, so that it is no attribute of a ModuleDict
+        # The suffix avoids a clash with an attribute of ModuleDict, where PEFT keeps its adapters by name.
+        name = unused_name(model, f"{self.name}_adapter")
         return {"adapters": vars(Adapters(name, self.rank, float(self.alpha), self.dropout, layers))}
 
     @staticmethod
     def restructure(model: LightningModule, plan: Plan) -> None:
-        if not plan:  # merged
+        if not plan:  # the adapters are merged
             return
         inject(model, Adapters(**plan["adapters"]))
-        if "trained_before" in plan:  # and is still to train
+        if "trained_before" in plan:  # training is not finished
             _prepare_training(model, plan)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,7 +172,7 @@ class LoRA(Stage):
         return {}
 
     def moves(self, model: LightningModule) -> list[str]:
-        """None: the weights are frozen, and merging keeps their grid."""
+        """None, since the weights are frozen and merging keeps their grid."""
         return []
 
     def _check_initialization(
@@ -195,7 +196,7 @@ class LoRA(Stage):
 
 
 def _prepare_training(model: nn.Module, plan: Plan) -> None:
-    """Freeze all but the adapters, and let them see what merging will make of them."""
+    """Freeze everything except the adapters; with ``through_merge`` they train on the merged weights."""
     adapters = Adapters(**plan["adapters"])
     own = {id(p) for p in parameters_of(model, adapters)}
     for parameter in model.parameters():
@@ -219,7 +220,7 @@ def _promised(constraints: Constraints) -> str:
 
 
 def _what_merging_did(promised: str, merged: list[Merged], aware: bool) -> str:
-    """For the record; shares are of the norm of all these layers' weights."""
+    """A note for the record. Shares are relative to the norm of all these layers' weights."""
     norm, *parts = (sum(getattr(m, part) ** 2 for m in merged) ** 0.5 for part in ("norm", "update", "moved", "lost"))
     update, moved, lost = (f"{part / max(norm, 1e-30):.2%}" for part in parts)
     layers = f"{len(merged)} layers"
@@ -234,13 +235,13 @@ def _what_merging_did(promised: str, merged: list[Merged], aware: bool) -> str:
 
 
 def _validation_metrics(trainer: Trainer) -> dict[str, float]:
-    """What the validation that is ending has logged for its epoch."""
+    """What the ending validation logged for its epoch."""
     logged = trainer.fit_loop.epoch_loop.val_loop._results.metrics(on_step=False)["callback"]
     return {name: float(value) for name, value in logged.items()}
 
 
 def _shared(model: nn.Module) -> set[int]:
-    """ids of modules that stand at more than one place."""
+    """The ids of modules that are used at more than one place."""
     seen: set[int] = set()
     shared: set[int] = set()
     for parent in model.modules():
@@ -256,7 +257,7 @@ def _unadaptable(model: nn.Module, layers: dict[str, Layer]) -> list[str]:
 
 
 def _is_plain(layer: Layer) -> bool:
-    """Whether the layer multiplies with its matrix and does nothing else, in a way that PEFT's adapters follow."""
+    """Whether the layer only multiplies with its matrix, in a form that PEFT's adapters support."""
     if isinstance(layer, nn.Linear):
         return type(layer).forward is nn.Linear.forward
     plain = type(layer).forward is nn.Conv2d.forward and layer.padding_mode == "zeros"

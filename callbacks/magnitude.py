@@ -21,7 +21,7 @@ from pqqp_lightning.stages import (
 
 
 class Magnitude(OneShotPruning):
-    """Removes the smallest weights; needs no data, unless for allocation: sensitivity.
+    """Removes the smallest weights; needs data only for allocation: sensitivity.
 
     Example::
 

@@ -30,7 +30,7 @@ from pqqp_lightning.surgery.removal import (
 
 @dataclass(frozen=True)
 class _Unit:
-    """What may be removed: a block, or one of its sublayers."""
+    """A candidate for removal: a block, or one of its sublayers."""
 
     name: str
     block: str
@@ -38,24 +38,23 @@ class _Unit:
 
     @property
     def names(self) -> list[str]:
-        """The names that ``targets`` and ``ignore`` may call it by."""
+        """The names that ``targets`` and ``ignore`` are matched against."""
         return [self.name] + [f"{self.block}.{child}" for child in (self.sublayer.rest if self.sublayer else ())]
 
 
 class SLEB(Stage):
-    """Removes whole blocks, or attention and MLP sublayers, one after another: each time the one without which the
-    loss on the calibration data is lowest.
+    """Removes blocks, or attention and MLP sublayers, one at a time, each time the one that raises the loss least.
 
     The loss is the module's own training loss, averaged over the calibration batches. Candidates share the activations
-    of the blocks before them: with L blocks left, a round evaluates L(L-1)/2 + L-1 blocks a batch, near half of the
-    L(L-1) of whole forward passes, and one hidden state is held at a time. With N = 2L sublayers left it is about
-    N**2/2 + N sublayers of N(N-1). Where the blocks do not simply follow one another, it is whole forward passes; the
-    record says so, and gives the counts.
+    of the blocks before them: with L blocks, a round evaluates L(L-1)/2 + L-1 blocks for each batch, about half of the
+    L(L-1) of whole forward passes, and holds one hidden state at a time. With N = 2L sublayers it evaluates about
+    N**2/2 + N sublayers instead of N(N-1). Where the blocks do not feed one another directly, each candidate takes a
+    whole forward pass. The record has the counts.
 
-    After blocks are removed a Hugging Face model is a stock model of fewer layers. A removed sublayer leaves its block
-    without its weights and norm; generation with a cache of keys and values is then not promised. Masks and grids of
-    the layers that remain are as they were, so that the stage may stand anywhere in the list. Of a ResNet only blocks
-    whose input and output have the same shape can go, and it has no sublayers of the kind.
+    After removing blocks, a Hugging Face model is a stock model with fewer layers. A removed sublayer takes its weights
+    and norm with it; generation with a cache of keys and values is then not guaranteed to work. The other layers keep
+    their masks and grids, so that the stage can be anywhere in the list. In a ResNet only blocks with equal input and
+    output shapes can be removed, and there are no such sublayers.
 
     Example::
 
@@ -64,11 +63,11 @@ class SLEB(Stage):
 
     Args:
         amount: how many to remove, or which fraction of all blocks (sublayers), in (0, 1), rounded to a whole number.
-        granularity: "block", or "sublayer" for the attention and the MLP of a block each by itself.
-        targets: name patterns of the blocks (sublayers) that may be removed ("layers.1[0-9]", "self_attn"); every one
-            by default.
+        granularity: "block", or "sublayer" to remove the attention or the MLP of a block alone.
+        targets: name patterns of the blocks (sublayers) that may be removed ("layers.1[0-9]", "self_attn"); all by
+            default.
         ignore: name patterns of blocks (sublayers) that must stay.
-        blocks: module names of the blocks; found by structure by default. Elements of a ModuleList or Sequential.
+        blocks: module names of the blocks, elements of a ModuleList or Sequential; found by structure by default.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
@@ -146,7 +145,7 @@ class SLEB(Stage):
         return plan
 
     def _all_units(self, model: nn.Module) -> list[_Unit]:
-        """Every block, or every sublayer that is left."""
+        """All blocks, or all sublayers that were not removed before."""
         blocks = self.find_blocks(model)
         if self.granularity == "block":
             return [_Unit(name, name) for name in blocks]
@@ -157,7 +156,7 @@ class SLEB(Stage):
         ]
 
     def _units(self, model: nn.Module) -> list[_Unit]:
-        """Those that may go, as far as structure tells: a residual block that changes shapes has a ``downsample``."""
+        """The units that may be removed, judged by structure: a block with a ``downsample`` changes the shape."""
         return [
             unit
             for unit in self._all_units(model)
@@ -217,10 +216,10 @@ class SLEB(Stage):
         return [Problem("amount", self.amount, text, f"Use at most {most}.")]
 
     def _observe(self, model: LightningModule, walk: Walk, context: Context) -> tuple[list[_Unit], dict[str, Output]]:
-        """The units that may go, and what each block and branch returns, seen on the probe.
+        """The removable units, and the outputs of each block and branch, observed on one batch.
 
         Raises:
-            RecipeError: too few of them keep the shape of their input.
+            RecipeError: too few units keep the shape of their input.
         """
         units = self._units(model)
         watched = dict(walk.blocks) | {unit.name: model.get_submodule(unit.name) for unit in units}
@@ -241,7 +240,7 @@ class SLEB(Stage):
     def _note(
         self, model: nn.Module, context: Context, units: list[_Unit], removals: list[Removal], *, shared: bool
     ) -> None:
-        """What went in which order at which loss, and how much each round took."""
+        """Note the removals with their losses, and the evaluations of each round."""
         steps = ", ".join(f"{units[r.unit].name} ({r.loss:.4f})" for r in removals)
         context.notes.append(f"removed, in this order (calibration loss after it): {steps}")
         for refused in {unit: None for r in removals for unit in r.refused}:
@@ -280,7 +279,7 @@ def _make_losses(
 
 
 def _fits(unit: _Unit, block: Output) -> bool:
-    """Whether the unit's block can do without it: a branch is added to the hidden state and has its shape anyway."""
+    """Whether the block runs without the unit. A branch has the shape of the hidden state to which it is added."""
     return block.bare and (block.keeps_shape or unit.sublayer is not None)
 
 
