@@ -34,7 +34,7 @@ def print_methods(stages: Mapping[str, type[Stage]], console: Console | None = N
 
 
 def summarize(stages: Mapping[str, type[Stage]]) -> str:
-    """The methods with their own arguments, and the arguments that they share, in two sentences."""
+    """A text for ``--help``: each method with its own arguments, and the arguments that all share."""
     shared = arguments_of(Stage)
     methods = []
     for name, cls in stages.items():

@@ -1,4 +1,4 @@
-"""What the pruning stages share: their arguments and their checks."""
+"""The arguments and checks that pruning stages share."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pqqp_lightning.stages.layerwise import LayerwiseStage
 from pqqp_lightning.stages.stage import Stage
 
 PatternArgument = str | int
-"""``"2:4"``, or what YAML 1.1 makes of an unquoted 2:4: the number 124."""
+"""``"2:4"``, or the number 124, which is how YAML 1.1 reads an unquoted 2:4."""
 
 
 def parse_pattern(value: PatternArgument) -> Pattern:
-    """(N, M) of ``"N:M"``: N kept of every M. An unquoted 2:4 arrives as 2 * 60 + 4 and is understood.
+    """(N, M) of ``"N:M"``: N kept of every M.
 
     Raises:
-        RecipeError: not of that form, or not 0 < N < M.
+        RecipeError: another form, or not 0 < N < M.
     """
-    if isinstance(value, int):
+    if isinstance(value, int):  # YAML 1.1 reads an unquoted 2:4 as 2 * 60 + 4
         n, m = divmod(value, 60)
         value = f"{n}:{m}"
     else:
