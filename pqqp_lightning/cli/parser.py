@@ -96,9 +96,8 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         config.run_dir = str(run_folder(config, self._command))
         config.trainer.default_root_dir = config.run_dir
-        stages = {
-            str(name): stage for name, stage in config.stages.items()
-        }  # YAML reads the names 1 and yes as other types
+        # YAML reads the names 1 and yes as numbers and booleans
+        stages = {str(name): stage for name, stage in config.stages.items()}
         config.stages = ordered(stages, config.stage_order)
         config.stage_order = None
 

@@ -1,4 +1,4 @@
-"""``sweep``: measures a grid over arguments and orders, and writes what it says about the order of compression."""
+"""``sweep``: measures a grid of arguments in every order, and tests the hypothesis about the order of compression."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def sweep_grid(
         datamodule: its data.
         options: the grid, the metric and the limits.
         resume: continue the sweep in the run folder.
-        show: called with the run folder at the end, before another process may search there.
+        show: called with the run folder at the end, before another process may use it.
 
     Raises:
-        RecipeError: everything that must be put right, before any work.
+        RecipeError: with every problem, before any work.
     """
     results = store_of(trainer, options.store)
     data = RunData(module, datamodule=datamodule)
@@ -62,10 +62,10 @@ def sweep_grid(
 
 
 def check_sweep(trainer: Trainer, data: RunData, store: ResultStore, options: SweepOptions) -> Plan:
-    """What the sweep will measure.
+    """The plan of the sweep.
 
     Raises:
-        RecipeError: everything that must be put right.
+        RecipeError: with every problem.
     """
     problems: list[Problem] = check_run(trainer, data, trainer.stages) + check_store(trainer, store)
     max_points = options.max_points
@@ -82,13 +82,13 @@ def check_sweep(trainer: Trainer, data: RunData, store: ResultStore, options: Sw
 
 
 class Sweep:
-    """Measures a plan and writes what it found.
+    """Measures a plan and writes its results.
 
     Args:
         trainer: for evaluation and training.
         data: the dense model and its data.
         plan: what to measure.
-        store: where results are looked up and kept.
+        store: reads and keeps results.
         options: the grid as the user gave it, the executor and the limits.
     """
 
@@ -102,7 +102,7 @@ class Sweep:
         self._progress = Progress("sweep", trainer, self._tree)
 
     def go(self, *, resume: bool) -> None:
-        """Measure what nobody has measured yet, and write it all."""
+        """Measure what the store does not have, and write report, tables and figures."""
         asked = {"command": "sweep", "grid": self._grid}
         with open_executor(self._options.executor, self._trainer, self._tree, self._progress) as executor:
             judge = open_search(self._trainer, self._data, self._tree, asked, self._options, resume=resume)
@@ -126,7 +126,7 @@ class Sweep:
             print(f"{words}: {most} stage applications", flush=True)
 
     def _measure(self, executor: Executor, minutes: float | None) -> list[str]:
-        """Measure every sequence; a model is dropped once nothing goes on from it any more."""
+        """Measure every sequence; drop each model when no sequence still starts from it."""
         limit, left = TimeLimit(self._trainer, minutes), len(self._plan.sequences)
         waiting = Counter(node for sequence in self._plan.sequences for node in prefixes(sequence))
         for sequence in executor.measure(self._plan.sequences, limit.is_over):
@@ -170,7 +170,7 @@ class Sweep:
         return report
 
     def _alone(self, judge: Judge) -> list[AloneReport]:
-        """Every variant that was measured alone; the intensity is M(dense) - M, what it costs."""
+        """Every variant that was measured alone; its intensity is M(dense) - M."""
         known = self._tree.results()
         extra = self._plan.curve.variants if self._plan.curve else []
         variants = {v.step: v for v in [*(v for own in self._plan.variants.values() for v in own), *extra]}
@@ -187,7 +187,7 @@ class Sweep:
         ]
 
     def _point(self, point: Point, judge: Judge) -> PointReport:
-        """One point: every order that was measured, and those that cannot run."""
+        """One point: its measured orders, and those that cannot run."""
         known, names = self._tree.results(), {v.step: v.name for v in point.variants}
         measured = [order for order in point.orders if order in known]
         marks = judge.marks(measured) if measured else {}

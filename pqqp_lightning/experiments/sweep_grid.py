@@ -18,16 +18,16 @@ from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.trials.prefix_tree import Order
 
 Grid = Mapping[str, Any]
-"""Stage name to argument to the list of its values, as the user gave it."""
+"""Maps each stage's name to its arguments, and each argument to the list of its values, as the user gave them."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A stage with the arguments of one place in the grid.
+    """A stage with one choice of the values in the grid.
 
     Attributes:
-        stage: named as in the recipe.
-        arguments: those that the grid sets.
+        stage: the stage, with its name in the recipe.
+        arguments: the arguments that the grid sets.
     """
 
     stage: Stage
@@ -35,7 +35,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The stage's."""
+        """The stage's name."""
         return self.stage.name
 
     @property
@@ -45,7 +45,7 @@ class Variant:
 
     @property
     def step(self) -> str:
-        """What orders call it: ``"prune[sparsity=0.5]"``."""
+        """Its name in orders: ``"prune[sparsity=0.5]"``."""
         return f"{self.name}[{arguments_text(self.arguments)}]" if self.arguments else self.name
 
 
@@ -55,7 +55,7 @@ class Point:
 
     Attributes:
         variants: in the recipe's order.
-        orders: of their steps.
+        orders: the orders that can run, as steps.
         refused: the orders that cannot run, with the reasons.
     """
 
@@ -72,7 +72,7 @@ def arguments_text(arguments: Mapping[str, Any]) -> str:
 
 
 def make_variants(stages: Sequence[Stage], grid: Grid) -> dict[str, list[Variant]]:
-    """The variants of every stage; a stage that the grid leaves alone has one.
+    """The variants of every stage; a stage outside of the grid has one.
 
     Raises:
         RecipeError: with every problem of the grid itself.
@@ -101,7 +101,7 @@ def make_points(variants: Mapping[str, Sequence[Variant]], data: RunData) -> lis
     """Every combination of variants, with the orders that can run.
 
     Raises:
-        RecipeError: values that a stage refuses, or combinations that can run in no order.
+        RecipeError: values that a stage refuses, or combinations that cannot run in any order.
     """
     if problems := [problem for own in variants.values() for v in own for problem in own_problems(v)]:
         raise RecipeError(dict.fromkeys(problems))
@@ -120,7 +120,7 @@ def make_points(variants: Mapping[str, Sequence[Variant]], data: RunData) -> lis
 
 
 def own_problems(variant: Variant) -> list[Problem]:
-    """What the stage says of the values, whatever the model is."""
+    """The problems of a variant's values for any model."""
     problems = []
     for problem in variant.stage.check_arguments():
         placed = problem.within(f"stages.{variant.name}", type(variant.stage).__name__)
@@ -129,12 +129,12 @@ def own_problems(variant: Variant) -> list[Problem]:
 
 
 def count_points(variants: Mapping[str, Sequence[Variant]]) -> int:
-    """How many combinations there are."""
+    """The number of combinations."""
     return math.prod(len(own) for own in variants.values())
 
 
 def read_values(stage: Stage, argument: str, values: Any) -> tuple[list[Any], list[Problem]]:
-    """An argument's values as the stage takes them, and what is wrong with them."""
+    """An argument's values converted for the stage, and their problems."""
     known = [name for name in arguments_of(type(stage)) if name in vars(stage)]
     if argument not in known:
         way_out = suggest(argument, known).strip()
@@ -179,7 +179,7 @@ def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:
 
 
 def _of_the_grid(problem: Problem, variants: Iterable[Variant]) -> Problem:
-    """The problem, placed in the grid if its argument has its value from there."""
+    """The problem, with a key in the grid if the grid sets its argument."""
     for variant in variants:
         if problem.section == f"stages.{variant.name}" and problem.argument in variant.arguments:
             return replace(problem, key=problem.argument).within(f"grid.{variant.name}", problem.owner)

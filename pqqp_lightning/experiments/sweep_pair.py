@@ -1,4 +1,4 @@
-"""What a sweep over one pruning and one quantizing stage says of their order."""
+"""Tests the hypothesis about the order of one pruning and one quantizing stage on a sweep."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ SIDES = {
 
 
 class PairAnalysis:
-    """Scores of P and Q alone and in both orders, from what ``judge`` has measured.
+    """Scores of P and Q alone and in both orders.
 
     Args:
-        judge: scores.
-        curve: which of the two stages quantizes, and its variants.
+        judge: has the measured scores.
+        curve: the stage that quantizes, with its variants.
     """
 
     def __init__(self, judge: Judge, curve: Curve) -> None:
@@ -46,9 +46,9 @@ class PairAnalysis:
         self._known = judge.tree.results()
 
     def curves(self) -> list[CurveReport]:
-        """M of quantization alone over C, a curve for each choice of its other arguments.
+        """M of quantization alone over C, with one curve for each choice of its other arguments.
 
-        Each begins with the dense model: what is not quantized has C = 1.
+        Each curve starts with the dense model, which has C = 1.
         """
         found: dict[str, list[CurvePoint]] = {}
         for variant in self._curve.variants:
@@ -62,7 +62,7 @@ class PairAnalysis:
         return curves
 
     def point(self, point: Point, curves: Sequence[CurveReport]) -> PairReport:
-        """A, G, C_P, C_Q, C*_P and C*_P - C_Q; None for what was not measured or is not finite."""
+        """A, G, C_P, C_Q, C*_P and C*_P - C_Q; None if not measured or not finite."""
         p = next(v for v in point.variants if v.name == self._curve.other)
         q = next(v for v in point.variants if v.name == self._curve.name)
         there, back = (q.step, p.step), (p.step, q.step)
@@ -106,7 +106,7 @@ class PairAnalysis:
 
     @staticmethod
     def _rates_differ(points: Sequence[CurvePoint]) -> bool:
-        """Whether the stage compresses weights at all; one that rounds activations only has one rate."""
+        """Whether the stage compresses weights. A stage that only rounds activations has a single rate."""
         return len({point["rate"] for point in points}) > 1
 
 
@@ -125,7 +125,7 @@ def analyse(points: Iterable[PointReport], curve: Curve) -> PairHypothesis:
 def _correlated(
     advantage: str, name: str, points: Sequence[tuple[float | None, PairReport]]
 ) -> tuple[Correlation, str]:
-    """How A goes with the quantity called ``name``, over the points that have both; and the same as a sentence."""
+    """The correlation of A with the quantity ``name`` over the points that have both, and a sentence about it."""
     x: list[float] = []
     y: list[float] = []
     for quantity, pair in points:
@@ -139,7 +139,7 @@ def _correlated(
 
 
 def pair_notes(points: Sequence[PointReport], curves: Sequence[CurveReport], curve: Curve) -> list[str]:
-    """What is worth saying beside the numbers: ratios beyond the curve, curves that rise, points that are marked."""
+    """Notes on the numbers: ratios outside of the curve, curves that rise, and marked points."""
     notes = []
     for side, words in SIDES.items():
         off = [pt for pt in points if pt["pair"]["beyond"] == side and pt["pair"]["score_pruned"] is not None]

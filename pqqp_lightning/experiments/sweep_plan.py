@@ -1,4 +1,4 @@
-"""What a sweep measures: every point of the grid in every order that can run, and the curve of quantization alone."""
+"""Plans a sweep: every point of the grid in every order that can run, and the curve of quantization alone."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ Variants = Mapping[str, Sequence[Variant]]
 
 @dataclass(frozen=True)
 class Curve:
-    """The stage that compression is measured against, alone at all its rates.
+    """The quantizing stage alone at all its rates, as the reference for the other stage.
 
     Attributes:
-        name: the stage's.
-        other: the other stage's.
-        along: the arguments that move along a curve; every other choice of the rest is a curve of its own.
-        variants: those of the grid and of ``--curve_bits``.
+        name: the name of the stage.
+        other: the name of the other stage.
+        along: the arguments that vary along a curve; each choice of the other arguments has its own curve.
+        variants: the variants of the grid and of ``--curve_bits``.
     """
 
     name: str
@@ -45,18 +45,18 @@ class Curve:
     variants: list[Variant]
 
     def label(self, variant: Variant) -> str:
-        """The curve that a variant is on."""
+        """The label of a variant's curve."""
         return arguments_text({name: value for name, value in variant.arguments.items() if name not in self.along})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep before it begins.
+    """The plan of a sweep.
 
     Attributes:
-        variants: of every stage.
-        points: of the grid.
-        curve: for two stages of which one quantizes.
+        variants: the variants of every stage.
+        points: the points of the grid.
+        curve: the curve of quantization alone, for two stages of which one quantizes.
     """
 
     variants: dict[str, list[Variant]]
@@ -65,13 +65,13 @@ class Plan:
 
     @property
     def steps(self) -> dict[str, Stage]:
-        """Every variant's stage, by step."""
+        """The stage of every variant, by step."""
         extra = self.curve.variants if self.curve else []
         return {v.step: v.stage for v in [*(v for own in self.variants.values() for v in own), *extra]}
 
     @property
     def sequences(self) -> list[Order]:
-        """What to measure: the curve first, then point by point, so that a sweep that ends early has whole points."""
+        """The sequences to measure: the curve, then point by point, so that a sweep that stops has complete points."""
         alone = [(variant.step,) for variant in self.curve.variants] if self.curve else []
         return [*alone, *(order for point in self.points for order in point.orders)]
 
@@ -84,10 +84,10 @@ def make_plan(
     curve_bits: Sequence[int],
     max_points: int,
 ) -> Plan:
-    """Check the grid, and lay out what it asks for.
+    """Check the grid and make the plan.
 
     Raises:
-        RecipeError: everything that must be put right.
+        RecipeError: with every problem.
     """
     if not 1 <= len(stages) <= MOST_STAGES:
         text = f"sweep needs 1 to {MOST_STAGES} stages, but the recipe has {len(stages)}"
@@ -107,7 +107,7 @@ def make_plan(
 
 
 def _find_curve(variants: Variants, named: str | None, bits: Sequence[int], problems: list[Problem]) -> Curve | None:
-    """The curve that is asked for, or that there can be no doubt about; what is wrong is added to ``problems``."""
+    """The curve that the user names, or the only possible one; problems are added to ``problems``."""
     if named is not None and named not in variants:
         problems.append(Problem("curve", named, "is not the name of a stage", suggest(named, variants).strip()))
         return None
@@ -135,7 +135,7 @@ def _find_curve(variants: Variants, named: str | None, bits: Sequence[int], prob
 
 
 def _quantizing(variants: Variants, problems: list[Problem]) -> str | None:
-    """The stage whose bits are in the grid; else the one of the two that leaves a grid of values."""
+    """The stage whose bits are in the grid, or else the only one that promises a grid."""
     with_bits = [name for name, own in variants.items() if BITS in own[0].arguments]
     if len(with_bits) > 1:
         both = " and ".join(with_bits)
@@ -147,7 +147,7 @@ def _quantizing(variants: Variants, problems: list[Problem]) -> str | None:
 
 
 def _further(own: Sequence[Variant], bits: Sequence[int], problems: list[Problem]) -> list[Variant]:
-    """Variants at bit widths that only the curve has."""
+    """The variants at bit widths that only the curve has."""
     if not bits:
         return []
     stage = own[0].stage
@@ -166,7 +166,7 @@ def _further(own: Sequence[Variant], bits: Sequence[int], problems: list[Problem
 
 
 def _of_curve_bits(problem: Problem, owner: str) -> Problem:
-    """A problem of the stage's bits, which ``--curve_bits`` gave."""
+    """The problem of the stage's bits, moved to ``--curve_bits``, which set them."""
     return replace(problem, key="").within("curve_bits", owner)
 
 

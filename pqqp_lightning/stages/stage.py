@@ -135,7 +135,7 @@ class Stage(Callback):
         return argument_values(self)
 
     def find_blocks(self, model: nn.Module) -> Blocks:
-        """The blocks of ``model``: this stage's ``blocks``, the model's ``compression_blocks``, or found by structure."""
+        """The blocks of ``model``: this stage's own, the model's ``compression_blocks``, or found by structure."""
         return find_blocks(model, self.blocks) if self.blocks else model_blocks(model)
 
     def find_layers(self, model: nn.Module) -> dict[str, Layer]:
