@@ -74,7 +74,17 @@ class ActivationQuantization(Stage):
         if twice := [n for n in self.find_layers(model) if rounded & {n, n.removesuffix(".base_layer")}]:
             text = f"the inputs of {shorten(twice)} are already rounded"
             problems.append(Problem(text=text, way_out="Give the stages disjoint targets, or drop one."))
-        return problems + ([] if self.kv_bits is None else self._check_heads(model))
+        if self.kv_bits is None:
+            return problems
+        cached = self._cached(model)
+        if not cached:
+            names = " or ".join(CACHED)
+            text = f"has no effect: no layer that the stage acts on is a {names} of an attention with a head_dim"
+            problems.append(Problem("kv_bits", self.kv_bits, text, "Leave kv_bits out."))
+        if again := sorted(set(cached) & set(transformed_layers(model, QuantizeHeads))):
+            text = f"would round the outputs of {shorten(again)} a second time"
+            problems.append(Problem("kv_bits", self.kv_bits, text, "Drop one of the two stages."))
+        return problems
 
     def expected_plan(self, model: LightningModule) -> Plan:
         return {
@@ -101,20 +111,6 @@ class ActivationQuantization(Stage):
         plan = self.expected_plan(model)
         self.restructure(model, plan)
         return plan
-
-    def _check_heads(self, model: nn.Module) -> list[Problem]:
-        cached = self._cached(model)
-        if not cached:
-            text = (
-                f"has no effect: no layer that the stage acts on is a {' or '.join(CACHED)} of an attention with a "
-                "head_dim"
-            )
-            return [Problem("kv_bits", self.kv_bits, text, "Leave kv_bits out.")]
-        twice = sorted(set(cached) & set(transformed_layers(model, QuantizeHeads)))
-        if not twice:
-            return []
-        text = f"would round the outputs of {shorten(twice)} a second time"
-        return [Problem("kv_bits", self.kv_bits, text, "Drop one of the two stages.")]
 
     def _cached(self, model: nn.Module) -> dict[str, int]:
         """The modules that compute keys and values, with the width of a head."""

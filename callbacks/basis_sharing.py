@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,7 +94,10 @@ class BasisSharing(Stage):
             "Put BasisSharing first, or set allow_undo: true to lose what they carry.",
         )
         layers = self.find_layers(model)
-        problems += self._check_structure(model, layers) + self._check_share(layers)
+        problems += self._check_structure(model, layers)
+        for pattern in self.share or []:
+            if not any(matches(name, pattern) for name in layers):
+                problems.append(self.unmatched("share", pattern))
         return problems + ([] if self.check_arguments() else self._check_ranks(model))
 
     def expected_plan(self, model: LightningModule) -> Plan:
@@ -112,7 +115,7 @@ class BasisSharing(Stage):
         self._note_undone(layers, context)
         self._note_structure(model, plan, context)
         group_of = {name: group for group in plan["groups"] for name in group["layers"]}
-        grams: dict[str, Tensor] = {}
+        grams: dict[str, Tensor] = {}  # of layers whose group is not complete yet
 
         def factorise(reading: Reading) -> None:
             gram = reading.statistic.value()[0]
@@ -125,6 +128,7 @@ class BasisSharing(Stage):
         return plan
 
     def _factorise(self, model: LightningModule, group: dict[str, Any], grams: list[Tensor], context: Context) -> None:
+        # the group's layers have different inputs, and the error counts on all of them
         names, gram = group["layers"], torch.stack(grams).sum(0)
         weights = [model.get_parameter(f"{name}.weight").detach() for name in names]
         shared = share_basis(weights, gram, group["rank"], damping=self.damping)
@@ -159,13 +163,6 @@ class BasisSharing(Stage):
             text = f"{shorten(adapted)} carry adapters that were kept apart, which fit no factors"
             problems.append(Problem(text=text, way_out="Merge them (merge: true), or put BasisSharing first."))
         return problems
-
-    def _check_share(self, layers: Iterable[str]) -> list[Problem]:
-        return [
-            self.unmatched("share", pattern)
-            for pattern in self.share or []
-            if not any(matches(name, pattern) for name in layers)
-        ]
 
     def _check_ranks(self, model: LightningModule) -> list[Problem]:
         layers = self.find_layers(model)

@@ -223,10 +223,14 @@ class ChannelPruning(Stage):
         if rotated := [name for name in transformed_layers(model, RotateInput) if name in cut]:
             text = f"the inputs of {shorten(rotated)} are rotated while the model runs"
             problems.append(Problem(text=text, way_out="Put this stage first."))
+        # Removing output channels keeps an N:M pattern and groups of columns; removing inputs shifts their columns.
         for stage in () if self.allow_undo else earlier:
             acted = stage.find_layers(model) if {"mask", "grid"} & set(stage.promises) else {}
             both = {name: layer for name, layer in cut.items() if name in acted}
-            if patterned := [name for name in both if _has_pattern(stage, name)]:
+            patterned: list[str] = []
+            if isinstance(stage, PruningStage):
+                patterned = [name for name in both if stage.amount(name).get("pattern") is not None]
+            if patterned:
                 text = f"would cut the N:M pattern of stage '{stage.name}' in the inputs of {shorten(patterned)}"
                 way_out = "Put ChannelPruning first, or set allow_undo: true."
                 problems.append(Problem(text=text, way_out=way_out))
@@ -240,6 +244,7 @@ class ChannelPruning(Stage):
         """Whether the narrower network runs."""
         if has_attention(model):  # its groups follow a known build; only traced ones may be wrong
             return []
+        # a traced graph misses sizes that the model's own code has as numbers, as in a reshape
         copy = weightless_copy(model).eval()
         rebuild_narrowed(copy, self.expected_plan(model))
         try:
@@ -293,10 +298,6 @@ def _sum_over(group: CoupledGroup, terms: dict[tuple[str, int], Tensor]) -> Tens
     """The first-order terms of each unit, summed over the group: [U]."""
     keys = [((member.name, int(member.side == "in")), member.index) for member in group.members]
     return torch.stack([sum_by_unit(terms[key], index) for key, index in keys if key in terms]).sum(dim=0)
-
-
-def _has_pattern(stage: Stage, name: str) -> bool:
-    return isinstance(stage, PruningStage) and stage.amount(name).get("pattern") is not None
 
 
 def _has_column_groups(stage: Stage, name: str, layer: Layer) -> bool:

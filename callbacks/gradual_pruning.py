@@ -70,7 +70,7 @@ class GradualPruning(PruningStage):
         self.initial_sparsity, self.every, self.ramp = initial_sparsity, every, ramp
         self._masks: dict[str, Tensor] = {}  # the current keep-masks, packed
         self._layers: dict[str, Layer] = {}
-        self._ends: dict[str, tuple[float, float]] = {}
+        self._ends: dict[str, tuple[float, float]] = {}  # (s_i, s_f): the sparsities before and after training
         self._hold = HoldZeros()
         self._steps = self._interval = 1
 
@@ -85,7 +85,15 @@ class GradualPruning(PruningStage):
         if self.every is not None and self.every < 1:
             way_out = f"Leave it out for about {UPDATES} updates."
             problems.append(Problem("every", self.every, "is not above 0", way_out))
-        return problems or self._check_initial()
+        if problems:
+            return problems
+        patterns = [parse_pattern(value) for value in values_of(self.pattern)]
+        final = min([*values_of(self.sparsity), *(1 - n / m for n, m in patterns)])
+        if not 0 <= self.initial_sparsity < final:
+            text = f"is not between 0 and the final sparsity {final:g}"
+            way_out = "0 starts from the dense model."
+            problems.append(Problem("initial_sparsity", self.initial_sparsity, text, way_out))
+        return problems
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         """Remove ``initial_sparsity``; training removes the rest."""
@@ -117,10 +125,13 @@ class GradualPruning(PruningStage):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._layers = self.find_layers(pl_module)
         for name, layer in self._layers.items():
-            self._ends[name] = self._ends_of(name, layer)
+            earlier, matrix = constraints_of(layer), weight_matrix(layer)
+            final = prune_magnitude(matrix, mask=earlier.mask(matrix.device), **self.amount(name))
+            self._ends[name] = 1 - earlier.kept() / matrix.numel(), 1 - int(final.sum()) / matrix.numel()
             self._hold_mask(name, layer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # known only now, because it depends on the length of the training data
         total = trainer.estimated_stepping_batches
         if total < 0 or not math.isfinite(total):
             text = "the training data has no length, so the steps over which the mask grows are unknown"
@@ -134,28 +145,17 @@ class GradualPruning(PruningStage):
         step = trainer.global_step
         if step == self._steps or (step < self._steps and step % self._interval == 0):
             for name, layer in self._layers.items():
-                self._grow(name, layer, step)
+                initial, final = self._ends[name]
+                sparsity = cubic_sparsity(step, self._steps, initial=initial, final=final)
+                mask, pattern = self._mask(name, layer), self._pattern(name)
+                grown = grow_mask(weight_matrix(layer), sparsity=sparsity, pattern=pattern, mask=mask)
+                self._masks[name] = pack_mask(grown).cpu()
+                self._hold_mask(name, layer)
             self._hold.zero()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._hold.release()
         self._layers = {}
-
-    def _grow(self, name: str, layer: Layer, step: int) -> None:
-        """Update the mask of one layer after ``step`` optimizer steps."""
-        initial, final = self._ends[name]
-        sparsity = cubic_sparsity(step, self._steps, initial=initial, final=final)
-        mask, pattern = self._mask(name, layer), self._pattern(name)
-        self._masks[name] = pack_mask(
-            grow_mask(weight_matrix(layer), sparsity=sparsity, pattern=pattern, mask=mask)
-        ).cpu()
-        self._hold_mask(name, layer)
-
-    def _ends_of(self, name: str, layer: Layer) -> tuple[float, float]:
-        """(s_i, s_f) of one layer: its sparsity before and after training."""
-        earlier, matrix = constraints_of(layer), weight_matrix(layer)
-        last = prune_magnitude(matrix, mask=earlier.mask(matrix.device), **self.amount(name))
-        return 1 - earlier.kept() / matrix.numel(), 1 - int(last.sum()) / matrix.numel()
 
     def _hold_mask(self, name: str, layer: Layer) -> None:
         mask = self._mask(name, layer)
@@ -171,11 +171,3 @@ class GradualPruning(PruningStage):
 
     def _pattern(self, name: str) -> tuple[int, int] | None:
         return self.amount(name).get("pattern")
-
-    def _check_initial(self) -> list[Problem]:
-        patterns = [parse_pattern(value) for value in values_of(self.pattern)]
-        finals = [*values_of(self.sparsity), *(1 - n / m for n, m in patterns)]
-        if 0 <= self.initial_sparsity < min(finals):
-            return []
-        text = f"is not between 0 and the final sparsity {min(finals):g}"
-        return [Problem("initial_sparsity", self.initial_sparsity, text, "0 starts from the dense model.")]

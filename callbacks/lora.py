@@ -11,7 +11,6 @@ from torch import nn
 
 from pqqp_lightning.algorithms.lora import Merged, merge_low_rank
 from pqqp_lightning.errors import shorten
-from pqqp_lightning.network.constraints import Constraints
 from pqqp_lightning.network.layers import columns_of, set_weight_matrix
 from pqqp_lightning.stages import Context, Layer, Plan, Problem, Stage, constraints_of, weight_matrix
 from pqqp_lightning.surgery.adapters import (
@@ -85,6 +84,7 @@ class LoRA(Stage):
         self._validated: dict[str, float] = {}
 
     def check_arguments(self) -> list[Problem]:
+        # with epochs=0, super() would also report the default learning_rate, which the user did not set
         problems = [Problem("epochs", self.epochs, "trains no adapter", "Use 1 or more.")]
         if self.epochs:
             problems = super().check_arguments()
@@ -101,7 +101,8 @@ class LoRA(Stage):
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems, layers = super().check(model, data, earlier), self.find_layers(model)
-        if odd := _unadaptable(model, layers):
+        inside = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+        if odd := [name for name, layer in layers.items() if id(layer) in inside or not _is_plain(layer)]:
             text = (
                 f"{shorten(odd)} cannot carry an adapter: grouped, dilated or specially padded convolutions, layers "
                 "with a forward of their own, and the projection inside torch's MultiheadAttention"
@@ -145,7 +146,9 @@ class LoRA(Stage):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metrics of the model with its adapters."""
         if not trainer.sanity_checking:
-            self._validated = _validation_metrics(trainer)
+            # only this validation's metrics: callback_metrics has those of training, too
+            logged = trainer.fit_loop.epoch_loop.val_loop._results.metrics(on_step=False)["callback"]
+            self._validated = {name: float(value) for name, value in logged.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"validated": self._validated}
@@ -160,12 +163,19 @@ class LoRA(Stage):
         if not self.merge:
             return {"adapters": plan["adapters"]}
         merged: dict[str, list[Merged]] = {}
-        for layer in wrappers(model, adapters).values():
-            found = _merge(base_of(layer), update_of(layer, adapters.name))
-            merged.setdefault(_promised(constraints_of(base_of(layer))), []).append(found)
+        for wrapper in wrappers(model, adapters).values():
+            layer, update = base_of(wrapper), update_of(wrapper, adapters.name)
+            weight, constraints = weight_matrix(layer), constraints_of(layer)
+            grid = None if constraints.grid is None else constraints.grid.to(weight.device)
+            result = merge_low_rank(weight, update, mask=constraints.mask(weight.device), grid=grid)
+            set_weight_matrix(layer, result.weight)
+            promised = [] if constraints.mask_bits is None else ["mask"]
+            if grid is not None:
+                promised.append(f"{grid.bits}-bit grid")
+            merged.setdefault(" and ".join(promised), []).append(result)
         remove(model, adapters)
         aware = plan["through_merge"]
-        context.notes += [_what_merging_did(promised, found, aware) for promised, found in merged.items()]
+        context.notes += [_what_merging_did(promised, results, aware) for promised, results in merged.items()]
         if self._validated:
             shown = ", ".join(f"{name} {value:.6g}" for name, value in self._validated.items())
             context.notes.append(f"before merging, after the last epoch: {shown}")
@@ -183,6 +193,7 @@ class LoRA(Stage):
             text = f"is for Linear layers, not for {shorten(convolutions)}"
             way_out = "Use default or gaussian, or add them to ignore."
             problems.append(Problem("initialization", chosen, text, way_out))
+        # the other initializations start with B A = 0, so that an earlier mask or grid still holds
         if chosen not in CHANGES_THE_WEIGHT:
             return problems
         if small := [n for n, x in layers.items() if self.rank > min(x.weight.shape[0], columns_of(x))]:
@@ -205,20 +216,6 @@ def _prepare_training(model: nn.Module, plan: Plan) -> None:
         train_through_merge(model, adapters)
 
 
-def _merge(layer: Layer, update: Any) -> Merged:
-    weight, constraints = weight_matrix(layer), constraints_of(layer)
-    grid = None if constraints.grid is None else constraints.grid.to(weight.device)
-    merged = merge_low_rank(weight, update, mask=constraints.mask(weight.device), grid=grid)
-    set_weight_matrix(layer, merged.weight)
-    return merged
-
-
-def _promised(constraints: Constraints) -> str:
-    grid = "" if constraints.grid is None else f"{constraints.grid.bits}-bit grid"
-    mask = "" if constraints.mask_bits is None else "mask"
-    return " and ".join(filter(None, [mask, grid]))
-
-
 def _what_merging_did(promised: str, merged: list[Merged], aware: bool) -> str:
     """A note for the record. Shares are relative to the norm of all these layers' weights."""
     norm, *parts = (sum(getattr(m, part) ** 2 for m in merged) ** 0.5 for part in ("norm", "update", "moved", "lost"))
@@ -234,12 +231,6 @@ def _what_merging_did(promised: str, merged: list[Merged], aware: bool) -> str:
     return f"{into}: the adapters had moved their weights by {update}, and the {promised} moved the result by {lost}"
 
 
-def _validation_metrics(trainer: Trainer) -> dict[str, float]:
-    """What the ending validation logged for its epoch."""
-    logged = trainer.fit_loop.epoch_loop.val_loop._results.metrics(on_step=False)["callback"]
-    return {name: float(value) for name, value in logged.items()}
-
-
 def _shared(model: nn.Module) -> set[int]:
     """The ids of modules that are used at more than one place."""
     seen: set[int] = set()
@@ -249,11 +240,6 @@ def _shared(model: nn.Module) -> set[int]:
             if child is not None:
                 (shared if id(child) in seen else seen).add(id(child))
     return shared
-
-
-def _unadaptable(model: nn.Module, layers: dict[str, Layer]) -> list[str]:
-    inside = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    return [name for name, layer in layers.items() if id(layer) in inside or not _is_plain(layer)]
 
 
 def _is_plain(layer: Layer) -> bool:

@@ -67,6 +67,7 @@ class Magnitude(OneShotPruning):
             super().compress_layers(model, layers, context)
             return
         assert isinstance(self.sparsity, float)
+        # one threshold for all layers, so they must be looked at together
         matrices = [weight_matrix(layer) for layer in layers.values()]
         earlier = [constraints_of(layer).mask(layer.weight.device) for layer in layers.values()]
         masks = prune_magnitude_global(matrices, sparsity=self.sparsity, masks=earlier)

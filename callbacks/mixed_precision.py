@@ -129,7 +129,9 @@ class MixedPrecision(QuantizationStage):
             group = {name: layer for name, layer in layers.items() if chosen[name] == bits}
             self._stage(bits).compress_layers(model, group, context)
         context.notes[:] = [*dict.fromkeys(context.notes), _summary(layers, chosen, used)]
-        self._check_size(model, context)
+        if self.size_bytes is not None and (counted := measure_size(model, []).size_bytes) > self.size_bytes:
+            # the sizes were foreseen with round to nearest; GPTQ's scales may need float32
+            context.notes.append(f"counted {counted} bytes, above size_bytes={self.size_bytes}: scales in float32")
         return {}
 
     @property
@@ -178,12 +180,13 @@ class MixedPrecision(QuantizationStage):
         """Each layer's bits."""
         if self.size_bytes is not None:
             whole = measure_size(model, layers)
+            # what the stage cannot change takes its part of the budget first
             rest = whole.size_bytes - sum(layer.size_bytes for layer in whole.layers)
             amounts, budget = sizes, self.size_bytes - rest
         else:
             kept = {name: constraints_of(layer).kept() for name, layer in layers.items()}
             amounts = {name: [bits * kept[name] for bits in self._widths] for name in layers}
-            rest, budget = 0, int(self._average * sum(kept.values()) + 1e-6)
+            rest, budget = 0, int(self._average * sum(kept.values()) + 1e-6)  # 4.35 * 100 is 434.99... in floats
         least = sum(map(min, amounts.values()))
         if least > budget:
             text = (
@@ -195,11 +198,6 @@ class MixedPrecision(QuantizationStage):
             raise RecipeError(problem.within(f"stages.{context.title}", type(self).__name__))
         picked = allocate([costs[n] for n in layers], [amounts[n] for n in layers], budget)
         return {name: self._widths[k] for name, k in zip(layers, picked, strict=True)}
-
-    def _check_size(self, model: LightningModule, context: Context) -> None:
-        """Note a counted size above the budget: some grids needed scales in float32."""
-        if self.size_bytes is not None and (counted := measure_size(model, []).size_bytes) > self.size_bytes:
-            context.notes.append(f"counted {counted} bytes, above size_bytes={self.size_bytes}: scales in float32")
 
 
 def _stored_bytes(constraints: Constraints, quantized: Quantized) -> int:

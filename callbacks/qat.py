@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from pqqp_lightning.algorithms.grid import Grid, fit_grid, round_to_grid
+from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.network.held_zeros import trained_weight
 from pqqp_lightning.stages import (
@@ -74,8 +74,11 @@ class QAT(QuantizationStage):
     def compress(self, model: LightningModule, context: Context) -> Plan:
         layers = self.find_layers(model)
         grids = {n: fit_grid(weight_matrix(layer), **self.grid_options(n)) for n, layer in context.each(layers)}
-        plan: Plan = {"learn_scales": self.learn_scales, "layers": {n: _described(grid) for n, grid in grids.items()}}
+        plan: Plan = {"learn_scales": self.learn_scales, "layers": {}}
+        for name, grid in grids.items():
+            plan["layers"][name] = [grid.bits, list(grid.scale.shape), grid.zero is None]
         self.restructure(model, plan)
+        # restructure fixes shapes only: the values of the scales come from the weights
         for name, layer in layers.items():
             quantizer_of(layer).start_from(grids[name], trained_weight(layer))
         return plan
@@ -102,8 +105,3 @@ class QAT(QuantizationStage):
             grid = detach(layer)
             write_back(layer, Compressed(round_to_grid(weight_matrix(layer), grid), grid=grid))
         return {}
-
-
-def _described(grid: Grid) -> list[Any]:
-    """Bits, shape of the scales, and whether the grid is symmetric."""
-    return [grid.bits, list(grid.scale.shape), grid.zero is None]

@@ -72,6 +72,7 @@ class QLoRA(LoRA):
         problems = super().check(model, data, earlier)
         if problems:
             return problems
+        # NF4's checks concern only the layers that it will round
         gridded = {name for stage in earlier if "grid" in stage.promises for name in stage.find_layers(model)}
         layers = {name: layer for name, layer in self.find_layers(model).items() if name not in gridded}
         if layers:

@@ -68,6 +68,7 @@ class QuaRot(Stage):
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
+        # the checks below would only report consequences of the first rotation
         if again := [stage.name for stage in earlier if isinstance(stage, QuaRot)]:
             text = f"the model is already rotated by stage '{again[0]}'"
             return [*problems, Problem(text=text, way_out="Drop one of the two.")]
@@ -79,7 +80,11 @@ class QuaRot(Stage):
         if adapters := [name for name, module in model.named_modules() if is_adapter(module)]:
             text = f"{shorten(adapters)} are adapters kept apart"
             return [*problems, Problem(text=text, way_out="Merge them first, or put this stage first.")]
-        return problems + _problems_of(model)
+        try:
+            describe_decoder(model)
+        except RecipeError as error:
+            problems += error.problems
+        return problems
 
     def expected_plan(self, model: LightningModule) -> Plan:
         return plan_structure(
@@ -94,12 +99,3 @@ class QuaRot(Stage):
         plan = self.expected_plan(model)
         rotate_decoder(model, describe_decoder(model), plan)
         return plan
-
-
-def _problems_of(model: LightningModule) -> list[Problem]:
-    """Why the model cannot be rotated."""
-    try:
-        describe_decoder(model)
-    except RecipeError as error:
-        return error.problems
-    return []

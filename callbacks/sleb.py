@@ -99,7 +99,7 @@ class SLEB(Stage):
                 f"{type(model).__name__} optimizes by hand in its training_step, which cannot be run for its loss alone"
             )
             problems.append(Problem(text=text, way_out="Set automatic_optimization, or leave the stage out."))
-        if not problems:
+        if not problems:  # the checks of names and amount need blocks of a known build
             problems += self._check_blocks(model) or self._check_patterns(model) or self._check_amount(model)
         return problems
 
@@ -124,6 +124,7 @@ class SLEB(Stage):
 
     @staticmethod
     def restructure(model: LightningModule, plan: Plan) -> None:
+        # a stage with other blocks than the model's must not change what later stages take for the model's blocks
         default = list(model_blocks(model)) == plan["blocks"]
         left = {name: model.get_submodule(name) for name in plan["blocks"]}
         if plan["granularity"] == "block":
@@ -194,7 +195,8 @@ class SLEB(Stage):
             for pattern in patterns:
                 if not any(matches(name, pattern) for name in names):
                     hint = near_miss(pattern, {name.rsplit(".", 1)[-1] for name in names} | set(names))
-                    text = f"matches no {self.granularity} ({_some(names)})"
+                    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                    text = f"matches no {self.granularity} ({shown})"
                     problems.append(Problem(argument, pattern, text, hint.strip()))
         return problems
 
@@ -224,7 +226,14 @@ class SLEB(Stage):
         units = self._units(model)
         watched = dict(walk.blocks) | {unit.name: model.get_submodule(unit.name) for unit in units}
         outputs = observe_outputs(watched, walk)
-        fits = [unit for unit in units if unit.name in outputs and _fits(unit, outputs[unit.block])]
+        fits = []
+        for unit in units:
+            if unit.name not in outputs:  # it was not called
+                continue
+            block = outputs[unit.block]
+            # a branch is added to the hidden state and so has its shape; a whole block may change it
+            if block.bare and (block.keeps_shape or unit.sublayer is not None):
+                fits.append(unit)
         if odd := [unit.name for unit in units if unit not in fits]:
             what = "not called, or does not return one hidden state of its input's shape: it stays"
             context.found(what, odd)
@@ -276,12 +285,3 @@ def _make_losses(
             forwards = {getattr(block, child): module.forward for child, module in found.items()}
         parts.append(Part(places[unit.block], forwards))
     return RemovalLosses(walk, parts, sizes, context.title, context.progress)
-
-
-def _fits(unit: _Unit, block: Output) -> bool:
-    """Whether the block runs without the unit. A branch has the shape of the hidden state to which it is added."""
-    return block.bare and (block.keeps_shape or unit.sublayer is not None)
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

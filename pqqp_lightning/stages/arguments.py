@@ -67,6 +67,7 @@ def argument_value(cls: type, name: str, value: Any) -> Any:
     kind = getattr(action, "_typehint", None)
     if value is None and not takes_null(action):
         raise ValueError(f"{in_words(kind)}.")
+    # a parser of this argument alone, because the others may be required
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     try:

@@ -111,6 +111,7 @@ class LayerwiseStage(Stage):
     def _compress_groups(self, name: str, layer: Layer, statistics: Sequence[Any]) -> None:
         """Compress one layer in one row group for each statistic."""
         constraints, matrix, count = constraints_of(layer), weight_matrix(layer), len(statistics)
+        # each group gets its rows of the mask and of the grid
         grids: Sequence[Grid | None] = [None] * count
         if constraints.grid is not None:
             grids = constraints.grid.to(matrix.device).chunk(count)

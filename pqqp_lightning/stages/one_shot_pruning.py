@@ -99,6 +99,7 @@ class OneShotPruning(PruningStage):
         """Choose each layer's sparsity by the estimated effect on the loss."""
         assert isinstance(self.sparsity, float | int)
         around = [self.sparsity + STEP * i for i in range(-STEPS, STEPS + 1)]
+        # MOST does not apply to a target above it
         sparsities = [s for s in around if 1e-6 < s <= max(self.sparsity, MOST)]
         removed: dict[str, list[int]] = {name: [] for name in layers}
 

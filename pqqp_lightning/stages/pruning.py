@@ -10,7 +10,7 @@ from torch import nn
 
 from pqqp_lightning.algorithms.selection import Pattern
 from pqqp_lightning.errors import Problem, RecipeError, shorten
-from pqqp_lightning.network.layers import Layer, columns_of
+from pqqp_lightning.network.layers import columns_of
 from pqqp_lightning.network.name_patterns import value_for, values_of
 from pqqp_lightning.stages.layerwise import LayerwiseStage
 from pqqp_lightning.stages.stage import Stage
@@ -77,7 +77,16 @@ class PruningStage(LayerwiseStage):
         if self._check_amounts():
             return problems
         problems += self.check_patterns("sparsity", layers) + self.check_patterns("pattern", layers)
-        return problems + self._check_divisible(layers)
+        odd: dict[tuple[int, int, int], list[str]] = {}
+        for name, layer in layers.items():
+            pattern = self.amount(name).get("pattern")
+            width = layer.weight.shape[1] if isinstance(layer, nn.Conv2d) else columns_of(layer)
+            if pattern is not None and width % pattern[1]:
+                odd.setdefault((*pattern, width), []).append(name)
+        for (n, m, width), names in odd.items():
+            text = f"does not divide the {width} input channels of {shorten(names)}"
+            problems.append(Problem("pattern", f"{n}:{m}", text, "Add them to ignore, or use sparsity."))
+        return problems
 
     def _check_amounts(self) -> list[Problem]:
         problems = []
@@ -89,17 +98,4 @@ class PruningStage(LayerwiseStage):
                 parse_pattern(pattern)
             except RecipeError as error:
                 problems += error.problems
-        return problems
-
-    def _check_divisible(self, layers: dict[str, Layer]) -> list[Problem]:
-        odd: dict[tuple[int, int, int], list[str]] = {}
-        for name, layer in layers.items():
-            pattern = self.amount(name).get("pattern")
-            width = layer.weight.shape[1] if isinstance(layer, nn.Conv2d) else columns_of(layer)
-            if pattern is not None and width % pattern[1]:
-                odd.setdefault((*pattern, width), []).append(name)
-        problems = []
-        for (n, m, width), names in odd.items():
-            text = f"does not divide the {width} input channels of {shorten(names)}"
-            problems.append(Problem("pattern", f"{n}:{m}", text, "Add them to ignore, or use sparsity."))
         return problems

@@ -88,7 +88,12 @@ def mean_squared_gradients(walk: Walk, layers: dict[str, Layer]) -> dict[str, Te
                 walk.loss(batch).backward()
     for total in (*sums.values(), *rows.values()):
         sum_over_ranks(total)
-    _check_gradients(sums, rows)
+    if missed := [name for name, count in rows.items() if not int(count)]:
+        text = f"the loss has no gradient for {shorten(missed)}"
+        raise RecipeError(Problem(text=text, way_out="Add them to ignore."))
+    if odd := [name for name, total in sums.items() if not bool(torch.isfinite(total).all())]:
+        text = f"the loss has NaN or infinite gradients for {shorten(odd)}"
+        raise RecipeError(Problem(text=text, way_out="Check the model and the data."))
     return {name: sums[name] / rows[name] for name in layers}
 
 
@@ -119,16 +124,6 @@ def _watching(model: nn.Module, layers: dict[str, Layer], add: Callable[[str, Te
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _check_gradients(sums: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
-    if missed := [name for name, count in rows.items() if not int(count)]:
-        raise RecipeError(
-            Problem(text=f"the loss has no gradient for {shorten(missed)}", way_out="Add them to ignore.")
-        )
-    if odd := [name for name, total in sums.items() if not bool(torch.isfinite(total).all())]:
-        text = f"the loss has NaN or infinite gradients for {shorten(odd)}"
-        raise RecipeError(Problem(text=text, way_out="Check the model and the data."))
 
 
 def _error(change: Tensor, hessians: Tensor, importance: Tensor | None) -> float:

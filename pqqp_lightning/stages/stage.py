@@ -258,6 +258,7 @@ class Stage(Callback):
                     tails = {part for name in candidates for part in (name.rsplit(".", 1)[-1], name)}
                     hint = near_miss(pattern, tails) or f" The model has {shorten(candidates)}."
                     problems.append(Problem(argument, pattern, "matches no Linear or Conv2d layer", hint.strip()))
+        # compressing a tied weight would change the other module as well
         tied = tied_weights(model)
         layers = self.find_layers(model)
         if shared := [n for n, layer in layers.items() if id(layer.weight) in tied]:
