@@ -26,8 +26,8 @@ from pqqp_lightning.cli.settings import (
     add_sources,
     load_yaml,
     merged_section,
+    option,
     read_settings,
-    recipe_name,
     replaced_stages,
     stage_class_names,
     without_section,
@@ -107,7 +107,7 @@ def _run_recipe(command: str, arguments: list[str]) -> None:
         problems = problems_behind(error)
         if not problems:
             raise
-        problems = add_sources(problems, settings, recipe_name(arguments) or COMMAND_LINE)
+        problems = add_sources(problems, settings, option(arguments, "config") or COMMAND_LINE)
         if isinstance(error, NotStarted):  # the stages' checks did not run: check the rest of the recipe as well
             problems += check_sections(settings)
         raise RecipeError(problems) from error

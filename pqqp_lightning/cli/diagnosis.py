@@ -22,7 +22,7 @@ from pqqp_lightning.cli.class_checks import (
     wrong_value,
 )
 from pqqp_lightning.cli.command_trainer import SECTIONS, commands_with, option_names, option_parser
-from pqqp_lightning.cli.settings import COMMAND_LINE, NO_VALUE, Setting, read_settings, recipe_name
+from pqqp_lightning.cli.settings import COMMAND_LINE, NO_VALUE, Setting, option, read_settings
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, suggest
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.stages.arguments import arguments_of
@@ -56,7 +56,7 @@ def _holds_null(value: Any) -> bool:
 def diagnose(command: str, arguments: Sequence[str], error: ArgumentError) -> list[Problem]:
     """Every problem of the command line and its recipes, or the parser's own message if no check finds one."""
     settings, problems = read_settings(command, arguments)
-    recipe = recipe_name(arguments) or COMMAND_LINE
+    recipe = option(arguments, "config") or COMMAND_LINE
     for setting in settings:
         problems += _check_name(setting, command, settings)
     for word in arguments:
@@ -72,7 +72,12 @@ def diagnose(command: str, arguments: Sequence[str], error: ArgumentError) -> li
         problems.append(Problem("model", text="is missing", way_out=way_out, source=recipe))
     problems += _check_options(command, settings)
     problems += check_sections(settings)
-    return problems or [Problem(text=_first_lines(error), source=recipe)]
+    if not problems:
+        # the parser's message on one line, without the list of everything that it tried
+        lines = [line.strip(" -") for line in str(error).splitlines()]
+        kept = [line for line in lines if line and not line.startswith(("Subtypes:", "Errors:", "Given value type"))]
+        problems.append(Problem(text=" ".join(kept[:4]), source=recipe))
+    return problems
 
 
 def _check_name(setting: Setting, command: str, settings: Sequence[Setting]) -> list[Problem]:
@@ -172,10 +177,3 @@ def _check_trainer(settings: Sequence[Setting]) -> list[Problem]:
             where = setting.where
             problems.append(Problem("trainer", setting.value, text, source=where, complete=True))
     return problems + check_arguments(Trainer, "trainer", "", arguments)
-
-
-def _first_lines(error: ArgumentError) -> str:
-    """The parser's message on one line, without the list of everything it tried."""
-    lines = [line.strip(" -") for line in str(error).splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("Subtypes:", "Errors:", "Given value type"))]
-    return " ".join(kept[:4])

@@ -42,13 +42,12 @@ class Setting:
 
     def sets(self, key: str) -> bool:
         """Whether this sets ``key`` (dotted, without ``init_args``)."""
-        own = self._path()
-        if own == key:
+        if self.path == key:
             return True
-        if not key.startswith(f"{own}."):
+        if not key.startswith(f"{self.path}."):
             return False
         value = self.value
-        for name in key.removeprefix(f"{own}.").split("."):
+        for name in key.removeprefix(f"{self.path}.").split("."):
             if isinstance(value, dict) and name not in value:
                 value = value.get("init_args")
             if not isinstance(value, dict) or name not in value:
@@ -56,11 +55,9 @@ class Setting:
             value = value[name]
         return True
 
-    def is_inside(self, section: str) -> bool:
-        """Whether this sets something below ``section``."""
-        return self._path().startswith(f"{section}.")
-
-    def _path(self) -> str:
+    @property
+    def path(self) -> str:
+        """The key without ``init_args`` and ``class_path``."""
         return self.key.replace(".init_args", "").removesuffix(".class_path")
 
 
@@ -89,11 +86,6 @@ def load_yaml(text: str) -> Any:
     """
     _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader))
     return _parser_yaml(text)
-
-
-def recipe_name(arguments: Sequence[str]) -> str | None:
-    """The last recipe on the command line."""
-    return option(arguments, "config")
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:
@@ -169,7 +161,7 @@ def _source_of(key: str, settings: Sequence[Setting]) -> str | None:
     while key:
         if setters := [setting.where for setting in settings if setting.sets(key)]:
             return setters[-1]
-        if inside := [setting.where for setting in settings if setting.is_inside(key)]:
+        if inside := [setting.where for setting in settings if setting.path.startswith(f"{key}.")]:
             return inside[0]
         key = key.rpartition(".")[0]
     return None
