@@ -24,7 +24,7 @@ from pqqp_lightning.calibration.layer_errors import (
 )
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.experiments.options import AnalysisOptions
-from pqqp_lightning.experiments.session import Show, alone, check_store, open_search, store_of
+from pqqp_lightning.experiments.session import Show, check_store, exclusive_run_folder, open_search, store_of
 from pqqp_lightning.report.analysis_numbers import layer_rows, order_key
 from pqqp_lightning.report.pictures import draw_analysis
 from pqqp_lightning.runs.checks import check_places, check_run
@@ -71,8 +71,8 @@ def analyze_pair(
     data = RunData(module, datamodule=datamodule)
     orders = check_analysis(trainer, data, results, options.samples)
     data.read(trainer)
-    with alone(trainer, results, show):
-        Analysis(trainer, data, orders, results, options).go(resume=resume)
+    with exclusive_run_folder(trainer, results, show):
+        Analysis(trainer, data, orders, results, options).run(resume=resume)
 
 
 def check_analysis(trainer: Trainer, data: RunData, store: ResultStore, samples: int) -> list[Order]:
@@ -124,7 +124,7 @@ class Analysis:
         self._stages = {stage.name: stage for stage in trainer.stages}
         self._tree = PrefixTree(trainer, data, self._stages, store)
 
-    def go(self, *, resume: bool) -> None:
+    def run(self, *, resume: bool) -> None:
         """Measure what the store does not have, compare, and write the report."""
         asked = {"command": "analyze", "samples": self._samples}
         judge = open_search(self._trainer, self._data, self._tree, asked, self._options, resume=resume)

@@ -29,7 +29,21 @@ class ExperimentOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrderOptions(ExperimentOptions):
+class SearchOptions(ExperimentOptions):
+    """The options of experiments with many measurements.
+
+    Args:
+        time_limit: start no new order or measurement after this many minutes.
+        executor: "local" measures in this process; "ray" runs as many tasks at a time as there are processors, each
+            with as many threads as torch has here (OMP_NUM_THREADS), on this machine or the cluster at RAY_ADDRESS.
+    """
+
+    time_limit: float | None = None
+    executor: str = LOCAL
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderOptions(SearchOptions):
     """The options of ``order``.
 
     Args:
@@ -37,23 +51,18 @@ class OrderOptions(ExperimentOptions):
             strongest and moves one stage at a time; "predict" measures no order and predicts the best one from the
             layers' errors on calibration data.
         max_runs: measure at most this many complete orders.
-        time_limit: start no new order after this many minutes.
         comparable_only: exclude orders that end larger than the smallest one, or that lose a constraint.
         repeats: measure the orders with this many draws of calibration samples, including the recipe's own.
-        executor: "local" measures in this process; "ray" runs as many tasks at a time as there are processors, each
-            with as many threads as torch has here (OMP_NUM_THREADS), on this machine or the cluster at RAY_ADDRESS.
     """
 
     strategy: str = "exhaustive"
     max_runs: int | None = None
-    time_limit: float | None = None
     comparable_only: bool = False
     repeats: int = 1
-    executor: str = LOCAL
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions(ExperimentOptions):
+class SweepOptions(SearchOptions):
     """The options of ``sweep``.
 
     Args:
@@ -61,17 +70,12 @@ class SweepOptions(ExperimentOptions):
         curve: the stage that quantizes, if the grid does not determine it.
         curve_bits: further bit widths for the curve of quantization alone.
         max_points: refuse a grid with more points.
-        time_limit: start no new measurement after this many minutes.
-        executor: "local" measures in this process; "ray" runs as many tasks at a time as there are processors, each
-            with as many threads as torch has here (OMP_NUM_THREADS), on this machine or the cluster at RAY_ADDRESS.
     """
 
     grid: dict[str, Any] = field(default_factory=dict)
     curve: str | None = None
     curve_bits: list[int] = field(default_factory=list)
     max_points: int = 200
-    time_limit: float | None = None
-    executor: str = LOCAL
 
 
 @dataclass(frozen=True, kw_only=True)

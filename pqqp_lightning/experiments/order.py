@@ -18,12 +18,12 @@ from pqqp_lightning.experiments.prediction import PREDICT, Prediction, check_pre
 from pqqp_lightning.experiments.repeats import Repeats, check_draws, check_repeats
 from pqqp_lightning.experiments.session import (
     Show,
-    alone,
-    begin,
     check_store,
     check_time_limit,
+    exclusive_run_folder,
     link_folder,
     open_search,
+    start_or_resume,
     store_of,
 )
 from pqqp_lightning.runs.checks import check_places, check_run
@@ -70,11 +70,11 @@ def search_orders(
     results = store_of(trainer, options.store)
     search = OrderSearch(trainer, RunData(module, datamodule=datamodule), trainer.stages, results, options)
     search.check()
-    with alone(trainer, results, show):
+    with exclusive_run_folder(trainer, results, show):
         if options.strategy == PREDICT:
             search.predict(resume=resume)
         else:
-            search.go(resume=resume)
+            search.run(resume=resume)
 
 
 class OrderSearch:
@@ -127,6 +127,7 @@ class OrderSearch:
         if problems:
             raise RecipeError(dict.fromkeys(problems))
         self._data.read(self._trainer)
+        # draws can be compared only once the data is read
         if self._trainer.is_global_zero and (problems := check_draws(self._data, options.repeats)):
             raise RecipeError(problems)
 
@@ -146,7 +147,7 @@ class OrderSearch:
                 problems.append(Problem(name, value, reason, "Leave it out."))
         return problems
 
-    def go(self, *, resume: bool) -> None:
+    def run(self, *, resume: bool) -> None:
         """Measure the orders that are not known yet, and write ``order.json``."""
         options = self._options
         with open_executor(options.executor, self._trainer, self._tree, self._progress) as executor:
@@ -167,7 +168,7 @@ class OrderSearch:
 
     def predict(self, *, resume: bool) -> None:
         """Predict the best order without measuring any, and write ``prediction.json``."""
-        begin(self._trainer, self._data, {"command": "order", "strategy": PREDICT}, resume=resume)
+        start_or_resume(self._trainer, self._data, {"command": "order", "strategy": PREDICT}, resume=resume)
         self._tree.identify()
         prediction = Prediction(self._tree, self._stages, self._allowed, self._store.folder)
         metric, higher = self._options.metric, self._options.higher_is_better

@@ -113,6 +113,7 @@ class Repeats:
                 measured.append(order)
                 for node in strategy.finished(measured):
                     tree.drop(node)
+            # a best order is defined only among all orders
             whole = len(measured) == len(orders)
             scores = {order: judge.score(order) for order in orders} if whole else None
             tree.bring_to(())  # both trees share one model: give it back dense

@@ -70,15 +70,15 @@ def open_search(
     metric, higher = options.metric, options.higher_is_better
     # Resuming checks the folder before any work. A new search moves an old folder aside, so only once it can run.
     if resume:
-        begin(trainer, data, asked, resume=True)
+        start_or_resume(trainer, data, asked, resume=True)
     dense = tree.open(lambda names: deciding_metric(data.module, names, metric, higher))
     judge = Judge(tree, *deciding_metric(data.module, dense["metrics"], metric, higher))
     if not resume:
-        begin(trainer, data, asked, resume=False)
+        start_or_resume(trainer, data, asked, resume=False)
     return judge
 
 
-def begin(trainer: Trainer, data: RunData, asked: dict[str, Any], *, resume: bool) -> None:
+def start_or_resume(trainer: Trainer, data: RunData, asked: dict[str, Any], *, resume: bool) -> None:
     """Start a search in the run folder, or check that the search in it is the same.
 
     Raises:
@@ -95,12 +95,13 @@ def begin(trainer: Trainer, data: RunData, asked: dict[str, Any], *, resume: boo
 
 
 @contextmanager
-def alone(trainer: Trainer, store: ResultStore, show: Show | None) -> Iterator[None]:
+def exclusive_run_folder(trainer: Trainer, store: ResultStore, show: Show | None) -> Iterator[None]:
     """Let one process at a time use the run folder; the next one finds the results in the store."""
     if not trainer.is_global_zero:
         yield
         return
     folder = Path(trainer.default_root_dir)
+    # the lock lies in the store: the run folder itself may be moved aside
     whose = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     with store.locked(f"run-{whose}", f"{folder}: another process searches here"):
         yield

@@ -10,7 +10,14 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.experiments.options import SweepOptions
-from pqqp_lightning.experiments.session import Show, alone, check_store, check_time_limit, open_search, store_of
+from pqqp_lightning.experiments.session import (
+    Show,
+    check_store,
+    check_time_limit,
+    exclusive_run_folder,
+    open_search,
+    store_of,
+)
 from pqqp_lightning.experiments.sweep_grid import Point
 from pqqp_lightning.experiments.sweep_pair import PairAnalysis, analyse, pair_notes
 from pqqp_lightning.experiments.sweep_plan import Plan, make_plan
@@ -57,8 +64,8 @@ def sweep_grid(
     data = RunData(module, datamodule=datamodule)
     plan = check_sweep(trainer, data, results, options)
     data.read(trainer)
-    with alone(trainer, results, show):
-        Sweep(trainer, data, plan, results, options).go(resume=resume)
+    with exclusive_run_folder(trainer, results, show):
+        Sweep(trainer, data, plan, results, options).run(resume=resume)
 
 
 def check_sweep(trainer: Trainer, data: RunData, store: ResultStore, options: SweepOptions) -> Plan:
@@ -95,13 +102,14 @@ class Sweep:
     def __init__(self, trainer: Trainer, data: RunData, plan: Plan, store: ResultStore, options: SweepOptions) -> None:
         self._trainer, self._data, self._plan = trainer, data, plan
         self._options = options
+        # as it will be read back from the run folder, for the comparison when the sweep is resumed
         self._grid = json.loads(json.dumps(options.grid, default=str))
         self._folder = RunFolder(Path(trainer.default_root_dir))
-        self._tree = PrefixTree(trainer, data, plan.steps, store)
+        self._tree = PrefixTree(trainer, data, {step: v.stage for step, v in plan.steps.items()}, store)
         self._nodes = list(dict.fromkeys(node for sequence in plan.sequences for node in prefixes(sequence)))
         self._progress = Progress("sweep", trainer, self._tree)
 
-    def go(self, *, resume: bool) -> None:
+    def run(self, *, resume: bool) -> None:
         """Measure what the store does not have, and write report, tables and figures."""
         asked = {"command": "sweep", "grid": self._grid}
         with open_executor(self._options.executor, self._trainer, self._tree, self._progress) as executor:
@@ -172,8 +180,6 @@ class Sweep:
     def _alone(self, judge: Judge) -> list[AloneReport]:
         """Every variant that was measured alone; its intensity is M(dense) - M."""
         known = self._tree.results()
-        extra = self._plan.curve.variants if self._plan.curve else []
-        variants = {v.step: v for v in [*(v for own in self._plan.variants.values() for v in own), *extra]}
         return [
             {
                 "step": step,
@@ -182,7 +188,7 @@ class Sweep:
                 "intensity": finite_or_none(judge.score(()) - judge.score((step,))),
                 "record": known[(step,)].record,
             }
-            for step, variant in variants.items()
+            for step, variant in self._plan.steps.items()
             if (step,) in known
         ]
 

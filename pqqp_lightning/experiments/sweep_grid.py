@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations, product
 from typing import Any
@@ -94,17 +93,20 @@ def make_variants(stages: Sequence[Stage], grid: Grid) -> dict[str, list[Variant
             problems += [problem.within(f"grid.{name}", type(named[name]).__name__) for problem in found]
     if problems:
         raise RecipeError(problems)
-    return {name: [vary(stage, chosen) for chosen in _products(lists[name])] for name, stage in named.items()}
+    variants: dict[str, list[Variant]] = {}
+    for name, stage in named.items():
+        values = lists[name]
+        choices = [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
+        variants[name] = [vary(stage, choice) for choice in choices]
+    return variants
 
 
 def make_points(variants: Mapping[str, Sequence[Variant]], data: RunData) -> list[Point]:
     """Every combination of variants, with the orders that can run.
 
     Raises:
-        RecipeError: values that a stage refuses, or combinations that cannot run in any order.
+        RecipeError: combinations that cannot run in any order.
     """
-    if problems := [problem for own in variants.values() for v in own for problem in own_problems(v)]:
-        raise RecipeError(dict.fromkeys(problems))
     points = [Point(chosen) for chosen in product(*variants.values())]
     for point in points:
         for order in permutations(point.variants):
@@ -128,11 +130,6 @@ def own_problems(variant: Variant) -> list[Problem]:
     return problems
 
 
-def count_points(variants: Mapping[str, Sequence[Variant]]) -> int:
-    """The number of combinations."""
-    return math.prod(len(own) for own in variants.values())
-
-
 def read_values(stage: Stage, argument: str, values: Any) -> tuple[list[Any], list[Problem]]:
     """An argument's values converted for the stage, and their problems."""
     known = [name for name in arguments_of(type(stage)) if name in vars(stage)]
@@ -151,11 +148,6 @@ def read_values(stage: Stage, argument: str, values: Any) -> tuple[list[Any], li
     if twice := [value for i, value in enumerate(read) if value in read[:i]]:
         problems.append(Problem(argument, values, f"names {twice[0]!r} twice", "Name every value once."))
     return read, problems
-
-
-def _products(lists: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    for values in product(*lists.values()):
-        yield dict(zip(lists, values, strict=True))
 
 
 def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:

@@ -50,11 +50,13 @@ class PairAnalysis:
 
         Each curve starts with the dense model, which has C = 1.
         """
+        metrics = self._judge.tree.measure(()).record["metrics"]
+        dense: CurvePoint = {"knobs": {}, "rate": 1.0, "score": self._judge.score(()), "metrics": metrics}
         found: dict[str, list[CurvePoint]] = {}
         for variant in self._curve.variants:
             if (score := self._alone(variant)) is not None:
                 entry = self._entry(variant, score)
-                found.setdefault(self._curve.label(variant), [self._dense()]).append(entry)
+                found.setdefault(self._curve.label(variant), [dense]).append(entry)
         curves: list[CurveReport] = []
         for label, points in found.items():
             points.sort(key=lambda point: point["rate"])
@@ -70,7 +72,9 @@ class PairAnalysis:
         label = self._curve.label(q)
         curve: list[CurvePoint] = next((c["points"] for c in curves if c["label"] == label), [])
         score_p, score_q = self._alone(p), self._alone(q)
-        ratio = equivalent_ratio(_pairs(curve), score_p) if self._rates_differ(curve) else Ratio(None, "no curve")
+        # a stage that only rounds activations does not compress weights and has a single rate
+        rates = {entry["rate"] for entry in curve}
+        ratio = equivalent_ratio(_pairs(curve), score_p) if len(rates) > 1 else Ratio(None, "no curve")
         rate_q = self._rate(q)
         return {
             "advantage": self._judge.difference(there, back).plain() if both else None,
@@ -84,10 +88,6 @@ class PairAnalysis:
             "limit": ratio.limit,
             "ratio_difference": None if ratio.value is None or rate_q is None else ratio.value - rate_q,
         }
-
-    def _dense(self) -> CurvePoint:
-        record = self._judge.tree.measure(()).record
-        return {"knobs": {}, "rate": 1.0, "score": self._judge.score(()), "metrics": record["metrics"]}
 
     def _entry(self, variant: Variant, score: float) -> CurvePoint:
         record = self._known[(variant.step,)].record
@@ -103,11 +103,6 @@ class PairAnalysis:
     def _rate(self, variant: Variant) -> float | None:
         known = self._known.get((variant.step,))
         return None if known is None else known.record["nominal_rate"]
-
-    @staticmethod
-    def _rates_differ(points: Sequence[CurvePoint]) -> bool:
-        """Whether the stage compresses weights. A stage that only rounds activations has a single rate."""
-        return len({point["rate"] for point in points}) > 1
 
 
 def analyse(points: Iterable[PointReport], curve: Curve) -> PairHypothesis:
@@ -129,10 +124,10 @@ def _correlated(
     x: list[float] = []
     y: list[float] = []
     for quantity, pair in points:
-        value = _value(pair)
-        if quantity is not None and value is not None:
+        advantage_here = pair["advantage"]
+        if quantity is not None and advantage_here is not None and advantage_here["value"] is not None:
             x.append(quantity)
-            y.append(value)
+            y.append(advantage_here["value"])
     correlation = rank_correlation(x, y)
     found = {"name": name, **correlation.plain(), "fit": monotone_fit(x, y)}
     return cast(Correlation, found), sentence(advantage, name, correlation)
@@ -160,7 +155,3 @@ def pair_notes(points: Sequence[PointReport], curves: Sequence[CurveReport], cur
 
 def _pairs(points: Sequence[CurvePoint]) -> list[tuple[float, float]]:
     return [(point["rate"], point["score"]) for point in points if math.isfinite(point["score"])]
-
-
-def _value(pair: PairReport) -> float | None:
-    return None if pair["advantage"] is None else pair["advantage"]["value"]

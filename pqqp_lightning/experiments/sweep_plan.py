@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.experiments.sweep_grid import (
@@ -11,7 +13,6 @@ from pqqp_lightning.experiments.sweep_grid import (
     Point,
     Variant,
     arguments_text,
-    count_points,
     make_points,
     make_variants,
     own_problems,
@@ -64,10 +65,10 @@ class Plan:
     curve: Curve | None
 
     @property
-    def steps(self) -> dict[str, Stage]:
-        """The stage of every variant, by step."""
+    def steps(self) -> dict[str, Variant]:
+        """Every variant of the grid and of the curve, by step."""
         extra = self.curve.variants if self.curve else []
-        return {v.step: v.stage for v in [*(v for own in self.variants.values() for v in own), *extra]}
+        return {variant.step: variant for variant in chain(*self.variants.values(), extra)}
 
     @property
     def sequences(self) -> list[Order]:
@@ -93,17 +94,23 @@ def make_plan(
         text = f"sweep needs 1 to {MOST_STAGES} stages, but the recipe has {len(stages)}"
         raise RecipeError(Problem(text=text, way_out="Change them.").within("stages"))
     if not grid:
-        way_out = f"Add --grid.STAGE.ARGUMENT [a,b], where STAGE is {_either(stages)}."
+        names = " or ".join(stage.name for stage in stages)
+        way_out = f"Add --grid.STAGE.ARGUMENT [a,b], where STAGE is {names}."
         raise RecipeError(Problem(text="is missing", way_out=way_out).within("grid"))
     variants = make_variants(stages, grid)
     problems = [problem for own in variants.values() for variant in own for problem in own_problems(variant)]
     found = _find_curve(variants, curve, curve_bits, problems)
-    if (count := count_points(variants)) > max_points:
+    if (count := math.prod(map(len, variants.values()))) > max_points:
         text = f"has {count} points, more than max_points={max_points}"
         problems.append(Problem(text=text, way_out="Shorten it, or raise max_points.").within("grid"))
     if problems:
         raise RecipeError(dict.fromkeys(problems))
-    return Plan(variants, make_points(variants, data), found and _that_can_run(found, data))
+    points = make_points(variants, data)
+    if found is not None:
+        # a stage of the recipe may be unable to run alone on this model
+        able = [variant for variant in found.variants if not check_places([variant.stage], data)]
+        found = replace(found, variants=able) if able else None
+    return Plan(variants, points, found)
 
 
 def _find_curve(variants: Variants, named: str | None, bits: Sequence[int], problems: list[Problem]) -> Curve | None:
@@ -153,6 +160,7 @@ def _further(own: Sequence[Variant], bits: Sequence[int], problems: list[Problem
     stage = own[0].stage
     values, found = read_values(stage, BITS, list(bits))
     problems += [_of_curve_bits(problem, type(stage).__name__) for problem in found]
+    # compare all arguments: a variant without bits in the grid has the recipe's, which curve_bits may name again
     there, further = [variant.stage.arguments() for variant in own], dict[str, Variant]()
     for variant in own:
         for value in values:
@@ -168,13 +176,3 @@ def _further(own: Sequence[Variant], bits: Sequence[int], problems: list[Problem
 def _of_curve_bits(problem: Problem, owner: str) -> Problem:
     """The problem of the stage's bits, moved to ``--curve_bits``, which set them."""
     return replace(problem, key="").within("curve_bits", owner)
-
-
-def _that_can_run(curve: Curve, data: RunData) -> Curve | None:
-    """The curve without what cannot run alone."""
-    able = [variant for variant in curve.variants if not check_places([variant.stage], data)]
-    return Curve(curve.name, curve.other, curve.along, able) if able else None
-
-
-def _either(stages: Sequence[Stage]) -> str:
-    return " or ".join(stage.name for stage in stages)
