@@ -198,7 +198,7 @@ class BasisSharing(Stage):
             f"parameters; ranks: {listed}"
         )
         if left := [name for name in super().find_layers(model) if name not in layers]:
-            context.found("left as they are, since only Linear layers are factorised", left)
+            context.found("unchanged, since only Linear layers are factorised", left)
         if odd := self._groups(layers, self.find_blocks(model))[1]:
             context.found("factorised alone, since their neighbours' inputs have another width", odd)
 

@@ -190,12 +190,12 @@ class ChannelPruning(Stage):
 
     def _no_layer(self, candidates: Iterable[str]) -> Problem:
         text = (
-            f"and ignore={self.ignore} leave no layer whose channels could go with ratio={self.ratio} and "
+            f"and ignore={self.ignore} leave no layer whose channels can be removed with ratio={self.ratio} and "
             f"head_ratio={self.head_ratio}"
         )
         way_out = (
             "All layers that make a group of coupled channels must be chosen (q, k and v with head_ratio; gate and "
-            "up; a residual stream's), and at least one channel must go."
+            "up; a residual stream's), and at least one channel must be removed."
         )
         return Problem("targets", self.targets, text, way_out)
 
@@ -204,7 +204,7 @@ class ChannelPruning(Stage):
             return []
         heads = [group for group in coupling.groups if group.kind == "heads"]
         if not heads:
-            text = "has no effect: the model has no attention of a known build"
+            text = "has no effect: the model has no attention of a supported kind"
             return [Problem("head_ratio", self.head_ratio, text, "Leave it out.")]
         few = sorted({group.width for group in heads})
         text = (

@@ -92,7 +92,7 @@ class SLEB(Stage):
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         if not is_overridden("training_step", model):
-            text = f"needs a training_step in {type(model).__name__}: its loss decides what goes"
+            text = f"needs a training_step in {type(model).__name__}: its loss decides what is removed"
             problems.append(Problem(text=text, way_out="Define one."))
         elif not model.automatic_optimization:
             text = (
@@ -212,8 +212,8 @@ class SLEB(Stage):
             text = f"would remove {count} of {len(every)} {kind}s and leave none"
         else:
             text = (
-                f"would remove {count} {kind}s, but only {len(units)} of {len(every)} may go: the others match ignore, "
-                "do not match targets, or change the shape"
+                f"would remove {count} {kind}s, but only {len(units)} of {len(every)} can be removed: the others match "
+                "ignore, do not match targets, or change the shape"
             )
         return [Problem("amount", self.amount, text, f"Use at most {most}.")]
 
@@ -235,7 +235,7 @@ class SLEB(Stage):
             if block.bare and (block.keeps_shape or unit.sublayer is not None):
                 fits.append(unit)
         if odd := [unit.name for unit in units if unit not in fits]:
-            what = "not called, or does not return one hidden state of its input's shape: it stays"
+            what = "not called, or does not return one hidden state of its input's shape: not removed"
             context.found(what, odd)
         if len(fits) < self._count(model):
             text = (
@@ -253,7 +253,7 @@ class SLEB(Stage):
         steps = ", ".join(f"{units[r.unit].name} ({r.loss:.4f})" for r in removals)
         context.notes.append(f"removed, in this order (calibration loss after it): {steps}")
         for refused in {unit: None for r in removals for unit in r.refused}:
-            context.found("without it the calibration loss is NaN or infinite: it stays", [units[refused].name])
+            context.found("without it the calibration loss is NaN or infinite: not removed", [units[refused].name])
         blocks = list(self.find_blocks(model))
         left = [sum(unit.block == block for unit in self._all_units(model)) for block in blocks]
         places = {i: blocks.index(unit.block) for i, unit in enumerate(units)}

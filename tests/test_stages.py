@@ -245,7 +245,7 @@ def test_a_stage_explains_itself(name):
     ("argument", "value", "key", "blamed"),
     [
         ("targets", ["q_prj"], "targets", "q_prj"),
-        ("ignore", ["*"], "targets", None),  # with targets as they are, no layer is left
+        ("ignore", ["*"], "ignore", ["*"]),
         ("epochs", -1, "epochs", -1),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_wider_sweep_adds_only_what_is_new(folder, capsys):
     # 13 results that nobody has measured, and two models that they go on from and that were dropped
     assert wider["applications"] == 17 - 4 + 2
     printed = capsys.readouterr().out
-    assert "sweep: 6 points, 12 orders, 17 results, 4 of them known from before: 15 stage applications\n" in printed
+    assert "sweep: 6 points, 12 orders, 17 results, 4 of them already measured: 15 stage applications\n" in printed
     again = sweep(folder)
     assert again["applications"] == 0
     assert numbers(again) == numbers(wider)

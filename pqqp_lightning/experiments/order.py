@@ -219,7 +219,7 @@ class OrderSearch:
         self._progress.most = most - known
         if self._trainer.is_global_zero:
             words = f"order: {strategy.describe()}: at most {most} stage applications"
-            words += f", {known} of them known from before" if known else ""
+            words += f", {known} of them already measured" if known else ""
             words += (
                 f"; as many again for each of {repeats - 1} further draws of calibration samples" if repeats > 1 else ""
             )

@@ -33,7 +33,7 @@ def check_store(trainer: Trainer, store: ResultStore) -> list[Problem]:
     """The problems of the store's folder."""
     problems, folder = check_writable("store", store.folder), Path(trainer.default_root_dir)
     if store.folder.resolve().is_relative_to(folder.resolve()):
-        text = f"lies in run_dir='{folder}', which the next search there moves aside"
+        text = f"is inside run_dir='{folder}', which the next search moves aside"
         problems.append(Problem("store", str(store.folder), text, "Choose another --store."))
     return problems
 
@@ -103,7 +103,7 @@ def exclusive_run_folder(trainer: Trainer, store: ResultStore, show: Show | None
     folder = Path(trainer.default_root_dir)
     # the lock lies in the store: the run folder itself may be moved aside
     whose = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    with store.locked(f"run-{whose}", f"{folder}: another process searches here"):
+    with store.locked(f"run-{whose}", f"{folder}: another process uses this run folder"):
         yield
         if show is not None:
             show(folder)

@@ -130,7 +130,7 @@ class Sweep:
         if self._trainer.is_global_zero:
             points, orders = len(self._plan.points), sum(len(point.orders) for point in self._plan.points)
             words = f"sweep: {points} points, {orders} orders, {len(self._nodes)} results"
-            words += f", {known} of them known from before" if known else ""
+            words += f", {known} of them already measured" if known else ""
             print(f"{words}: {most} stage applications", flush=True)
 
     def _measure(self, executor: Executor, minutes: float | None) -> list[str]:

@@ -50,7 +50,7 @@ def import_from_working_folder(name: str) -> bool:
             import_module(module)
         except Exception as error:
             raise RecipeError(
-                f"{file}: cannot be imported: {type(error).__name__}: {error}. Put it right: it defines {name}."
+                f"{file}: cannot be imported: {type(error).__name__}: {error}. Fix it: it defines {name}."
             ) from error
         return True
     return False
