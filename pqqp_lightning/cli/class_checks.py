@@ -57,6 +57,7 @@ def check_class(
             if name not in {argument.key for argument in arguments}:
                 problem = Problem(name, text="is required", way_out="Add it.", source=first)
                 problems.append(problem.within(key, cls.__name__))
+    # only a class with valid arguments can be created and asked
     return problems or add_sources(_own_problems(cls, key, arguments), settings, first)
 
 

@@ -90,8 +90,10 @@ def _run_recipe(command: str, arguments: list[str]) -> None:
     # A recipe may give these modules' classes by bare name, which needs the import.
     for module in ("models.causal_lm", "models.image_classifier", "data.text", "data.tokens", "data.images"):
         import_module(f"pqqp_lightning.{module}")
+    # the parser itself would keep the last of two equal keys
     set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
     settings, unreadable = read_settings(command, arguments)
+    # a file in the working folder runs code, so import only the one that defines a class of the recipe
     for name in stage_class_names(settings):
         if name not in known_stages():
             import_from_working_folder(name)

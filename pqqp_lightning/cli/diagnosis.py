@@ -59,6 +59,7 @@ def diagnose(command: str, arguments: Sequence[str], error: ArgumentError) -> li
     recipe = option(arguments, "config") or COMMAND_LINE
     for setting in settings:
         problems += _check_name(setting, command, settings)
+    # the parser reads -stages.x as the short option -s, and its error does not help
     for word in arguments:
         name = word.partition("=")[0].partition(".")[0].lstrip("-")
         if re.match(r"-[a-z]\w", word) and name in (*SECTIONS, *option_names(command)):

@@ -127,6 +127,7 @@ class CommandLine(LightningCLI):
         trainer.recipe_text = self._resolved_recipe()
         resolved = yaml.safe_load(trainer.recipe_text)
         trainer.recipe = {key: resolved[key] for key in ("model", "data") if resolved.get(key) is not None}
+        # a run may be resumed with other options, as long as they do not change its numbers
         options = resolved["trainer"]
         trainer.recipe["trainer"] = {key: options[key] for key in RESULT_OPTIONS if key in options}
         return trainer
@@ -195,6 +196,7 @@ def _trainer_problem(config: dict[str, Any], error: Exception) -> Problem:
     """The option that Lightning's trainer refuses: without it, the trainer can be created."""
     words = " ".join(str(error).split())
     options = {key: value for key, value in config.items() if key not in ("callbacks", "logger") and value is not None}
+    # Lightning's error does not name the option: leave them out one by one
     for name, value in options.items():
         others = {key: other for key, other in options.items() if key != name}
         try:

@@ -139,6 +139,7 @@ class Analysis:
             write_csv(self._folder.layers, layer_rows(report))
             report["figures"] = draw_analysis(self._folder, report)
             write_json(self._folder.analysis, report)
+        # the models are large, and the report is complete; the records stay in the store
         for node in self._tree.results():
             self._tree.drop(node)
 
@@ -150,6 +151,7 @@ class Analysis:
             compared = walk.first(self._samples)
             errors = layer_errors(compared, variants)
             few = walk.first(min(BLOCKWISE, self._samples))
+            # a model without blocks is one block, and has no changes to add up
             adding = None if "" in walk.blocks else additivity(*block_changes(few, variants[order_key(best)]))
         first, second = self._orders[0], self._orders[-1]
         return {

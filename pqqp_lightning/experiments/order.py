@@ -122,6 +122,7 @@ class OrderSearch:
                 self._refused[names] = found
             else:
                 self._allowed.append(names)
+        # order.json reports refused orders; they are an error only if no order is left
         if not self._allowed:
             problems += [problem for found in self._refused.values() for problem in found]
         if problems:

@@ -58,6 +58,7 @@ class Prediction:
         """The intensities and the predicted order: plain data for ``prediction.json``."""
         intensity = self._intensities()
         known = {name: value for name, value in intensity.items() if value is not None}
+        # a stage that cannot run first has no intensity and goes to the end
         wanted = tuple(sorted(self._stages, key=lambda name: known.get(name, float("inf"))))
         order = nearest_order(wanted, self._allowed)
         return {

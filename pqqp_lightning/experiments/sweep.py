@@ -79,6 +79,7 @@ def check_sweep(trainer: Trainer, data: RunData, store: ResultStore, options: Sw
     if max_points < 1:
         problems.append(Problem("max_points", max_points, "allows no point", "Use 1 or more."))
     problems += check_time_limit(options.time_limit) + check_executor(options.executor, trainer)
+    # a bad max_points is already reported, so that make_plan must not report it again
     try:
         plan = make_plan(trainer.stages, data, options.grid, options.curve, options.curve_bits, max(1, max_points))
     except RecipeError as error:
