@@ -62,11 +62,11 @@ def main() -> None:
     images = torch.randn(options.batch, 3, 224, 224, device=options.device)
     where = torch.cuda.get_device_name() if images.is_cuda else f"cpu, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}, {options.batch} images of 224x224, {options.rounds} rounds")
-    for name, (network, knobs) in CASES.items():
+    for name, (network, arguments) in CASES.items():
         dense = ImageClassifier(network, pretrained=False).to(options.device).eval()
         narrow = copy.deepcopy(dense)
         start = time.perf_counter()
-        ChannelPruning(0.5, **knobs).compress(narrow, Context(no_walk, progress=False))  # type: ignore[arg-type]
+        ChannelPruning(0.5, **arguments).compress(narrow, Context(no_walk, progress=False))  # type: ignore[arg-type]
         took = time.perf_counter() - start
         for warm in (dense, narrow):
             seconds(warm, images), seconds(warm, images)

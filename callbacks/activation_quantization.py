@@ -1,4 +1,4 @@
-"""Dynamic quantization of activations, and of keys and values."""
+"""Dynamic quantization of activations, keys and values."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CACHED = ("k_proj", "v_proj")
 class ActivationQuantization(Stage):
     """Rounds the inputs of layers while the model runs, with a scale for each token (each image for convolutions).
 
-    No weight changes and no byte is saved on disk: what is measured from here on is the quality of a model that
-    computes with inputs of few bits. Stages after it calibrate on the rounded inputs. Put QuaRot, with online: true,
+    Weights do not change, and the checkpoint does not shrink. The metrics after this stage are those of a model that
+    computes with inputs of few bits. Later stages calibrate on the rounded inputs. Put QuaRot, with online: true,
     before it.
 
     Example::
@@ -32,11 +32,11 @@ class ActivationQuantization(Stage):
     Args:
         bits: 2 to 8.
         kv_bits: 2 to 8, for keys and values (the outputs of k_proj and v_proj, before rotary positions), with a scale
-            for each token and head; left as they are by default.
+            for each token and head; not rounded by default.
         symmetric: without zero points; False for asymmetric grids.
-        clip: fraction of each token's largest value that the grid reaches, in (0, 1]; QuaRot uses 0.9 at 4 bits.
-        outliers: input columns that hold a value beyond this threshold in a batch are not rounded (LLM.int8() takes
-            6.0); none by default.
+        clip: largest value on the grid, as a fraction of each token's largest, in (0, 1]; QuaRot uses 0.9 at 4 bits.
+        outliers: do not round input columns with a value above this threshold in a batch (LLM.int8() uses 6.0); no
+            threshold by default.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
@@ -56,8 +56,8 @@ class ActivationQuantization(Stage):
         self.bits, self.kv_bits, self.symmetric = bits, kv_bits, symmetric
         self.clip, self.outliers = clip, outliers
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         for argument, value in (("bits", self.bits), ("kv_bits", self.kv_bits)):
             if value is not None and not 2 <= value <= 8:
                 problems.append(Problem(argument, value, "is not between 2 and 8"))
@@ -74,7 +74,17 @@ class ActivationQuantization(Stage):
         if twice := [n for n in self.find_layers(model) if rounded & {n, n.removesuffix(".base_layer")}]:
             text = f"the inputs of {shorten(twice)} are already rounded"
             problems.append(Problem(text=text, way_out="Give the stages disjoint targets, or drop one."))
-        return problems + ([] if self.kv_bits is None else self._check_heads(model))
+        if self.kv_bits is None:
+            return problems
+        cached = self._cached(model)
+        if not cached:
+            names = " or ".join(CACHED)
+            text = f"has no effect: no layer that the stage acts on is a {names} of an attention with a head_dim"
+            problems.append(Problem("kv_bits", self.kv_bits, text, "Leave kv_bits out."))
+        if again := sorted(set(cached) & set(transformed_layers(model, QuantizeHeads))):
+            text = f"would round the outputs of {shorten(again)} a second time"
+            problems.append(Problem("kv_bits", self.kv_bits, text, "Drop one of the two stages."))
+        return problems
 
     def expected_plan(self, model: LightningModule) -> Plan:
         return {
@@ -90,7 +100,8 @@ class ActivationQuantization(Stage):
     @staticmethod
     def restructure(model: LightningModule, plan: Plan) -> None:
         options = {name: plan[name] for name in ("symmetric", "clip")}
-        inputs = QuantizeInput(plan["bits"], outliers=plan["outliers"], **options)  # one, so that q, k and v share it
+        # One module for all layers: q, k and v have the same input, which is then rounded once.
+        inputs = QuantizeInput(plan["bits"], outliers=plan["outliers"], **options)
         for name in plan["layers"]:
             inputs.attach(model.get_submodule(name))
         for name, head_dim in plan["heads"].items():
@@ -101,23 +112,10 @@ class ActivationQuantization(Stage):
         self.restructure(model, plan)
         return plan
 
-    def _check_heads(self, model: nn.Module) -> list[Problem]:
-        cached = self._cached(model)
-        if not cached:
-            text = (
-                f"has no effect: no layer that the stage acts on is a {' or '.join(CACHED)} of an attention with a "
-                "head_dim"
-            )
-            return [Problem("kv_bits", self.kv_bits, text, "Leave kv_bits out.")]
-        twice = sorted(set(cached) & set(transformed_layers(model, QuantizeHeads)))
-        if not twice:
-            return []
-        text = f"would round the outputs of {shorten(twice)} a second time"
-        return [Problem("kv_bits", self.kv_bits, text, "Drop one of the two stages.")]
-
     def _cached(self, model: nn.Module) -> dict[str, int]:
-        """The modules that make keys and values, with the width of a head."""
+        """The modules that compute keys and values, with the width of a head."""
         layers, found = list(self.find_layers(model)), {}
+        # An adapter wraps k_proj: the stage's layer is then below it, as k_proj.base_layer.
         for name, _ in model.named_modules():
             parent, _, last = name.rpartition(".")
             if last not in CACHED or not any(n == name or n.startswith(f"{name}.") for n in layers):

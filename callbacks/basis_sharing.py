@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,19 +22,20 @@ SHARING = [
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "fc1"),  # LLaMA, OPT, Phi
     *("qkv", "query", "key", "value", "query_key_value", "dense_h_to_4h", "fc_in"),  # timm, BERT, NeoX, GPT-J
 ]
-"""Projections that share by default: those that read the residual stream. Sharing the two that write to it, W_O and
-W_Down, costs more than it saves (section 3.3 of the paper)."""
+"""Projections that share a basis by default: those that read the residual stream. Sharing W_O and W_Down, which write
+to it, costs more than it saves (section 3.3 of the paper)."""
 
 
 class BasisSharing(Stage):
-    """Writes the weights of consecutive layers as products of one shared basis and coefficients of their own.
+    """Factorises the weights of consecutive layers into one shared basis and coefficients for each layer.
 
-    The q projections of two neighbouring blocks share a basis, so do their k projections, and so on; attention outputs
-    and down projections get a basis each. Bases and coefficients are those that change the outputs on the calibration
-    data least. Linear layers only. Later stages act on both factors, once on a shared basis.
+    The q projections of two neighbouring blocks share a basis, their k projections share another, and so on. Each
+    attention output and down projection has its own basis. Bases and coefficients minimize the change of the outputs
+    on the calibration data. Only Linear layers are factorised. Later stages act on both factors, and once on each
+    shared basis.
 
-    Calibration goes block by block. A group is factorised when its last block's inputs are known; until then its
-    earlier blocks pass on what their dense layers give.
+    Calibration proceeds block by block. A group is factorised when the inputs of its last block are known. Until then
+    its earlier blocks compute with their dense layers.
 
     Example::
 
@@ -43,12 +44,12 @@ class BasisSharing(Stage):
 
     Args:
         ratio: fraction of the layers' parameters to save, in (0, 1); the ranks follow from it.
-        group: consecutive layers that share a basis; 1 factorises every layer alone. More layers leave room for more
-            basis vectors, which must serve them all.
+        group: consecutive layers that share a basis; 1 factorises every layer alone. A larger group has more basis
+            vectors, but all its layers must use them.
         share: name patterns of the layers that share; by default the projections that read the residual stream (q, k,
-            v, gate, up, fc1, qkv). The rest of the targets is factorised layer by layer.
-        damping: fraction of the inputs' mean square that every input direction is weighed with besides; more trusts the
-            calibration data less.
+            v, gate, up, fc1, qkv). The other targets are factorised layer by layer.
+        damping: weight added to every input direction, as a fraction of the inputs' mean square; a larger value relies
+            less on the calibration data.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
@@ -71,8 +72,8 @@ class BasisSharing(Stage):
         """The Linear layers among the targets."""
         return {name: layer for name, layer in super().find_layers(model).items() if isinstance(layer, nn.Linear)}
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if not 0 < self.ratio < 1:
             way_out = "0.2 saves a fifth of the layers' parameters."
             problems.append(Problem("ratio", self.ratio, "is not in (0, 1)", way_out))
@@ -93,8 +94,11 @@ class BasisSharing(Stage):
             "Put BasisSharing first, or set allow_undo: true to lose what they carry.",
         )
         layers = self.find_layers(model)
-        problems += self._check_structure(model, layers) + self._check_share(layers)
-        return problems + ([] if self.check_knobs() else self._check_ranks(model))
+        problems += self._check_structure(model, layers)
+        for pattern in self.share or []:
+            if not any(matches(name, pattern) for name in layers):
+                problems.append(self.unmatched("share", pattern))
+        return problems + ([] if self.check_arguments() else self._check_ranks(model))
 
     def expected_plan(self, model: LightningModule) -> Plan:
         layers = self.find_layers(model)
@@ -111,19 +115,20 @@ class BasisSharing(Stage):
         self._note_undone(layers, context)
         self._note_structure(model, plan, context)
         group_of = {name: group for group in plan["groups"] for name in group["layers"]}
-        grams: dict[str, Tensor] = {}
+        grams: dict[str, Tensor] = {}  # of layers whose group is not complete yet
 
         def factorise(reading: Reading) -> None:
             gram = reading.statistic.value()[0]
             for name in reading.layers:
                 group, grams[name] = group_of[name], gram
-                if all(member in grams for member in group["layers"]):  # its last layer's reading has come
+                if all(member in grams for member in group["layers"]):  # this was the last layer of the group
                     self._factorise(model, group, [grams.pop(member) for member in group["layers"]], context)
 
         context.calibrate(self.find_blocks(model), layers, Hessian, factorise)
         return plan
 
     def _factorise(self, model: LightningModule, group: dict[str, Any], grams: list[Tensor], context: Context) -> None:
+        # the group's layers have different inputs, and the error counts on all of them
         names, gram = group["layers"], torch.stack(grams).sum(0)
         weights = [model.get_parameter(f"{name}.weight").detach() for name in names]
         shared = share_basis(weights, gram, group["rank"], damping=self.damping)
@@ -148,7 +153,7 @@ class BasisSharing(Stage):
         return super()._check_targets(model)
 
     def _check_structure(self, model: nn.Module, layers: dict[str, Layer]) -> list[Problem]:
-        """Layers that are part of something already: factors, or the base of an adapter."""
+        """Layers that are already factors, or the base of an adapter."""
         problems = []
         if factors := [name for name in factors_of(model) if name in layers]:
             text = f"{shorten(factors)} are factors that an earlier BasisSharing made"
@@ -158,13 +163,6 @@ class BasisSharing(Stage):
             text = f"{shorten(adapted)} carry adapters that were kept apart, which fit no factors"
             problems.append(Problem(text=text, way_out="Merge them (merge: true), or put BasisSharing first."))
         return problems
-
-    def _check_share(self, layers: Iterable[str]) -> list[Problem]:
-        return [
-            self.unmatched("share", pattern)
-            for pattern in self.share or []
-            if not any(matches(name, pattern) for name in layers)
-        ]
 
     def _check_ranks(self, model: LightningModule) -> list[Problem]:
         layers = self.find_layers(model)
@@ -200,7 +198,7 @@ class BasisSharing(Stage):
             f"parameters; ranks: {listed}"
         )
         if left := [name for name in super().find_layers(model) if name not in layers]:
-            context.found("left as they are, since only Linear layers are factorised", left)
+            context.found("unchanged, since only Linear layers are factorised", left)
         if odd := self._groups(layers, self.find_blocks(model))[1]:
             context.found("factorised alone, since their neighbours' inputs have another width", odd)
 

@@ -29,14 +29,15 @@ IMPORTANCES = ("norm", "activation", "taylor")
 class ChannelPruning(Stage):
     """Removes whole channels and attention heads: the tensors become smaller, and the network faster on any hardware.
 
-    What must go together goes together. In a ResNet that is every channel, those of the residual stream in all layers
-    that it joins (torch-pruning's dependency graph tells). In a transformer (LLaMA and OPT families, timm's ViT and
-    DeiT) it is the width of each MLP, by ``ratio``, and whole attention heads, by ``head_ratio``; heads that share a
-    key and value head go with it. The residual width of a transformer stays. So do a network's inputs and outputs.
+    Coupled channels are removed together. In a ResNet, torch-pruning's dependency graph finds the groups; a channel of
+    the residual stream is removed from all layers that it connects. In a transformer (LLaMA and OPT families, timm's
+    ViT and DeiT) ``ratio`` narrows each MLP, and ``head_ratio`` removes whole attention heads; a key and value head is
+    removed with its query heads. The residual width of a transformer, and a network's inputs and outputs, keep their
+    size.
 
-    Each group of coupled channels loses ``round(ratio * width)`` of them, those of least importance, which is summed
-    over the group. A mask of an earlier stage, and a grid with one scale an output channel or in all, is kept on what
-    remains. Where all layers agree, a Hugging Face configuration says the new sizes.
+    Each group of coupled channels loses the ``round(ratio * width)`` channels of least importance, summed over the
+    group. The remaining channels keep an earlier stage's mask, and its grid if that has one scale for each output
+    channel or for the tensor. Where all layers agree, the Hugging Face configuration has the new sizes.
 
     Example::
 
@@ -44,16 +45,16 @@ class ChannelPruning(Stage):
           narrow: {class_path: ChannelPruning, init_args: {ratio: 0.5, epochs: 2}}
 
     Args:
-        ratio: fraction of each group's channels to remove, in [0, 1); 0 for heads alone.
-        importance: "norm" is the l2 norm of a channel's weights, without data; "activation" its mean square on the
-            calibration data, for a head that of its output; "taylor" the first-order change of the training loss on
-            them, which costs a backward pass.
-        head_ratio: fraction of each attention's heads to remove, in (0, 1), counted in key and value heads; none by
-            default.
-        targets: name patterns of the layers whose outputs may be pruned; all by default. A group goes only if all
-            layers that make it are chosen: the stem and the ends of its blocks for a ResNet's residual stream; q, k
-            and v for heads; gate and up for a LLaMA's MLP.
-        ignore: name patterns of layers whose outputs stay.
+        ratio: fraction of each group's channels to remove, in [0, 1); 0 removes heads only.
+        importance: "norm" is the l2 norm of a channel's weights, without data; "activation" is the mean square of the
+            channel, or of the head's output, on the calibration data; "taylor" is the first-order change of the
+            training loss, which costs a backward pass over the calibration data.
+        head_ratio: fraction of each attention's heads to remove, in (0, 1), counted in key and value heads; no head
+            by default.
+        targets: name patterns of the layers whose outputs may be pruned; all by default. A group is pruned only
+            if all layers that produce its channels are chosen: the stem and the ends of its blocks for a ResNet's
+            residual stream; q, k and v for heads; gate and up for a LLaMA's MLP.
+        ignore: name patterns of layers whose outputs are not pruned.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
@@ -73,20 +74,20 @@ class ChannelPruning(Stage):
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
-        """For every importance but the norm."""
+        """Every importance except the norm reads calibration data."""
         return self.importance != "norm"
 
     def find_layers(self, model: nn.Module) -> dict[str, Layer]:
-        """The layers that become smaller: those that make the channels, and those that read them."""
+        """The layers that become smaller: those that produce the removed channels, and those that read them."""
         try:
             groups = self._chosen(model, _find_groups(model))
-        except RecipeError:  # check says why
+        except RecipeError:  # check reports it
             return {}
         names = {member.name for group in groups for member in group.members}
         return {n: m for n, m in model.named_modules() if n in names and isinstance(m, LAYER_TYPES)}
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if not 0 <= self.ratio < 1:
             way_out = "0.5 removes half of each group's channels."
             problems.append(Problem("ratio", self.ratio, "is not in [0, 1)", way_out))
@@ -101,7 +102,7 @@ class ChannelPruning(Stage):
         return problems
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
-        problems = self.check_knobs()
+        problems = self.check_arguments()
         if self.importance == "taylor" and not is_overridden("training_step", model, LightningModule):
             text = f"needs a training_step in {type(model).__name__}, for its loss"
             problems.append(Problem("importance", self.importance, text, "Add one, or use norm."))
@@ -154,7 +155,7 @@ class ChannelPruning(Stage):
         return kept_count(group.width, self._share(group))
 
     def _chosen(self, model: nn.Module, coupling: Coupling) -> list[CoupledGroup]:
-        """The groups that lose something."""
+        """The groups that lose units."""
         tied = tied_weights(model)
         makers = {
             name
@@ -180,7 +181,8 @@ class ChannelPruning(Stage):
             if self.importance == "activation":
                 squares = mean_squared_inputs(walk, dict.fromkeys(name for g in groups for name in g.inputs()))
                 return [_mean_by_unit(group, squares) for group in groups]
-            parts = {(m.name, int(m.side == "in")): None for g in groups for m in g.members if _weight(model, m.name)}
+            members = [member for group in groups for member in group.members if _has_weight(model, member.name)]
+            parts = {(member.name, int(member.side == "in")): None for member in members}
             terms = taylor_by_channel(walk, parts)
         except RecipeError as error:
             raise RecipeError([problem.within(f"stages.{context.title}") for problem in error.problems]) from error
@@ -188,12 +190,12 @@ class ChannelPruning(Stage):
 
     def _no_layer(self, candidates: Iterable[str]) -> Problem:
         text = (
-            f"and ignore={self.ignore} leave no layer whose channels could go with ratio={self.ratio} and "
+            f"and ignore={self.ignore} leave no layer whose channels can be removed with ratio={self.ratio} and "
             f"head_ratio={self.head_ratio}"
         )
         way_out = (
             "All layers that make a group of coupled channels must be chosen (q, k and v with head_ratio; gate and "
-            "up; a residual stream's), and at least one channel must go."
+            "up; a residual stream's), and at least one channel must be removed."
         )
         return Problem("targets", self.targets, text, way_out)
 
@@ -202,7 +204,7 @@ class ChannelPruning(Stage):
             return []
         heads = [group for group in coupling.groups if group.kind == "heads"]
         if not heads:
-            text = "has no effect: the model has no attention of a known build"
+            text = "has no effect: the model has no attention of a supported kind"
             return [Problem("head_ratio", self.head_ratio, text, "Leave it out.")]
         few = sorted({group.width for group in heads})
         text = (
@@ -213,7 +215,7 @@ class ChannelPruning(Stage):
         return [Problem("head_ratio", self.head_ratio, text, way_out)]
 
     def _check_earlier(self, model: LightningModule, coupling: Coupling, earlier: Sequence[Stage]) -> list[Problem]:
-        """Constraints that cannot be cut, and rotations that a narrower input would not fit."""
+        """Constraints that cannot be cut, and rotations of a fixed input width."""
         groups = self._chosen(model, coupling)
         modules = dict(model.named_modules())
         cut = {n: m for g in groups for n in g.inputs() if isinstance(m := modules[n], LAYER_TYPES)}
@@ -221,10 +223,14 @@ class ChannelPruning(Stage):
         if rotated := [name for name in transformed_layers(model, RotateInput) if name in cut]:
             text = f"the inputs of {shorten(rotated)} are rotated while the model runs"
             problems.append(Problem(text=text, way_out="Put this stage first."))
+        # Removing output channels keeps an N:M pattern and groups of columns; removing inputs shifts their columns.
         for stage in () if self.allow_undo else earlier:
             acted = stage.find_layers(model) if {"mask", "grid"} & set(stage.promises) else {}
             both = {name: layer for name, layer in cut.items() if name in acted}
-            if patterned := [name for name in both if _has_pattern(stage, name)]:
+            patterned: list[str] = []
+            if isinstance(stage, PruningStage):
+                patterned = [name for name in both if stage.amount(name).get("pattern") is not None]
+            if patterned:
                 text = f"would cut the N:M pattern of stage '{stage.name}' in the inputs of {shorten(patterned)}"
                 way_out = "Put ChannelPruning first, or set allow_undo: true."
                 problems.append(Problem(text=text, way_out=way_out))
@@ -235,9 +241,10 @@ class ChannelPruning(Stage):
         return problems
 
     def _check_runs(self, model: LightningModule) -> list[Problem]:
-        """Whether the narrower network runs; groups that were built are known to."""
-        if has_attention(model):
+        """Whether the narrower network runs."""
+        if has_attention(model):  # its groups follow a known build; only traced ones may be wrong
             return []
+        # a traced graph misses sizes that the model's own code has as numbers, as in a reshape
         copy = weightless_copy(model).eval()
         rebuild_narrowed(copy, self.expected_plan(model))
         try:
@@ -262,19 +269,19 @@ class ChannelPruning(Stage):
 
 
 def _find_groups(model: nn.Module) -> Coupling:
-    """The coupled groups of ``model``: by its build for a transformer, else by tracing it."""
+    """The coupled groups of ``model``: from its known build if it has attention, else from a trace."""
     return built_groups(model) if has_attention(model) else traced_groups(model)
 
 
-def _weight(model: nn.Module, name: str) -> bool:
+def _has_weight(model: nn.Module, name: str) -> bool:
     return isinstance(getattr(model.get_submodule(name), "weight", None), Tensor)
 
 
 def _squares(model: nn.Module, group: CoupledGroup) -> list[Tensor]:
-    """The squared weights of each unit, [U] for each member that has some."""
+    """The squared weights of each unit, [U] for each member with weights."""
     found = []
     for member in group.members:
-        if _weight(model, member.name):
+        if _has_weight(model, member.name):
             weight = model.get_parameter(f"{member.name}.weight").detach().float()
             found.append(sum_by_unit(sum_by_channel(weight.square(), int(member.side == "in")), member.index))
     return found
@@ -291,10 +298,6 @@ def _sum_over(group: CoupledGroup, terms: dict[tuple[str, int], Tensor]) -> Tens
     """The first-order terms of each unit, summed over the group: [U]."""
     keys = [((member.name, int(member.side == "in")), member.index) for member in group.members]
     return torch.stack([sum_by_unit(terms[key], index) for key, index in keys if key in terms]).sum(dim=0)
-
-
-def _has_pattern(stage: Stage, name: str) -> bool:
-    return isinstance(stage, PruningStage) and stage.amount(name).get("pattern") is not None
 
 
 def _has_column_groups(stage: Stage, name: str, layer: Layer) -> bool:

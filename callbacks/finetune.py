@@ -6,9 +6,9 @@ from pqqp_lightning.stages import Distillation, Stage
 
 
 class Finetune(Stage):
-    """Trains for ``epochs`` without compressing anything; may stand anywhere in the list, first included.
+    """Trains for ``epochs`` without compressing; it can be anywhere in the list, even first.
 
-    Masks of earlier stages are held: pruned weights stay zero under any optimizer.
+    Masks of earlier stages are kept: pruned weights stay zero under any optimizer.
 
     Example::
 

@@ -8,7 +8,8 @@ from pqqp_lightning.stages import CodebookStage
 class FP4(CodebookStage):
     """Rounds weights to 4-bit floats (sign, two bits of exponent, one of mantissa); needs no data.
 
-    As bitsandbytes has them, bit for bit; NF4 is nearly always the better choice. Pruned weights stay zero.
+    The weights equal those of bitsandbytes bit for bit. NF4 is nearly always the better choice. Pruned weights stay
+    zero.
 
     Example::
 

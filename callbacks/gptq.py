@@ -17,7 +17,7 @@ from pqqp_lightning.stages import (
     LayerInputs,
     Problem,
     QuantizationStage,
-    check_hessian_knobs,
+    check_hessian_arguments,
     factorize,
 )
 
@@ -25,7 +25,7 @@ from pqqp_lightning.stages import (
 class GPTQ(QuantizationStage):
     """Rounds weights column by column and feeds each rounding error to the columns after it.
 
-    On layers that are pruned already, pruned weights stay zero and the kept ones take up their error.
+    On a pruned layer, pruned weights stay zero and the kept weights compensate for their error.
 
     Example::
 
@@ -37,12 +37,11 @@ class GPTQ(QuantizationStage):
         group_size: input columns that share a scale; "channel" for one scale an output channel, "tensor" for one in
             all; or name pattern to size.
         symmetric: without zero points; False for asymmetric grids.
-        block_size: columns whose errors are passed on at a time; a matter of speed only.
+        block_size: columns whose errors are passed on together; it affects speed only.
         damping: fraction of the Hessian's mean diagonal that is added to it; more is steadier and less exact.
         activation_order: quantize the columns with the largest inputs first; often a little better.
         clip: search the range of each scale for the smallest error in the layer's outputs; without it, scales span all
-            weights as in the paper. It pays (SmolLM2-135M, 4 bits a channel: perplexity 40.3 instead of 52.0; 3 bits in
-            groups of 64: 54.7 instead of 83.6; 8 bits: 28.5 instead of 28.6) and costs little time.
+            weights as in the paper. It costs little time and helps most at few bits (docs/methods.md).
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
@@ -63,8 +62,8 @@ class GPTQ(QuantizationStage):
         super().__init__(bits, group_size, symmetric, clip, **kwargs)
         self.block_size, self.damping, self.activation_order = block_size, damping, activation_order
 
-    def check_knobs(self) -> list[Problem]:
-        return super().check_knobs() + check_hessian_knobs(self.block_size, self.damping)
+    def check_arguments(self) -> list[Problem]:
+        return super().check_arguments() + check_hessian_arguments(self.block_size, self.damping)
 
     def prepare(self, statistic: Tensor, found: Found) -> Sequence[InverseFactor]:
         return factorize(statistic, self.damping, found, activation_order=self.activation_order)

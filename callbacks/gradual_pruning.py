@@ -29,15 +29,15 @@ from pqqp_lightning.stages import (
 )
 
 UPDATES = 100
-"""How often the mask grows in a run where ``every`` is not given."""
+"""How often the mask grows in a run without ``every``."""
 
 
 class GradualPruning(PruningStage):
-    """Removes the smallest weights little by little while the model trains; the sparsity grows along a cubic.
+    """Removes the smallest weights gradually while the model trains; the sparsity follows a cubic schedule.
 
-    s(t) = s_f + (s_i - s_f) (1 - t / T)^3 over the first ``ramp`` of the stage's steps; the rest are recovery. What is
-    removed stays zero, in training and validation alike. An earlier mask is where it starts, if it removes more than
-    ``initial_sparsity``. An N:M pattern is reached entry by entry along the same cubic.
+    s(t) = s_f + (s_i - s_f) (1 - t / T)^3 over the first ``ramp`` of the stage's steps; the model recovers in the other
+    steps. Removed weights stay zero in training and validation. The schedule starts from an earlier mask if that
+    removes more than ``initial_sparsity``. An N:M pattern is reached entry by entry on the same schedule.
 
     Example::
 
@@ -45,12 +45,12 @@ class GradualPruning(PruningStage):
           prune: {class_path: GradualPruning, init_args: {sparsity: 0.8, epochs: 4, learning_rate: 0.0005}}
 
     Args:
-        sparsity: fraction of the weights to remove in the end, in (0, 1); or name pattern to fraction.
+        sparsity: final fraction of removed weights, in (0, 1); or name pattern to fraction.
         pattern: "N:M" instead: N kept of every M consecutive inputs.
-        initial_sparsity: fraction removed before training begins, below the final one.
+        initial_sparsity: fraction removed before training, below the final one.
         every: optimizer steps between updates of the mask; about 100 updates in all by default.
         ramp: fraction of the steps in which the mask grows, in (0, 1].
-        epochs: epochs of training in which it happens, at least 1.
+        epochs: epochs of training, at least 1.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
@@ -68,14 +68,14 @@ class GradualPruning(PruningStage):
     ) -> None:
         super().__init__(sparsity, pattern, epochs=epochs, **kwargs)
         self.initial_sparsity, self.every, self.ramp = initial_sparsity, every, ramp
-        self._masks: dict[str, Tensor] = {}  # packed keep-masks as they have grown so far
+        self._masks: dict[str, Tensor] = {}  # the current keep-masks, packed
         self._layers: dict[str, Layer] = {}
-        self._ends: dict[str, tuple[float, float]] = {}
+        self._ends: dict[str, tuple[float, float]] = {}  # (s_i, s_f): the sparsities before and after training
         self._hold = HoldZeros()
         self._steps = self._interval = 1
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if self.epochs == 0:
             way_out = "Set epochs: 1 or more, or use Magnitude."
             problems.append(Problem("epochs", self.epochs, "leaves no training to prune in", way_out))
@@ -85,10 +85,18 @@ class GradualPruning(PruningStage):
         if self.every is not None and self.every < 1:
             way_out = f"Leave it out for about {UPDATES} updates."
             problems.append(Problem("every", self.every, "is not above 0", way_out))
-        return problems or self._check_initial()
+        if problems:
+            return problems
+        patterns = [parse_pattern(value) for value in values_of(self.pattern)]
+        final = min([*values_of(self.sparsity), *(1 - n / m for n, m in patterns)])
+        if not 0 <= self.initial_sparsity < final:
+            text = f"is not between 0 and the final sparsity {final:g}"
+            way_out = "0 starts from the dense model."
+            problems.append(Problem("initial_sparsity", self.initial_sparsity, text, way_out))
+        return problems
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
-        """Remove ``initial_sparsity``; the rest goes in training."""
+        """Remove ``initial_sparsity``; training removes the rest."""
         if self.initial_sparsity:
             for name, layer in context.each(self.find_layers(model)):
                 matrix, earlier = weight_matrix(layer), constraints_of(layer).mask(layer.weight.device)
@@ -97,7 +105,7 @@ class GradualPruning(PruningStage):
         return {}
 
     def finish(self, model: LightningModule, context: Context, plan: Plan) -> Plan:
-        """Fix the final mask: the exact count, whatever steps there were."""
+        """Prune to the exact final count, whatever the last update of the mask removed."""
         for name, layer in context.each(self.find_layers(model)):
             matrix, amount = weight_matrix(layer), self.amount(name)
             mask = prune_magnitude(matrix, mask=self._mask(name, layer), **amount)
@@ -106,7 +114,7 @@ class GradualPruning(PruningStage):
         return plan
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._masks = {}  # a resumed run loads them after this
+        self._masks = {}  # a resumed run loads its masks after setup
 
     def state_dict(self) -> dict[str, Any]:
         return {"masks": dict(self._masks)}
@@ -117,10 +125,13 @@ class GradualPruning(PruningStage):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._layers = self.find_layers(pl_module)
         for name, layer in self._layers.items():
-            self._ends[name] = self._ends_of(name, layer)
+            earlier, matrix = constraints_of(layer), weight_matrix(layer)
+            final = prune_magnitude(matrix, mask=earlier.mask(matrix.device), **self.amount(name))
+            self._ends[name] = 1 - earlier.kept() / matrix.numel(), 1 - int(final.sum()) / matrix.numel()
             self._hold_mask(name, layer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # known only now, because it depends on the length of the training data
         total = trainer.estimated_stepping_batches
         if total < 0 or not math.isfinite(total):
             text = "the training data has no length, so the steps over which the mask grows are unknown"
@@ -130,32 +141,21 @@ class GradualPruning(PruningStage):
         self._interval = self.every or max(1, self._steps // UPDATES)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._hold.zero()
+        self._hold.zero()  # the optimizer may have moved removed weights away from zero
         step = trainer.global_step
         if step == self._steps or (step < self._steps and step % self._interval == 0):
             for name, layer in self._layers.items():
-                self._grow(name, layer, step)
+                initial, final = self._ends[name]
+                sparsity = cubic_sparsity(step, self._steps, initial=initial, final=final)
+                mask, pattern = self._mask(name, layer), self._pattern(name)
+                grown = grow_mask(weight_matrix(layer), sparsity=sparsity, pattern=pattern, mask=mask)
+                self._masks[name] = pack_mask(grown).cpu()
+                self._hold_mask(name, layer)
             self._hold.zero()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._hold.release()
         self._layers = {}
-
-    def _grow(self, name: str, layer: Layer, step: int) -> None:
-        """The mask of one layer after ``step`` optimizer steps."""
-        initial, final = self._ends[name]
-        sparsity = cubic_sparsity(step, self._steps, initial=initial, final=final)
-        mask, pattern = self._mask(name, layer), self._pattern(name)
-        self._masks[name] = pack_mask(
-            grow_mask(weight_matrix(layer), sparsity=sparsity, pattern=pattern, mask=mask)
-        ).cpu()
-        self._hold_mask(name, layer)
-
-    def _ends_of(self, name: str, layer: Layer) -> tuple[float, float]:
-        """(s_i, s_f) of one layer: what is removed as training begins, and will be in the end."""
-        earlier, matrix = constraints_of(layer), weight_matrix(layer)
-        last = prune_magnitude(matrix, mask=earlier.mask(matrix.device), **self.amount(name))
-        return 1 - earlier.kept() / matrix.numel(), 1 - int(last.sum()) / matrix.numel()
 
     def _hold_mask(self, name: str, layer: Layer) -> None:
         mask = self._mask(name, layer)
@@ -163,7 +163,7 @@ class GradualPruning(PruningStage):
             self._hold.hold(layer.weight, to_weight(~mask, layer.weight.shape))
 
     def _mask(self, name: str, layer: Layer) -> Tensor | None:
-        """The keep-mask [O, I] so far: grown in this training, or of earlier stages."""
+        """The current keep-mask [O, I]: of this training, or of earlier stages."""
         constraints, device = constraints_of(layer), layer.weight.device
         if name not in self._masks:
             return constraints.mask(device)
@@ -171,11 +171,3 @@ class GradualPruning(PruningStage):
 
     def _pattern(self, name: str) -> tuple[int, int] | None:
         return self.amount(name).get("pattern")
-
-    def _check_initial(self) -> list[Problem]:
-        patterns = [parse_pattern(value) for value in values_of(self.pattern)]
-        finals = [*values_of(self.sparsity), *(1 - n / m for n, m in patterns)]
-        if 0 <= self.initial_sparsity < min(finals):
-            return []
-        text = f"is not between 0 and the final sparsity {min(finals):g}"
-        return [Problem("initial_sparsity", self.initial_sparsity, text, "0 starts from the dense model.")]

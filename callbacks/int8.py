@@ -9,9 +9,9 @@ from pqqp_lightning.stages import Compressed, GridStage, LayerInputs
 class INT8(GridStage):
     """Rounds weights to the integers from -127 to 127 times one scale an output row; needs no data.
 
-    The codes are those that bitsandbytes gives a weight, in an ordinary layer; rounding is our own, since later stages
-    must round to the same grid. LLM.int8() rounds activations to 8 bits too, apart from outliers: put
-    ``ActivationQuantization`` with ``bits: 8`` and ``outliers: 6.0`` behind this stage.
+    The codes equal those of bitsandbytes, in an ordinary layer. The rounding is our own, because later stages must
+    round to the same grid. LLM.int8() also rounds activations to 8 bits, except outliers: put
+    ``ActivationQuantization`` with ``bits: 8`` and ``outliers: 6.0`` after this stage.
 
     Example::
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from pqqp_lightning.algorithms.lora import Merged, merge_low_rank
 from pqqp_lightning.errors import shorten
-from pqqp_lightning.network.constraints import Constraints
 from pqqp_lightning.network.layers import columns_of, set_weight_matrix
 from pqqp_lightning.stages import Context, Layer, Plan, Problem, Stage, constraints_of, weight_matrix
 from pqqp_lightning.surgery.adapters import (
@@ -31,16 +30,15 @@ Initialization = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
 LINEAR_ONLY = ("orthogonal", "pissa", "olora")
 CHANGES_THE_WEIGHT = ("pissa", "olora")
 LITTLE = 0.1
-"""Share of the adapters' update below which the record says that merging left little of it."""
+"""The record warns if merging keeps less than this share of the adapters' update."""
 
 
 class LoRA(Stage):
     """Trains low-rank adapters B A next to frozen weights, then merges them without breaking a mask or a grid.
 
-    Merged weights are masked and rounded to their grid again. The record says how far that moved them, and what the
-    metrics were before. Kept apart (``merge: false``), the adapters are counted in the size; later stages act on the
-    weights below them. Running statistics of batch normalisation
-    follow the training as in any other.
+    Merged weights are masked and rounded to their grid again. The record says how far this moved them, and has the
+    metrics before merging. With ``merge: false`` the adapters stay separate: they count in the size, and later stages
+    act on the weights below them. Running statistics of batch normalisation are updated as in any training.
 
     Example::
 
@@ -53,14 +51,15 @@ class LoRA(Stage):
         alpha: the update is alpha / rank * B A.
         dropout: on the adapters' input, in training; in [0, 1).
         initialization: how A and B start. "default" and "gaussian" draw A and start B at zero; "orthogonal" draws both
-            so that B A is zero; "pissa" (arXiv 2404.02948) and "olora" (arXiv 2406.01775) take them out of the weight.
-        merge: add the adapters to the weights afterwards; false keeps them apart.
-        merge_aware: where merging will meet a mask or a grid, train with the weights as it will leave them, so that it
-            loses nothing (MaskLoRA, arXiv 2312.15230, and LR-QAT, arXiv 2406.06385); a step then costs about as much
-            as one of full finetuning. Into a mask it does not pay on SmolLM2-135M (40.2 either way, docs/methods.md);
-            into a grid, plain training may be rounded away.
+            so that B A is zero; "pissa" (arXiv 2404.02948) and "olora" (arXiv 2406.01775) move part of the weight into
+            them.
+        merge: add the adapters to the weights after training; false keeps them separate.
+        merge_aware: on layers with a mask or a grid, train with the weights as they will be after merging, so that
+            merging loses nothing (MaskLoRA, arXiv 2312.15230, and LR-QAT, arXiv 2406.06385). A step then costs about
+            as much as one of full finetuning. Use it on a grid, where rounding may cancel the update; on a mask it
+            made no difference (docs/methods.md).
         epochs: epochs of training, 1 or more.
-        learning_rate: its highest learning rate, made for Adam; null takes the model's own.
+        learning_rate: the highest learning rate, chosen for Adam; null uses the model's own.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
@@ -84,10 +83,11 @@ class LoRA(Stage):
         self.initialization, self.merge, self.merge_aware = initialization, merge, merge_aware
         self._validated: dict[str, float] = {}
 
-    def check_knobs(self) -> list[Problem]:
+    def check_arguments(self) -> list[Problem]:
+        # with epochs=0, super() would also report the default learning_rate, which the user did not set
         problems = [Problem("epochs", self.epochs, "trains no adapter", "Use 1 or more.")]
         if self.epochs:
-            problems = super().check_knobs()
+            problems = super().check_arguments()
         if not self.rank > 0:
             problems.append(Problem("rank", self.rank, "is not above 0"))
         if not self.alpha > 0:
@@ -101,7 +101,8 @@ class LoRA(Stage):
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems, layers = super().check(model, data, earlier), self.find_layers(model)
-        if odd := _unadaptable(model, layers):
+        inside = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+        if odd := [name for name, layer in layers.items() if id(layer) in inside or not _is_plain(layer)]:
             text = (
                 f"{shorten(odd)} cannot carry an adapter: grouped, dilated or specially padded convolutions, layers "
                 "with a forward of their own, and the projection inside torch's MultiheadAttention"
@@ -110,7 +111,7 @@ class LoRA(Stage):
         return problems + self._check_initialization(model, layers, earlier)
 
     def find_layers(self, model: nn.Module) -> dict[str, Layer]:
-        """The layers that get adapters; not those that stand at several places, whose place is not theirs alone."""
+        """The layers that get adapters: not those used at several places, since an adapter replaces one place only."""
         shared = _shared(model)
         return {name: layer for name, layer in super().find_layers(model).items() if id(layer) not in shared}
 
@@ -125,26 +126,29 @@ class LoRA(Stage):
         return plan
 
     def expected_plan(self, model: LightningModule) -> Plan:
-        """That of :meth:`finish`, which is what later stages meet."""
+        """The plan of :meth:`finish`: later stages act on the model after training."""
         return {} if self.merge else self._plan(model)
 
     def _plan(self, model: LightningModule) -> Plan:
         layers = [wrapped_name(name, model) for name in self.find_layers(model)]
-        name = unused_name(model, f"{self.name}_adapter")  # with a suffix, so that it is no attribute of a ModuleDict
+        # The suffix avoids a clash with an attribute of ModuleDict, where PEFT keeps its adapters by name.
+        name = unused_name(model, f"{self.name}_adapter")
         return {"adapters": vars(Adapters(name, self.rank, float(self.alpha), self.dropout, layers))}
 
     @staticmethod
     def restructure(model: LightningModule, plan: Plan) -> None:
-        if not plan:  # merged
+        if not plan:  # the adapters are merged
             return
         inject(model, Adapters(**plan["adapters"]))
-        if "trained_before" in plan:  # and is still to train
+        if "trained_before" in plan:  # training is not finished
             _prepare_training(model, plan)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metrics of the model with its adapters."""
         if not trainer.sanity_checking:
-            self._validated = _validation_metrics(trainer)
+            # only this validation's metrics: callback_metrics has those of training, too
+            logged = trainer.fit_loop.epoch_loop.val_loop._results.metrics(on_step=False)["callback"]
+            self._validated = {name: float(value) for name, value in logged.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"validated": self._validated}
@@ -159,19 +163,26 @@ class LoRA(Stage):
         if not self.merge:
             return {"adapters": plan["adapters"]}
         merged: dict[str, list[Merged]] = {}
-        for layer in wrappers(model, adapters).values():
-            found = _merge(base_of(layer), update_of(layer, adapters.name))
-            merged.setdefault(_promised(constraints_of(base_of(layer))), []).append(found)
+        for wrapper in wrappers(model, adapters).values():
+            layer, update = base_of(wrapper), update_of(wrapper, adapters.name)
+            weight, constraints = weight_matrix(layer), constraints_of(layer)
+            grid = None if constraints.grid is None else constraints.grid.to(weight.device)
+            result = merge_low_rank(weight, update, mask=constraints.mask(weight.device), grid=grid)
+            set_weight_matrix(layer, result.weight)
+            promised = [] if constraints.mask_bits is None else ["mask"]
+            if grid is not None:
+                promised.append(f"{grid.bits}-bit grid")
+            merged.setdefault(" and ".join(promised), []).append(result)
         remove(model, adapters)
         aware = plan["through_merge"]
-        context.notes += [_what_merging_did(promised, found, aware) for promised, found in merged.items()]
+        context.notes += [_what_merging_did(promised, results, aware) for promised, results in merged.items()]
         if self._validated:
             shown = ", ".join(f"{name} {value:.6g}" for name, value in self._validated.items())
             context.notes.append(f"before merging, after the last epoch: {shown}")
         return {}
 
     def moves(self, model: LightningModule) -> list[str]:
-        """None: the weights are frozen, and merging keeps their grid."""
+        """None, since the weights are frozen and merging keeps their grid."""
         return []
 
     def _check_initialization(
@@ -182,6 +193,7 @@ class LoRA(Stage):
             text = f"is for Linear layers, not for {shorten(convolutions)}"
             way_out = "Use default or gaussian, or add them to ignore."
             problems.append(Problem("initialization", chosen, text, way_out))
+        # the other initializations start with B A = 0, so that an earlier mask or grid still holds
         if chosen not in CHANGES_THE_WEIGHT:
             return problems
         if small := [n for n, x in layers.items() if self.rank > min(x.weight.shape[0], columns_of(x))]:
@@ -195,7 +207,7 @@ class LoRA(Stage):
 
 
 def _prepare_training(model: nn.Module, plan: Plan) -> None:
-    """Freeze all but the adapters, and let them see what merging will make of them."""
+    """Freeze everything except the adapters; with ``through_merge`` they train on the merged weights."""
     adapters = Adapters(**plan["adapters"])
     own = {id(p) for p in parameters_of(model, adapters)}
     for parameter in model.parameters():
@@ -204,22 +216,8 @@ def _prepare_training(model: nn.Module, plan: Plan) -> None:
         train_through_merge(model, adapters)
 
 
-def _merge(layer: Layer, update: Any) -> Merged:
-    weight, constraints = weight_matrix(layer), constraints_of(layer)
-    grid = None if constraints.grid is None else constraints.grid.to(weight.device)
-    merged = merge_low_rank(weight, update, mask=constraints.mask(weight.device), grid=grid)
-    set_weight_matrix(layer, merged.weight)
-    return merged
-
-
-def _promised(constraints: Constraints) -> str:
-    grid = "" if constraints.grid is None else f"{constraints.grid.bits}-bit grid"
-    mask = "" if constraints.mask_bits is None else "mask"
-    return " and ".join(filter(None, [mask, grid]))
-
-
 def _what_merging_did(promised: str, merged: list[Merged], aware: bool) -> str:
-    """For the record; shares are of the norm of all these layers' weights."""
+    """A note for the record. Shares are relative to the norm of all these layers' weights."""
     norm, *parts = (sum(getattr(m, part) ** 2 for m in merged) ** 0.5 for part in ("norm", "update", "moved", "lost"))
     update, moved, lost = (f"{part / max(norm, 1e-30):.2%}" for part in parts)
     layers = f"{len(merged)} layers"
@@ -233,14 +231,8 @@ def _what_merging_did(promised: str, merged: list[Merged], aware: bool) -> str:
     return f"{into}: the adapters had moved their weights by {update}, and the {promised} moved the result by {lost}"
 
 
-def _validation_metrics(trainer: Trainer) -> dict[str, float]:
-    """What the validation that is ending has logged for its epoch."""
-    logged = trainer.fit_loop.epoch_loop.val_loop._results.metrics(on_step=False)["callback"]
-    return {name: float(value) for name, value in logged.items()}
-
-
 def _shared(model: nn.Module) -> set[int]:
-    """ids of modules that stand at more than one place."""
+    """The ids of modules that are used at more than one place."""
     seen: set[int] = set()
     shared: set[int] = set()
     for parent in model.modules():
@@ -250,13 +242,8 @@ def _shared(model: nn.Module) -> set[int]:
     return shared
 
 
-def _unadaptable(model: nn.Module, layers: dict[str, Layer]) -> list[str]:
-    inside = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    return [name for name, layer in layers.items() if id(layer) in inside or not _is_plain(layer)]
-
-
 def _is_plain(layer: Layer) -> bool:
-    """Whether the layer multiplies with its matrix and does nothing else, in a way that PEFT's adapters follow."""
+    """Whether the layer only multiplies with its matrix, in a form that PEFT's adapters support."""
     if isinstance(layer, nn.Linear):
         return type(layer).forward is nn.Linear.forward
     plain = type(layer).forward is nn.Conv2d.forward and layer.padding_mode == "zeros"

@@ -21,7 +21,7 @@ from pqqp_lightning.stages import (
 
 
 class Magnitude(OneShotPruning):
-    """Removes the smallest weights; needs no data, unless for allocation: sensitivity.
+    """Removes the smallest weights; needs data only for allocation: sensitivity.
 
     Example::
 
@@ -49,8 +49,8 @@ class Magnitude(OneShotPruning):
         super().__init__(sparsity, pattern, **kwargs)
         self.scope = scope
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if self.scope == "global" and not isinstance(self.sparsity, float | int):
             way_out = "Set sparsity: 0.5, or scope: layer."
             problems.append(Problem("scope", self.scope, "needs one sparsity for all layers", way_out))
@@ -67,6 +67,7 @@ class Magnitude(OneShotPruning):
             super().compress_layers(model, layers, context)
             return
         assert isinstance(self.sparsity, float)
+        # one threshold for all layers, so they must be looked at together
         matrices = [weight_matrix(layer) for layer in layers.values()]
         earlier = [constraints_of(layer).mask(layer.weight.device) for layer in layers.values()]
         masks = prune_magnitude_global(matrices, sparsity=self.sparsity, masks=earlier)

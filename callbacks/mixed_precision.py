@@ -1,4 +1,4 @@
-"""Mixed precision: bits layer by layer under one budget, quantized in a schedule (Kim et al., arXiv 2603.18426)."""
+"""Mixed precision: bits for each layer under one budget, quantized in a schedule (Kim et al., arXiv 2603.18426)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pqqp_lightning.stages import (
     QuantizationStage,
     Sensitivity,
     Stage,
-    check_hessian_knobs,
+    check_hessian_arguments,
     constraints_of,
     measure_costs,
     weight_matrix,
@@ -38,13 +38,12 @@ DEFAULT_BITS = 4.0
 
 
 class MixedPrecision(QuantizationStage):
-    """Gives each layer its bits, by measured sensitivity under one budget, and quantizes bit width by bit width.
+    """Chooses each layer's bits by measured sensitivity under one budget, and quantizes bit width by bit width.
 
-    The cost of each layer at each bit width is measured with round to nearest on the calibration data; the cheapest
-    assignment within the budget is found exactly (integer programming, HiGHS). Then the layers of one bit width after
-    the other are quantized, each time calibrated on the model as quantized so far: from the most bits to the fewest
-    (progressive, the milder change first), or the other way round (regressive). The same by hand: several GPTQ stages
-    with disjoint ``targets``.
+    Round to nearest measures the cost of each layer at each bit width on the calibration data. Integer programming
+    (HiGHS) finds the cheapest assignment within the budget. Then one bit width after another is quantized, calibrated
+    on the model as quantized so far: from the most bits to the fewest (progressive, the mildest change first), or from
+    the fewest to the most (regressive). Several GPTQ stages with disjoint ``targets`` do the same by hand.
 
     Example::
 
@@ -53,20 +52,20 @@ class MixedPrecision(QuantizationStage):
 
     Args:
         bits: the bit widths to choose from, 2 to 8.
-        average_bits: at most so many bits a weight on average over the weights that are kept, without scales; 4 by
-            default, if no ``size_bytes`` is given.
-        size_bytes: at most so many bytes for the whole model instead, with scales, masks and all that stays as it is.
+        average_bits: largest average of bits over the kept weights, without scales; 4 by default, unless
+            ``size_bytes`` is given.
+        size_bytes: instead, the largest size of the whole model, with scales, masks and unchanged parameters.
         schedule: "progressive" quantizes from the most bits to the fewest, "regressive" from the fewest to the most.
         method: "gptq", or "rtn" (then the schedule makes no difference).
         group_size: input columns that share a scale; "channel" for one scale an output channel, "tensor" for one in
             all; or name pattern to size.
         symmetric: without zero points; False for asymmetric grids.
-        block_size: GPTQ's columns whose errors are passed on at a time; a matter of speed only.
+        block_size: columns whose errors GPTQ passes on together; it affects speed only.
         damping: fraction of the Hessian's mean diagonal that GPTQ adds to it.
         activation_order: GPTQ quantizes the columns with the largest inputs first.
         clip: search the range of each scale for the smallest error.
         sensitivity: "loss" weighs a layer's output error by the loss's squared gradients (one backward pass over the
-            calibration data), "output" takes the output error relative to the output.
+            calibration data), "output" divides the output error by the output.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
@@ -95,13 +94,13 @@ class MixedPrecision(QuantizationStage):
         self.size_bytes, self.schedule, self.method, self.sensitivity = size_bytes, schedule, method, sensitivity
         self.block_size, self.damping, self.activation_order = block_size, damping, activation_order
 
-    def check_knobs(self) -> list[Problem]:
-        problems = Stage.check_knobs(self) + check_hessian_knobs(self.block_size, self.damping)
+    def check_arguments(self) -> list[Problem]:
+        problems = Stage.check_arguments(self) + check_hessian_arguments(self.block_size, self.damping)
         if not self._widths:
             way_out = "Give the bit widths to choose from, as in bits: [2, 3, 4, 8]."
             return [*problems, Problem("bits", self.bits, "is empty", way_out)]
-        for bits in self._widths:  # and of the group size
-            problems += [p for p in self._stage(bits).check_knobs() if p not in problems]
+        for bits in self._widths:  # each width's stage also checks the group size
+            problems += [p for p in self._stage(bits).check_arguments() if p not in problems]
         if self.average_bits is not None and self.size_bytes is not None:
             text = f"and size_bytes={self.size_bytes} are both given"
             problems.append(Problem("average_bits", self.average_bits, text, "Set one budget."))
@@ -130,18 +129,20 @@ class MixedPrecision(QuantizationStage):
             group = {name: layer for name, layer in layers.items() if chosen[name] == bits}
             self._stage(bits).compress_layers(model, group, context)
         context.notes[:] = [*dict.fromkeys(context.notes), _summary(layers, chosen, used)]
-        self._check_size(model, context)
+        if self.size_bytes is not None and (counted := measure_size(model, []).size_bytes) > self.size_bytes:
+            # the sizes were foreseen with round to nearest; GPTQ's scales may need float32
+            context.notes.append(f"counted {counted} bytes, above size_bytes={self.size_bytes}: scales in float32")
         return {}
 
     @property
     def _widths(self) -> list[int]:
-        """The bit widths to choose from, each once, the fewest first."""
+        """The bit widths to choose from, ascending and without duplicates."""
         widths: Any = self.bits
         return sorted(set(widths))
 
     @property
     def _average(self) -> float:
-        """Bits a weight, where they are the budget."""
+        """The budget in bits for each weight, if no size is given."""
         return DEFAULT_BITS if self.average_bits is None else self.average_bits
 
     def _stage(self, bits: int) -> GPTQ | RTN:
@@ -156,7 +157,7 @@ class MixedPrecision(QuantizationStage):
     def _measure(
         self, model: LightningModule, layers: dict[str, Layer], context: Context
     ) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-        """Of each layer, its cost and its bytes at each bit width."""
+        """Each layer's cost and bytes at each bit width."""
         sizes: dict[str, list[int]] = {name: [] for name in layers}
 
         def trials(name: str, layer: Layer, hessians: Tensor) -> Iterator[Tensor]:
@@ -179,12 +180,13 @@ class MixedPrecision(QuantizationStage):
         """Each layer's bits."""
         if self.size_bytes is not None:
             whole = measure_size(model, layers)
+            # what the stage cannot change takes its part of the budget first
             rest = whole.size_bytes - sum(layer.size_bytes for layer in whole.layers)
             amounts, budget = sizes, self.size_bytes - rest
         else:
             kept = {name: constraints_of(layer).kept() for name, layer in layers.items()}
             amounts = {name: [bits * kept[name] for bits in self._widths] for name in layers}
-            rest, budget = 0, int(self._average * sum(kept.values()) + 1e-6)
+            rest, budget = 0, int(self._average * sum(kept.values()) + 1e-6)  # 4.35 * 100 is 434.99... in floats
         least = sum(map(min, amounts.values()))
         if least > budget:
             text = (
@@ -197,14 +199,9 @@ class MixedPrecision(QuantizationStage):
         picked = allocate([costs[n] for n in layers], [amounts[n] for n in layers], budget)
         return {name: self._widths[k] for name, k in zip(layers, picked, strict=True)}
 
-    def _check_size(self, model: LightningModule, context: Context) -> None:
-        """Say so if the counted size is above the budget: grids that needed finer scales than foreseen."""
-        if self.size_bytes is not None and (counted := measure_size(model, []).size_bytes) > self.size_bytes:
-            context.notes.append(f"counted {counted} bytes, above size_bytes={self.size_bytes}: scales in float32")
-
 
 def _stored_bytes(constraints: Constraints, quantized: Quantized) -> int:
-    """Bytes of a layer's weight on a grid like this one; scales near the end of float16's range count in float32."""
+    """Bytes of a layer's weight on a grid like this one; scales near the smallest float16 count as float32."""
     scale = quantized.grid.scale
     size = encode_weight(constraints.with_grid(quantized.grid), 32).size_bytes
     near = scale.dtype == torch.float16 and bool(scale.min() < 4 * SMALLEST_HALF)
@@ -212,7 +209,7 @@ def _stored_bytes(constraints: Constraints, quantized: Quantized) -> int:
 
 
 def _summary(layers: dict[str, Layer], chosen: dict[str, int], used: list[int]) -> str:
-    """How many layers got which bits, in the order in which they were quantized, and the average over kept weights."""
+    """How many layers have which bits, in the order of quantization, and the average over kept weights."""
     counts = ", ".join(f"{bits} bits: {sum(b == bits for b in chosen.values())} layers" for bits in used)
     kept = {name: constraints_of(layer).kept() for name, layer in layers.items()}
     average = sum(chosen[name] * kept[name] for name in layers) / max(1, sum(kept.values()))

@@ -8,8 +8,8 @@ from pqqp_lightning.stages import CodebookStage
 class NF4(CodebookStage):
     """Rounds weights to 4-bit NormalFloat, whose levels are as dense as normally distributed weights; needs no data.
 
-    The weights are bitsandbytes' own, bit for bit (``quantize_4bit`` without nested quantization of the scales), in an
-    ordinary layer: pruned weights stay zero, and pruning, LoRA, calibration and saving work on it on any device.
+    The weights equal those of bitsandbytes bit for bit (``quantize_4bit`` without nested quantization of the scales),
+    in an ordinary layer: pruned weights stay zero, and pruning, LoRA, calibration and saving work on any device.
 
     Example::
 

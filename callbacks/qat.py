@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from pqqp_lightning.algorithms.grid import Grid, fit_grid, round_to_grid
+from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.network.held_zeros import trained_weight
 from pqqp_lightning.stages import (
@@ -23,12 +23,11 @@ from pqqp_lightning.surgery.fake_quantize import attach, detach, quantizer_of
 
 
 class QAT(QuantizationStage):
-    """Finetunes a model whose weights are rounded to their grid in every forward pass, and then leaves them there.
+    """Finetunes with weights rounded to their grid in every forward pass, and ends with the rounded weights.
 
-    The weights underneath get the gradients of the rounded ones (straight-through), and so do the scales (LSQ) unless
-    they are to stay as first fitted, as RTN fits them. Pruned weights stay zero. The optimizer that the model makes
-    must take in all parameters, the scales among them; whatever it is, it moves a scale by about the same fraction as
-    it moves the weights.
+    The unrounded weights get the gradients of the rounded ones (straight-through). Scales start as RTN fits them and
+    are trained (LSQ) unless ``learn_scales`` is false. Pruned weights stay zero. The model's optimizer must include all
+    parameters, also the scales. Any optimizer moves a scale by about the same fraction as the weights.
 
     Example::
 
@@ -40,8 +39,8 @@ class QAT(QuantizationStage):
         group_size: input columns that share a scale; "channel" for one scale an output channel, "tensor" for one in
             all; or name pattern to size.
         symmetric: without zero points; False for asymmetric grids, whose zero points are not trained.
-        learn_scales: let training move the scales, as the paper does over tens of epochs; False keeps those of the
-            start, which was better in runs of a few epochs at 2 bits.
+        learn_scales: train the scales, as the paper does over tens of epochs; False keeps the initial scales, which
+            was better in runs of a few epochs at 2 bits.
         epochs: epochs of training, at least 1.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
@@ -60,23 +59,26 @@ class QAT(QuantizationStage):
         super().__init__(bits, group_size, symmetric, epochs=epochs, **kwargs)
         self.learn_scales = learn_scales
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if self.epochs == 0:
             way_out = "Set epochs: 1 or more, or use RTN or GPTQ."
             problems.append(Problem("epochs", self.epochs, "leaves no training", way_out))
         return problems
 
     def moves(self, model: LightningModule) -> list[str]:
-        """Its own layers end on their grid; all others move as in any finetuning."""
+        """All trained layers except the stage's own, which end on their grid."""
         own = self.find_layers(model)
         return [name for name in super().moves(model) if name not in own]
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         layers = self.find_layers(model)
         grids = {n: fit_grid(weight_matrix(layer), **self.grid_options(n)) for n, layer in context.each(layers)}
-        plan: Plan = {"learn_scales": self.learn_scales, "layers": {n: _described(grid) for n, grid in grids.items()}}
+        plan: Plan = {"learn_scales": self.learn_scales, "layers": {}}
+        for name, grid in grids.items():
+            plan["layers"][name] = [grid.bits, list(grid.scale.shape), grid.zero is None]
         self.restructure(model, plan)
+        # restructure fixes shapes only: the values of the scales come from the weights
         for name, layer in layers.items():
             quantizer_of(layer).start_from(grids[name], trained_weight(layer))
         return plan
@@ -88,7 +90,7 @@ class QAT(QuantizationStage):
             attach(modules[name], bits, scales, symmetric=symmetric, learn_scale=plan["learn_scales"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse an optimizer that leaves the scales out: it would train less than was asked for, silently."""
+        """Refuse an optimizer without the scales: they would silently stay untrained."""
         taken = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         scales = {name: quantizer_of(layer).scale for name, layer in self.find_layers(pl_module).items()}
         left = [name for name, scale in scales.items() if scale.requires_grad and id(scale) not in taken]
@@ -98,13 +100,8 @@ class QAT(QuantizationStage):
             raise RecipeError(Problem(text=text, way_out=way_out).within(f"stages.{self.name}", type(self).__name__))
 
     def finish(self, model: LightningModule, context: Context, plan: Plan) -> Plan:
-        """Round the weights underneath to the grid as trained; the model is an ordinary one again."""
+        """Round the weights to the trained grid and restore ordinary layers."""
         for _, layer in context.each(self.find_layers(model)):
             grid = detach(layer)
             write_back(layer, Compressed(round_to_grid(weight_matrix(layer), grid), grid=grid))
         return {}
-
-
-def _described(grid: Grid) -> list[Any]:
-    """Bits, shape of the scales, and whether there are no zero points."""
-    return [grid.bits, list(grid.scale.shape), grid.zero is None]

@@ -14,11 +14,11 @@ from pqqp_lightning.stages import BlockSize, Context, Plan, Problem, Stage, cons
 
 
 class QLoRA(LoRA):
-    """Trains low-rank adapters next to 4-bit weights and keeps them apart.
+    """Trains low-rank adapters next to 4-bit weights and keeps them separate.
 
     Layers that an earlier stage quantized keep their grid; the others are rounded to NF4 first. Pruned weights stay
-    zero. Scales are not quantized in turn, as the paper's double quantization does. The base is computed with in the
-    model's own dtype, so that training takes the memory of LoRA; what is small is the checkpoint.
+    zero. Unlike in the paper, scales are not quantized again. The base computes in the model's own dtype, so that
+    training needs as much memory as LoRA; only the checkpoint is small.
 
     Example::
 
@@ -33,9 +33,9 @@ class QLoRA(LoRA):
         initialization: how A and B start. "default" and "gaussian" draw A and start B at zero; "orthogonal" draws both
             so that B A is zero.
         merge: true adds the adapters to the weights and rounds them to their grid again.
-        merge_aware: train with the weights as merging will leave them; see :class:`LoRA`.
+        merge_aware: train with the weights as they will be after merging; see :class:`LoRA`.
         epochs: epochs of training, 1 or more.
-        learning_rate: its highest learning rate, made for Adam; null takes the model's own.
+        learning_rate: the highest learning rate, chosen for Adam; null uses the model's own.
         group_size: input columns that share a scale of NF4; "auto" for 64, or, where that does not divide a layer's
             inputs, for their largest divisor below 64; or name pattern to size.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
@@ -60,18 +60,19 @@ class QLoRA(LoRA):
         super().__init__(rank, alpha, dropout, initialization, merge, merge_aware, epochs, learning_rate, **kwargs)
         self.group_size = group_size
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
-        if self.initialization in ("pissa", "olora"):  # from Python, past the signature
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
+        if self.initialization in ("pissa", "olora"):  # Python does not enforce the signature
             text = "would move the weights off their grid"
             way_out = "Use default, gaussian or orthogonal."
             problems.append(Problem("initialization", self.initialization, text, way_out))
-        return problems + NF4(self.group_size).check_knobs()
+        return problems + NF4(self.group_size).check_arguments()
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         if problems:
             return problems
+        # NF4's checks concern only the layers that it will round
         gridded = {name for stage in earlier if "grid" in stage.promises for name in stage.find_layers(model)}
         layers = {name: layer for name, layer in self.find_layers(model).items() if name not in gridded}
         if layers:

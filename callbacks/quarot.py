@@ -16,20 +16,17 @@ from pqqp_lightning.surgery.rotation import plan_structure, rotate_decoder, rota
 
 
 class QuaRot(Stage):
-    """Rotates a language model's hidden states so that weights and activations have no outliers; changes no function.
+    """Rotates a language model's hidden states so that weights and activations have no outliers; outputs do not change.
 
-    For the LLaMA and OPT families. Norms' gains are folded into the layers behind them, the residual stream is rotated
-    by a randomised Hadamard matrix (orthogonal where none exists) and values by a Hadamard matrix for each head. What
-    rounds weights or activations comes after it. A tied embedding stays tied: the last norm's gain becomes one
-    additional layer of hidden size x hidden size behind that norm. Dropout in a later finetuning acts on the rotated
-    stream.
+    It supports the LLaMA and OPT families. Norms' gains are folded into the layers after them. A randomised Hadamard
+    matrix (an orthogonal one where none exists) rotates the residual stream, and a Hadamard matrix for each head
+    rotates the values. Put stages that round weights or activations after it. A tied embedding stays tied: the last
+    norm's gain becomes one more layer of hidden size x hidden size after that norm. Dropout in a later finetuning acts
+    on the rotated stream.
 
-    Folding has a price where small gains hide channels of the stream that are huge: after it, rounding errors of the
-    weights meet these channels in full. In SmolLM2-135M two of 576 channels hold over 40% of the stream's mean square
-    and the MLPs' norms mute one of them; folding makes what a rounding error meets up to 4 times as large there. GPTQ
-    sees the inputs and avoids that (4 bits a channel: perplexity 38.6 instead of 52.0, 33.0 instead of 40.3 with
-    ``clip``); RTN gets worse (181 instead of 63.0). For RTN use ``gains: keep``, ``online: true`` and its ``clip``:
-    47.0. docs/methods.md has the whole table.
+    Folding can harm a model in which small gains mute huge channels of the stream: after it, rounding errors of the
+    weights are multiplied by these channels in full. GPTQ sees the inputs and avoids this; RTN gets worse. For RTN use
+    ``gains: keep``, ``online: true`` and its ``clip``. docs/methods.md has the figures.
 
     Example::
 
@@ -38,14 +35,14 @@ class QuaRot(Stage):
           quantize: {class_path: GPTQ, init_args: {bits: 4}}
 
     Args:
-        online: also rotate, while the model runs, the inputs of each MLP's last layer and the heads in front of each
-            attention's last layer (fast Hadamard transforms); for activations that are quantized afterwards. Queries
-            and keys are not rotated.
-        gains: "fold" as in the paper; "keep" leaves norms and residual stream as they are, and rotates each norm's
-            output while the model runs instead: two more transforms in every block, and no additional layer.
-        seed: of the random signs.
-        kwargs: see :class:`~pqqp_lightning.stages.Stage`; the whole model is rotated, so targets and ignore must be
-            left out.
+        online: also rotate, while the model runs, the inputs of each MLP's last layer and the heads before each
+            attention's last layer (fast Hadamard transforms). Use it before quantizing activations. Queries and keys
+            are not rotated.
+        gains: "fold" as in the paper; "keep" changes neither norms nor residual stream, and rotates each norm's output
+            while the model runs: two more transforms in every block, but no additional layer.
+        seed: seed of the random signs.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`; leave out targets and ignore, since the whole model is
+            rotated.
     """
 
     source = "Ashkboos et al. 2024, QuaRot, arXiv 2404.00456"
@@ -59,8 +56,8 @@ class QuaRot(Stage):
         super().__init__(**kwargs)
         self.online, self.gains, self.seed = online, gains, seed
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if self.gains not in ("fold", "keep"):
             problems.append(Problem("gains", self.gains, "is neither 'fold' nor 'keep'"))
         for argument, patterns in (("targets", self.targets), ("ignore", self.ignore)):
@@ -71,6 +68,7 @@ class QuaRot(Stage):
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
+        # the checks below would only report consequences of the first rotation
         if again := [stage.name for stage in earlier if isinstance(stage, QuaRot)]:
             text = f"the model is already rotated by stage '{again[0]}'"
             return [*problems, Problem(text=text, way_out="Drop one of the two.")]
@@ -82,7 +80,11 @@ class QuaRot(Stage):
         if adapters := [name for name, module in model.named_modules() if is_adapter(module)]:
             text = f"{shorten(adapters)} are adapters kept apart"
             return [*problems, Problem(text=text, way_out="Merge them first, or put this stage first.")]
-        return problems + _problems_of(model)
+        try:
+            describe_decoder(model)
+        except RecipeError as error:
+            problems += error.problems
+        return problems
 
     def expected_plan(self, model: LightningModule) -> Plan:
         return plan_structure(
@@ -97,12 +99,3 @@ class QuaRot(Stage):
         plan = self.expected_plan(model)
         rotate_decoder(model, describe_decoder(model), plan)
         return plan
-
-
-def _problems_of(model: LightningModule) -> list[Problem]:
-    """Why the model cannot be rotated."""
-    try:
-        describe_decoder(model)
-    except RecipeError as error:
-        return error.problems
-    return []

@@ -30,7 +30,7 @@ from pqqp_lightning.surgery.removal import (
 
 @dataclass(frozen=True)
 class _Unit:
-    """What may be removed: a block, or one of its sublayers."""
+    """A candidate for removal: a block, or one of its sublayers."""
 
     name: str
     block: str
@@ -38,24 +38,23 @@ class _Unit:
 
     @property
     def names(self) -> list[str]:
-        """The names that ``targets`` and ``ignore`` may call it by."""
+        """The names that ``targets`` and ``ignore`` are matched against."""
         return [self.name] + [f"{self.block}.{child}" for child in (self.sublayer.rest if self.sublayer else ())]
 
 
 class SLEB(Stage):
-    """Removes whole blocks, or attention and MLP sublayers, one after another: each time the one without which the
-    loss on the calibration data is lowest.
+    """Removes blocks, or attention and MLP sublayers, one at a time, each time the one that raises the loss least.
 
     The loss is the module's own training loss, averaged over the calibration batches. Candidates share the activations
-    of the blocks before them: with L blocks left, a round evaluates L(L-1)/2 + L-1 blocks a batch, near half of the
-    L(L-1) of whole forward passes, and one hidden state is held at a time. With N = 2L sublayers left it is about
-    N**2/2 + N sublayers of N(N-1). Where the blocks do not simply follow one another, it is whole forward passes; the
-    record says so, and gives the counts.
+    of the blocks before them: with L blocks, a round evaluates L(L-1)/2 + L-1 blocks for each batch, about half of the
+    L(L-1) of whole forward passes, and holds one hidden state at a time. With N = 2L sublayers it evaluates about
+    N**2/2 + N sublayers instead of N(N-1). Where the blocks do not feed one another directly, each candidate takes a
+    whole forward pass. The record has the counts.
 
-    After blocks are removed a Hugging Face model is a stock model of fewer layers. A removed sublayer leaves its block
-    without its weights and norm; generation with a cache of keys and values is then not promised. Masks and grids of
-    the layers that remain are as they were, so that the stage may stand anywhere in the list. Of a ResNet only blocks
-    whose input and output have the same shape can go, and it has no sublayers of the kind.
+    After removing blocks, a Hugging Face model is a stock model with fewer layers. A removed sublayer takes its weights
+    and norm with it; generation with a cache of keys and values is then not guaranteed to work. The other layers keep
+    their masks and grids, so that the stage can be anywhere in the list. In a ResNet only blocks with equal input and
+    output shapes can be removed, and there are no such sublayers.
 
     Example::
 
@@ -64,11 +63,11 @@ class SLEB(Stage):
 
     Args:
         amount: how many to remove, or which fraction of all blocks (sublayers), in (0, 1), rounded to a whole number.
-        granularity: "block", or "sublayer" for the attention and the MLP of a block each by itself.
-        targets: name patterns of the blocks (sublayers) that may be removed ("layers.1[0-9]", "self_attn"); every one
-            by default.
+        granularity: "block", or "sublayer" to remove the attention or the MLP of a block alone.
+        targets: name patterns of the blocks (sublayers) that may be removed ("layers.1[0-9]", "self_attn"); all by
+            default.
         ignore: name patterns of blocks (sublayers) that must stay.
-        blocks: module names of the blocks; found by structure by default. Elements of a ModuleList or Sequential.
+        blocks: module names of the blocks, elements of a ModuleList or Sequential; found by structure by default.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
@@ -80,8 +79,8 @@ class SLEB(Stage):
         super().__init__(**kwargs)
         self.amount, self.granularity = amount, granularity
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if self.granularity not in ("block", "sublayer"):
             problems.append(Problem("granularity", self.granularity, "is unknown", "Use block or sublayer."))
         whole = isinstance(self.amount, int)
@@ -93,14 +92,14 @@ class SLEB(Stage):
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         if not is_overridden("training_step", model):
-            text = f"needs a training_step in {type(model).__name__}: its loss decides what goes"
+            text = f"needs a training_step in {type(model).__name__}: its loss decides what is removed"
             problems.append(Problem(text=text, way_out="Define one."))
         elif not model.automatic_optimization:
             text = (
                 f"{type(model).__name__} optimizes by hand in its training_step, which cannot be run for its loss alone"
             )
             problems.append(Problem(text=text, way_out="Set automatic_optimization, or leave the stage out."))
-        if not problems:
+        if not problems:  # the checks of names and amount need blocks of a known build
             problems += self._check_blocks(model) or self._check_patterns(model) or self._check_amount(model)
         return problems
 
@@ -125,6 +124,7 @@ class SLEB(Stage):
 
     @staticmethod
     def restructure(model: LightningModule, plan: Plan) -> None:
+        # a stage with other blocks than the model's must not change what later stages take for the model's blocks
         default = list(model_blocks(model)) == plan["blocks"]
         left = {name: model.get_submodule(name) for name in plan["blocks"]}
         if plan["granularity"] == "block":
@@ -146,7 +146,7 @@ class SLEB(Stage):
         return plan
 
     def _all_units(self, model: nn.Module) -> list[_Unit]:
-        """Every block, or every sublayer that is left."""
+        """All blocks, or all sublayers that were not removed before."""
         blocks = self.find_blocks(model)
         if self.granularity == "block":
             return [_Unit(name, name) for name in blocks]
@@ -157,7 +157,7 @@ class SLEB(Stage):
         ]
 
     def _units(self, model: nn.Module) -> list[_Unit]:
-        """Those that may go, as far as structure tells: a residual block that changes shapes has a ``downsample``."""
+        """The units that may be removed, judged by structure: a block with a ``downsample`` changes the shape."""
         return [
             unit
             for unit in self._all_units(model)
@@ -195,7 +195,8 @@ class SLEB(Stage):
             for pattern in patterns:
                 if not any(matches(name, pattern) for name in names):
                     hint = near_miss(pattern, {name.rsplit(".", 1)[-1] for name in names} | set(names))
-                    text = f"matches no {self.granularity} ({_some(names)})"
+                    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                    text = f"matches no {self.granularity} ({shown})"
                     problems.append(Problem(argument, pattern, text, hint.strip()))
         return problems
 
@@ -211,23 +212,30 @@ class SLEB(Stage):
             text = f"would remove {count} of {len(every)} {kind}s and leave none"
         else:
             text = (
-                f"would remove {count} {kind}s, but only {len(units)} of {len(every)} may go: the others match ignore, "
-                "do not match targets, or change the shape"
+                f"would remove {count} {kind}s, but only {len(units)} of {len(every)} can be removed: the others match "
+                "ignore, do not match targets, or change the shape"
             )
         return [Problem("amount", self.amount, text, f"Use at most {most}.")]
 
     def _observe(self, model: LightningModule, walk: Walk, context: Context) -> tuple[list[_Unit], dict[str, Output]]:
-        """The units that may go, and what each block and branch returns, seen on the probe.
+        """The removable units, and the outputs of each block and branch, observed on one batch.
 
         Raises:
-            RecipeError: too few of them keep the shape of their input.
+            RecipeError: too few units keep the shape of their input.
         """
         units = self._units(model)
         watched = dict(walk.blocks) | {unit.name: model.get_submodule(unit.name) for unit in units}
         outputs = observe_outputs(watched, walk)
-        fits = [unit for unit in units if unit.name in outputs and _fits(unit, outputs[unit.block])]
+        fits = []
+        for unit in units:
+            if unit.name not in outputs:  # it was not called
+                continue
+            block = outputs[unit.block]
+            # a branch is added to the hidden state and so has its shape; a whole block may change it
+            if block.bare and (block.keeps_shape or unit.sublayer is not None):
+                fits.append(unit)
         if odd := [unit.name for unit in units if unit not in fits]:
-            what = "not called, or does not return one hidden state of its input's shape: it stays"
+            what = "not called, or does not return one hidden state of its input's shape: not removed"
             context.found(what, odd)
         if len(fits) < self._count(model):
             text = (
@@ -241,11 +249,11 @@ class SLEB(Stage):
     def _note(
         self, model: nn.Module, context: Context, units: list[_Unit], removals: list[Removal], *, shared: bool
     ) -> None:
-        """What went in which order at which loss, and how much each round took."""
+        """Note the removals with their losses, and the evaluations of each round."""
         steps = ", ".join(f"{units[r.unit].name} ({r.loss:.4f})" for r in removals)
         context.notes.append(f"removed, in this order (calibration loss after it): {steps}")
         for refused in {unit: None for r in removals for unit in r.refused}:
-            context.found("without it the calibration loss is NaN or infinite: it stays", [units[refused].name])
+            context.found("without it the calibration loss is NaN or infinite: not removed", [units[refused].name])
         blocks = list(self.find_blocks(model))
         left = [sum(unit.block == block for unit in self._all_units(model)) for block in blocks]
         places = {i: blocks.index(unit.block) for i, unit in enumerate(units)}
@@ -277,12 +285,3 @@ def _make_losses(
             forwards = {getattr(block, child): module.forward for child, module in found.items()}
         parts.append(Part(places[unit.block], forwards))
     return RemovalLosses(walk, parts, sizes, context.title, context.progress)
-
-
-def _fits(unit: _Unit, block: Output) -> bool:
-    """Whether the unit's block can do without it: a branch is added to the hidden state and has its shape anyway."""
-    return block.bare and (block.keeps_shape or unit.sublayer is not None)
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -16,7 +16,7 @@ from pqqp_lightning.stages import (
     LayerInputs,
     OneShotPruning,
     Problem,
-    check_hessian_knobs,
+    check_hessian_arguments,
     factorize,
 )
 
@@ -24,7 +24,7 @@ from pqqp_lightning.stages import (
 class SparseGPT(OneShotPruning):
     """Removes weights and updates the kept ones so that each layer's outputs on the calibration data change least.
 
-    On layers that are quantized already, the kept weights stay on their grid.
+    On a quantized layer, the kept weights stay on their grid.
 
     Example::
 
@@ -35,7 +35,7 @@ class SparseGPT(OneShotPruning):
         sparsity: fraction of the weights to remove, in (0, 1); or name pattern to fraction.
         pattern: "N:M" instead: N kept of every M consecutive inputs.
         allocation: "uniform", or "sensitivity" for each layer's own sparsity, by its estimated effect on the loss.
-        block_size: columns for which the mask is chosen at a time.
+        block_size: columns for which the mask is chosen together.
         damping: fraction of the Hessian's mean diagonal that is added to it; more is steadier and less exact.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
@@ -55,8 +55,8 @@ class SparseGPT(OneShotPruning):
         super().__init__(sparsity, pattern, **kwargs)
         self.block_size, self.damping = block_size, damping
 
-    def check_knobs(self) -> list[Problem]:
-        return super().check_knobs() + check_hessian_knobs(self.block_size, self.damping)
+    def check_arguments(self) -> list[Problem]:
+        return super().check_arguments() + check_hessian_arguments(self.block_size, self.damping)
 
     def prepare(self, statistic: Tensor, found: Found) -> Sequence[InverseFactor]:
         return factorize(statistic, self.damping, found)

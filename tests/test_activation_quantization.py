@@ -243,7 +243,7 @@ def test_targets_choose_layers():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("arguments", "message"),
     [
         ({"bits": 1}, r"bits=1 is not between 2 and 8\."),
         ({"kv_bits": 16}, r"kv_bits=16 is not between 2 and 8\."),
@@ -255,9 +255,9 @@ def test_targets_choose_layers():
         ),
     ],
 )
-def test_bad_knobs_are_refused(tmp_path, knobs, message):
+def test_bad_arguments_are_refused(tmp_path, arguments, message):
     with pytest.raises(RecipeError, match=message):
-        run(tmp_path, "llama", ActivationQuantization(**knobs))
+        run(tmp_path, "llama", ActivationQuantization(**arguments))
 
 
 def test_a_model_without_keys_and_values_refuses_kv_bits(tmp_path):

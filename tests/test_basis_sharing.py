@@ -406,7 +406,7 @@ def test_what_an_earlier_stage_made_is_refused_with_the_way_out(tmp_path, stages
 
 
 @pytest.mark.parametrize("options", [{"group": 0}, {"ratio": 2.0}, {"ratio": 0.99}, {"ratio": float("nan")}])
-def test_a_bad_knob_does_not_hide_the_problems_of_later_stages(tmp_path, options):
+def test_a_bad_argument_does_not_hide_the_problems_of_later_stages(tmp_path, options):
     with pytest.raises(RecipeError, match=r"stages.basissharing (?s:.*)sparsity=7 is not in"):
         run(tmp_path, "llama", BasisSharing(**options), SparseGPT(7))
 

@@ -629,18 +629,22 @@ def test_adapters_kept_apart_must_be_merged_first():
         ("llama", {"importance": "taylr"}, r"importance='taylr' is not one of .*Did you mean 'taylor'"),
         ("llama", {"head_ratio": 0.01}, r"head_ratio=0.01 removes none of the 4 \(key and value\) heads of 2 layers"),
         ("llama", {"targets": ["q_prj"]}, r"targets='q_prj' matches no Linear or Conv2d layer. Did you mean 'q_proj'"),
-        ("llama", {"ignore": ["*"]}, r"leave no layer whose channels could go"),
+        ("llama", {"ignore": ["*"]}, r"leave no layer whose channels can be removed"),
         (
             "llama",
             {"targets": ["self_attn"]},
-            r"leave no layer whose channels could go with ratio=0.5 and head_ratio=N",
+            r"leave no layer whose channels can be removed with ratio=0.5 and head_ratio=N",
         ),
-        ("llama", {"ratio": 0.001}, r"leave no layer whose channels could go"),
-        ("resnet", {"head_ratio": 0.5}, r"head_ratio=0.5 has no effect: the model has no attention of a known build"),
+        ("llama", {"ratio": 0.001}, r"leave no layer whose channels can be removed"),
+        (
+            "resnet",
+            {"head_ratio": 0.5},
+            r"has no effect: the model has no attention of a supported kind",
+        ),
         ("resnet", {"epochs": -1}, r"epochs=-1 is negative"),
     ],
 )
-def test_bad_knobs_give_worded_errors(tmp_path, kind, options, message):
+def test_bad_arguments_give_worded_errors(tmp_path, kind, options, message):
     with pytest.raises(RecipeError, match=message):
         fit(tmp_path, kind, ChannelPruning(**options))
     assert not (tmp_path / "run").exists()

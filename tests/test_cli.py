@@ -382,7 +382,7 @@ def test_methods_lists_stages_from_everywhere_with_their_arguments(with_stages):
     done = run_command(with_stages, "methods")
     assert done.returncode == 0
     assert done.stderr == (
-        "broken.py: cannot be imported: ZeroDivisionError: division by zero. Put it right: it defines Broken.\n"
+        "broken.py: cannot be imported: ZeroDivisionError: division by zero. Fix it: it defines Broken.\n"
     )
     for name, module in (("Mine", "my_stage"), ("Other", "callbacks.other_stage"), ("Theirs", "their_package")):
         listed = done.stdout[done.stdout.index(f"\n{name}  {module}\n") :].split("\n\n")[0]

@@ -146,7 +146,7 @@ def test_gptq_with_clipping_holds_a_mask():
 
 
 @pytest.mark.parametrize("cls", [RTN, GPTQ])
-def test_the_stages_take_the_knob(tmp_path, cls):
+def test_the_stages_take_the_argument(tmp_path, cls):
     plain = fit(tmp_path / "plain", cls(3, clip=False))
     clipped = fit(tmp_path / "clipped", cls(3, clip=True))
     scales = [torch.cat([c.grid.scale for c in collect_constraints(m).values()][::2]) for m in (plain, clipped)]

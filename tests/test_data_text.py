@@ -155,7 +155,7 @@ def test_the_tokenizer_of_the_data_comes_before_the_models(tmp_path):
         attach(TextData(tokenizer="org/none")).setup("validate")
 
 
-def test_without_any_tokenizer_the_knob_is_named():
+def test_without_any_tokenizer_the_argument_is_named():
     with pytest.raises(RecipeError, match=r"tokenizer is not set, and the model has none\. Set data\.tokenizer"):
         TextData().setup("validate")
     tiny = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}

@@ -120,7 +120,7 @@ def test_the_code_of_a_network_inside_counts(folder):
     assert found[0] != found[1]
 
 
-def test_a_knob_that_is_kept_under_another_name_counts(folder):
+def test_an_argument_that_is_kept_under_another_name_counts(folder):
     cls = defined(folder, STAGE, "_Beside")
     assert keys(folder, [cls(amount=0.1)])[1] != keys(folder, [cls(amount=0.9)])[1]
 

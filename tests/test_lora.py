@@ -439,7 +439,7 @@ def test_a_run_that_stops_after_training_goes_on_to_the_same_end(tmp_path, monke
         ({"learning_rate": 0.0}, "learning_rate=0.0 is not above 0"),
     ],
 )
-def test_bad_knobs_are_refused(tmp_path, options, message):
+def test_bad_arguments_are_refused(tmp_path, options, message):
     with pytest.raises(RecipeError, match=message):
         run(tmp_path, "llama", LoRA(**options))
 

@@ -18,7 +18,7 @@ import pqqp_lightning
 from pqqp_lightning.callbacks import RTN, Magnitude
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.experiments import OrderOptions, search_orders
-from pqqp_lightning.experiments.session import alone
+from pqqp_lightning.experiments.session import exclusive_run_folder
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.storage.result_store import ResultStore
@@ -355,8 +355,8 @@ def test_run_folders_of_one_name_share_a_store_without_waiting(tmp_path):
     """a/run and b/run are two searches: only the second process in one folder has to wait."""
     store = ResultStore(tmp_path / "store")
     with (
-        alone(trainer(tmp_path / "a/run", RTN(4)), store, None),
-        alone(trainer(tmp_path / "b/run", RTN(4)), store, None),
+        exclusive_run_folder(trainer(tmp_path / "a/run", RTN(4)), store, None),
+        exclusive_run_folder(trainer(tmp_path / "b/run", RTN(4)), store, None),
     ):
         pass
 

@@ -24,8 +24,8 @@ STAGES = {
 
 def predict(folder, *stages, show=None, **options):
     chosen = OrderOptions(strategy="predict", **options)
-    engine = trainer(folder / "run", *stages)
-    search_orders(engine, make_model("llama"), make_data("llama", folder), chosen, show=show)
+    data = make_data("llama", folder)
+    search_orders(trainer(folder / "run", *stages), make_model("llama"), data, chosen, show=show)
     return json.loads((folder / "run/prediction.json").read_text())
 
 

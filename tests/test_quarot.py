@@ -48,8 +48,8 @@ def logits(module):
     return module(tiny.token_rows(4))
 
 
-def rotate(module, **knobs):
-    stage = QuaRot(**knobs)
+def rotate(module, **arguments):
+    stage = QuaRot(**arguments)
     assert stage.check(module, None, []) == []
     return stage.compress(module, None)
 
@@ -165,15 +165,15 @@ def test_rounding_hurts_less_after_it(bits, factor):
 
 
 def test_keeping_gains_spares_rounding_where_they_hide_large_channels():
-    def error(**knobs):
+    def error(**arguments):
         module = make_model("llama", torch.float32)
         module.model.model.embed_tokens.weight.data[:, 5] *= 100  # a huge channel that no norm lets through
         for name, parameter in module.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.data[5] = 1e-3
         before = logits(module)
-        if knobs:
-            rotate(module, **knobs)
+        if arguments:
+            rotate(module, **arguments)
         RTN(8).compress(module, tiny_context())
         return float((logits(module) - before).square().mean())
 
@@ -182,7 +182,7 @@ def test_keeping_gains_spares_rounding_where_they_hide_large_channels():
 
 
 def test_online_rotation_lets_activations_be_rounded_with_less_error():
-    def error(**knobs):
+    def error(**arguments):
         module = make_model("llama-tied", torch.float32)
         for name, parameter in module.named_parameters():
             if name.endswith(("up_proj.weight", "gate_proj.weight")):
@@ -190,7 +190,7 @@ def test_online_rotation_lets_activations_be_rounded_with_less_error():
             if name.endswith("down_proj.weight"):
                 parameter.data[:, [3, 17]] /= 25
         before = logits(module)
-        rotate(module, **knobs)
+        rotate(module, **arguments)
         ActivationQuantization(4, targets=["down_proj"]).compress(module, None)
         return float((logits(module) - before).square().mean())
 
@@ -282,11 +282,11 @@ def test_a_mask_may_be_given_up(tmp_path):
 
 
 def test_other_gains_are_refused():
-    assert [(p.key, p.value) for p in QuaRot(gains="drop").check_knobs()] == [("gains", "drop")]
+    assert [(p.key, p.value) for p in QuaRot(gains="drop").check_arguments()] == [("gains", "drop")]
 
 
 def test_no_layer_can_be_left_out():
-    (problem,) = QuaRot(targets=["q_proj"]).check_knobs()
+    (problem,) = QuaRot(targets=["q_proj"]).check_arguments()
     assert (problem.key, problem.value) == ("targets", ["q_proj"])
     assert problem.way_out == "Drop targets."
 

@@ -36,7 +36,7 @@ def result(path: Path, options: list[str]) -> dict:
 
 
 def few(path: Path) -> list[str]:
-    """One value less a knob: the smallest grid that is still one."""
+    """One value less for each argument: the smallest grid that is still one."""
     grids = {"prune-quantize": {"prune": {"sparsity": [0.5, 0.7]}, "quantize": {"bits": [8, 3]}}}
     grids["resnet"] = grids["deit"] = grids["prune-quantize"]
     grids["block-pruning"] = {"prune": {"amount": [1]}, "quantize": {"bits": [8, 4]}}

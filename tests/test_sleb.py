@@ -442,9 +442,13 @@ class Untrained(CausalLM):
         (
             SLEB(6),
             "resnet",
-            r"amount=6 would remove 6 blocks, but only 4 of 8 may go.* change the shape\. Use at most 4\.",
+            r"amount=6 would remove 6 blocks, but only 4 of 8 can be removed.* change the shape\. Use at most 4\.",
         ),
-        (SLEB(3, ignore=["layers.[0-1]"]), "llama", r"only 2 of 4 may go: the others match ignore.*Use at most 2"),
+        (
+            SLEB(3, ignore=["layers.[0-1]"]),
+            "llama",
+            r"only 2 of 4 can be removed: the others match.*Use at most 2",
+        ),
         (SLEB(1, "layer"), "llama", r"granularity='layer' is unknown\. Use block or sublayer\."),
         (SLEB(1, targets=["q_proj"]), "llama", r"targets='q_proj' matches no block \(model\.model\.layers\.0, "),
         (SLEB(1, ignore=["layers.9"]), "llama", r"ignore='layers\.9' matches no Linear or Conv2d layer"),
@@ -463,7 +467,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(tmp_path, stage, kind, m
 
 def test_a_model_without_a_loss_or_without_blocks_is_refused():
     (problem,) = SLEB(1).check(Untrained(tiny.LLAMA), None, [])
-    assert str(problem) == "needs a training_step in Untrained: its loss decides what goes. Define one."
+    assert str(problem) == "needs a training_step in Untrained: its loss decides what is removed. Define one."
     module = tiny.Regressor(blocks=1)
     module.blocks = module.blocks[0]
     (problem,) = SLEB(1).check(module, None, [])

@@ -117,9 +117,9 @@ def test_a_stage_keeps_its_promises_and_its_checkpoint_loads(tmp_path, name, kin
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_keeps_its_arguments_as_they_are(name):
-    """So that a sweep can make it anew with other knobs, and a record repeats it."""
+    """So that a sweep can make it again with other arguments, and a record repeats it."""
     stage = make(name)
-    again = type(stage)(**{knob: vars(stage)[knob] for knob in arguments_of(type(stage))})
+    again = type(stage)(**{name: vars(stage)[name] for name in arguments_of(type(stage))})
     assert again.arguments() == stage.arguments()
 
 

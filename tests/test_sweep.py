@@ -126,7 +126,7 @@ def test_a_wider_sweep_adds_only_what_is_new(folder, capsys):
     # 13 results that nobody has measured, and two models that they go on from and that were dropped
     assert wider["applications"] == 17 - 4 + 2
     printed = capsys.readouterr().out
-    assert "sweep: 6 points, 12 orders, 17 results, 4 of them known from before: 15 stage applications\n" in printed
+    assert "sweep: 6 points, 12 orders, 17 results, 4 of them already measured: 15 stage applications\n" in printed
     again = sweep(folder)
     assert again["applications"] == 0
     assert numbers(again) == numbers(wider)
@@ -237,7 +237,7 @@ def test_its_folder_is_named_after_the_recipe(folder):
     assert (folder / "runs/store").is_dir()
 
 
-def test_each_choice_of_other_knobs_has_a_curve_of_its_own(folder):
+def test_each_choice_of_other_arguments_has_a_curve_of_its_own(folder):
     report = sweep(folder, grid=["--grid.quantize.bits", "[4,3]", "--grid.quantize.group_size", "[32,channel]"])
     curves = {curve["label"]: curve["points"] for curve in report["curves"]}
     assert list(curves) == ["group_size=32", "group_size=channel"]

@@ -207,7 +207,7 @@ def make_stage(cls: type[Stage], name: str | None = None) -> Stage:
     example = example_arguments(cls)
     for count in range(len(example) + 1):
         chosen = dict(list(example.items())[:count])
-        if set(required(cls)) <= set(chosen) and not cls(**chosen).check_knobs():
+        if set(required(cls)) <= set(chosen) and not cls(**chosen).check_arguments():
             stage = cls(**chosen)
             stage.name = name or stage.name
             return stage

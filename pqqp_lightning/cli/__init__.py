@@ -1,1 +1,1 @@
-"""Reads a command line and recipes, and says what is wrong with them."""
+"""Reads a command line and recipes, and reports their problems."""

@@ -1,4 +1,4 @@
-"""What is wrong with a section that names a class and its arguments (a stage, the model, the data, the trainer)."""
+"""Checks sections that name a class and its arguments (a stage, the model, the data, the trainer)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PARSER_OPTIONS = {"print_config", "help", "h", "print_shtab", "config"}
 def check_class(
     settings: Sequence[Setting], key: str, bases: tuple[type, ...], known: dict[str, type], *, complete: bool = True
 ) -> list[Problem]:
-    """Whether the class of a section exists, and each argument is one of its own and of the right type.
+    """The problems of a section: its class, and the names and types of its arguments.
 
     Args:
-        settings: those of the section.
-        key: of the section.
-        bases: of which the class must be a subclass.
-        known: the classes that are known by their bare names.
-        complete: whether every required argument must be there.
+        settings: the settings of the section.
+        key: the key of the section.
+        bases: the class must be a subclass of one of these.
+        known: classes that may be given by bare name.
+        complete: whether every required argument must be given.
     """
     problems: list[Problem] = []
     cls: type | None = None
@@ -57,16 +57,12 @@ def check_class(
             if name not in {argument.key for argument in arguments}:
                 problem = Problem(name, text="is required", way_out="Add it.", source=first)
                 problems.append(problem.within(key, cls.__name__))
+    # only a class with valid arguments can be created and asked
     return problems or add_sources(_own_problems(cls, key, arguments), settings, first)
 
 
 def _class_and_arguments(names: list[str], value: Any) -> tuple[str | None, dict[str, Any]]:
-    """The class and the arguments that a setting gives.
-
-    Args:
-        names: its key, from the section on.
-        value: its value.
-    """
+    """The class and the arguments in a setting; ``names`` is its key relative to the section."""
     if not names:
         if isinstance(value, dict):
             outer = {k: v for k, v in value.items() if k not in ("class_path", "init_args", "dict_kwargs")}
@@ -82,7 +78,7 @@ def _class_and_arguments(names: list[str], value: Any) -> tuple[str | None, dict
 
 
 def _resolve(name: str, bases: tuple[type, ...], known: dict[str, type]) -> type | Problem:
-    """The class, or what is wrong with its name."""
+    """The class, or the problem of its name."""
     if name in known:
         return known[name]
     module, _, attribute = name.rpartition(".")
@@ -100,13 +96,13 @@ def _resolve(name: str, bases: tuple[type, ...], known: dict[str, type]) -> type
 
 
 def check_arguments(cls: type, section: str, owner: str, arguments: Sequence[Setting]) -> list[Problem]:
-    """Whether each argument is one of the class, and of the right type.
+    """The problems of the names and types of arguments.
 
     Args:
-        cls: whose constructor takes them.
+        cls: the class with the constructor.
         section: the key of the section.
-        owner: the class as the messages name it; empty where the section says it already.
-        arguments: their keys are relative to the section.
+        owner: the class's name in messages; empty if the section already names it.
+        arguments: with keys relative to the section.
     """
     parser = parser_of(cls)
     kinds = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
@@ -137,19 +133,19 @@ def wrong_value(setting: Setting, kind: Any) -> Problem:
 
 
 def accepts(parser: ArgumentParser, setting: Setting) -> bool:
-    """Whether the parser takes the value. It would take null for anything, so that null is checked by the type."""
+    """Whether the parser accepts the value. The parser accepts null for any type; here the type decides."""
     action = next((action for action in parser._actions if action.dest == setting.key), None)
     if setting.value is None and action is not None and not takes_null(action):
         return False
     try:
-        parser.parse_object({setting.key: copy.deepcopy(setting.value)})  # which changes what it is given
+        parser.parse_object({setting.key: copy.deepcopy(setting.value)})  # it changes its argument
     except ArgumentError as error:
-        return f'"{setting.key}"' not in str(error)  # else another argument is missing
+        return f'"{setting.key}"' not in str(error)  # otherwise the error is about a missing argument
     return True
 
 
 def _check_field(argument: Setting, section: str, kinds: dict[str, Any]) -> list[Problem]:
-    """What is wrong with one field of an argument that takes a dataclass, as in ``distill.weight``."""
+    """The problems of one field of an argument that is a dataclass, as in ``distill.weight``."""
     name, _, field = argument.key.partition(".")
     problems: list[Problem] = []
     for part in parts_of(kinds.get(name)):
@@ -160,19 +156,19 @@ def _check_field(argument: Setting, section: str, kinds: dict[str, Any]) -> list
 
 
 def _check_classes_inside(argument: Setting, section: str, kind: Any) -> list[Problem]:
-    """What is wrong with the classes in an argument: callbacks, a logger, an optimizer, a dataclass."""
+    """The problems of the classes in an argument: callbacks, a logger, an optimizer, a dataclass."""
     bases = tuple(part for part in parts_of(kind) if isinstance(part, type) and part not in WORDS)
     known = {cls.__name__: cls for base in bases for cls in (base, *subclasses(base))}
     if not known:
         return []
     plain = next((base.__name__ for base in bases if is_dataclass(base)), None)
-    complete = get_origin(kind) is not Callable  # the caller of a callable gives the other arguments
+    complete = get_origin(kind) is not Callable  # the caller of the callable gives the other arguments
     key = f"{section}.{argument.key}"
     problems: list[Problem] = []
     for value in argument.value if isinstance(argument.value, list) else [argument.value]:
         if not isinstance(value, dict):
             continue
-        if plain is not None:  # a dataclass is given without its name
+        if plain is not None:  # a recipe does not name the dataclass
             value = {"class_path": plain} | value
         if "class_path" in value:
             problems += check_class([Setting(argument.where, key, value)], key, bases, known, complete=complete)
@@ -180,25 +176,25 @@ def _check_classes_inside(argument: Setting, section: str, kind: Any) -> list[Pr
 
 
 def _own_problems(cls: type, section: str, arguments: Sequence[Setting]) -> list[Problem]:
-    """What an instance of a stage or datamodule says about its arguments, if one can be made."""
+    """The problems that a stage or datamodule finds in its own arguments, if it can be created."""
     if not issubclass(cls, Stage | LightningDataModule):
         return []
     try:
         values = parser_of(cls).parse_object({a.key: copy.deepcopy(a.value) for a in arguments})
         instance = cls(**values.as_dict())
         if isinstance(instance, Stage):
-            found = RecipeError(instance.check_knobs()).problems
+            found = RecipeError(instance.check_arguments()).problems
             return [problem.within(section, cls.__name__) for problem in found]
         found = RecipeError(instance.check() if hasattr(instance, "check") else []).problems
         return [p.within(section, cls.__name__) if p.key and not p.section else p for p in found]
     except RecipeError as error:
         return error.problems
-    except Exception:  # this is not the place to report it
+    except Exception:  # building the run reports it, with its traceback
         return []
 
 
 def subclasses(base: type) -> Iterator[type]:
-    """All of them, at any depth."""
+    """All subclasses, at any depth."""
     cls: type
     for cls in base.__subclasses__():
         yield cls

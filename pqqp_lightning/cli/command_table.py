@@ -31,10 +31,10 @@ class Command:
 
     Attributes:
         summary: what it does, in a few words.
-        example: what is typed after its name, a line each.
-        takes_recipe: whether a recipe and its options follow.
+        example: the words after the command's name, one entry for each line.
+        takes_recipe: whether it takes a recipe and its options.
         resumable: whether ``--ckpt_path last`` resumes it after a kill.
-        is_experiment: whether it applies the stages many times, in a run folder of its own (``runs/RECIPE-COMMAND``).
+        is_experiment: whether it runs the stages many times; its run folder is then ``runs/RECIPE-COMMAND``.
     """
 
     summary: str
@@ -63,7 +63,7 @@ COMMANDS = {
 
 
 def general_help() -> str:
-    """What ``pqqp-lightning --help`` prints."""
+    """The text of ``pqqp-lightning --help``."""
     lines = []
     for name, command in COMMANDS.items():
         first, *further = command.example or ("",)

@@ -1,4 +1,4 @@
-"""The trainer of the command line. Its methods' signatures are the options of the commands."""
+"""The trainer of the command line. The signatures of its methods define the options of the commands."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "stage_order": (list[str] | None, "The stages in another order."),
     "run_dir": (str | None, "The run folder."),
 }
-"""Options of every command that LightningCLI does not have: type and help."""
+"""Options of every command beyond those of LightningCLI: type and help."""
 
 NOT_OPTIONS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "weights_only"}
-"""Parameters of the trainer's methods that the recipe's sections give, or (weights_only) that have no effect here."""
+"""Parameters of the trainer's methods that the recipe's sections set, or that have no effect (weights_only)."""
 
 
 class CommandTrainer(Trainer):
-    """Lightning's trainer with the commands that it does not have.
+    """Adds the commands ``order``, ``sweep`` and ``analyze`` to the trainer.
 
-    The parser reads the options of each command from the method's signature; ``**options`` stands for the fields of the
-    dataclass that the method makes of them, which jsonargparse finds in the method's source.
+    The parser reads the options of each command from the method's signature. jsonargparse finds in the method's source
+    that ``**options`` are the fields of a dataclass.
     """
 
     def order(
@@ -64,7 +64,7 @@ class CommandTrainer(Trainer):
         ckpt_path: str | None = None,
         **options: Any,
     ) -> None:
-        """Measure a grid of arguments in every order, and test what it says about the order of compression.
+        """Measure a grid of arguments in every order, and test the hypothesis about the order of compression.
 
         Args:
             model: the dense model.
@@ -82,7 +82,7 @@ class CommandTrainer(Trainer):
         ckpt_path: str | None = None,
         **options: Any,
     ) -> None:
-        """Compare, layer by layer, what two stages do alone and in both orders.
+        """Compare two stages layer by layer, alone and in both orders.
 
         Args:
             model: the dense model.
@@ -96,7 +96,7 @@ class CommandTrainer(Trainer):
 
 @cache
 def option_parser(command: str) -> ArgumentParser:
-    """A parser of the options of ``command`` that stand beside the sections, as the command line's parser has them."""
+    """A parser of the options of ``command`` outside of the sections, as in the command line's parser."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--seed_everything", type=bool | int, default=0)
     for name, (kind, _) in RECIPE_OPTIONS.items():
@@ -106,7 +106,7 @@ def option_parser(command: str) -> ArgumentParser:
 
 
 def option_names(command: str) -> set[str]:
-    """The names of these options."""
+    """The names of the options of ``command`` outside of the sections."""
     return {action.dest for action in option_parser(command)._actions} - {"help", "print_shtab"}
 
 

@@ -1,4 +1,4 @@
-"""Runs one command, and adds to each problem who set the value that caused it."""
+"""Runs one command, and adds to each problem the source of the value that caused it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from pqqp_lightning.cli.settings import (
     add_sources,
     load_yaml,
     merged_section,
+    option,
     read_settings,
-    recipe_name,
     replaced_stages,
     stage_class_names,
     without_section,
@@ -46,10 +46,10 @@ def run_command(arguments: Sequence[str]) -> None:
     """Run one command.
 
     Args:
-        arguments: a command of the table, and what follows it.
+        arguments: the command, which is in the table, and the words after it.
 
     Raises:
-        RecipeError: everything that the user must put right.
+        RecipeError: with every problem of the recipe or the command line.
     """
     _quiet_the_libraries()
     for warning in load_installed():
@@ -74,7 +74,7 @@ def run_command(arguments: Sequence[str]) -> None:
 
 
 def _quiet_the_libraries() -> None:
-    """Keep what libraries say about themselves out of the way of progress bars and tables."""
+    """Silence messages of libraries that would break up progress bars and tables."""
     for logger in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     for message in (
@@ -87,11 +87,13 @@ def _quiet_the_libraries() -> None:
 
 
 def _run_recipe(command: str, arguments: list[str]) -> None:
-    # Importing these modules makes their classes known by bare name.
+    # A recipe may give these modules' classes by bare name, which needs the import.
     for module in ("models.causal_lm", "models.image_classifier", "data.text", "data.tokens", "data.images"):
         import_module(f"pqqp_lightning.{module}")
+    # the parser itself would keep the last of two equal keys
     set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
     settings, unreadable = read_settings(command, arguments)
+    # a file in the working folder runs code, so import only the one that defines a class of the recipe
     for name in stage_class_names(settings):
         if name not in known_stages():
             import_from_working_folder(name)
@@ -107,14 +109,14 @@ def _run_recipe(command: str, arguments: list[str]) -> None:
         problems = problems_behind(error)
         if not problems:
             raise
-        problems = add_sources(problems, settings, recipe_name(arguments) or COMMAND_LINE)
-        if isinstance(error, NotStarted):  # the stages' checks did not run yet: look at the rest of the recipe, too
+        problems = add_sources(problems, settings, option(arguments, "config") or COMMAND_LINE)
+        if isinstance(error, NotStarted):  # the stages' checks did not run: check the rest of the recipe as well
             problems += check_sections(settings)
         raise RecipeError(problems) from error
 
 
 def _with_one_grid(arguments: list[str], settings: list[Setting]) -> list[str]:
-    """The whole grid as one option: of two arguments of one stage, the parser would keep the last one only."""
+    """Merge the grid into one option, because the parser keeps only the last of two arguments of one stage."""
     grid = merged_section(settings, "grid")
     if not grid or not isinstance(grid, dict):
         return arguments

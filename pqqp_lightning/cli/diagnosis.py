@@ -1,7 +1,7 @@
-"""Everything that is wrong with a command line and its recipes.
+"""Finds every problem of a command line and its recipes.
 
-The parser (jsonargparse) stops at the first error. When it does, every section, class and argument that was set is
-checked here one by one. This runs on failure only.
+The parser (jsonargparse) stops at the first error. Only then is every section, class and argument checked here, one by
+one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pqqp_lightning.cli.class_checks import (
     wrong_value,
 )
 from pqqp_lightning.cli.command_trainer import SECTIONS, commands_with, option_names, option_parser
-from pqqp_lightning.cli.settings import COMMAND_LINE, NO_VALUE, Setting, read_settings, recipe_name
+from pqqp_lightning.cli.settings import COMMAND_LINE, NO_VALUE, Setting, option, read_settings
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, suggest
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.stages.arguments import arguments_of
@@ -33,7 +33,7 @@ WRITE_STAGES = "Write stages: {prune: {class_path: SparseGPT, init_args: {sparsi
 
 
 def refuse_nulls(command: str, settings: Sequence[Setting]) -> None:
-    """Refuse null where the type does not allow it. The parser takes it for any value.
+    """Refuse null where the type does not allow it, because the parser accepts it for any type.
 
     Raises:
         RecipeError: with every null that is not allowed.
@@ -54,11 +54,12 @@ def _holds_null(value: Any) -> bool:
 
 
 def diagnose(command: str, arguments: Sequence[str], error: ArgumentError) -> list[Problem]:
-    """Every problem of the command line and its recipes; the parser's own words if none is found."""
+    """Every problem of the command line and its recipes, or the parser's own message if no check finds one."""
     settings, problems = read_settings(command, arguments)
-    recipe = recipe_name(arguments) or COMMAND_LINE
+    recipe = option(arguments, "config") or COMMAND_LINE
     for setting in settings:
         problems += _check_name(setting, command, settings)
+    # the parser reads -stages.x as the short option -s, and its error does not help
     for word in arguments:
         name = word.partition("=")[0].partition(".")[0].lstrip("-")
         if re.match(r"-[a-z]\w", word) and name in (*SECTIONS, *option_names(command)):
@@ -72,11 +73,16 @@ def diagnose(command: str, arguments: Sequence[str], error: ArgumentError) -> li
         problems.append(Problem("model", text="is missing", way_out=way_out, source=recipe))
     problems += _check_options(command, settings)
     problems += check_sections(settings)
-    return problems or [Problem(text=_first_lines(error), source=recipe)]
+    if not problems:
+        # the parser's message on one line, without the list of everything that it tried
+        lines = [line.strip(" -") for line in str(error).splitlines()]
+        kept = [line for line in lines if line and not line.startswith(("Subtypes:", "Errors:", "Given value type"))]
+        problems.append(Problem(text=" ".join(kept[:4]), source=recipe))
+    return problems
 
 
 def _check_name(setting: Setting, command: str, settings: Sequence[Setting]) -> list[Problem]:
-    """Whether the first part of a setting's key is a section or an option of the command, and has a value."""
+    """The problem of a setting whose key is neither a section nor an option of the command, or that has no value."""
     name, where = setting.key.split(".")[0], setting.where
     if name in ("config", "c"):
         return [Problem("config", text="has no value", way_out="Write --config recipe.yaml.", source=where)]
@@ -100,7 +106,7 @@ def _check_name(setting: Setting, command: str, settings: Sequence[Setting]) -> 
 
 
 def _suggest_name(setting: Setting, command: str, known: set[str], settings: Sequence[Setting]) -> str:
-    """What an unknown option or section may have been meant for: another one, a stage, or an argument of a stage."""
+    """What the user may have meant by an unknown name: an option, a section, a stage, or an argument of a stage."""
     name = setting.key.split(".")[0]
     if setting.where != COMMAND_LINE:
         return suggest(name, known).strip()
@@ -114,7 +120,7 @@ def _suggest_name(setting: Setting, command: str, known: set[str], settings: Seq
 
 
 def _check_options(command: str, settings: Sequence[Setting]) -> list[Problem]:
-    """Whether the options beside the sections have values of their types."""
+    """The problems of options outside of the sections whose values have another type."""
     parser = option_parser(command)
     kinds = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     names = option_names(command)
@@ -123,11 +129,11 @@ def _check_options(command: str, settings: Sequence[Setting]) -> list[Problem]:
 
 
 def check_sections(settings: Sequence[Setting]) -> list[Problem]:
-    """Every problem of the sections that can be found without building the model."""
+    """The problems of the sections that do not need the model to be built."""
     problems = _check_stages(settings)
     for section, base in (("model", LightningModule), ("data", LightningDataModule)):
         own = [setting for setting in settings if setting.key.split(".")[0] == section]
-        if section == "data":  # a model may bring its own data
+        if section == "data":  # null is allowed: a model may have its own data
             own = [setting for setting in own if setting.value is not None]
         if own:
             known = {cls.__name__: cls for cls in subclasses(base) if cls.__module__.startswith("pqqp_lightning.")}
@@ -149,7 +155,7 @@ def _check_stages(settings: Sequence[Setting]) -> list[Problem]:
         key = f"stages.{name}"
         if any(setting.key in (key, f"{key}.class_path") for setting in own):
             problems += check_class(own, key, (Stage,), dict(known_stages()))
-        else:  # only arguments of it are given
+        else:  # only arguments of the stage are given
             near = suggest(name, [other for other in by_name if other != name])
             way_out = f"{near} To add it, also give --stages.{name} METHOD.".strip()
             text, where = f"Unknown stage '{name}'", own[0].where
@@ -172,10 +178,3 @@ def _check_trainer(settings: Sequence[Setting]) -> list[Problem]:
             where = setting.where
             problems.append(Problem("trainer", setting.value, text, source=where, complete=True))
     return problems + check_arguments(Trainer, "trainer", "", arguments)
-
-
-def _first_lines(error: ArgumentError) -> str:
-    """The parser's message on one line, without the list of everything it tried."""
-    lines = [line.strip(" -") for line in str(error).splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("Subtypes:", "Errors:", "Given value type"))]
-    return " ".join(kept[:4])

@@ -1,10 +1,10 @@
-"""Imports torchmetrics in two steps, so that a recipe is refused before its metrics of audio, images and text load.
+"""Imports torchmetrics in two steps, so that the command line refuses a bad recipe without loading every metric.
 
-Lightning needs ``torchmetrics.Metric`` and ``MetricCollection``; torchmetrics' package imports all of its metrics, and
-with them transformers, torchvision and scipy: half the time until the command line can say what is wrong in a recipe
-(https://github.com/Lightning-AI/torchmetrics/issues/2242). Here the package first holds the two classes alone. Whoever
-asks it for anything else gets the whole of it, imported at that moment. Only the command line does this: in a user's
-own program torchmetrics is imported as usual.
+Lightning needs only ``torchmetrics.Metric`` and ``MetricCollection``. The package imports all its metrics, and with
+them transformers, torchvision and scipy, which doubles the time until a bad recipe is refused
+(https://github.com/Lightning-AI/torchmetrics/issues/2242). Here the package first has these two classes only. Access to
+any other name imports the rest. Only the command line does this; in a user's own program torchmetrics is imported as
+usual.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 PACKAGE = "torchmetrics"
 LIGHT = {"Metric": "metric", "MetricCollection": "collections"}
-"""What Lightning takes from the package, and the modules that have it."""
+"""The classes that Lightning imports from the package, and their modules."""
 
 
 def import_torchmetrics_lightly() -> None:
-    """Let the next import of torchmetrics be light; without effect once it is imported."""
+    """Make the next import of torchmetrics light. No effect if it is already imported."""
     if PACKAGE not in sys.modules:
         sys.meta_path.insert(0, _Finder())
 
@@ -52,11 +52,11 @@ class _LightLoader(Loader):
         module.__spec__.loader = module.__loader__ = self._loader
         vars(module)["_logger"] = logging.getLogger(PACKAGE)  # its modules import it from the package
         try:
-            import_module(f"{PACKAGE}.utilities")  # first: its modules import each other in a circle
+            import_module(f"{PACKAGE}.utilities")  # first, because its modules import each other in a cycle
             for name, home in LIGHT.items():
                 vars(module)[name] = getattr(import_module(f"{PACKAGE}.{home}"), name)
         except (ImportError, AttributeError):
-            # Another version of torchmetrics, which the two classes need more of: import it as usual.
+            # In another version of torchmetrics the two classes may need more of the package: import it as usual.
             for name in [name for name in sys.modules if name.startswith(f"{PACKAGE}.")]:
                 del sys.modules[name]
             self._loader.exec_module(module)

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Mapping
 
 import docstring_parser
-from rich.console import Console
 from rich.table import Table
 
 from pqqp_lightning.report.terminal import wide_console
@@ -14,9 +13,9 @@ from pqqp_lightning.stages.arguments import arguments_of, documentation
 from pqqp_lightning.stages.stage import Stage
 
 
-def print_methods(stages: Mapping[str, type[Stage]], console: Console | None = None) -> None:
+def print_methods(stages: Mapping[str, type[Stage]]) -> None:
     """Print a table for each stage: its summary and source, then argument, default and meaning."""
-    console = console or wide_console()
+    console = wide_console()
     for name, cls in stages.items():
         documented = documentation(cls)
         summary = (docstring_parser.parse(inspect.getdoc(cls) or "").short_description or "").replace("\n", " ")
@@ -34,7 +33,7 @@ def print_methods(stages: Mapping[str, type[Stage]], console: Console | None = N
 
 
 def summarize(stages: Mapping[str, type[Stage]]) -> str:
-    """The methods with their own arguments, and the arguments that they share, in two sentences."""
+    """A text for ``--help``: each method with its own arguments, and the arguments that all share."""
     shared = arguments_of(Stage)
     methods = []
     for name, cls in stages.items():

@@ -1,4 +1,4 @@
-"""LightningCLI with stages by name and a run folder."""
+"""LightningCLI with named stages and a run folder."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ CHANGE_OPTION = "Change the option, or leave it out."
 
 
 class NotStarted(RecipeError):
-    """What keeps a run from starting before its stages could look at the model."""
+    """A problem found before the stages could check the model."""
 
 
 class CommandLine(LightningCLI):
     """LightningCLI with ``--stages``, ``--stage_order`` and ``--run_dir``. Creating it parses and runs the command.
 
-    ``sys.argv`` is neither read nor changed. The other processes of a distributed run are started by Lightning with
-    this process's ``sys.argv``, the user's own command, and so read the same arguments by themselves.
+    It neither reads nor changes ``sys.argv``. Lightning starts the other processes of a distributed run with this
+    process's ``sys.argv``, the user's command, so that they parse the same arguments.
 
     Args:
-        command: one that takes a recipe.
-        arguments: what follows it.
+        command: a command that takes a recipe.
+        arguments: the words after the command.
     """
 
     def __init__(self, command: str, arguments: list[str]) -> None:
@@ -58,26 +58,26 @@ class CommandLine(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Errors are raised, so that we can word them; options can come from the environment."""
+        """Let the parser raise its errors, so that we can word them, and read the environment."""
         kwargs |= {"prog": "pqqp-lightning", "exit_on_error": False, "default_env": True, "env_prefix": ENVIRONMENT}
         return super().init_parser(**kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static in Lightning, which calls it on self
-        """Only the command that was asked for: making all parsers takes most of a short command's time."""
+        """Only the given command, because creating all parsers takes most of a short command's time."""
         return {self._command: NOT_OPTIONS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Our options beside Lightning's."""
+        """Add our options to Lightning's."""
         stages_help = f"Stages by name, in order. {summarize(known_stages())}"
         parser.add_argument("--stages", type=dict[str, Stage], default={}, help=stages_help)
         for name, (kind, words) in RECIPE_OPTIONS.items():
             parser.add_argument(f"--{name}", type=kind, default=None, help=words)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would take hyperparameters from the checkpoint; here the recipe says what the model is."""
+        """Do nothing: Lightning would read hyperparameters from the checkpoint, but the recipe defines the model."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse ``args`` only; Lightning's own method warns where ``sys.argv`` has words, too."""
+        """Parse ``args``. Lightning's own method would warn because ``sys.argv`` is not empty."""
         try:
             self.config = parser.parse_args(args)
         except UnicodeDecodeError as error:  # a recipe that is not text
@@ -92,16 +92,17 @@ class CommandLine(LightningCLI):
             raise NotStarted(Problem("seed_everything", seed, "is not a seed", way_out)) from error
 
     def before_instantiate_classes(self) -> None:
-        """Settle the run folder and the order of the stages before anything is built."""
+        """Set the run folder and the order of the stages before anything is built."""
         config = self.config[self.subcommand]
         config.run_dir = str(run_folder(config, self._command))
         config.trainer.default_root_dir = config.run_dir
-        stages = {str(name): stage for name, stage in config.stages.items()}  # YAML reads 1 and yes as other types
+        # YAML reads the names 1 and yes as numbers and booleans
+        stages = {str(name): stage for name, stage in config.stages.items()}
         config.stages = ordered(stages, config.stage_order)
         config.stage_order = None
 
     def instantiate_classes(self) -> None:
-        """Build the model, the data, the stages and the trainer. What they refuse is inside the parser's errors."""
+        """Build the model, the data, the stages and the trainer. The parser wraps their errors; unwrap our own."""
         try:
             super().instantiate_classes()
         except Exception as error:
@@ -110,7 +111,7 @@ class CommandLine(LightningCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """The trainer, with the stages at the head of its callbacks."""
+        """Create the trainer, with the stages before the other callbacks."""
         stages: dict[str, Stage] = self._get(self.config_init, "stages")
         for name, stage in stages.items():
             stage.name = name
@@ -118,7 +119,7 @@ class CommandLine(LightningCLI):
         given = config.pop("callbacks") or []
         config["callbacks"] = [*stages.values(), *(given if isinstance(given, list) else [given])]
         if self._command in ("validate", "test") and config["logger"] is None:
-            config["logger"] = False  # the run's own logs stay as they are
+            config["logger"] = False  # do not add to the run's own logs
         try:
             trainer = CommandTrainer(**config)
         except (MisconfigurationException, TypeError, ValueError) as error:
@@ -126,6 +127,7 @@ class CommandLine(LightningCLI):
         trainer.recipe_text = self._resolved_recipe()
         resolved = yaml.safe_load(trainer.recipe_text)
         trainer.recipe = {key: resolved[key] for key in ("model", "data") if resolved.get(key) is not None}
+        # a run may be resumed with other options, as long as they do not change its numbers
         options = resolved["trainer"]
         trainer.recipe["trainer"] = {key: options[key] for key in RESULT_OPTIONS if key in options}
         return trainer
@@ -136,7 +138,7 @@ class CommandLine(LightningCLI):
             show_run(Path(self.trainer.default_root_dir))
 
     def _resolved_recipe(self) -> str:
-        """The recipe with every default written out. It can be run again."""
+        """The recipe with all defaults. It can be run again."""
         config = self.config[self.subcommand].clone()
         for key in ("config", "ckpt_path"):
             config.pop(key, None)
@@ -144,7 +146,7 @@ class CommandLine(LightningCLI):
 
 
 def run_folder(config: Namespace, command: str) -> Path:
-    """``--run_dir``, or ``runs/`` and the names of the recipes; experiments add their own name."""
+    """``--run_dir``, or ``runs/`` and the recipes' names; an experiment adds its command."""
     if given := config.run_dir or config.trainer.default_root_dir:
         return Path(given)
     files = config.get("config") or []
@@ -153,10 +155,10 @@ def run_folder(config: Namespace, command: str) -> Path:
 
 
 def ordered(stages: dict[str, Any], order: list[str] | None) -> dict[str, Any]:
-    """The stages in ``order``, which must name each of them once.
+    """The stages in ``order``.
 
     Raises:
-        NotStarted: it does not.
+        NotStarted: ``order`` does not name each stage exactly once.
     """
     if order is None:
         return stages
@@ -177,7 +179,7 @@ def ordered(stages: dict[str, Any], order: list[str] | None) -> dict[str, Any]:
 
 
 def problems_behind(error: BaseException | None) -> list[Problem]:
-    """What a class that the recipe names, or Lightning, refused with ``error`` or with a cause of it."""
+    """The problems in ``error`` or its causes, raised by Lightning or by a class in the recipe."""
     while error is not None:
         if isinstance(error, RecipeError):
             return error.problems
@@ -191,9 +193,10 @@ def problems_behind(error: BaseException | None) -> list[Problem]:
 
 
 def _trainer_problem(config: dict[str, Any], error: Exception) -> Problem:
-    """What Lightning's trainer refused. The option to blame is the one without which it can be made."""
+    """The option that Lightning's trainer refuses: without it, the trainer can be created."""
     words = " ".join(str(error).split())
     options = {key: value for key, value in config.items() if key not in ("callbacks", "logger") and value is not None}
+    # Lightning's error does not name the option: leave them out one by one
     for name, value in options.items():
         others = {key: other for key, other in options.items() if key != name}
         try:

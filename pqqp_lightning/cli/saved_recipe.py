@@ -1,4 +1,4 @@
-"""Recipes that the user does not write: the one in a run's folder, and those in the package."""
+"""Recipes that the user does not write: those in run folders and in the package."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pqqp_lightning.storage.run_folder import RunFolder
 
 @contextmanager
 def with_saved_recipe(command: str, arguments: list[str]) -> Iterator[list[str]]:
-    """The arguments of a command; ``validate --run_dir RUN`` and ``test`` get the recipe and the checkpoint of the run.
+    """The arguments of a command. ``validate`` and ``test`` with ``--run_dir RUN`` get the run's recipe and checkpoint.
 
     Raises:
-        RecipeError: the folder has no recipe, or the command line changes stages that are applied already.
+        RecipeError: the folder has no recipe, or the command line changes stages that the run already applied.
     """
     run = option(arguments, "run_dir")
     if command not in ("validate", "test") or run is None:
@@ -50,7 +50,7 @@ def with_saved_recipe(command: str, arguments: list[str]) -> Iterator[list[str]]
 
 
 def _without_other_options(recipe: Path, command: str, folder: Path) -> Path:
-    """The recipe that another command saved; a copy in ``folder`` without that command's options if it has any."""
+    """The path of the saved recipe, or of a copy in ``folder`` without options that ``command`` does not have."""
     content = load_yaml(recipe.read_text(encoding="utf-8"))
     known = {*SECTIONS, *option_names(command)}
     if not isinstance(content, dict) or content.keys() <= known:
@@ -61,9 +61,9 @@ def _without_other_options(recipe: Path, command: str, folder: Path) -> Path:
 
 
 def packaged(argument: str) -> str:
-    """The argument; a recipe that is not in the working folder but in the package as the path of that one.
+    """The argument, with a recipe's path replaced by that in the package if only the package has the file.
 
-    ``--config recipes/quickstart.yaml`` so works in any folder.
+    This makes ``--config recipes/quickstart.yaml`` work in any folder.
     """
     key, equals, value = argument.rpartition("=")
     if value.startswith(("recipes/", "configs/")) and value.endswith(".yaml") and not Path(value).exists():

@@ -1,4 +1,4 @@
-"""What the user set, and where: recipes, their fragments, the command line and the environment, read plainly."""
+"""Reads what the user set, and where: in recipes, fragments, the command line or the environment."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Setting:
     Attributes:
         where: the recipe's path, "command line", or an environment variable.
         key: dotted, as in ``stages.prune.sparsity``.
-        value: plain data; NO_VALUE for an option that is given without one.
+        value: plain data; NO_VALUE for an option without a value.
     """
 
     where: str
@@ -41,14 +41,13 @@ class Setting:
     value: Any
 
     def sets(self, key: str) -> bool:
-        """Whether this gives ``key`` (dotted, without ``init_args``) a value."""
-        own = self._path()
-        if own == key:
+        """Whether this sets ``key`` (dotted, without ``init_args``)."""
+        if self.path == key:
             return True
-        if not key.startswith(f"{own}."):
+        if not key.startswith(f"{self.path}."):
             return False
         value = self.value
-        for name in key.removeprefix(f"{own}.").split("."):
+        for name in key.removeprefix(f"{self.path}.").split("."):
             if isinstance(value, dict) and name not in value:
                 value = value.get("init_args")
             if not isinstance(value, dict) or name not in value:
@@ -56,16 +55,14 @@ class Setting:
             value = value[name]
         return True
 
-    def is_inside(self, section: str) -> bool:
-        """Whether this sets something below ``section``."""
-        return self._path().startswith(f"{section}.")
-
-    def _path(self) -> str:
+    @property
+    def path(self) -> str:
+        """The key without ``init_args`` and ``class_path``."""
         return self.key.replace(".init_args", "").removesuffix(".class_path")
 
 
 def read_settings(command: str, arguments: Sequence[str]) -> tuple[list[Setting], list[Problem]]:
-    """What the environment, the recipes and the command line set, in this order, and what cannot be read."""
+    """The settings of the environment, the recipes and the command line, in this order, and what cannot be read."""
     problems: list[Problem] = []
     settings = list(_settings_of_environment(command))
     for key, value in _pairs(arguments):
@@ -82,18 +79,13 @@ def read_settings(command: str, arguments: Sequence[str]) -> tuple[list[Setting]
 
 
 def load_yaml(text: str) -> Any:
-    """YAML as the parser reads it, but a duplicate key in a mapping is an error: the parser would keep the last only.
+    """YAML as the parser reads it, except that a duplicate key is an error; the parser would keep the last value.
 
     Raises:
         yaml.YAMLError: not YAML, or a duplicate key.
     """
     _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader))
     return _parser_yaml(text)
-
-
-def recipe_name(arguments: Sequence[str]) -> str | None:
-    """The last recipe on the command line."""
-    return option(arguments, "config")
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:
@@ -103,7 +95,7 @@ def option(arguments: Sequence[str], name: str) -> str | None:
 
 
 def merged_section(settings: Iterable[Setting], section: str) -> Any:
-    """What the settings make of ``section`` together: a dotted key changes its own place only."""
+    """The value of ``section`` from all settings; a dotted key changes only its own entry."""
     merged: Any = {}
     for setting in settings:
         first, *rest = setting.key.split(".")
@@ -133,7 +125,7 @@ def without_section(arguments: Sequence[str], section: str) -> list[str]:
 
 
 def replaced_stages(settings: Iterable[Setting]) -> list[str]:
-    """A note for every recipe whose ``stages`` take the place of an earlier recipe's."""
+    """A note for every recipe whose ``stages`` replace those of an earlier recipe."""
     named: dict[str, list[str]] = {}
     for setting in settings:
         if setting.key.startswith("stages.") and setting.where.endswith((".yaml", ".yml")):
@@ -145,7 +137,7 @@ def replaced_stages(settings: Iterable[Setting]) -> list[str]:
 
 
 def stage_class_names(settings: Iterable[Setting]) -> list[str]:
-    """The class names without a module that are given to stages."""
+    """The class names of stages that are given without a module."""
     names = []
     for setting in settings:
         parts = setting.key.split(".")
@@ -157,7 +149,7 @@ def stage_class_names(settings: Iterable[Setting]) -> list[str]:
 
 
 def add_sources(problems: Iterable[Problem], settings: Sequence[Setting], otherwise: str) -> list[Problem]:
-    """The problems, each with who set its key as the source; ``otherwise`` where nobody did."""
+    """The problems with the source that set their key, or ``otherwise`` if no source did."""
     return [
         problem if problem.source else replace(problem, source=_source_of(problem.key, settings) or otherwise)
         for problem in problems
@@ -165,18 +157,18 @@ def add_sources(problems: Iterable[Problem], settings: Sequence[Setting], otherw
 
 
 def _source_of(key: str, settings: Sequence[Setting]) -> str | None:
-    """Who set ``key`` last; else who first set something inside it; else the same for the section around it."""
+    """The source that set ``key`` last, or first set a key inside it, or else did so for the section around it."""
     while key:
         if setters := [setting.where for setting in settings if setting.sets(key)]:
             return setters[-1]
-        if inside := [setting.where for setting in settings if setting.is_inside(key)]:
+        if inside := [setting.where for setting in settings if setting.path.startswith(f"{key}.")]:
             return inside[0]
         key = key.rpartition(".")[0]
     return None
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """(option, value) pairs of a command line, options without their dashes."""
+    """(option without dashes, value) pairs of a command line; the option is empty for a word without one."""
     pending = list(arguments)
     while pending:
         word = pending.pop(0)
@@ -218,7 +210,7 @@ def _settings_of_file(path: Path, problems: list[Problem]) -> Iterator[Setting]:
 
 
 def _read_yaml(path: Path, problems: list[Problem]) -> Any:
-    """The content of a recipe or fragment; None, and a problem more, if it cannot be read."""
+    """The content of a recipe or fragment; None if it cannot be read, and ``problems`` gets the reason."""
 
     def refuse(text: str, way_out: str = "") -> None:
         problems.append(Problem(text=text, way_out=way_out, source=str(path)))
@@ -248,7 +240,7 @@ def _read_yaml(path: Path, problems: list[Problem]) -> Any:
 
 
 def _way_out(word: str) -> str:
-    """How a word that is no option may have been meant."""
+    """What the user may have meant by a word that is not an option."""
     if word.endswith((".yaml", ".yml")):
         return f"Give a recipe with --config {word}."
     if word.endswith(("]", "}", ",")):

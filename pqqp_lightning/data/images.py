@@ -207,9 +207,9 @@ class ImageData(LightningDataModule):
 
     def _check_transforms(self) -> list[Problem]:
         problems = []
-        for knob in ("train_transforms", "evaluation_transforms"):
+        for argument in ("train_transforms", "evaluation_transforms"):
             try:
-                self._pipeline(knob)
+                self._pipeline(argument)
             except RecipeError as error:
                 problems += error.problems
         return problems

@@ -1,4 +1,4 @@
-"""The questions that people ask: the best order, a sweep, an analysis, a prediction."""
+"""The experiments: the best order, a sweep, an analysis, a prediction."""
 
 from pqqp_lightning.experiments.analysis import analyze_pair
 from pqqp_lightning.experiments.options import AnalysisOptions, OrderOptions, SweepOptions

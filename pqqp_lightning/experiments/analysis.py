@@ -1,8 +1,8 @@
-"""``analyze``: the layer-wise picture behind the order of two stages.
+"""``analyze``: compares the layers under the two orders of two stages.
 
-For each layer, on the inputs that the dense model gives it: the relative errors of its outputs after each stage alone
-and after both orders, and the interference Delta = e(both) - e(one) - e(other). And whether what the theorems of Kim
-et al. (arXiv 2603.18426) assume holds on this model: disjoint selectivity, and independence of the layers' errors.
+It measures each layer on its inputs in the dense model: the relative errors of its outputs after each stage alone and
+after both orders, and the interference Delta = e(both) - e(one) - e(other). It also tests on this model what the
+theorems of Kim et al. (arXiv 2603.18426) assume: disjoint selectivity, and independence of the layers' errors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pqqp_lightning.calibration.layer_errors import (
 )
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.experiments.options import AnalysisOptions
-from pqqp_lightning.experiments.session import Show, alone, check_store, open_search, store_of
+from pqqp_lightning.experiments.session import Show, check_store, exclusive_run_folder, open_search, store_of
 from pqqp_lightning.report.analysis_numbers import layer_rows, order_key
 from pqqp_lightning.report.pictures import draw_analysis
 from pqqp_lightning.runs.checks import check_places, check_run
@@ -42,7 +42,7 @@ from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 from pqqp_lightning.trials.verdict import Judge
 
 BLOCKWISE = 2
-"""Samples for the changes by single blocks, which take a pass for each block."""
+"""Samples for the changes by single blocks, which take one pass for each block."""
 
 
 def analyze_pair(
@@ -62,24 +62,24 @@ def analyze_pair(
         datamodule: its data.
         options: the metric that judges the orders, and the samples to compare on.
         resume: continue the analysis in the run folder.
-        show: called with the run folder at the end, before another process may search there.
+        show: called with the run folder at the end, before another process may use it.
 
     Raises:
-        RecipeError: everything that must be put right, before any work.
+        RecipeError: with every problem, before any work.
     """
     results = store_of(trainer, options.store)
     data = RunData(module, datamodule=datamodule)
     orders = check_analysis(trainer, data, results, options.samples)
     data.read(trainer)
-    with alone(trainer, results, show):
-        Analysis(trainer, data, orders, results, options).go(resume=resume)
+    with exclusive_run_folder(trainer, results, show):
+        Analysis(trainer, data, orders, results, options).run(resume=resume)
 
 
 def check_analysis(trainer: Trainer, data: RunData, store: ResultStore, samples: int) -> list[Order]:
     """The orders of the two stages that can run.
 
     Raises:
-        RecipeError: everything that must be put right.
+        RecipeError: with every problem.
     """
     stages: Sequence[Stage] = trainer.stages
     problems = check_run(trainer, data, stages) + check_store(trainer, store)
@@ -109,8 +109,8 @@ class Analysis:
     Args:
         trainer: for evaluation and training.
         data: the dense model and its data.
-        orders: that can run.
-        store: where results are looked up and kept.
+        orders: the orders that can run.
+        store: reads and keeps results.
         options: the metric that judges the orders, and the samples to compare on.
     """
 
@@ -124,8 +124,8 @@ class Analysis:
         self._stages = {stage.name: stage for stage in trainer.stages}
         self._tree = PrefixTree(trainer, data, self._stages, store)
 
-    def go(self, *, resume: bool) -> None:
-        """Measure what nobody has measured yet, compare, and write it all."""
+    def run(self, *, resume: bool) -> None:
+        """Measure what the store does not have, compare, and write the report."""
         asked = {"command": "analyze", "samples": self._samples}
         judge = open_search(self._trainer, self._data, self._tree, asked, self._options, resume=resume)
         nodes = [*((order[0],) for order in self._orders), *self._orders]
@@ -139,6 +139,7 @@ class Analysis:
             write_csv(self._folder.layers, layer_rows(report))
             report["figures"] = draw_analysis(self._folder, report)
             write_json(self._folder.analysis, report)
+        # the models are large, and the report is complete; the records stay in the store
         for node in self._tree.results():
             self._tree.drop(node)
 
@@ -150,6 +151,7 @@ class Analysis:
             compared = walk.first(self._samples)
             errors = layer_errors(compared, variants)
             few = walk.first(min(BLOCKWISE, self._samples))
+            # a model without blocks is one block, and has no changes to add up
             adding = None if "" in walk.blocks else additivity(*block_changes(few, variants[order_key(best)]))
         first, second = self._orders[0], self._orders[-1]
         return {

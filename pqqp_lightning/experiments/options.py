@@ -1,7 +1,7 @@
-"""The options of ``order``, ``sweep`` and ``analyze``: names, types, defaults and meaning, written down here only.
+"""The options of ``order``, ``sweep`` and ``analyze``: the only place with their names, types, defaults and meaning.
 
-The command line makes its parser and its ``--help`` from these classes, and checks a recipe against them; Python users
-pass an instance to :func:`~pqqp_lightning.experiments.search_orders` and its siblings.
+The command line creates its parser and ``--help`` from these classes, and checks recipes with them. Python users pass
+an instance to :func:`~pqqp_lightning.experiments.search_orders` and its siblings.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pqqp_lightning.trials.executors import LOCAL
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentOptions:
-    """What every experiment can be told.
+    """The options of every experiment.
 
     Args:
         metric: the metric that decides; by default the model's primary metric, or its first one.
-        higher_is_better: whether a higher value of the metric is better; known for common metrics.
-        store: folder of results that experiments share; by default "store" beside the run folder.
+        higher_is_better: whether a higher value of the metric is better; not needed for common metrics.
+        store: folder of results that experiments share; by default "store" next to the run folder.
     """
 
     metric: str | None = None
@@ -29,49 +29,53 @@ class ExperimentOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrderOptions(ExperimentOptions):
-    """The options of ``order``.
+class SearchOptions(ExperimentOptions):
+    """The options of experiments with many measurements.
 
     Args:
-        strategy: "exhaustive" tries all orders; "progressive" starts with the order from the weakest stage to the
-            strongest and moves one stage at a time; "predict" measures nothing and names the order that the layers'
-            errors on calibration data favor.
-        max_runs: measure at most this many complete orders.
-        time_limit: start no new order after this many minutes.
-        comparable_only: leave out orders that end larger than the smallest one, or that lose a constraint.
-        repeats: measure the orders with this many draws of calibration samples, the recipe's own included.
+        time_limit: start no new order or measurement after this many minutes.
         executor: "local" measures in this process; "ray" runs as many tasks at a time as there are processors, each
             with as many threads as torch has here (OMP_NUM_THREADS), on this machine or the cluster at RAY_ADDRESS.
     """
 
-    strategy: str = "exhaustive"
-    max_runs: int | None = None
     time_limit: float | None = None
-    comparable_only: bool = False
-    repeats: int = 1
     executor: str = LOCAL
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions(ExperimentOptions):
+class OrderOptions(SearchOptions):
+    """The options of ``order``.
+
+    Args:
+        strategy: "exhaustive" tries all orders; "progressive" starts with the order from the weakest stage to the
+            strongest and moves one stage at a time; "predict" measures no order and predicts the best one from the
+            layers' errors on calibration data.
+        max_runs: measure at most this many complete orders.
+        comparable_only: exclude orders that end larger than the smallest one, or that lose a constraint.
+        repeats: measure the orders with this many draws of calibration samples, including the recipe's own.
+    """
+
+    strategy: str = "exhaustive"
+    max_runs: int | None = None
+    comparable_only: bool = False
+    repeats: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(SearchOptions):
     """The options of ``sweep``.
 
     Args:
-        grid: the values of arguments, by stage and argument, as in --grid.prune.sparsity [0.5,0.7].
-        curve: the stage that quantizes, if the grid leaves it open.
+        grid: values by stage and argument, as in --grid.prune.sparsity [0.5,0.7].
+        curve: the stage that quantizes, if the grid does not determine it.
         curve_bits: further bit widths for the curve of quantization alone.
-        max_points: refuse a grid of more points.
-        time_limit: start no new measurement after this many minutes.
-        executor: "local" measures in this process; "ray" runs as many tasks at a time as there are processors, each
-            with as many threads as torch has here (OMP_NUM_THREADS), on this machine or the cluster at RAY_ADDRESS.
+        max_points: refuse a grid with more points.
     """
 
     grid: dict[str, Any] = field(default_factory=dict)
     curve: str | None = None
     curve_bits: list[int] = field(default_factory=list)
     max_points: int = 200
-    time_limit: float | None = None
-    executor: str = LOCAL
 
 
 @dataclass(frozen=True, kw_only=True)

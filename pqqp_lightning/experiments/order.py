@@ -1,4 +1,4 @@
-"""The best order of the stages, each order from the same dense model, and how sure that is.
+"""Searches the best order of the stages, each from the same dense model, and how certain it is.
 
 A strategy chooses the orders (:mod:`pqqp_lightning.trials.strategies`); :class:`PrefixTree` measures them.
 """
@@ -18,12 +18,12 @@ from pqqp_lightning.experiments.prediction import PREDICT, Prediction, check_pre
 from pqqp_lightning.experiments.repeats import Repeats, check_draws, check_repeats
 from pqqp_lightning.experiments.session import (
     Show,
-    alone,
-    begin,
     check_store,
     check_time_limit,
+    exclusive_run_folder,
     link_folder,
     open_search,
+    start_or_resume,
     store_of,
 )
 from pqqp_lightning.runs.checks import check_places, check_run
@@ -62,19 +62,19 @@ def search_orders(
         datamodule: its data.
         options: the metric, the strategy and its limits.
         resume: continue the search in the run folder.
-        show: called with the run folder at the end, before another process may search there.
+        show: called with the run folder at the end, before another process may use it.
 
     Raises:
-        RecipeError: everything that must be put right, before any work.
+        RecipeError: with every problem, before any work.
     """
     results = store_of(trainer, options.store)
     search = OrderSearch(trainer, RunData(module, datamodule=datamodule), trainer.stages, results, options)
     search.check()
-    with alone(trainer, results, show):
+    with exclusive_run_folder(trainer, results, show):
         if options.strategy == PREDICT:
             search.predict(resume=resume)
         else:
-            search.go(resume=resume)
+            search.run(resume=resume)
 
 
 class OrderSearch:
@@ -100,7 +100,7 @@ class OrderSearch:
         self._allowed: list[Order] = []
 
     def check(self) -> None:
-        """Which orders can run; refuse if none can.
+        """Find the orders that can run, and refuse if there is none.
 
         Raises:
             RecipeError: too few or too many stages, bad options, or no order passes its checks.
@@ -122,16 +122,18 @@ class OrderSearch:
                 self._refused[names] = found
             else:
                 self._allowed.append(names)
+        # order.json reports refused orders; they are an error only if no order is left
         if not self._allowed:
             problems += [problem for found in self._refused.values() for problem in found]
         if problems:
             raise RecipeError(dict.fromkeys(problems))
         self._data.read(self._trainer)
+        # draws can be compared only once the data is read
         if self._trainer.is_global_zero and (problems := check_draws(self._data, options.repeats)):
             raise RecipeError(problems)
 
     def _check_strategy(self) -> list[Problem]:
-        """Whether the strategy exists, and the other options go with it."""
+        """The problems of the strategy, and of options that it does not use."""
         strategy = self._options.strategy
         known = (*STRATEGIES, PREDICT)
         if strategy not in known:
@@ -146,8 +148,8 @@ class OrderSearch:
                 problems.append(Problem(name, value, reason, "Leave it out."))
         return problems
 
-    def go(self, *, resume: bool) -> None:
-        """Search what is not searched yet."""
+    def run(self, *, resume: bool) -> None:
+        """Measure the orders that are not known yet, and write ``order.json``."""
         options = self._options
         with open_executor(options.executor, self._trainer, self._tree, self._progress) as executor:
             judge = open_search(self._trainer, self._data, self._tree, {"command": "order"}, options, resume=resume)
@@ -166,8 +168,8 @@ class OrderSearch:
         self._finish(chosen, verdict, notes, repeated, again.applications)
 
     def predict(self, *, resume: bool) -> None:
-        """Say which order is best without measuring any, and write ``prediction.json``."""
-        begin(self._trainer, self._data, {"command": "order", "strategy": PREDICT}, resume=resume)
+        """Predict the best order without measuring any, and write ``prediction.json``."""
+        start_or_resume(self._trainer, self._data, {"command": "order", "strategy": PREDICT}, resume=resume)
         self._tree.identify()
         prediction = Prediction(self._tree, self._stages, self._allowed, self._store.folder)
         metric, higher = self._options.metric, self._options.higher_is_better
@@ -178,7 +180,7 @@ class OrderSearch:
             write_json(self._folder.prediction, report)
 
     def _refused_orders(self) -> list[dict[str, Any]]:
-        """The orders that cannot run, and why, as plain data."""
+        """The orders that cannot run, with the reasons, as plain data."""
         return [
             {"order": list(order), "problems": list(map(str, problems))} for order, problems in self._refused.items()
         ]
@@ -186,17 +188,21 @@ class OrderSearch:
     def _measure(
         self, executor: Executor, strategy: Strategy, max_runs: int | None, limit: TimeLimit
     ) -> tuple[list[Order], list[str]]:
-        """The orders that were measured, and why it are not more."""
+        """The measured orders, and the reason if the search stopped early."""
         measured = list[Order]()
         for _ in executor.measure(strategy.first(), lambda: False):
             pass
         for round in strategy.rounds():
             before, done = measured, set[Order]()
             most = len(round) if max_runs is None else max_runs - len(before)
+            # orders beyond max_runs cost nothing if they are known
             wanted = [order for i, order in enumerate(round) if i < most or self._tree.is_known(order)]
             for order in executor.measure(wanted, lambda: bool(measured) and limit.is_over()):  # noqa: B023
                 done.add(order)
-                measured = [*before, *(o for o in wanted if o in done)]  # in the same order, whoever was first
+                measured = [
+                    *before,
+                    *(o for o in wanted if o in done),
+                ]  # in the strategy's order, whichever process finished first
                 for node in strategy.finished(measured):
                     self._tree.drop(node)
             if len(done) < len(wanted):
@@ -214,7 +220,7 @@ class OrderSearch:
         self._progress.most = most - known
         if self._trainer.is_global_zero:
             words = f"order: {strategy.describe()}: at most {most} stage applications"
-            words += f", {known} of them known from before" if known else ""
+            words += f", {known} of them already measured" if known else ""
             words += (
                 f"; as many again for each of {repeats - 1} further draws of calibration samples" if repeats > 1 else ""
             )

@@ -1,7 +1,7 @@
-"""The best order foreseen from calibration alone: no model is evaluated, and no order is run.
+"""Predicts the best order from calibration alone: it evaluates no model and runs no order.
 
-Each stage compresses the dense model by itself; how far its layers' outputs move on a few calibration samples is its
-intensity. The Progressive Intensity Hypothesis (Kim et al., arXiv 2603.18426) puts the weakest stage first.
+Each stage compresses the dense model alone. Its intensity is the relative error of the layers' outputs on a few
+calibration samples. The Progressive Intensity Hypothesis (Kim et al., arXiv 2603.18426) puts the weakest stage first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PREDICT = "predict"
 
 
 def check_prediction(stages: Sequence[Stage]) -> list[Problem]:
-    """Why the order of ``stages`` cannot be predicted."""
+    """The problems of ``stages`` whose order cannot be predicted."""
     problems = []
     for stage in stages:
         section, owner, way_out = f"stages.{stage.name}", type(stage).__name__, "Use --strategy progressive."
@@ -40,24 +40,25 @@ def check_prediction(stages: Sequence[Stage]) -> list[Problem]:
 
 
 class Prediction:
-    """Foresees the best of ``allowed``.
+    """Predicts the best of the ``allowed`` orders.
 
     Args:
-        tree: identified; of the dense model.
-        stages: by name.
+        tree: the tree of the dense model, identified.
+        stages: the stages by name.
         allowed: the orders that can run.
-        folder: for the compressed layers' weights, while they are compared.
+        folder: holds the compressed layers' weights during the comparison.
     """
 
     def __init__(self, tree: PrefixTree, stages: Mapping[str, Stage], allowed: Sequence[Order], folder: Path) -> None:
         self._tree, self._stages, self._allowed, self._folder = tree, stages, allowed, folder
         self._samples = 0
-        self._gone: dict[str, int] = {}  # layers that each stage removes
+        self._gone: dict[str, int] = {}  # how many layers each stage removes
 
     def report(self) -> dict[str, Any]:
-        """The intensities and the order that follows from them: plain data for ``prediction.json``."""
+        """The intensities and the predicted order: plain data for ``prediction.json``."""
         intensity = self._intensities()
         known = {name: value for name, value in intensity.items() if value is not None}
+        # a stage that cannot run first has no intensity and goes to the end
         wanted = tuple(sorted(self._stages, key=lambda name: known.get(name, float("inf"))))
         order = nearest_order(wanted, self._allowed)
         return {
@@ -75,7 +76,7 @@ class Prediction:
         }
 
     def measured(self, module: LightningModule, metric: str | None, higher: bool | None) -> dict[str, Any] | None:
-        """How far the predicted order is behind the best, where earlier searches measured it and others."""
+        """The metric's lead of the best order over the others, if earlier searches measured at least two."""
         known = [order for order in self._allowed if self._tree.is_known(order)]
         if len(known) < 2 or not self._tree.is_known(()):
             return None
@@ -87,7 +88,7 @@ class Prediction:
         }
 
     def _intensities(self) -> dict[str, float | None]:
-        """The mean relative error of the layers' outputs after each stage alone; None where it cannot stand first."""
+        """The mean relative error of the layers' outputs after each stage alone; None if a stage cannot run first."""
         first = {order[0] for order in self._allowed}
         found: dict[str, float | None] = {
             name: 0.0 if stage.keeps_function else None for name, stage in self._stages.items()

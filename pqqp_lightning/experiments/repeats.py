@@ -1,4 +1,4 @@
-"""The same orders again with other calibration samples: how much of a lead is luck of the draw."""
+"""Measures orders again with other calibration samples, to see how much of a lead is chance."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from pqqp_lightning.trials.strategies import Exhaustive
 from pqqp_lightning.trials.verdict import Judge, format_number
 
 SEED = "calibration_seed"
-"""The attribute of a datamodule by which its calibration samples are drawn."""
+"""The attribute of a datamodule that seeds its draw of calibration samples."""
 
 
 def check_repeats(count: int, data: RunData, stages: Sequence[Stage]) -> list[Problem]:
-    """Why the orders cannot be measured with ``count`` draws of calibration samples."""
+    """The problems of measuring with ``count`` draws of calibration samples."""
     if count < 1:
         way_out = "Use 1 for the recipe's own calibration samples alone."
         return [Problem("repeats", count, "measures nothing", way_out)]
@@ -39,7 +39,7 @@ def check_repeats(count: int, data: RunData, stages: Sequence[Stage]) -> list[Pr
 
 
 def check_draws(data: RunData, count: int) -> list[Problem]:
-    """A problem if every draw has the same samples; the data is set up."""
+    """The problem of draws that are all equal. Call it after the data is set up."""
     if count < 2:
         return []
     own: int = getattr(data.datamodule, SEED)
@@ -59,10 +59,10 @@ class Repeats:
     Args:
         trainer: for evaluation and training.
         data: the model and its data.
-        stages: by name.
-        store: where results are looked up and kept.
+        stages: the stages by name.
+        store: reads and keeps results.
         tree: has measured the orders with the recipe's own draw.
-        judge: of that tree.
+        judge: the judge of that tree.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Repeats:
         self.applications = 0
 
     def report(self, ranked: Sequence[Order], count: int, limit: TimeLimit) -> RepeatsReport | None:
-        """Each order's metric with every draw, and how often the best one is best; None for a single draw.
+        """Each order's metric with every draw, and how often the best order wins; None for a single draw.
 
-        A draw that the time limit ends before all orders are measured does not count; what it measured is kept.
+        A draw that the time limit interrupts does not count, but the store keeps its results.
         """
         if count < 2:
             return None
@@ -113,9 +113,10 @@ class Repeats:
                 measured.append(order)
                 for node in strategy.finished(measured):
                     tree.drop(node)
+            # a best order is defined only among all orders
             whole = len(measured) == len(orders)
             scores = {order: judge.score(order) for order in orders} if whole else None
-            tree.bring_to(())  # as the other tree left it
+            tree.bring_to(())  # both trees share one model: give it back dense
             for node in tree.results():
                 tree.drop(node)
         self.applications += tree.applications
@@ -133,7 +134,7 @@ def _drawn_by(data: RunData, seed: int) -> Iterator[None]:
 
 
 def _sentence(ranked: Sequence[Order], scores: Sequence[Mapping[Order, float]]) -> str:
-    """How often the best order is best, and its lead over the next one from draw to draw."""
+    """How often the best order wins, and the range of its lead over the second."""
     best, count = ranked[0], len(scores)
     wins = sum(row[best] >= max(row.values()) for row in scores)
     words = f"With {count} draws of calibration samples, {' -> '.join(best)} is best in {wins}"

@@ -1,4 +1,4 @@
-"""What every experiment does around its measurements: its store, its run folder, one process at a time."""
+"""The parts that all experiments share: their store, their run folder, and its lock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.experiments.options import ExperimentOptions
-from pqqp_lightning.runs.run import identity
+from pqqp_lightning.runs.run import run_identity
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.storage.result_store import ResultStore
@@ -21,25 +21,25 @@ from pqqp_lightning.trials.prefix_tree import PrefixTree
 from pqqp_lightning.trials.verdict import Judge, deciding_metric
 
 Show = Callable[[Path], None]
-"""Shows what a search left in its run folder."""
+"""Shows the results in a run folder."""
 
 
 def store_of(trainer: Trainer, store: str | Path | None) -> ResultStore:
-    """The results in ``store``, or beside the run folder."""
+    """The store at ``store``, or next to the run folder."""
     return ResultStore(Path(store) if store else Path(trainer.default_root_dir).parent / "store")
 
 
 def check_store(trainer: Trainer, store: ResultStore) -> list[Problem]:
-    """Problems of where results are kept."""
+    """The problems of the store's folder."""
     problems, folder = check_writable("store", store.folder), Path(trainer.default_root_dir)
     if store.folder.resolve().is_relative_to(folder.resolve()):
-        text = f"lies in run_dir='{folder}', which the next search there moves aside"
+        text = f"is inside run_dir='{folder}', which the next search moves aside"
         problems.append(Problem("store", str(store.folder), text, "Choose another --store."))
     return problems
 
 
 def check_time_limit(minutes: float | None) -> list[Problem]:
-    """A problem if ``minutes`` is not a positive number."""
+    """The problem of a time limit that is not positive."""
     if minutes is None or minutes > 0:
         return []
     return [Problem("time_limit", minutes, "is not above 0", "Give minutes, or leave it out.")]
@@ -54,37 +54,38 @@ def open_search(
     *,
     resume: bool,
 ) -> Judge:
-    """Measure the dense model, settle which metric decides, then start or resume in the run folder.
+    """Measure the dense model, choose the deciding metric, then start or resume in the run folder.
 
     Args:
         trainer: has the stages, and the run folder as ``default_root_dir``.
         data: the dense model and its data.
         tree: not open yet.
-        asked: the command and what else makes two searches the same.
-        options: name the metric and its direction.
+        asked: the command, and the options that a resumed search must share.
+        options: with the metric and its direction.
         resume: continue the search in the run folder.
 
     Raises:
-        RecipeError: the run folder holds another search, or the metric is not known.
+        RecipeError: the run folder has another search, or the metric is unknown.
     """
     metric, higher = options.metric, options.higher_is_better
+    # Resuming checks the folder before any work. A new search moves an old folder aside, so only once it can run.
     if resume:
-        begin(trainer, data, asked, resume=True)
+        start_or_resume(trainer, data, asked, resume=True)
     dense = tree.open(lambda names: deciding_metric(data.module, names, metric, higher))
     judge = Judge(tree, *deciding_metric(data.module, dense["metrics"], metric, higher))
     if not resume:
-        begin(trainer, data, asked, resume=False)
+        start_or_resume(trainer, data, asked, resume=False)
     return judge
 
 
-def begin(trainer: Trainer, data: RunData, asked: dict[str, Any], *, resume: bool) -> None:
-    """Begin in the run folder, or see that what was begun there is the same.
+def start_or_resume(trainer: Trainer, data: RunData, asked: dict[str, Any], *, resume: bool) -> None:
+    """Start a search in the run folder, or check that the search in it is the same.
 
     Raises:
-        RecipeError: it is not.
+        RecipeError: the search in it is another one.
     """
     folder = RunFolder(Path(trainer.default_root_dir))
-    started = identity(trainer, data, trainer.stages) | asked
+    started = run_identity(trainer, data, trainer.stages) | asked
     if resume:
         folder.resume(started)
         if trainer.is_global_zero:
@@ -94,21 +95,22 @@ def begin(trainer: Trainer, data: RunData, asked: dict[str, Any], *, resume: boo
 
 
 @contextmanager
-def alone(trainer: Trainer, store: ResultStore, show: Show | None) -> Iterator[None]:
-    """One process at a time searches and shows in a run folder; the next one finds everything in the store."""
+def exclusive_run_folder(trainer: Trainer, store: ResultStore, show: Show | None) -> Iterator[None]:
+    """Let one process at a time use the run folder; the next one finds the results in the store."""
     if not trainer.is_global_zero:
         yield
         return
     folder = Path(trainer.default_root_dir)
+    # the lock lies in the store: the run folder itself may be moved aside
     whose = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    with store.locked(f"run-{whose}", f"{folder}: another process searches here"):
+    with store.locked(f"run-{whose}", f"{folder}: another process uses this run folder"):
         yield
         if show is not None:
             show(folder)
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """``target`` with the files of ``source``, which take no further disk where links can be made."""
+    """Copy the folder ``source`` to ``target``, with hard links where the file system supports them."""
     temporary = target.with_name(f".{target.name}.tmp")
     for left in (temporary, target):
         shutil.rmtree(left, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""``sweep``: measures a grid over knobs and orders, and writes what it says about the order of compression."""
+"""``sweep``: measures a grid of arguments in every order, and tests the hypothesis about the order of compression."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.experiments.options import SweepOptions
-from pqqp_lightning.experiments.session import Show, alone, check_store, check_time_limit, open_search, store_of
+from pqqp_lightning.experiments.session import (
+    Show,
+    check_store,
+    check_time_limit,
+    exclusive_run_folder,
+    open_search,
+    store_of,
+)
 from pqqp_lightning.experiments.sweep_grid import Point
 from pqqp_lightning.experiments.sweep_pair import PairAnalysis, analyse, pair_notes
 from pqqp_lightning.experiments.sweep_plan import Plan, make_plan
@@ -48,30 +55,31 @@ def sweep_grid(
         datamodule: its data.
         options: the grid, the metric and the limits.
         resume: continue the sweep in the run folder.
-        show: called with the run folder at the end, before another process may search there.
+        show: called with the run folder at the end, before another process may use it.
 
     Raises:
-        RecipeError: everything that must be put right, before any work.
+        RecipeError: with every problem, before any work.
     """
     results = store_of(trainer, options.store)
     data = RunData(module, datamodule=datamodule)
     plan = check_sweep(trainer, data, results, options)
     data.read(trainer)
-    with alone(trainer, results, show):
-        Sweep(trainer, data, plan, results, options).go(resume=resume)
+    with exclusive_run_folder(trainer, results, show):
+        Sweep(trainer, data, plan, results, options).run(resume=resume)
 
 
 def check_sweep(trainer: Trainer, data: RunData, store: ResultStore, options: SweepOptions) -> Plan:
-    """What the sweep will measure.
+    """The plan of the sweep.
 
     Raises:
-        RecipeError: everything that must be put right.
+        RecipeError: with every problem.
     """
     problems: list[Problem] = check_run(trainer, data, trainer.stages) + check_store(trainer, store)
     max_points = options.max_points
     if max_points < 1:
         problems.append(Problem("max_points", max_points, "allows no point", "Use 1 or more."))
     problems += check_time_limit(options.time_limit) + check_executor(options.executor, trainer)
+    # a bad max_points is already reported, so that make_plan must not report it again
     try:
         plan = make_plan(trainer.stages, data, options.grid, options.curve, options.curve_bits, max(1, max_points))
     except RecipeError as error:
@@ -82,27 +90,28 @@ def check_sweep(trainer: Trainer, data: RunData, store: ResultStore, options: Sw
 
 
 class Sweep:
-    """Measures a plan and writes what it found.
+    """Measures a plan and writes its results.
 
     Args:
         trainer: for evaluation and training.
         data: the dense model and its data.
         plan: what to measure.
-        store: where results are looked up and kept.
+        store: reads and keeps results.
         options: the grid as the user gave it, the executor and the limits.
     """
 
     def __init__(self, trainer: Trainer, data: RunData, plan: Plan, store: ResultStore, options: SweepOptions) -> None:
         self._trainer, self._data, self._plan = trainer, data, plan
         self._options = options
+        # as it will be read back from the run folder, for the comparison when the sweep is resumed
         self._grid = json.loads(json.dumps(options.grid, default=str))
         self._folder = RunFolder(Path(trainer.default_root_dir))
-        self._tree = PrefixTree(trainer, data, plan.steps, store)
+        self._tree = PrefixTree(trainer, data, {step: v.stage for step, v in plan.steps.items()}, store)
         self._nodes = list(dict.fromkeys(node for sequence in plan.sequences for node in prefixes(sequence)))
         self._progress = Progress("sweep", trainer, self._tree)
 
-    def go(self, *, resume: bool) -> None:
-        """Measure what nobody has measured yet, and write it all."""
+    def run(self, *, resume: bool) -> None:
+        """Measure what the store does not have, and write report, tables and figures."""
         asked = {"command": "sweep", "grid": self._grid}
         with open_executor(self._options.executor, self._trainer, self._tree, self._progress) as executor:
             judge = open_search(self._trainer, self._data, self._tree, asked, self._options, resume=resume)
@@ -122,11 +131,11 @@ class Sweep:
         if self._trainer.is_global_zero:
             points, orders = len(self._plan.points), sum(len(point.orders) for point in self._plan.points)
             words = f"sweep: {points} points, {orders} orders, {len(self._nodes)} results"
-            words += f", {known} of them known from before" if known else ""
+            words += f", {known} of them already measured" if known else ""
             print(f"{words}: {most} stage applications", flush=True)
 
     def _measure(self, executor: Executor, minutes: float | None) -> list[str]:
-        """Measure every sequence; a model is dropped once nothing goes on from it any more."""
+        """Measure every sequence; drop each model when no sequence still starts from it."""
         limit, left = TimeLimit(self._trainer, minutes), len(self._plan.sequences)
         waiting = Counter(node for sequence in self._plan.sequences for node in prefixes(sequence))
         for sequence in executor.measure(self._plan.sequences, limit.is_over):
@@ -170,10 +179,8 @@ class Sweep:
         return report
 
     def _alone(self, judge: Judge) -> list[AloneReport]:
-        """Every variant that was measured alone; the intensity is M(dense) - M, what it costs."""
+        """Every variant that was measured alone; its intensity is M(dense) - M."""
         known = self._tree.results()
-        extra = self._plan.curve.variants if self._plan.curve else []
-        variants = {v.step: v for v in [*(v for own in self._plan.variants.values() for v in own), *extra]}
         return [
             {
                 "step": step,
@@ -182,12 +189,12 @@ class Sweep:
                 "intensity": finite_or_none(judge.score(()) - judge.score((step,))),
                 "record": known[(step,)].record,
             }
-            for step, variant in variants.items()
+            for step, variant in self._plan.steps.items()
             if (step,) in known
         ]
 
     def _point(self, point: Point, judge: Judge) -> PointReport:
-        """One point: every order that was measured, and those that cannot run."""
+        """One point: its measured orders, and those that cannot run."""
         known, names = self._tree.results(), {v.step: v.name for v in point.variants}
         measured = [order for order in point.orders if order in known]
         marks = judge.marks(measured) if measured else {}

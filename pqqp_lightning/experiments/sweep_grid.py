@@ -1,11 +1,10 @@
-"""From a grid over knobs to variants of the stages, and everything about the grid that must be put right at once."""
+"""Turns a grid of arguments into variants of the stages, and reports every problem of the grid at once."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations, product
 from typing import Any
@@ -18,35 +17,35 @@ from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.trials.prefix_tree import Order
 
 Grid = Mapping[str, Any]
-"""Stage name to knob to the list of its values, as the user gave it."""
+"""Maps each stage's name to its arguments, and each argument to the list of its values, as the user gave them."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A stage with the knobs of one place in the grid.
+    """A stage with one choice of the values in the grid.
 
     Attributes:
-        stage: named as in the recipe.
-        knobs: those that the grid sets.
+        stage: the stage, with its name in the recipe.
+        arguments: the arguments that the grid sets.
     """
 
     stage: Stage
-    knobs: dict[str, Any]
+    arguments: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """The stage's."""
+        """The stage's name."""
         return self.stage.name
 
     @property
     def plain(self) -> dict[str, Any]:
-        """The knobs as plain data."""
-        return {knob: self.stage.arguments()[knob] for knob in self.knobs}
+        """The arguments as plain data."""
+        return {name: self.stage.arguments()[name] for name in self.arguments}
 
     @property
     def step(self) -> str:
-        """What orders call it: ``"prune[sparsity=0.5]"``."""
-        return f"{self.name}[{knobs_text(self.knobs)}]" if self.knobs else self.name
+        """Its name in orders: ``"prune[sparsity=0.5]"``."""
+        return f"{self.name}[{arguments_text(self.arguments)}]" if self.arguments else self.name
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Point:
 
     Attributes:
         variants: in the recipe's order.
-        orders: of their steps.
+        orders: the orders that can run, as steps.
         refused: the orders that cannot run, with the reasons.
     """
 
@@ -64,15 +63,15 @@ class Point:
     refused: dict[Order, list[Problem]] = field(default_factory=dict)
 
 
-def knobs_text(knobs: Mapping[str, Any]) -> str:
+def arguments_text(arguments: Mapping[str, Any]) -> str:
     """``"sparsity=0.5, scope=global"``."""
     return ", ".join(
-        f"{k}={v if isinstance(v, str | int | float) else json.dumps(v, default=str)}" for k, v in knobs.items()
+        f"{k}={v if isinstance(v, str | int | float) else json.dumps(v, default=str)}" for k, v in arguments.items()
     )
 
 
 def make_variants(stages: Sequence[Stage], grid: Grid) -> dict[str, list[Variant]]:
-    """The variants of every stage; a stage that the grid leaves alone has one.
+    """The variants of every stage; a stage outside of the grid has one.
 
     Raises:
         RecipeError: with every problem of the grid itself.
@@ -89,22 +88,25 @@ def make_variants(stages: Sequence[Stage], grid: Grid) -> dict[str, list[Variant
             text = "expected arguments with their values, as in {sparsity: [0.5, 0.7]}"
             problems.append(Problem(text=text).within(f"grid.{name}"))
             continue
-        for knob, values in grid[name].items():
-            lists[name][knob], found = read_values(named[name], str(knob), values)
+        for argument, values in grid[name].items():
+            lists[name][argument], found = read_values(named[name], str(argument), values)
             problems += [problem.within(f"grid.{name}", type(named[name]).__name__) for problem in found]
     if problems:
         raise RecipeError(problems)
-    return {name: [vary(stage, chosen) for chosen in _products(lists[name])] for name, stage in named.items()}
+    variants: dict[str, list[Variant]] = {}
+    for name, stage in named.items():
+        values = lists[name]
+        choices = [dict(zip(values, choice, strict=True)) for choice in product(*values.values())]
+        variants[name] = [vary(stage, choice) for choice in choices]
+    return variants
 
 
 def make_points(variants: Mapping[str, Sequence[Variant]], data: RunData) -> list[Point]:
     """Every combination of variants, with the orders that can run.
 
     Raises:
-        RecipeError: values that a stage refuses, or combinations that can run in no order.
+        RecipeError: combinations that cannot run in any order.
     """
-    if problems := [problem for own in variants.values() for v in own for problem in own_problems(v)]:
-        raise RecipeError(dict.fromkeys(problems))
     points = [Point(chosen) for chosen in product(*variants.values())]
     for point in points:
         for order in permutations(point.variants):
@@ -120,49 +122,41 @@ def make_points(variants: Mapping[str, Sequence[Variant]], data: RunData) -> lis
 
 
 def own_problems(variant: Variant) -> list[Problem]:
-    """What the stage says of the values, whatever the model is."""
+    """The problems of a variant's values for any model."""
     problems = []
-    for problem in variant.stage.check_knobs():
+    for problem in variant.stage.check_arguments():
         placed = problem.within(f"stages.{variant.name}", type(variant.stage).__name__)
         problems.append(_of_the_grid(placed, [variant]))
     return problems
 
 
-def count_points(variants: Mapping[str, Sequence[Variant]]) -> int:
-    """How many combinations there are."""
-    return math.prod(len(own) for own in variants.values())
-
-
-def read_values(stage: Stage, knob: str, values: Any) -> tuple[list[Any], list[Problem]]:
-    """An argument's values as the stage takes them, and what is wrong with them."""
+def read_values(stage: Stage, argument: str, values: Any) -> tuple[list[Any], list[Problem]]:
+    """An argument's values converted for the stage, and their problems."""
     known = [name for name in arguments_of(type(stage)) if name in vars(stage)]
-    if knob not in known:
-        return [], [Problem(knob, text="is not an argument of this stage", way_out=suggest(knob, known).strip())]
+    if argument not in known:
+        way_out = suggest(argument, known).strip()
+        return [], [Problem(argument, text="is not an argument of this stage", way_out=way_out)]
     if not isinstance(values, list) or not values:
         text = "is empty" if values == [] else "is not a list"
-        return [], [Problem(knob, values, text, f"Write its values as in [{vars(stage)[knob]}].")]
+        return [], [Problem(argument, values, text, f"Write its values as in [{vars(stage)[argument]}].")]
     problems, read = [], []
     for value in values:
         try:
-            read.append(argument_value(type(stage), knob, value))
+            read.append(argument_value(type(stage), argument, value))
         except ValueError as error:
-            problems.append(Problem(knob, value, f"is not accepted: expected {error}"))
+            problems.append(Problem(argument, value, f"is not accepted: expected {error}"))
     if twice := [value for i, value in enumerate(read) if value in read[:i]]:
-        problems.append(Problem(knob, values, f"names {twice[0]!r} twice", "Name every value once."))
+        problems.append(Problem(argument, values, f"names {twice[0]!r} twice", "Name every value once."))
     return read, problems
 
 
-def _products(lists: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    for values in product(*lists.values()):
-        yield dict(zip(lists, values, strict=True))
-
-
 def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:
-    """The stage made anew with these knobs, so that what its constructor derives from them follows; its name stays, and
-    with it the address of what it gives.
+    """A new stage with ``chosen`` among its arguments, and with the same name.
+
+    The constructor runs again, because it may derive attributes from the arguments.
 
     Raises:
-        RecipeError: it cannot be made anew.
+        RecipeError: the stage does not keep all of its arguments as attributes.
     """
     if not chosen:
         return Variant(copy.deepcopy(stage), chosen)
@@ -177,8 +171,8 @@ def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:
 
 
 def _of_the_grid(problem: Problem, variants: Iterable[Variant]) -> Problem:
-    """The problem, placed in the grid if its argument has its value from there."""
+    """The problem, with a key in the grid if the grid sets its argument."""
     for variant in variants:
-        if problem.section == f"stages.{variant.name}" and problem.argument in variant.knobs:
+        if problem.section == f"stages.{variant.name}" and problem.argument in variant.arguments:
             return replace(problem, key=problem.argument).within(f"grid.{variant.name}", problem.owner)
     return problem

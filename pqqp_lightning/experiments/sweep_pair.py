@@ -1,4 +1,4 @@
-"""What a sweep over one pruning and one quantizing stage says of their order."""
+"""Tests the hypothesis about the order of one pruning and one quantizing stage on a sweep."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ SIDES = {
 
 
 class PairAnalysis:
-    """Scores of P and Q alone and in both orders, from what ``judge`` has measured.
+    """Scores of P and Q alone and in both orders.
 
     Args:
-        judge: scores.
-        curve: which of the two stages quantizes, and its variants.
+        judge: has the measured scores.
+        curve: the stage that quantizes, with its variants.
     """
 
     def __init__(self, judge: Judge, curve: Curve) -> None:
@@ -46,15 +46,17 @@ class PairAnalysis:
         self._known = judge.tree.results()
 
     def curves(self) -> list[CurveReport]:
-        """M of quantization alone over C, a curve for each choice of its other knobs.
+        """M of quantization alone over C, with one curve for each choice of its other arguments.
 
-        Each begins with the dense model: what is not quantized has C = 1.
+        Each curve starts with the dense model, which has C = 1.
         """
+        metrics = self._judge.tree.measure(()).record["metrics"]
+        dense: CurvePoint = {"knobs": {}, "rate": 1.0, "score": self._judge.score(()), "metrics": metrics}
         found: dict[str, list[CurvePoint]] = {}
         for variant in self._curve.variants:
             if (score := self._alone(variant)) is not None:
                 entry = self._entry(variant, score)
-                found.setdefault(self._curve.label(variant), [self._dense()]).append(entry)
+                found.setdefault(self._curve.label(variant), [dense]).append(entry)
         curves: list[CurveReport] = []
         for label, points in found.items():
             points.sort(key=lambda point: point["rate"])
@@ -62,7 +64,7 @@ class PairAnalysis:
         return curves
 
     def point(self, point: Point, curves: Sequence[CurveReport]) -> PairReport:
-        """A, G, C_P, C_Q, C*_P and C*_P - C_Q; None for what was not measured or is not finite."""
+        """A, G, C_P, C_Q, C*_P and C*_P - C_Q; None if not measured or not finite."""
         p = next(v for v in point.variants if v.name == self._curve.other)
         q = next(v for v in point.variants if v.name == self._curve.name)
         there, back = (q.step, p.step), (p.step, q.step)
@@ -70,7 +72,9 @@ class PairAnalysis:
         label = self._curve.label(q)
         curve: list[CurvePoint] = next((c["points"] for c in curves if c["label"] == label), [])
         score_p, score_q = self._alone(p), self._alone(q)
-        ratio = equivalent_ratio(_pairs(curve), score_p) if self._rates_differ(curve) else Ratio(None, "no curve")
+        # a stage that only rounds activations does not compress weights and has a single rate
+        rates = {entry["rate"] for entry in curve}
+        ratio = equivalent_ratio(_pairs(curve), score_p) if len(rates) > 1 else Ratio(None, "no curve")
         rate_q = self._rate(q)
         return {
             "advantage": self._judge.difference(there, back).plain() if both else None,
@@ -84,10 +88,6 @@ class PairAnalysis:
             "limit": ratio.limit,
             "ratio_difference": None if ratio.value is None or rate_q is None else ratio.value - rate_q,
         }
-
-    def _dense(self) -> CurvePoint:
-        record = self._judge.tree.measure(()).record
-        return {"knobs": {}, "rate": 1.0, "score": self._judge.score(()), "metrics": record["metrics"]}
 
     def _entry(self, variant: Variant, score: float) -> CurvePoint:
         record = self._known[(variant.step,)].record
@@ -103,11 +103,6 @@ class PairAnalysis:
     def _rate(self, variant: Variant) -> float | None:
         known = self._known.get((variant.step,))
         return None if known is None else known.record["nominal_rate"]
-
-    @staticmethod
-    def _rates_differ(points: Sequence[CurvePoint]) -> bool:
-        """Whether the stage compresses weights at all; one that rounds activations only has one rate."""
-        return len({point["rate"] for point in points}) > 1
 
 
 def analyse(points: Iterable[PointReport], curve: Curve) -> PairHypothesis:
@@ -125,21 +120,21 @@ def analyse(points: Iterable[PointReport], curve: Curve) -> PairHypothesis:
 def _correlated(
     advantage: str, name: str, points: Sequence[tuple[float | None, PairReport]]
 ) -> tuple[Correlation, str]:
-    """How A goes with the quantity called ``name``, over the points that have both; and the same as a sentence."""
+    """The correlation of A with the quantity ``name`` over the points that have both, and a sentence about it."""
     x: list[float] = []
     y: list[float] = []
     for quantity, pair in points:
-        value = _value(pair)
-        if quantity is not None and value is not None:
+        advantage_here = pair["advantage"]
+        if quantity is not None and advantage_here is not None and advantage_here["value"] is not None:
             x.append(quantity)
-            y.append(value)
+            y.append(advantage_here["value"])
     correlation = rank_correlation(x, y)
     found = {"name": name, **correlation.plain(), "fit": monotone_fit(x, y)}
     return cast(Correlation, found), sentence(advantage, name, correlation)
 
 
 def pair_notes(points: Sequence[PointReport], curves: Sequence[CurveReport], curve: Curve) -> list[str]:
-    """What is worth saying beside the numbers: ratios beyond the curve, curves that rise, points that are marked."""
+    """Notes on the numbers: ratios outside of the curve, curves that rise, and marked points."""
     notes = []
     for side, words in SIDES.items():
         off = [pt for pt in points if pt["pair"]["beyond"] == side and pt["pair"]["score_pruned"] is not None]
@@ -160,7 +155,3 @@ def pair_notes(points: Sequence[PointReport], curves: Sequence[CurveReport], cur
 
 def _pairs(points: Sequence[CurvePoint]) -> list[tuple[float, float]]:
     return [(point["rate"], point["score"]) for point in points if math.isfinite(point["score"])]
-
-
-def _value(pair: PairReport) -> float | None:
-    return None if pair["advantage"] is None else pair["advantage"]["value"]

@@ -1,17 +1,18 @@
-"""What a sweep measures: every point of the grid in every order that can run, and the curve of quantization alone."""
+"""Plans a sweep: every point of the grid in every order that can run, and the curve of quantization alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.experiments.sweep_grid import (
     Grid,
     Point,
     Variant,
-    count_points,
-    knobs_text,
+    arguments_text,
     make_points,
     make_variants,
     own_problems,
@@ -30,13 +31,13 @@ Variants = Mapping[str, Sequence[Variant]]
 
 @dataclass(frozen=True)
 class Curve:
-    """The stage that compression is measured against, alone at all its rates.
+    """The quantizing stage alone at all its rates, as the reference for the other stage.
 
     Attributes:
-        name: the stage's.
-        other: the other stage's.
-        along: the knobs that move along a curve; every other choice of the rest is a curve of its own.
-        variants: those of the grid and of ``--curve_bits``.
+        name: the name of the stage.
+        other: the name of the other stage.
+        along: the arguments that vary along a curve; each choice of the other arguments has its own curve.
+        variants: the variants of the grid and of ``--curve_bits``.
     """
 
     name: str
@@ -45,18 +46,18 @@ class Curve:
     variants: list[Variant]
 
     def label(self, variant: Variant) -> str:
-        """The curve that a variant is on."""
-        return knobs_text({knob: value for knob, value in variant.knobs.items() if knob not in self.along})
+        """The label of a variant's curve."""
+        return arguments_text({name: value for name, value in variant.arguments.items() if name not in self.along})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep before it begins.
+    """The plan of a sweep.
 
     Attributes:
-        variants: of every stage.
-        points: of the grid.
-        curve: for two stages of which one quantizes.
+        variants: the variants of every stage.
+        points: the points of the grid.
+        curve: the curve of quantization alone, for two stages of which one quantizes.
     """
 
     variants: dict[str, list[Variant]]
@@ -64,14 +65,14 @@ class Plan:
     curve: Curve | None
 
     @property
-    def steps(self) -> dict[str, Stage]:
-        """Every variant's stage, by step."""
+    def steps(self) -> dict[str, Variant]:
+        """Every variant of the grid and of the curve, by step."""
         extra = self.curve.variants if self.curve else []
-        return {v.step: v.stage for v in [*(v for own in self.variants.values() for v in own), *extra]}
+        return {variant.step: variant for variant in chain(*self.variants.values(), extra)}
 
     @property
     def sequences(self) -> list[Order]:
-        """What to measure: the curve first, then point by point, so that a sweep that ends early has whole points."""
+        """The sequences to measure: the curve, then point by point, so that a sweep that stops has complete points."""
         alone = [(variant.step,) for variant in self.curve.variants] if self.curve else []
         return [*alone, *(order for point in self.points for order in point.orders)]
 
@@ -84,30 +85,36 @@ def make_plan(
     curve_bits: Sequence[int],
     max_points: int,
 ) -> Plan:
-    """Check the grid, and lay out what it asks for.
+    """Check the grid and make the plan.
 
     Raises:
-        RecipeError: everything that must be put right.
+        RecipeError: with every problem.
     """
     if not 1 <= len(stages) <= MOST_STAGES:
         text = f"sweep needs 1 to {MOST_STAGES} stages, but the recipe has {len(stages)}"
         raise RecipeError(Problem(text=text, way_out="Change them.").within("stages"))
     if not grid:
-        way_out = f"Add --grid.STAGE.ARGUMENT [a,b], where STAGE is {_either(stages)}."
+        names = " or ".join(stage.name for stage in stages)
+        way_out = f"Add --grid.STAGE.ARGUMENT [a,b], where STAGE is {names}."
         raise RecipeError(Problem(text="is missing", way_out=way_out).within("grid"))
     variants = make_variants(stages, grid)
     problems = [problem for own in variants.values() for variant in own for problem in own_problems(variant)]
     found = _find_curve(variants, curve, curve_bits, problems)
-    if (count := count_points(variants)) > max_points:
+    if (count := math.prod(map(len, variants.values()))) > max_points:
         text = f"has {count} points, more than max_points={max_points}"
         problems.append(Problem(text=text, way_out="Shorten it, or raise max_points.").within("grid"))
     if problems:
         raise RecipeError(dict.fromkeys(problems))
-    return Plan(variants, make_points(variants, data), found and _that_can_run(found, data))
+    points = make_points(variants, data)
+    if found is not None:
+        # a stage of the recipe may be unable to run alone on this model
+        able = [variant for variant in found.variants if not check_places([variant.stage], data)]
+        found = replace(found, variants=able) if able else None
+    return Plan(variants, points, found)
 
 
 def _find_curve(variants: Variants, named: str | None, bits: Sequence[int], problems: list[Problem]) -> Curve | None:
-    """The curve that is asked for, or that there can be no doubt about; what is wrong is added to ``problems``."""
+    """The curve that the user names, or the only possible one; problems are added to ``problems``."""
     if named is not None and named not in variants:
         problems.append(Problem("curve", named, "is not the name of a stage", suggest(named, variants).strip()))
         return None
@@ -129,13 +136,14 @@ def _find_curve(variants: Variants, named: str | None, bits: Sequence[int], prob
         return None
     other = next(n for n in variants if n != name)
     own = variants[name]
-    along = {BITS} if bits or BITS in own[0].knobs else {knob for variant in own for knob in variant.knobs}
+    # every variant of a stage has the same arguments, those of the grid
+    along = {BITS} if bits or BITS in own[0].arguments else set(own[0].arguments)
     return Curve(name, other, frozenset(along), [*own, *_further(own, bits, problems)])
 
 
 def _quantizing(variants: Variants, problems: list[Problem]) -> str | None:
-    """The stage whose bits are in the grid; else the one of the two that leaves a grid of values."""
-    with_bits = [name for name, own in variants.items() if BITS in own[0].knobs]
+    """The stage whose bits are in the grid, or else the only one that promises a grid."""
+    with_bits = [name for name, own in variants.items() if BITS in own[0].arguments]
     if len(with_bits) > 1:
         both = " and ".join(with_bits)
         way_out = f"Say which one the curve is of: --curve {with_bits[0]}."
@@ -146,16 +154,17 @@ def _quantizing(variants: Variants, problems: list[Problem]) -> str | None:
 
 
 def _further(own: Sequence[Variant], bits: Sequence[int], problems: list[Problem]) -> list[Variant]:
-    """Variants at bit widths that only the curve has."""
+    """The variants at bit widths that only the curve has."""
     if not bits:
         return []
     stage = own[0].stage
     values, found = read_values(stage, BITS, list(bits))
     problems += [_of_curve_bits(problem, type(stage).__name__) for problem in found]
+    # compare all arguments: a variant without bits in the grid has the recipe's, which curve_bits may name again
     there, further = [variant.stage.arguments() for variant in own], dict[str, Variant]()
     for variant in own:
         for value in values:
-            new = vary(variant.stage, {**variant.knobs, BITS: value})
+            new = vary(variant.stage, {**variant.arguments, BITS: value})
             if new.stage.arguments() not in there:
                 further[new.step] = new
     for variant in further.values():
@@ -165,15 +174,5 @@ def _further(own: Sequence[Variant], bits: Sequence[int], problems: list[Problem
 
 
 def _of_curve_bits(problem: Problem, owner: str) -> Problem:
-    """A problem of the stage's bits, which ``--curve_bits`` gave."""
+    """The problem of the stage's bits, moved to ``--curve_bits``, which set them."""
     return replace(problem, key="").within("curve_bits", owner)
-
-
-def _that_can_run(curve: Curve, data: RunData) -> Curve | None:
-    """The curve without what cannot run alone."""
-    able = [variant for variant in curve.variants if not check_places([variant.stage], data)]
-    return Curve(curve.name, curve.other, curve.along, able) if able else None
-
-
-def _either(stages: Sequence[Stage]) -> str:
-    return " or ".join(stage.name for stage in stages)

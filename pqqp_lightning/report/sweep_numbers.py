@@ -49,10 +49,10 @@ def point_row(point: PointReport, report: SweepReport) -> Row:
 
 def curve_rows(report: SweepReport) -> list[Row]:
     """Quantization alone, one row a rate; the dense model comes first."""
-    knobs = list(dict.fromkeys(knob for curve in report["curves"] for pt in curve["points"] for knob in pt["knobs"]))
+    names = list(dict.fromkeys(name for curve in report["curves"] for pt in curve["points"] for name in pt["knobs"]))
     return [
         {"curve": curve["label"]}
-        | {knob: point["knobs"].get(knob) for knob in knobs}
+        | {name: point["knobs"].get(name) for name in names}
         | {"C": point["rate"], "M": point["score"]}
         | point["metrics"]
         for curve in report["curves"]
@@ -101,7 +101,7 @@ def _pair_columns(pair: PairReport, report: SweepReport) -> Row:
 
 def arguments_of(point: PointReport, report: SweepReport) -> Row:
     """The values that the grid varies, as ``{"prune.sparsity": 0.5}``."""
-    return {f"{name}.{knob}": v for name in report["stages"] for knob, v in point["knobs"][name].items()}
+    return {f"{name}.{argument}": v for name in report["stages"] for argument, v in point["knobs"][name].items()}
 
 
 def _alone_scores(report: SweepReport) -> dict[str, float | None]:

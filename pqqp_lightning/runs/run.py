@@ -42,7 +42,7 @@ class Run:
         self._trainer = trainer
         self._runner = StageRunner(trainer, data)
         self._records: list[Record] = []
-        self._identity = identity(trainer, data, stages)
+        self._identity = run_identity(trainer, data, stages)
 
     def execute(self, *, resume: bool) -> list[Record]:
         """Apply the stages, or with ``resume`` the remaining ones.
@@ -151,7 +151,7 @@ class Run:
         return self._folder.stage(position, self._stages[position].name)
 
 
-def identity(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> dict[str, Any]:
+def run_identity(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> dict[str, Any]:
     """Everything that a resumed run must share: stages with their arguments, seed, model and data, as plain data."""
     plain = {
         "command": "fit",

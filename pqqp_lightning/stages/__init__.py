@@ -10,7 +10,7 @@ from pqqp_lightning.errors import Problem
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import Layer, weight_matrix
 from pqqp_lightning.stages.distillation import Distillation
-from pqqp_lightning.stages.hessian import check_hessian_knobs, factorize
+from pqqp_lightning.stages.hessian import check_hessian_arguments, factorize
 from pqqp_lightning.stages.layerwise import Compressed, Found, LayerInputs, LayerwiseStage, write_back
 from pqqp_lightning.stages.one_shot_pruning import OneShotPruning
 from pqqp_lightning.stages.pruning import PatternArgument, PruningStage, parse_pattern
@@ -43,7 +43,7 @@ __all__ = [
     "SquaredNorm",
     "Stage",
     "Statistic",
-    "check_hessian_knobs",
+    "check_hessian_arguments",
     "constraints_of",
     "factorize",
     "measure_costs",

@@ -21,7 +21,7 @@ STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def arguments_of(cls: type) -> dict[str, inspect.Parameter]:
-    """The arguments of a stage class: those of its constructor, and of its bases' as far as ``**kwargs`` reaches."""
+    """The arguments of a stage class: those of its constructor, and those that ``**kwargs`` passes to its bases."""
     found: dict[str, inspect.Parameter] = {}
     for parameters in _constructors(cls):
         for parameter in parameters:
@@ -33,9 +33,9 @@ def arguments_of(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def argument_values(stage: object) -> dict[str, Any]:
-    """The arguments of a stage as plain data, for records: those that it keeps under their own names.
+    """The arguments of a stage as plain data, for records: those that are attributes of the same name.
 
-    Arguments of its bases that its own constructor does not offer (``targets`` of ``Finetune``) are among them.
+    They include arguments of its bases that its own constructor does not have (``targets`` of ``Finetune``).
     """
     values: dict[str, Any] = {}
     for parameters in _constructors(type(stage)):
@@ -58,15 +58,16 @@ def documentation(cls: type) -> dict[str, str]:
 
 
 def argument_value(cls: type, name: str, value: Any) -> Any:
-    """``value`` as the constructor of ``cls`` takes it for the argument ``name``, converted as in a recipe.
+    """``value`` converted for the argument ``name`` of the constructor of ``cls``, as in a recipe.
 
     Raises:
-        ValueError: it does not take it; the words say what it expects.
+        ValueError: the value has another type; the message says what is expected.
     """
     (action,) = (action for action in parser_of(cls)._actions if action.dest == name)
     kind = getattr(action, "_typehint", None)
     if value is None and not takes_null(action):
         raise ValueError(f"{in_words(kind)}.")
+    # a parser of this argument alone, because the others may be required
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     try:
@@ -83,7 +84,7 @@ def parser_of(cls: type) -> ArgumentParser:
 
 
 def takes_null(action: Any) -> bool:
-    """Whether an argument may be null: its type or its default says so. The parser itself takes null for anything."""
+    """Whether the type or the default of an argument allows null. The parser itself accepts null for any type."""
     kind = getattr(action, "_typehint", None)
     optional = action.default is None and not getattr(action, "required", False)
     return optional or kind in (None, Any) or any(part in (None, NoneType) for part in parts_of(kind))
@@ -111,19 +112,19 @@ def in_words(kind: Any) -> str:
 
 
 def parts_of(kind: Any) -> Iterator[Any]:
-    """The types and values that a type is made of."""
+    """The type, and the types and values inside it."""
     yield kind
     for inner in get_args(kind):
         yield from parts_of(inner)
 
 
 def choices(kind: Any) -> list[Any]:
-    """The values that a type names one by one (``Literal``)."""
+    """The values of the ``Literal`` types in a type."""
     return [value for part in parts_of(kind) if get_origin(part) is Literal for value in get_args(part)]
 
 
 def _constructors(cls: type) -> Iterator[list[inspect.Parameter]]:
-    """The parameters, without ``self``, of each constructor among the class and its bases; other mixins have none."""
+    """The constructor parameters, without ``self``, of the class and of each of its bases that is a Callback."""
     for base in cls.__mro__:
         if "__init__" in vars(base) and issubclass(base, Callback):
             yield list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]

@@ -20,15 +20,16 @@ def load_installed() -> list[str]:
     for entry in entry_points(group=GROUP):
         try:
             entry.load()
-        except Exception as error:  # a broken third-party package must not take the tool down with it
+        except Exception as error:  # a broken third-party package must not end the command
             failed.append(f"the stages of '{entry.value}' cannot be imported: {type(error).__name__}: {error}")
     return failed
 
 
 def known_stages() -> dict[str, type[Stage]]:
-    """Every imported method by class name: concrete subclasses of Stage."""
+    """Every imported method by class name: the subclasses of Stage that can be used, without bases of methods."""
     found: dict[str, type[Stage]] = {}
     for cls in _stage_classes():
+        # the package's own bases (PruningStage) name no source; a third party's method may name none
         if not cls.__name__.startswith("_") and (cls.source or not cls.__module__.startswith("pqqp_lightning.")):
             found[cls.__name__] = cls
     return dict(sorted(found.items()))
@@ -49,7 +50,7 @@ def import_from_working_folder(name: str) -> bool:
             import_module(module)
         except Exception as error:
             raise RecipeError(
-                f"{file}: cannot be imported: {type(error).__name__}: {error}. Put it right: it defines {name}."
+                f"{file}: cannot be imported: {type(error).__name__}: {error}. Fix it: it defines {name}."
             ) from error
         return True
     return False
@@ -74,7 +75,7 @@ def import_working_folder() -> list[str]:
 
 
 def _stage_classes() -> list[type[Stage]]:
-    """Every imported subclass of Stage, those that methods extend included."""
+    """Every imported subclass of Stage, including bases of methods."""
     found: list[type[Stage]] = []
     pending = list(Stage.__subclasses__())
     while pending:

@@ -1,4 +1,4 @@
-"""How a stage's finetuning learns from the dense model: the settings alone."""
+"""The settings of distillation from the dense model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ TeacherDtype = Literal["same", "bfloat16", "float16"]
 
 @dataclass
 class Distillation:
-    """How a finetuning learns from the dense model.
+    """Distillation from the dense model during finetuning.
 
     Attributes:
         weight: share of the teacher's objective in the loss, in (0, 1]; the rest is the task's own loss.
         temperature: softens both distributions; above 0.
-        loss: "kl" compares distributions over classes or tokens, "mse" the outputs as they are.
-        hidden_weight: weight of the distance between the blocks' outputs; 0 leaves it out.
+        loss: "kl" compares distributions over classes or tokens, "mse" compares the outputs directly.
+        hidden_weight: weight of the distance between the blocks' outputs; 0 ignores it.
         teacher_dtype: "same" keeps the teacher's precision, "bfloat16" and "float16" halve its memory.
     """
 
@@ -29,7 +29,7 @@ class Distillation:
     teacher_dtype: TeacherDtype = "same"
 
     def check(self) -> list[Problem]:
-        """Problems of these numbers; each key is one of the attributes."""
+        """Problems of these values; each key is an attribute."""
         problems = []
         if not 0 < self.weight <= 1:
             problems.append(Problem("weight", self.weight, "is not in (0, 1]", "1 learns from the teacher alone."))

@@ -1,4 +1,4 @@
-"""What the stages that use the layer-wise Hessian share: the checks of its arguments, and its factorization."""
+"""The checks of arguments and the factorization that stages with a layer-wise Hessian share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pqqp_lightning.errors import Problem
 from pqqp_lightning.stages.layerwise import Found
 
 
-def check_hessian_knobs(block_size: int, damping: float) -> list[Problem]:
-    """Problems with ``block_size`` and ``damping``."""
+def check_hessian_arguments(block_size: int, damping: float) -> list[Problem]:
+    """Problems of ``block_size`` and ``damping``."""
     problems = []
     if block_size < 1:
         problems.append(Problem("block_size", block_size, "is not above 0", "The papers use 128."))
@@ -28,9 +28,9 @@ def factorize(
 
     Args:
         hessians: one for each row group.
-        damping: fraction of the mean diagonal that is added to it; raised where that is not enough.
-        found: notes what was unusual.
-        activation_order: columns by descending diagonal.
+        damping: fraction of the mean diagonal to add; raised if the factorization needs more.
+        found: called with anything unusual, for the record.
+        activation_order: sort the columns by descending diagonal.
 
     Raises:
         ArithmeticError: a Hessian cannot be factorized.

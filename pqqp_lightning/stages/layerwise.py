@@ -1,4 +1,4 @@
-"""Methods that look at one layer at a time: the walk, row groups, constraints and writing back are done here."""
+"""The base of methods that compress one layer at a time: the walk, row groups, constraints and writing back."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from pqqp_lightning.network.layers import Layer, row_groups, set_weight_matrix, 
 from pqqp_lightning.stages.stage import Context, Plan, Stage
 
 Found = Callable[[str], None]
-"""Notes in the stage's record what was found in the layers at hand."""
+"""Adds a finding about the current layers to the stage's record."""
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What a method compresses at a time: the weight of one layer, or of one group of a grouped convolution.
+    """The inputs of ``compress_layer``: the weight of one layer, or of one group of a grouped convolution.
 
     Attributes:
         name: the layer's.
         weight: [O, I], in the layer's dtype.
-        statistic: what :meth:`LayerwiseStage.prepare` made of the calibration inputs; None without calibration.
+        statistic: the result of :meth:`LayerwiseStage.prepare`; None without calibration.
         mask: the keep-mask [O, I] of earlier stages, or None.
         grid: the grid of an earlier stage, or None.
     """
@@ -43,13 +43,13 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A new weight [O, I], with what it promises from now on.
+    """A new weight [O, I] with its new constraints.
 
     Attributes:
         weight: [O, I].
-        mask: the keep-mask [O, I], within the earlier one; None leaves the earlier one.
+        mask: the keep-mask [O, I], within the earlier one; None keeps the earlier one.
         pattern: (N, M) if the mask keeps at most N of every M columns.
-        grid: the grid of the weight; None leaves the earlier one.
+        grid: the grid of the weight; None keeps the earlier one.
     """
 
     weight: Tensor
@@ -61,8 +61,8 @@ class Compressed:
 class LayerwiseStage(Stage):
     """A stage that compresses layer by layer. A method writes :meth:`compress_layer`.
 
-    It gets the whole weight of a layer. A method that names a ``statistic`` gets a grouped convolution group by group
-    instead, since each group has inputs of its own.
+    ``compress_layer`` gets the whole weight of a layer. With a ``statistic`` it gets a grouped convolution group by
+    group, because each group has its own inputs.
 
     Args:
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
@@ -70,11 +70,11 @@ class LayerwiseStage(Stage):
 
     compresses = True
     statistic: ClassVar[type[Statistic] | None] = None
-    """What to collect about each layer's calibration inputs: ``SquaredNorm``, ``Hessian``, or nothing."""
+    """The statistic of each layer's calibration inputs to collect: ``SquaredNorm``, ``Hessian`` or None."""
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
-        """Whether there is a statistic to collect."""
+        """Whether the method names a statistic."""
         return self.statistic is not None
 
     def compress_layer(self, inputs: LayerInputs) -> Compressed:
@@ -82,11 +82,11 @@ class LayerwiseStage(Stage):
         raise NotImplementedError(f"{type(self).__name__} defines no compress_layer")
 
     def prepare(self, statistic: Tensor, found: Found) -> Sequence[Any]:
-        """What ``compress_layer`` gets for each group; computed once for all layers that share an input.
+        """The statistic that ``compress_layer`` gets for each group, computed once for all layers that share an input.
 
         Args:
-            statistic: its value, first dimension groups.
-            found: notes in the record what is unusual about it.
+            statistic: the collected value; the first dimension is groups.
+            found: called with anything unusual, for the record.
         """
         return list(statistic)
 
@@ -95,7 +95,7 @@ class LayerwiseStage(Stage):
         return {}
 
     def compress_layers(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> None:
-        """Compress ``layers`` in place, calibrated on ``model`` as it is."""
+        """Compress ``layers`` in place, calibrated on the current ``model``."""
         if self.statistic is None:
             for name, layer in context.each(layers):
                 self._compress_groups(name, layer, [None])
@@ -109,8 +109,9 @@ class LayerwiseStage(Stage):
         context.calibrate(self.find_blocks(model), layers, self.statistic, compress)
 
     def _compress_groups(self, name: str, layer: Layer, statistics: Sequence[Any]) -> None:
-        """Compress one layer, in as many row groups as there are ``statistics``."""
+        """Compress one layer in one row group for each statistic."""
         constraints, matrix, count = constraints_of(layer), weight_matrix(layer), len(statistics)
+        # each group gets its rows of the mask and of the grid
         grids: Sequence[Grid | None] = [None] * count
         if constraints.grid is not None:
             grids = constraints.grid.to(matrix.device).chunk(count)
@@ -122,7 +123,7 @@ class LayerwiseStage(Stage):
 
 
 def write_back(layer: Layer, compressed: Compressed) -> None:
-    """Write a layer's new weight, with zeros where its mask has them, and remember the mask and the grid."""
+    """Write a layer's new weight, zero outside its mask, and store the mask and the grid as its constraints."""
     weight, constraints = compressed.weight, constraints_of(layer)
     if compressed.mask is not None:
         weight = weight.masked_fill(~compressed.mask, 0.0)
@@ -134,7 +135,7 @@ def write_back(layer: Layer, compressed: Compressed) -> None:
 
 
 def _joined(parts: list[Compressed]) -> Compressed:
-    """The row groups of one matrix as one."""
+    """Concatenate the row groups of one matrix."""
     if len(parts) == 1:
         return parts[0]
     masks = [part.mask for part in parts if part.mask is not None]

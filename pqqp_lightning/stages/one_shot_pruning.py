@@ -1,4 +1,4 @@
-"""Pruning by a score, all at once: one sparsity everywhere, or one for each layer."""
+"""One-shot pruning by a score, with one sparsity for all layers or one for each layer."""
 
 from __future__ import annotations
 
@@ -22,26 +22,25 @@ from pqqp_lightning.stages.sensitivity import measure_costs
 from pqqp_lightning.stages.stage import Context, Stage
 
 STEP, STEPS, MOST = 0.05, 4, 0.95
-"""Each layer's sparsity is the target or up to STEPS steps away from it, and not above MOST."""
+"""Each layer's sparsity is at most STEPS steps from the target, and not above MOST."""
 
 
 class OneShotPruning(PruningStage):
-    """A pruning stage that removes the weights of the lowest score. A method writes :meth:`scores`.
+    """A pruning stage that removes the weights with the lowest scores. A method writes :meth:`scores`.
 
-    A method that also changes the weights that it keeps overrides ``compress_layer``; its scores then serve
-    ``allocation`` alone.
+    A method that also updates the kept weights overrides ``compress_layer``; only ``allocation`` then uses its scores.
 
     Args:
         sparsity: fraction of the weights to remove, in (0, 1); or name pattern to fraction.
         pattern: "N:M" instead: N kept of every M consecutive inputs ("2:4"); or name pattern to "N:M".
-        allocation: "uniform" removes the same fraction of every layer; "sensitivity" gives each layer its own fraction,
-            at most 0.2 from ``sparsity``, by the estimated effect on the loss (one backward pass over the calibration
-            data and one more walk), with ``sparsity`` over all layers together.
+        allocation: "uniform" removes the same fraction of every layer; "sensitivity" chooses each layer's fraction, at
+            most 0.2 from ``sparsity``, by the estimated effect on the loss (one backward pass over the calibration data
+            and one more walk), so that all layers together reach ``sparsity``.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     compared_within: ClassVar[Literal["row", "matrix"]] = "row"
-    """Where scores compete: each output row loses the same fraction, or the matrix as a whole (each group of it)."""
+    """Where scores compete: within each output row, or within the matrix (each group of a grouped convolution)."""
 
     def __init__(
         self,
@@ -56,14 +55,14 @@ class OneShotPruning(PruningStage):
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
-        """For its statistic, and to measure sensitivities."""
+        """Whether the method needs a statistic, or allocation measures sensitivities."""
         return self.statistic is not None or self.allocation == "sensitivity"
 
     def scores(self, weight: Tensor, statistic: Any) -> Tensor:
-        """How much each entry of ``weight`` [O, I], float32, matters: [O, I], >= 0; the lowest go.
+        """The importance [O, I], >= 0, of each entry of ``weight``; the lowest are removed.
 
         Args:
-            weight: of one layer, or of one group of it.
+            weight: [O, I], float32, of one layer or one group of it.
             statistic: as in :class:`~pqqp_lightning.stages.LayerInputs`.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no scores")
@@ -76,8 +75,8 @@ class OneShotPruning(PruningStage):
     def amount(self, name: str) -> dict[str, Any]:
         return {"sparsity": self._fractions[name]} if name in self._fractions else super().amount(name)
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if self.allocation == "sensitivity" and (self.pattern is not None or isinstance(self.sparsity, dict)):
             text = "needs one sparsity for all layers, from which it finds each layer's"
             way_out = "Set sparsity: 0.5 without a pattern, or allocation: uniform."
@@ -97,9 +96,10 @@ class OneShotPruning(PruningStage):
         super().compress_layers(model, layers, context)
 
     def _allocate(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> dict[str, float]:
-        """Each layer's sparsity, by what removing more or less of it does to the loss."""
+        """Choose each layer's sparsity by the estimated effect on the loss."""
         assert isinstance(self.sparsity, float | int)
         around = [self.sparsity + STEP * i for i in range(-STEPS, STEPS + 1)]
+        # MOST does not apply to a target above it
         sparsities = [s for s in around if 1e-6 < s <= max(self.sparsity, MOST)]
         removed: dict[str, list[int]] = {name: [] for name in layers}
 
@@ -126,13 +126,13 @@ class OneShotPruning(PruningStage):
         """The scores [O, I] of ``matrix`` [O, I] on Hessians [groups, I, I]."""
         if self.statistic is None:
             return self.scores(matrix, None)
-        # the record says what is unusual when the layer is compressed, not now for each trial
+        # findings enter the record once, when the layer is compressed, and not for each trial
         prepared = self.prepare(self.statistic.of_hessian(hessians), lambda what: None)
         groups = zip(matrix.chunk(len(prepared)), prepared, strict=True)
         return torch.cat([self.scores(weight, statistic) for weight, statistic in groups])
 
     def _parts(self, layer: Layer) -> int:
-        """Parts of the matrix, of equal size, that each lose the same fraction."""
+        """The number of equal parts of the matrix that each lose the same fraction."""
         if self.compared_within == "row":
             return layer.weight.shape[0]
         return 1 if self.statistic is None else groups_of(layer)

@@ -1,4 +1,4 @@
-"""What the pruning stages share: their arguments and their checks."""
+"""The arguments and checks that pruning stages share."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import nn
 
 from pqqp_lightning.algorithms.selection import Pattern
 from pqqp_lightning.errors import Problem, RecipeError, shorten
-from pqqp_lightning.network.layers import Layer, columns_of
+from pqqp_lightning.network.layers import columns_of
 from pqqp_lightning.network.name_patterns import value_for, values_of
 from pqqp_lightning.stages.layerwise import LayerwiseStage
 from pqqp_lightning.stages.stage import Stage
 
 PatternArgument = str | int
-"""``"2:4"``, or what YAML 1.1 makes of an unquoted 2:4: the number 124."""
+"""``"2:4"``, or the number 124, which is how YAML 1.1 reads an unquoted 2:4."""
 
 
 def parse_pattern(value: PatternArgument) -> Pattern:
-    """(N, M) of ``"N:M"``: N kept of every M. An unquoted 2:4 arrives as 2 * 60 + 4 and is understood.
+    """(N, M) of ``"N:M"``: N kept of every M.
 
     Raises:
-        RecipeError: not of that form, or not 0 < N < M.
+        RecipeError: another form, or not 0 < N < M.
     """
-    if isinstance(value, int):
+    if isinstance(value, int):  # YAML 1.1 reads an unquoted 2:4 as 2 * 60 + 4
         n, m = divmod(value, 60)
         value = f"{n}:{m}"
     else:
@@ -64,8 +64,8 @@ class PruningStage(LayerwiseStage):
             return {"pattern": parse_pattern(pattern)}
         return {"sparsity": None if self.sparsity is None else value_for(name, self.sparsity)}
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         if (self.sparsity is None) == (self.pattern is None):
             given = "neither" if self.sparsity is None else "both"
             text = f"{given} of sparsity and pattern given"
@@ -77,7 +77,16 @@ class PruningStage(LayerwiseStage):
         if self._check_amounts():
             return problems
         problems += self.check_patterns("sparsity", layers) + self.check_patterns("pattern", layers)
-        return problems + self._check_divisible(layers)
+        odd: dict[tuple[int, int, int], list[str]] = {}
+        for name, layer in layers.items():
+            pattern = self.amount(name).get("pattern")
+            width = layer.weight.shape[1] if isinstance(layer, nn.Conv2d) else columns_of(layer)
+            if pattern is not None and width % pattern[1]:
+                odd.setdefault((*pattern, width), []).append(name)
+        for (n, m, width), names in odd.items():
+            text = f"does not divide the {width} input channels of {shorten(names)}"
+            problems.append(Problem("pattern", f"{n}:{m}", text, "Add them to ignore, or use sparsity."))
+        return problems
 
     def _check_amounts(self) -> list[Problem]:
         problems = []
@@ -89,17 +98,4 @@ class PruningStage(LayerwiseStage):
                 parse_pattern(pattern)
             except RecipeError as error:
                 problems += error.problems
-        return problems
-
-    def _check_divisible(self, layers: dict[str, Layer]) -> list[Problem]:
-        odd: dict[tuple[int, int, int], list[str]] = {}
-        for name, layer in layers.items():
-            pattern = self.amount(name).get("pattern")
-            width = layer.weight.shape[1] if isinstance(layer, nn.Conv2d) else columns_of(layer)
-            if pattern is not None and width % pattern[1]:
-                odd.setdefault((*pattern, width), []).append(name)
-        problems = []
-        for (n, m, width), names in odd.items():
-            text = f"does not divide the {width} input channels of {shorten(names)}"
-            problems.append(Problem("pattern", f"{n}:{m}", text, "Add them to ignore, or use sparsity."))
         return problems

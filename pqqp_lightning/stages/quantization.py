@@ -19,14 +19,14 @@ GroupSize = int | Literal["channel", "tensor"]
 BlockSize = int | Literal["auto"]
 
 LARGEST_BLOCK = 64
-"""Columns that share a scale where a codebook's stage chooses by itself: bitsandbytes' own choice."""
+"""The block size of ``group_size: auto``, as in bitsandbytes."""
 
 SMALLEST_BLOCK = 8
-"""It chooses no fewer in wider layers."""
+"""``group_size: auto`` refuses smaller blocks, except in layers with fewer inputs."""
 
 
 class GridStage(LayerwiseStage):
-    """A stage that leaves its layers' weights on a grid, and not on another stage's.
+    """A stage that puts its layers' weights on a grid of its own, and so cannot follow another one on the same layers.
 
     Args:
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
@@ -91,8 +91,8 @@ class QuantizationStage(GridStage):
             "clip": self.clip,
         }
 
-    def check_knobs(self) -> list[Problem]:
-        problems = super().check_knobs()
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
         problems += [Problem("bits", b, "is not between 2 and 8") for b in values_of(self.bits) if not 2 <= b <= 8]
         return problems + _too_small(self.group_size, "'channel' for one scale an output channel")
 
@@ -104,8 +104,8 @@ class QuantizationStage(GridStage):
 class CodebookStage(GridStage):
     """A stage that rounds weights to the 4-bit levels of a codebook, block by block.
 
-    The values are those of bitsandbytes, bit for bit, in a layer of the kind that was there before: other stages,
-    training and saving act on it as on any other. Rounding is our own, since later stages must round to the same grid.
+    The weights equal those of bitsandbytes bit for bit. The layer keeps its class, so that other stages, training and
+    saving work as usual. The rounding is our own, because later stages must round to the same grid.
 
     Args:
         group_size: input columns that share a scale, the block size of bitsandbytes; "auto" for 64, or, where that does
@@ -119,8 +119,8 @@ class CodebookStage(GridStage):
         super().__init__(**kwargs)
         self.group_size = group_size
 
-    def check_knobs(self) -> list[Problem]:
-        return super().check_knobs() + _too_small(self.group_size, "'auto' for 64 or the nearest divisor below")
+    def check_arguments(self) -> list[Problem]:
+        return super().check_arguments() + _too_small(self.group_size, "'auto' for 64 or the nearest divisor below")
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         return super().check(model, data, earlier) + self.check_layers(self.find_layers(model))
@@ -143,7 +143,7 @@ class CodebookStage(GridStage):
         return problems + self.check_group_size(layers)
 
     def block_size(self, name: str, columns: int) -> int:
-        """Of the ``columns`` input columns of a layer, how many share a scale."""
+        """How many of the ``columns`` input columns of a layer share a scale."""
         size = value_for(name, self.group_size)
         if isinstance(size, int):
             return size

@@ -1,4 +1,4 @@
-"""How much a change of each layer hurts, measured on the calibration data: what allocations are made from."""
+"""The cost of compressing each layer, measured on the calibration data; allocations minimize it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pqqp_lightning.network.layers import Layer, weight_matrix
 from pqqp_lightning.stages.stage import Context
 
 Sensitivity = Literal["loss", "output"]
-"""What a layer's change is measured by: its estimated effect on the loss, or its relative output error."""
+"""The measure of a layer's change: its estimated effect on the loss, or its relative output error."""
 
 Trials = Callable[[str, Layer, Tensor], Iterable[Tensor]]
 """(name, layer, Hessians [groups, I, I]) -> the matrix [O, I] under each option."""
@@ -30,9 +30,9 @@ Trials = Callable[[str, Layer, Tensor], Iterable[Tensor]]
 def measure_costs(
     context: Context, blocks: Blocks, layers: dict[str, Layer], trials: Trials, sensitivity: Sensitivity
 ) -> dict[str, list[float]]:
-    """The cost of each option of each layer, on the model as it is; no weight changes.
+    """The cost of each option of each layer on the current model; weights do not change.
 
-    One calibration walk, and before it for ``"loss"`` one backward pass over the calibration batches.
+    It takes one calibration walk, and for ``"loss"`` also one backward pass over the calibration batches.
 
     Args:
         context: the stage's.
@@ -43,7 +43,7 @@ def measure_costs(
             divides the squared error by the squared output.
 
     Raises:
-        RecipeError: the loss has no gradient, or not a finite one, for some layer.
+        RecipeError: the loss has no finite gradient for some layer.
     """
     importance: dict[str, Tensor] = {}
     if sensitivity == "loss":
@@ -68,8 +68,8 @@ def measure_costs(
 def mean_squared_gradients(walk: Walk, layers: dict[str, Layer]) -> dict[str, Tensor]:
     """The mean squared gradient [O] of a sample's loss with respect to each layer's outputs, over all tokens.
 
-    The loss is the module's own (its ``training_step``), in evaluation mode. Only activations get gradients, so that
-    memory is that of one batch's activations.
+    The loss is that of the module's ``training_step``, in evaluation mode. Only activations get gradients, so that the
+    memory needed is that of one batch's activations.
     """
     assert walk.loss is not None, "the walk has no loss"
     sums = {name: torch.zeros(layer.weight.shape[0], device=layer.weight.device) for name, layer in layers.items()}
@@ -88,16 +88,21 @@ def mean_squared_gradients(walk: Walk, layers: dict[str, Layer]) -> dict[str, Te
                 walk.loss(batch).backward()
     for total in (*sums.values(), *rows.values()):
         sum_over_ranks(total)
-    _check_gradients(sums, rows)
+    if missed := [name for name, count in rows.items() if not int(count)]:
+        text = f"the loss has no gradient for {shorten(missed)}"
+        raise RecipeError(Problem(text=text, way_out="Add them to ignore."))
+    if odd := [name for name, total in sums.items() if not bool(torch.isfinite(total).all())]:
+        text = f"the loss has NaN or infinite gradients for {shorten(odd)}"
+        raise RecipeError(Problem(text=text, way_out="Check the model and the data."))
     return {name: sums[name] / rows[name] for name in layers}
 
 
 @contextmanager
 def _watching(model: nn.Module, layers: dict[str, Layer], add: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, call ``add`` with the gradient of each layer's output; weights keep their own gradients.
+    """Call ``add`` with the gradient of each layer's output, and restore the gradients of the weights on exit.
 
-    Where a layer's input has no gradient (the first layers), its weight asks for one, so that its output has one. The
-    weight's is dropped on exit.
+    A layer's output has a gradient if its input has one. The first layers' inputs have none; there the weight requires
+    one instead.
     """
 
     def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -119,16 +124,6 @@ def _watching(model: nn.Module, layers: dict[str, Layer], add: Callable[[str, Te
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _check_gradients(sums: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
-    if missed := [name for name, count in rows.items() if not int(count)]:
-        raise RecipeError(
-            Problem(text=f"the loss has no gradient for {shorten(missed)}", way_out="Add them to ignore.")
-        )
-    if odd := [name for name, total in sums.items() if not bool(torch.isfinite(total).all())]:
-        text = f"the loss has NaN or infinite gradients for {shorten(odd)}"
-        raise RecipeError(Problem(text=text, way_out="Check the model and the data."))
 
 
 def _error(change: Tensor, hessians: Tensor, importance: Tensor | None) -> float:

@@ -1,4 +1,4 @@
-"""The contract of a compression stage: a Lightning callback whose place in the list is its place in the order."""
+"""The contract of a compression stage: a Lightning callback. Stages run in the order of the list."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Plan = dict[str, Any]
 
 @dataclass
 class Context:
-    """What the engine gives a stage to work with.
+    """What the engine gives to a stage's ``compress``.
 
     Attributes:
-        walk: makes the walk over the calibration data for this stage.
-        title: what progress bars say.
-        progress: whether to show them.
-        notes: findings for the stage's record; the stage appends to it.
-        findings: findings that may concern many layers: what was found, and where.
-        undone: whether the stage gave up a constraint of an earlier stage; a note says which.
+        walk: creates the walk over the calibration data for this stage.
+        title: the text of progress bars.
+        progress: whether to show progress bars.
+        notes: notes for the stage's record; the stage appends to it.
+        findings: what was found, with the names of the layers.
+        undone: whether the stage broke a constraint of an earlier stage; a note says which.
     """
 
     walk: Callable[[Blocks], Walk]
@@ -43,11 +43,11 @@ class Context:
     undone: bool = False
 
     def found(self, what: str, layers: Iterable[str]) -> None:
-        """Note ``what`` was found in ``layers``; the record names how many and the first of them."""
+        """Note that ``what`` was found in ``layers``; the record has their number and the first names."""
         self.findings.setdefault(what, []).extend(layers)
 
     def all_notes(self) -> list[str]:
-        """The notes, one for each kind of finding among them."""
+        """All notes, with one for each kind of finding."""
         return [*self.notes, *(f"{shorten(layers)}: {what}" for what, layers in self.findings.items())]
 
     def calibrate(self, blocks: Blocks, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
@@ -69,24 +69,25 @@ class Context:
 
 
 class Stage(Callback):
-    """A compression stage. This base class compresses nothing; it finetunes if ``epochs`` says so.
+    """A compression stage. This base class does not compress; it finetunes for ``epochs``.
 
-    A method overrides :meth:`compress`, extends :meth:`check`, and names its ``source``. Ordinary callback hooks fire
-    during its finetuning. A method that looks at one layer at a time extends
+    A method overrides :meth:`compress`, extends :meth:`check`, and names its ``source``. Ordinary callback hooks run
+    during its finetuning. A method that compresses one layer at a time extends
     :class:`~pqqp_lightning.stages.LayerwiseStage` instead.
 
-    Class attributes say what a stage is: ``promises`` ("mask", "grid"), ``needs_calibration``, ``compresses``,
-    ``keeps_function`` (the model computes the same as before), and ``comparable_layers`` (a layer reads and gives out
-    the same features as in the dense model, so that its outputs can be compared).
+    Class attributes describe a stage: ``promises`` (the constraints that its weights satisfy, "mask" or "grid"),
+    ``needs_calibration``, ``compresses``, ``keeps_function`` (the model's outputs do not change), and
+    ``comparable_layers`` (a layer has the same inputs and outputs as in the dense model, so that its outputs can be
+    compared).
 
     Args:
         targets: name patterns of the layers to act on; every Linear and Conv2d inside the blocks by default.
-        ignore: name patterns of layers to leave alone.
+        ignore: name patterns of layers to skip.
         epochs: epochs of finetuning after this stage, before the next one.
         learning_rate: the highest learning rate of that finetuning; the model's own by default.
         blocks: module names of the blocks to calibrate one by one; found by structure by default.
-        allow_undo: run even where an earlier stage's constraint is lost; the record says what was lost.
-        distill: let the finetuning learn from the dense model: {weight: 0.5, temperature: 2.0}.
+        allow_undo: run even if an earlier stage's constraint is lost; the record says what was lost.
+        distill: distill the dense model during finetuning: {weight: 0.5, temperature: 2.0}.
     """
 
     source: ClassVar[str] = ""
@@ -112,10 +113,10 @@ class Stage(Callback):
         self.name = type(self).__name__.lower()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a ``restructure`` that expects an instance: a checkpoint is loaded without one.
+        """Refuse a ``restructure`` that needs an instance: a checkpoint is loaded without one.
 
         Raises:
-            TypeError: it is not a static method.
+            TypeError: ``restructure`` is not a static method.
         """
         super().__init_subclass__(**kwargs)
         if "restructure" in vars(cls) and not isinstance(vars(cls)["restructure"], staticmethod):
@@ -126,15 +127,15 @@ class Stage(Callback):
 
     @property
     def state_key(self) -> str:
-        """Unique among stages of one class."""
+        """Lightning's key for this callback's state, unique among stages of one class."""
         return f"{type(self).__qualname__}:{self.name}"
 
     def arguments(self) -> dict[str, Any]:
-        """Its arguments as plain data, for records, as far as it keeps them under their own names."""
+        """The arguments that are attributes of the same name, as plain data for records."""
         return argument_values(self)
 
     def find_blocks(self, model: nn.Module) -> Blocks:
-        """The blocks of ``model``: this stage's, the model's own list (``compression_blocks``), or by structure."""
+        """The blocks of ``model``: this stage's own, the model's ``compression_blocks``, or found by structure."""
         return find_blocks(model, self.blocks) if self.blocks else model_blocks(model)
 
     def find_layers(self, model: nn.Module) -> dict[str, Layer]:
@@ -144,17 +145,17 @@ class Stage(Callback):
         return find_layers(model, self.targets, self.ignore, self.find_blocks(model))
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
-        """Everything about this stage that must be put right before any work; each key is an argument of the stage.
+        """Every problem of this stage that can be found before any work; each key is an argument of the stage.
 
         Args:
-            model: the model in the structure that it will have when the stage's turn comes; its weights are not.
+            model: the model with the structure, but not the weights, that it will have when the stage runs.
             data: the datamodule, or None.
             earlier: the stages before this one.
         """
-        return self.check_knobs() + (self._check_targets(model) if self.compresses else [])
+        return self.check_arguments() + (self._check_targets(model) if self.compresses else [])
 
-    def check_knobs(self) -> list[Problem]:
-        """The problems of the arguments alone, whatever the model is. :meth:`check` includes them."""
+    def check_arguments(self) -> list[Problem]:
+        """The problems of the arguments for any model. :meth:`check` includes them."""
         problems = []
         if self.epochs < 0:
             problems.append(Problem("epochs", self.epochs, "is negative", "Use 0 for no finetuning."))
@@ -174,13 +175,13 @@ class Stage(Callback):
     def refuse_after(
         self, model: nn.Module, earlier: Sequence[Stage], promises: Sequence[str], reason: str, way_out: str
     ) -> list[Problem]:
-        """One problem for each earlier stage that left one of ``promises`` on a layer that this stage acts on.
+        """One problem for each earlier stage whose ``promises`` hold on a layer that this stage acts on.
 
         Args:
             model: as in :meth:`check`.
             earlier: the stages before this one.
             promises: of "mask" and "grid".
-            reason: what would happen to them ("would turn its zeros into other numbers").
+            reason: how they would be lost ("would turn its zeros into other numbers").
             way_out: what to do instead, a sentence.
         """
         if self.allow_undo:
@@ -195,14 +196,14 @@ class Stage(Callback):
     def overlaps(
         self, model: nn.Module, earlier: Sequence[Stage], promises: Sequence[str]
     ) -> list[tuple[Stage, list[str]]]:
-        """Each earlier stage that left one of ``promises`` on layers that this stage acts on, with their names."""
+        """Each earlier stage whose ``promises`` hold on layers that this stage acts on, with the layers' names."""
         own = set(self.find_layers(model))
         candidates = [stage for stage in earlier if set(stage.promises) & set(promises)]
         found = [(stage, sorted(own & set(stage.find_layers(model)))) for stage in candidates]
         return [(stage, both) for stage, both in found if both]
 
     def check_patterns(self, argument: str, layers: Iterable[str]) -> list[Problem]:
-        """Problems of an argument by name pattern: layers without a value, patterns that match no layer."""
+        """Problems of an argument that maps name patterns to values: layers and patterns without a match."""
         value = getattr(self, argument)
         if not isinstance(value, dict):
             return []
@@ -216,7 +217,7 @@ class Stage(Callback):
         return problems
 
     def unmatched(self, argument: str, pattern: str) -> Problem:
-        """``pattern``, which ``argument`` holds, matches none of the stage's layers."""
+        """The problem of a ``pattern`` in ``argument`` that matches none of the stage's layers."""
         text = f"matches none of the layers that the stage acts on (targets={self.targets}, ignore={self.ignore})"
         return Problem(argument, pattern, text, "Take it out, or change targets or ignore.")
 
@@ -225,9 +226,9 @@ class Stage(Callback):
         return {}
 
     def expected_plan(self, model: LightningModule) -> Plan:
-        """A plan of the shape that :meth:`compress` will return, from the structure of ``model`` alone.
+        """The plan that :meth:`compress` will return, up to values, from the structure of ``model`` alone.
 
-        The stages after this one are checked against a copy of the model that is restructured by it.
+        Later stages are checked on a copy of the model with this plan's structure.
         """
         return {}
 
@@ -235,12 +236,12 @@ class Stage(Callback):
     def restructure(model: LightningModule, plan: Plan) -> None:
         """Rebuild shapes, modules and ``requires_grad`` from the plan alone; values do not matter.
 
-        A checkpoint holds the plan but no stage, so that there are no arguments to read. By default the structure
-        stays. New modules take the device and dtype of what they replace.
+        A checkpoint has the plan but not the stage, so that its arguments are not available. By default the structure
+        does not change. New modules have the device and dtype of the modules that they replace.
         """
 
     def finish(self, model: LightningModule, context: Context, plan: Plan) -> Plan:
-        """End the stage after its finetuning, in place, and return the plan that holds from then on."""
+        """Finish the stage in place after its finetuning, and return the plan of the finished model."""
         return plan
 
     def moves(self, model: LightningModule) -> list[str]:
@@ -257,6 +258,7 @@ class Stage(Callback):
                     tails = {part for name in candidates for part in (name.rsplit(".", 1)[-1], name)}
                     hint = near_miss(pattern, tails) or f" The model has {shorten(candidates)}."
                     problems.append(Problem(argument, pattern, "matches no Linear or Conv2d layer", hint.strip()))
+        # compressing a tied weight would change the other module as well
         tied = tied_weights(model)
         layers = self.find_layers(model)
         if shared := [n for n, layer in layers.items() if id(layer.weight) in tied]:
@@ -273,7 +275,7 @@ class Stage(Callback):
         return problems
 
     def _no_layer(self, candidates: Iterable[str]) -> Problem:
-        """``targets`` and ``ignore`` leave none of ``candidates``, the model's layers."""
+        """The problem of ``targets`` and ``ignore`` that select none of ``candidates``, the model's layers."""
         way_out = f"The model has {shorten(candidates)}."
         if self.targets is None:
             return Problem("ignore", self.ignore, "leaves no layer", way_out)
