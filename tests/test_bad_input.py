@@ -317,8 +317,8 @@ def test_a_page_that_cannot_be_written_costs_only_the_page(damaged, capfd):
     printed, words = capfd.readouterr()
     assert "quantize (RTN)" in printed
     assert words == (
-        "run/report.html: the page cannot be written: Is a directory. Make the folder writable, or report a copy of "
-        "it.\n"
+        "run/report.html: the page cannot be written: Is a directory. Make the folder writable, or run the "
+        "command on a copy of it.\n"
     )
 
 

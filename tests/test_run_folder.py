@@ -95,7 +95,7 @@ def test_names_that_yaml_takes_for_numbers_are_names(folder):
 def test_a_run_folder_is_opened_once_and_resumed_by_the_same_run_alone(tmp_path, capsys):
     folder = RunFolder(tmp_path / "run")
     identity = {"seed": 0, "stages": {"prune": {"sparsity": 0.5}}}
-    with pytest.raises(RecipeError, match="there is no run to go on with"):
+    with pytest.raises(RecipeError, match="there is no run to resume"):
         folder.resume(identity)
     assert not folder.open(identity, "a recipe")
     assert folder.holds_run

@@ -16,7 +16,7 @@ from pqqp_lightning.storage.reports import AnalysisReport, DifferenceReport
 from pqqp_lightning.storage.run_folder import RunFolder
 
 ADDS_UP = (0.8, 1.25)
-"""Errors are said to add up where the whole is so many times their sum."""
+"""Errors add up roughly if the error of all blocks together is within this range, relative to their sum."""
 
 CAPTION = "relative squared error of the layers' outputs on the dense model's inputs, and interference (Δ)"
 
@@ -30,7 +30,7 @@ def analysis_page(folder: RunFolder, report: AnalysisReport) -> Page:
     report = {**report, "recipe": report.get("recipe", recipe_of(folder))}
     said = [line[0].upper() + line[1:] + "." for line in findings(report)]
     files = ", ".join([folder.layers.name, *report.get("figures", [])])
-    whole = Figure("Every layer: its errors, and the interference of the stages.", LayerPlot(report))
+    whole = Figure("Errors and interference of the stages in every layer.", LayerPlot(report))
     sections = [
         Section("What the layers say", [Words([line.replace("->", "→") for line in said], in_summary=True)]),
         Section("Errors", [_metric_figure(report), _depth_figure(report), whole, *_tables(report)]),
@@ -52,7 +52,7 @@ def _metric_figure(report: AnalysisReport) -> Figure:
 
 
 def _depth_figure(report: AnalysisReport) -> Figure:
-    """Mean errors in equal parts of the network's depth: a line for each stage and each order."""
+    """Mean errors over the network's depth, cut into equal parts: a line for each stage and each order."""
     layers, keys = report["layers"], list(report["layers"][0]["errors"])
     parts = min(PARTS, len(layers))
     cut = [layers[i * len(layers) // parts : (i + 1) * len(layers) // parts] for i in range(parts)]
@@ -63,9 +63,9 @@ def _depth_figure(report: AnalysisReport) -> Figure:
         lines.append(Line(key.replace("->", " → "), values, [number_text(value) for value in values], best))
     note = scale_note(value for line in lines for value in line.values)
     caption = (
-        f"Relative error from the first layers to the last, the mean over each of {parts} parts of the depth{note}."
+        f"Mean relative error in each of {parts} equal parts of the depth, from the first layers to the last{note}."
     )
-    caption += f" The thick line is {' → '.join(report['best'])}; from above to below at the right: "
+    caption += f" The thick line is {' → '.join(report['best'])}. At the right end, from top to bottom: "
     caption += ", ".join(line.label for line in sorted(lines, key=lambda line: -(line.values[-1] or 0.0))) + "."
     return Figure(caption, LinePlot(lines, [str(i + 1) for i in range(parts)]))
 
@@ -97,7 +97,7 @@ def read_analysis(folder: RunFolder) -> AnalysisReport:
 
 
 def findings(report: AnalysisReport) -> list[str]:
-    """What the numbers say, a sentence each."""
+    """The findings, one sentence each."""
     whole = mean_errors([layer["errors"] for layer in report["layers"]])
     lines = [_order_line(report, whole)]
     for order in report["orders"]:
@@ -113,7 +113,7 @@ def findings(report: AnalysisReport) -> list[str]:
 
 
 def verdict(report: AnalysisReport) -> str:
-    """What the order gains, in a sentence."""
+    """The gain of the better order, in one sentence."""
     first = report["orders"][0]
     metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
     found = report["advantage"]
@@ -164,14 +164,14 @@ def _additivity_line(report: AnalysisReport) -> str:
     low, high = ADDS_UP
     words = "holds roughly" if low <= found["ratio"] <= high else "does not hold"
     return (
-        f"independence of the blocks' errors {words} after {_arrow(report['best'])}: the last block's output moves "
-        f"{found['ratio']:.2f} times the sum of what {found['parts']} blocks move it alone (mean |cosine| "
+        f"independence of the blocks' errors {words} after {_arrow(report['best'])}: the last block's output changes "
+        f"by {found['ratio']:.2f} times the sum of the changes by {found['parts']} blocks alone (mean |cosine| "
         f"{found['cosine']:.2f})"
     )
 
 
 def _is_clear(advantage: DifferenceReport | None) -> bool:
-    """Whether one order is better: its interval leaves 0 out, or there is none and the two differ."""
+    """Whether one order is better: the interval excludes 0, or without an interval the two differ."""
     if advantage is None or not advantage["value"]:
         return False
     return advantage["low"] is None or leaves_zero_out(advantage["low"], advantage["high"])

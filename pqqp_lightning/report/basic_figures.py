@@ -1,4 +1,4 @@
-"""Dots with intervals, bars and lines."""
+"""Draws dots with intervals, bars and lines."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pqqp_lightning.report.figure_style import WIDTH, Style, plain_text
 from pqqp_lightning.report.plots import MOST_NAMED, BarPlot, DotPlot, Line, LinePlot, is_logarithmic, is_number
 
 LINE, STRIP, GAP = 0.19, 0.26, 0.06
-"""Inches of a line of text, of the strip below it that a row is drawn in, and between rows."""
+"""Inches: a line of text, the strip below it with the dot or bar, and the gap between rows."""
 LABEL = 36
-"""Characters in a line of a row's label, beside which its amount stands."""
+"""Maximum characters in a line of a row's label; the amount is printed to its right."""
 AXIS = 0.3
-"""Inches below the rows for the axis' numbers."""
+"""Inches below the rows for the numbers of the axis."""
 SMALL = 8.5
 
 
 def draw_dots(plot: DotPlot, style: Style) -> Figure:
-    """A row each: its name and value, and below them the dot with its interval."""
+    """One row per dot: its name and value, and below them the dot with its interval."""
     labels = [[*_wrap(dot.label, LABEL), *_wrap(dot.remark, 60)] for dot in plot.dots]
     named = [len(_wrap(dot.label, LABEL)) for dot in plot.dots]
     figure, axes, middles = _rows(labels, named, AXIS, style)
@@ -46,7 +46,7 @@ def draw_dots(plot: DotPlot, style: Style) -> Figure:
 
 
 def draw_bars(plot: BarPlot, style: Style) -> Figure:
-    """A row each: its name and amount, and below them the bar."""
+    """One row per bar: its name and amount, and below them the bar."""
     labels = [_wrap(bar.label, LABEL) for bar in plot.bars]
     named = [len(lines) for lines in labels]
     figure, axes, middles = _rows(labels, named, 0.0, style)
@@ -59,7 +59,7 @@ def draw_bars(plot: BarPlot, style: Style) -> Figure:
 
 
 def draw_lines(plot: LinePlot, style: Style) -> Figure:
-    """From column to column; a gap where a value is missing."""
+    """Lines from column to column; a missing value leaves a gap."""
     figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     axes = figure.subplots()
     values = [value for line in plot.lines for value in line.values if is_number(value)]
@@ -84,7 +84,7 @@ def draw_lines(plot: LinePlot, style: Style) -> Figure:
 
 
 def _write_values(axes: Axes, line: Line, columns: Sequence[int], style: Style) -> None:
-    """A point's value: below it in a valley, else above."""
+    """Write the values: below a local minimum, above other points."""
     for i in columns:
         value = line.values[i]
         if not is_number(value):
@@ -100,7 +100,7 @@ def _write_values(axes: Axes, line: Line, columns: Sequence[int], style: Style) 
 def _rows(
     labels: Sequence[Sequence[str]], named: Sequence[int], below: float, style: Style
 ) -> tuple[Figure, Axes, list[float]]:
-    """An empty figure for rows of text and a strip each; the heights of the strips' middles, in inches upwards."""
+    """An empty figure with a row per label, and the height of each row's strip in inches from the bottom."""
     heights = [LINE * max(1, len(lines)) + STRIP + GAP for lines in labels]
     total = sum(heights) + below + 0.05
     figure = Figure(figsize=(WIDTH, total))
@@ -118,7 +118,7 @@ def _rows(
 
 
 def _write_row(axes: Axes, y: float, lines: Sequence[str], named: int, amount: str, best: bool, style: Style) -> None:
-    """The label at the left, its remark below it in small, and the amount at the right."""
+    """Write the label at the left, its remark below it in small letters, and the amount at the right."""
     weight = "bold" if best else "normal"
     place, behind = axes.get_yaxis_transform(), {"facecolor": style.page, "edgecolor": "none", "pad": 0.8}
     for i, words in enumerate(lines):
@@ -136,7 +136,7 @@ def _wrap(text: str, width: int) -> list[str]:
 
 
 def _scale(axis: Axis, values: Sequence[float]) -> None:
-    """Logarithmic where the values differ many times; a few round numbers in any case."""
+    """Choose the scale, which is logarithmic for values of different magnitude, and a few round ticks."""
     axes = axis.axes
     horizontal = axis is axes.xaxis
     if not values:

@@ -24,8 +24,8 @@ COMMANDS = {"order": "search for the best order", "sweep": "sweep", "analyze": "
 
 
 WARNINGS = {
-    "running": "This run is not finished: here is what was done so far.",
-    "failed": "This run failed: here is what was done before.",
+    "running": "This run is not finished. The report shows the stages so far.",
+    "failed": "This run failed. The report shows the stages before the failure.",
 }
 
 
@@ -50,7 +50,7 @@ def fit_page(folder: RunFolder, report: FitReport) -> Page:
 
 
 def fit_verdict(records: Sequence[Record], so_far: bool = False) -> str:
-    """How much smaller, and what it cost."""
+    """How much smaller the model is, and how the metrics changed."""
     if not records:
         return "Nothing was measured."
     dense, last = records[0], records[-1]
@@ -62,16 +62,16 @@ def fit_verdict(records: Sequence[Record], so_far: bool = False) -> str:
         for name in metric_names([dense, last])
     ]
     smaller = last["compression_rate"] >= 1.005
-    rate = f"{last['compression_rate']:.2f}x smaller" if smaller else f"no smaller ({last['compression_rate']:.2f}x)"
+    rate = f"{last['compression_rate']:.2f}x smaller" if smaller else f"not smaller ({last['compression_rate']:.2f}x)"
     words = ", ".join([f"So far {rate}" if so_far else rate, *metrics]) + "."
     return words[0].upper() + words[1:]
 
 
 def stage_notes(record: Record) -> list[str]:
-    """What was unusual at a stage, and what its training made better or worse."""
+    """A stage's notes, and its metrics before and after finetuning."""
     before = record.get("metrics_before_finetuning") or {}
     trained = [
-        f"{name} {number_text(value)} before its training, {number_text(record['metrics'].get(name))} after."
+        f"{name} {number_text(value)} before finetuning, {number_text(record['metrics'].get(name))} after."
         for name, value in before.items()
     ]
     return [*record["notes"], *trained]
@@ -127,14 +127,14 @@ def read_report(folder: RunFolder) -> FitReport:
     """The run's ``report.json``.
 
     Raises:
-        RecipeError: there is none, or it is damaged.
+        RecipeError: it is missing or damaged.
     """
     path = folder.path
     if not path.is_dir():
-        raise RecipeError(f"{path}: there is no such folder. Name the folder of a run, such as runs/quickstart.")
+        raise RecipeError(f"{path}: no such folder. Name a run folder, such as runs/quickstart.")
     command = read_json(folder.run).get("command") if folder.run.is_file() else None
     if command in COMMANDS:
-        raise RecipeError(f"{path}: the {COMMANDS[command]} is not finished. Go on with --ckpt_path last.")
+        raise RecipeError(f"{path}: the {COMMANDS[command]} is not finished. Resume it with --ckpt_path last.")
     if not folder.report.is_file():
-        raise RecipeError(f"{path}: holds no {folder.report.name}. Name the folder of a run, such as runs/quickstart.")
+        raise RecipeError(f"{path}: has no {folder.report.name}. Name a run folder, such as runs/quickstart.")
     return cast(FitReport, read_json(folder.report, "status", "stages"))

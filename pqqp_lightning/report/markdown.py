@@ -1,4 +1,4 @@
-"""A page as Markdown, to paste where there is no browser: without the plots, whose numbers the tables hold."""
+"""Writes a page as Markdown, to paste into other documents. The tables hold the numbers of the plots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def to_markdown(page: Page) -> str:
     """The whole page."""
     parts = [f"# {escape(page.title)}", escape(page.about), f"**{escape(page.verdict)}**"]
     if page.warning:
-        way_on = f" Go on with `{page.way_on}`." if page.way_on else ""
+        way_on = f" Resume with `{page.way_on}`." if page.way_on else ""
         parts.append(f"{escape(page.warning)}{way_on}")
     parts += [escape(words) for words in page.remarks]
     for section in page.sections:
@@ -25,7 +25,7 @@ def to_markdown(page: Page) -> str:
 
 
 def escape(text: str) -> str:
-    """``text`` on one line, with nothing in it that Markdown or HTML would read as their own."""
+    """Put ``text`` on one line and escape what Markdown or HTML would interpret."""
     plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     return SPECIAL.sub(r"\\\1", plain)
 

@@ -66,21 +66,21 @@ def _order_blocks(report: OrderReport) -> list[Block]:
     caption = f"{metric} of each order{scale_note(v for dot in dots for v in (dot.value, dot.low, dot.high))}: "
     caption += f"{better} is better."
     if any(dot.low is not None for dot in dots):
-        caption += " Bars are each order's own 95% interval."
+        caption += " Bars are 95% intervals of each order alone."
     if any(dot.remark for dot in dots):
-        caption += " Hollow dots differ from the best order in more than the order, as is said below their names."
+        caption += " Hollow dots cannot be compared with the others; the reason is below their names."
     return [Figure(caption, DotPlot(dots)), *_behind_figure(report), _order_table(report)]
 
 
 def _behind_figure(report: OrderReport) -> list[Block]:
-    """How far each order is behind the best: their own intervals may overlap although the difference is clear."""
+    """How far each order is behind the best: the difference may be clear although the orders' own intervals overlap."""
     if not any(order.get("behind") for order in report["orders"]):
         return []
     dots = [_behind_dot(order, order["order"] == report["best"]) for order in report["orders"]]
     caption = (
         f"How far each order is behind the best, in {report['metric']}. Bars are 95% intervals of the difference on "
     )
-    caption += "the same samples: where one holds 0, there is no evidence that the two orders differ."
+    caption += "the same samples: if a bar contains 0, there is no evidence that the two orders differ."
     return [Figure(caption, DotPlot(dots))]
 
 
@@ -156,9 +156,11 @@ def _pair_blocks(report: OrderReport) -> list[Block]:
         ]
         for pair in pairs
     ]
-    explained = f"A(f1 → f2) is by how much {metric} is better where f1 comes just before f2 than the other way round, "
+    explained = (
+        f"A(f1 → f2) says how much better {metric} is with f1 directly before f2 than with f2 directly before f1, "
+    )
     explained += "both applied to the dense model."
-    head = ["pair", f"A in {metric}", *(["95% interval"] if intervals else []), "says"]
+    head = ["pair", f"A in {metric}", *(["95% interval"] if intervals else []), "meaning"]
     return [Words([explained]), Table("Each pair of stages", head, rows, words=(0, len(head) - 1), in_summary=True)]
 
 
@@ -175,13 +177,13 @@ def _size_blocks(folder: RunFolder, report: OrderReport) -> list[Block]:
     on_disk, counted = folder.model_bytes(), best["size_bytes"]
     if on_disk is None:
         return [size_figure(best["stages"], " of the best order")]
-    words = f"{folder.model}: the best order's, {human_bytes(on_disk)} on disk ({human_bytes(counted)} counted). "
+    words = f"{folder.model}: the best order's model, {human_bytes(on_disk)} on disk ({human_bytes(counted)} counted). "
     words += f"Load it with pqqp_lightning.load({str(folder.path)!r})."
     return [size_figure(best["stages"], " of the best order", on_disk), Words([words], in_summary=True)]
 
 
 def _refused_blocks(report: OrderReport) -> list[Block]:
-    """Orders under the reason that they share."""
+    """The orders that cannot run, grouped by reason."""
     refused = sorted(report["refused"], key=lambda r: r["problems"])
     items = [
         ("; ".join(names_text(r["order"]) for r in same), f"cannot run: {' '.join(problems)}")
@@ -191,7 +193,7 @@ def _refused_blocks(report: OrderReport) -> list[Block]:
 
 
 def _note_blocks(orders: list[OrderEntry]) -> list[Block]:
-    """Each note of a stage once, with the orders' beginnings where it was made."""
+    """Each note of a stage once, with the stages before it in the orders that have it."""
     places: dict[tuple[str, str], list[str]] = {}
     for beginning, name, note in _noted(orders):
         where = places.setdefault((name, note), [])
@@ -213,16 +215,16 @@ def _noted(orders: list[OrderEntry]) -> Iterator[tuple[str, str, str]]:
 
 
 def marked_lines(orders: Sequence[MarkedOrder | OrderEntry]) -> list[str]:
-    """Of those orders that are marked: why they cannot be compared."""
+    """A line for each marked order: why it cannot be compared."""
     return [f"{' -> '.join(order['order'])}: {'; '.join(order['marks'])}" for order in orders if order.get("marks")]
 
 
 def hypothesis_sentence(report: OrderReport) -> str:
-    """How the order from the weakest stage to the strongest did; empty if that was not asked."""
+    """The result of the order from the weakest stage to the strongest; empty if it is unknown."""
     if not (asked := report.get("hypothesis")):
         return ""
     words = "Weakest first, strongest last"
-    words = f"{words if asked.get('exactly', True) else f'As near as was measured to {words.lower()}'} "
+    words = f"{words if asked.get('exactly', True) else f'The measured order nearest to {words.lower()}'} "
     words += f"({' -> '.join(asked['order'])})"
     equal = f" {' and '.join(asked['equal'])} are equally strong alone." if asked.get("equal") else ""
     if asked["order"] == report["best"]:
@@ -247,11 +249,9 @@ class Advantage:
     """A(first→second): how much better the metric is with ``first`` just before ``second``.
 
     Attributes:
-        first: a stage.
-        second: another.
-        value: None where a metric was not finite.
-        low: where its interval begins, if there is one.
-        high: where its interval ends.
+        value: None if a metric was not finite.
+        low: lower end of its interval, if there is one.
+        high: upper end.
     """
 
     first: str
@@ -261,7 +261,7 @@ class Advantage:
     high: float | None
 
     def reading(self) -> str:
-        """The number in words."""
+        """What the number means."""
         if self.value is None:
             return "unknown: a metric is not finite"
         if self.low is None:
@@ -271,7 +271,7 @@ class Advantage:
 
 
 def order_verdict(report: OrderReport) -> list[str]:
-    """The verdict, and what one must know to read it."""
+    """The verdict, and remarks on it."""
     again = report.get("repeats")
     repeats = again["verdict"] if again else ""
     left_out = [f"Left out: {line}" for line in marked_lines(report.get("left_out", []))]
@@ -281,7 +281,7 @@ def order_verdict(report: OrderReport) -> list[str]:
 
 
 def advantages(report: OrderReport) -> list[Advantage]:
-    """Each pair once, in the direction in which its advantage is not negative."""
+    """Each pair once, in the direction whose advantage is not negative."""
     found: list[Advantage] = []
     for pair, entry in report["advantage"].items():
         first, _, second = pair.partition("->")

@@ -1,4 +1,4 @@
-"""The page of an order that was predicted and not measured."""
+"""The page of an order that was predicted without measuring it."""
 
 from __future__ import annotations
 
@@ -47,30 +47,35 @@ def intensity_rows(report: PredictionReport) -> list[tuple[str, float | None]]:
 
 
 def prediction_sentence(report: PredictionReport) -> str:
-    """The predicted order, and what it rests on."""
-    why = "the weakest stage first" if report["exactly"] else "as near to the weakest stage first as can run"
+    """The predicted order, and the reason."""
+    why = (
+        "the weakest stage first"
+        if report["exactly"]
+        else "of the orders that can run, it is nearest to the weakest stage first"
+    )
     return f"{' -> '.join(report['predicted'])} is predicted to be best: {why}. Nothing was evaluated."
 
 
 def prediction_lines(report: PredictionReport) -> list[str]:
-    """What else there is to know."""
+    """Orders that cannot run, limits of the prediction, earlier measurements, and how to measure it."""
     lines = [f"{' -> '.join(r['order'])} cannot run: {'; '.join(r['problems'])}" for r in report["refused"]]
     for name, gone in report.get("gone", {}).items():
         if gone:
             lines.append(
-                f"{name} removes {gone} of {report['layers']} layers, each of which counts as wholly wrong: it may be "
-                "weaker than that, beside stages that change every layer."
+                f"{name} removes {gone} of {report['layers']} layers, each of which counts with error 1. Compared with "
+                "stages that change every layer, this may overestimate its intensity."
             )
     if measured := report["measured"]:
         behind = measured["behind"].get(" -> ".join(report["predicted"]))
         if measured["best"] == report["predicted"]:
-            lines.append(f"Measured before: it is. {measured['verdict']}")
+            lines.append(f"An earlier search measured it as the best. {measured['verdict']}")
         elif behind is not None:
-            lines.append(f"Measured before: it is behind by {number_text(behind['value'])}. {measured['verdict']}")
-    return [*lines, f"Measure it: the same recipe with fit --stage_order [{','.join(report['predicted'])}]."]
+            by = number_text(behind["value"])
+            lines.append(f"An earlier search measured it behind the best by {by}. {measured['verdict']}")
+    return [*lines, f"To measure it, run the same recipe with fit --stage_order [{','.join(report['predicted'])}]."]
 
 
 def caption(report: PredictionReport) -> str:
-    """What an intensity is."""
+    """The definition of the intensity."""
     layers, samples = report["layers"], report["samples"]
     return f"intensity: the mean relative error of {layers} layers' outputs on {samples} calibration samples"

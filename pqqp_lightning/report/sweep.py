@@ -23,7 +23,7 @@ from pqqp_lightning.storage.files import read_json
 from pqqp_lightning.storage.reports import DifferenceReport, PairReport, PointReport, SweepReport
 from pqqp_lightning.storage.run_folder import RunFolder
 
-STOPPED = "The sweep is not finished: give the same command again, and it resumes here."
+STOPPED = "The sweep is not finished. Run the same command again to resume it."
 
 
 def sweep_page(folder: RunFolder, report: SweepReport) -> Page:
@@ -60,14 +60,14 @@ def _advantage_blocks(report: SweepReport) -> list[Block]:
     first, second = report["quantizing"], report["pruning"]
     metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
     caption = (
-        f"{report['hypothesis']['advantage']}: what {first} before {second} gains over the other order, in "
+        f"{report['hypothesis']['advantage']}: how much {first} before {second} gains over the other order, in "
         f"{metric}{scale_note(v for dot in dots for v in (dot.value, dot.low, dot.high))}; above 0, {first} "
-        "first is better. Bars are 95% intervals on the same samples: where one holds 0, there is no evidence that the "
-        "order matters."
+        "first is better. Bars are 95% intervals on the same samples: if a bar contains 0, there is no evidence that "
+        "the order matters."
     )
     blocks: list[Block] = [Figure(caption, DotPlot(dots))]
     if has_advantage(report):
-        over = f"The same over how much weaker {first} is than {second}, in the metric and in compression."
+        over = f"The same over how much weaker {first} is than {second}: in the metric, and in compression."
         blocks.append(Figure(over, AdvantagePlot(report)))
     return blocks
 
@@ -89,7 +89,7 @@ def _point_blocks(report: SweepReport) -> list[Block]:
 def _curve_blocks(report: SweepReport) -> list[Block]:
     blocks: list[Block] = []
     if has_curve(report):
-        caption = f"{report['quantizing']} alone, and the C* at which it scores as each {report['pruning']} does."
+        caption = f"{report['quantizing']} alone, and the C* at which it matches the score of each {report['pruning']}."
         blocks.append(Figure(caption, CurvePlot(report)))
     for curve in report.get("curves", []):
         of = f" with {curve['label']}" if curve["label"] else ""
@@ -112,7 +112,7 @@ def _note_blocks(report: SweepReport) -> list[Block]:
 
 
 def _files(folder: RunFolder, report: SweepReport) -> list[str]:
-    """Names of the tables and pictures beside the report."""
+    """Names of the tables and pictures in the run folder."""
     tables = [path.name for path in (folder.points, folder.curve) if path.is_file()]
     return [*tables, *report.get("figures", [])]
 
@@ -128,7 +128,7 @@ def read_sweep_report(folder: RunFolder) -> SweepReport:
 
 
 def point_cells(report: SweepReport) -> tuple[str, list[str], list[list[str]]]:
-    """The table of points for people: its caption, its head, and a row a point."""
+    """The table of points: caption, head, and one row per point."""
     return _pair_cells(report) if "hypothesis" in report else _order_cells(report)
 
 
@@ -149,7 +149,7 @@ def _pair_cells(report: SweepReport) -> tuple[str, list[str], list[list[str]]]:
 
 
 def _order_cells(report: SweepReport) -> tuple[str, list[str], list[list[str]]]:
-    """The best and the worst order of every point, where there is no pair to be analysed."""
+    """The best and the worst order of every point, for sweeps without a pair to analyse."""
     varied, metric, rows = list(arguments_of(report["points"][0], report)), report["metric"], []
     for point in report["points"]:
         ends = [point["orders"][i] for i in (0, -1)] if point["orders"] else []
@@ -160,7 +160,7 @@ def _order_cells(report: SweepReport) -> tuple[str, list[str], list[list[str]]]:
 
 
 def _short(varied: Sequence[str]) -> list[str]:
-    """Names of arguments without their stages, where that is enough to tell them apart."""
+    """Names of arguments, without their stages if they stay unique."""
     alone = [argument.partition(".")[2] for argument in varied]
     return [name if alone.count(name) == 1 else argument for name, argument in zip(alone, varied, strict=True)]
 
@@ -173,7 +173,7 @@ def _advantage_text(advantage: DifferenceReport | None) -> str:
 
 
 def _difference_text(pair: PairReport) -> str:
-    """C*_P - C_Q, or what is known of it: ``">+5.33"``."""
+    """C*_P - C_Q, or its known bound, such as ``">+5.33"``."""
     return "-" if pair["rate_quantized"] is None else ratio_of(pair).words(pair["rate_quantized"], "+.2f")
 
 

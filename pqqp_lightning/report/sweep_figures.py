@@ -1,4 +1,4 @@
-"""A sweep's figures, drawn from ``sweep.json`` alone: the curve of quantization, and what A grows with."""
+"""Draws a sweep's figures from ``sweep.json``: the curve of quantization, and A against what it may grow with."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pqqp_lightning.storage.reports import Correlation, CurveReport, PointReport
 Quantity = Literal["gap", "ratio_difference"]
 QUANTITIES: tuple[Quantity, ...] = ("gap", "ratio_difference")
 WIDE = 20
-"""An axis whose largest value is so many times its median is drawn logarithmic."""
+"""An axis is logarithmic if its largest value is more than this many times the median."""
 
 
 def draw_curve(plot: CurvePlot, style: Style) -> Figure:
-    """Quantization alone over C; each pruning beside it, with a dotted line to its C* on the curve."""
+    """Draw quantization alone over C, and each pruning with a dotted line to its C* on the curve."""
     report = plot.report
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -48,7 +48,7 @@ def draw_curve(plot: CurvePlot, style: Style) -> Figure:
     better = "more is better" if report["higher_is_better"] else "less is better"
     axes.set(xlabel="nominal compression rate C of the stages' layers", ylabel=f"{report['metric']} ({better})")
     axes.set_title(
-        title_text(f"{report['quantizing']} alone, and the C* at which it scores as {report['pruning']} does")
+        title_text(f"{report['quantizing']} alone, and the C* at which it matches the score of {report['pruning']}")
     )
     rule_out(axes, style)
     axes.margins(x=0.1, y=0.1)
@@ -57,7 +57,7 @@ def draw_curve(plot: CurvePlot, style: Style) -> Figure:
 
 
 def _draw_curve(axes: Axes, curve: CurveReport, sign: int, colour: str, name: str) -> None:
-    """The line on which C* is interpolated, which is straight in C and M, and so bent on logarithmic axes."""
+    """Draw the line on which C* is interpolated: straight in C and M, so curved on logarithmic axes."""
     rates, scores = ([pt[key] for pt in curve["points"]] for key in ("rate", "score"))
     between = np.unique(np.concatenate([np.geomspace(rates[0], rates[-1], 400), rates]))
     label = f"{name} alone" + (f" ({curve['label']})" if curve["label"] else "")
@@ -67,14 +67,14 @@ def _draw_curve(axes: Axes, curve: CurveReport, sign: int, colour: str, name: st
         text = "dense" if not point["knobs"] else ", ".join(str(v) for v in point["knobs"].values())
         if "bits" in point["knobs"]:
             text = f"{point['knobs']['bits']} bits"
-        at, free = (point["rate"], sign * point["score"]), (5, 10 * sign)  # the side that the curve turns from
+        at, free = (point["rate"], sign * point["score"]), (5, 10 * sign)  # on the outer side of the curve
         axes.annotate(plain_text(text), at, xytext=free, textcoords="offset points", fontsize=8, va="center")
 
 
 def _draw_pruning(
     axes: Axes, label: str, place: tuple[float, float], shape: str, ratios: Sequence[float], style: Style
 ) -> None:
-    """One pruning at its own rate, and where quantization scores the same."""
+    """Draw one pruning at its own rate, and where quantization reaches its score."""
     rate, score = place
     colour = style.palette[1]
     axes.plot(rate, score, shape, color=colour, markerfacecolor=style.page, label=label)
@@ -84,13 +84,13 @@ def _draw_pruning(
 
 
 def _ratios(report: SweepReport, step: str) -> list[float]:
-    """C* of one pruning on every curve."""
+    """C* of one pruning on each curve."""
     own = (pt["pair"]["equivalent_ratio"] for pt in report["points"] if pt["steps"][report["pruning"]] == step)
     return list(dict.fromkeys(ratio for ratio in own if ratio is not None))
 
 
 def draw_advantage(plot: AdvantagePlot, style: Style) -> Figure:
-    """A(Q->P) over G(Q, P) and over C*_P - C_Q, with intervals and the monotone fits."""
+    """Draw A(Q->P) over G(Q, P) and over C*_P - C_Q, with intervals and monotone fits."""
     report = plot.report
     figure = Figure(figsize=(WIDTH, 7.6), layout="constrained")
     panels = figure.subplots(2, 1)
@@ -101,7 +101,7 @@ def draw_advantage(plot: AdvantagePlot, style: Style) -> Figure:
     gained = f"{report['hypothesis']['advantage']} in {metric}\n(above 0: {first} first is better)"
     for axes in panels:
         axes.set_ylabel(plain_text(gained))
-    figure.suptitle(title_text(f"What {first} before {second} gains, over how much weaker {first} is than {second}"))
+    figure.suptitle(title_text(f"Gain of {first} before {second}, over how much weaker {first} is than {second}"))
     panels[0].set_xlabel(plain_text(f"{report['hypothesis']['gap']['name']} in {metric}"))
     panels[1].set_xlabel(plain_text(f"{report['hypothesis']['ratio_difference']['name']} (times)"))
     handles, labels = panels[0].get_legend_handles_labels()
@@ -138,7 +138,7 @@ def _draw_point(
     shape: str,
     style: Style,
 ) -> None:
-    """A with its interval; hollow where the two orders differ in more than the order."""
+    """Draw A with its interval; hollow if the two orders cannot be compared."""
     x, a = point["pair"][quantity], point["pair"]["advantage"]
     if x is None or a is None or a["value"] is None:
         return
@@ -167,7 +167,7 @@ def _is_marked(point: PointReport) -> bool:
 
 
 def _scale(axis: Axis, values: Sequence[float | None]) -> None:
-    """Logarithmic to both sides of 0 where a few values would hide the others."""
+    """Use a logarithmic scale on both sides of 0 if a few large values would hide the others."""
     sizes = [abs(v) for v in values if v]
     if sizes and _is_wide(sizes):
         axes: Any = axis.axes

@@ -1,4 +1,4 @@
-"""What tables and figures of a sweep share: its points as rows, names and marks."""
+"""A sweep's points as rows, names and marks, for its tables and figures."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ Row = dict[str, Any]
 
 
 def has_curve(report: SweepReport) -> bool:
-    """Whether quantization alone was measured at two rates or more."""
+    """Whether quantization alone was measured at two or more rates."""
     return any(len(curve["points"]) > 1 for curve in report.get("curves", []))
 
 
 def has_advantage(report: SweepReport) -> bool:
-    """Whether both orders were measured at some point."""
+    """Whether both orders were measured at any point."""
     return any(advantage_of(point) is not None for point in report["points"])
 
 
 def write_tables(folder: RunFolder, report: SweepReport) -> None:
-    """Write ``sweep.csv``, and ``curve.csv`` where quantization alone was measured."""
+    """Write ``sweep.csv``, and ``curve.csv`` if quantization alone was measured."""
     write_csv(folder.points, [point_row(point, report) for point in report["points"]])
     if report.get("curves"):
         write_csv(folder.curve, curve_rows(report))
 
 
 def point_row(point: PointReport, report: SweepReport) -> Row:
-    """Everything about one point, by column; M is the metric with the sign that makes more of it better."""
+    """All numbers of one point, by column; M is the metric, negated if lower is better."""
     row = arguments_of(point, report)
     scores = _alone_scores(report)
     for name, step in point["steps"].items():
@@ -48,7 +48,7 @@ def point_row(point: PointReport, report: SweepReport) -> Row:
 
 
 def curve_rows(report: SweepReport) -> list[Row]:
-    """Quantization alone, one row a rate; the dense model comes first."""
+    """Quantization alone, one row per rate; the dense model comes first."""
     knobs = list(dict.fromkeys(knob for curve in report["curves"] for pt in curve["points"] for knob in pt["knobs"]))
     return [
         {"curve": curve["label"]}
@@ -61,13 +61,13 @@ def curve_rows(report: SweepReport) -> list[Row]:
 
 
 def point_marks(point: PointReport) -> list[str]:
-    """Why its orders cannot be compared, and which cannot run."""
+    """Why orders of a point cannot be compared, and which cannot run."""
     marks = [f"{' -> '.join(order['order'])}: {mark}" for order in point["orders"] for mark in order["marks"]]
     return marks + [f"{' -> '.join(refused['order'])} cannot run" for refused in point["refused"]]
 
 
 def ratio_of(pair: PairReport) -> Ratio:
-    """C*_P, or on which side of the curve it lies."""
+    """C*_P, or the end of the curve that it lies beyond."""
     return Ratio(pair["equivalent_ratio"], pair["beyond"], pair["limit"])
 
 
@@ -77,7 +77,7 @@ def point_name(point: PointReport) -> str:
 
 
 def refusals(report: SweepReport) -> list[tuple[str, str]]:
-    """Every order that cannot run somewhere, and why, once."""
+    """Every (order, problem) that some point reports, without repetition."""
     refused = [(r["order"], p) for point in report["points"] for r in point["refused"] for p in r["problems"]]
     return list(dict.fromkeys((" -> ".join(order), problem) for order, problem in refused))
 
@@ -109,18 +109,18 @@ def _alone_scores(report: SweepReport) -> dict[str, float | None]:
 
 
 def _score(record: Record | None, report: SweepReport) -> float | None:
-    """M, where it is finite."""
+    """M; None if it is not finite."""
     value = None if record is None else record["metrics"].get(report["metric"])
     return None if value is None else value if report["higher_is_better"] else -value
 
 
 def _orders(report: SweepReport) -> list[list[str]]:
-    """Every order that some point was measured in."""
+    """Every order that was measured at some point."""
     found = {tuple(order["order"]) for point in report["points"] for order in point["orders"]}
     return [list(order) for order in sorted(found)]
 
 
 def advantage_of(point: PointReport) -> float | None:
-    """A of a point, where it was measured and is finite."""
+    """A of a point; None if it was not measured or is not finite."""
     advantage = point["pair"]["advantage"] if "pair" in point else None
     return None if advantage is None else advantage["value"]
