@@ -51,7 +51,9 @@ def test_the_model_of_a_search_is_measured_by_its_folder_alone(folder, capfd):
 def test_stages_are_no_matter_of_a_test(folder, capfd):
     assert run("fit", "--config", "recipe.yaml", "--run_dir", "mine") == 0
     assert run("test", "--run_dir", "mine", "--stages.prune.sparsity", "0.9") == 2
-    assert "stages.prune.sparsity: test measures the model in mine as it was saved" in capfd.readouterr().err
+    assert (
+        "stages.prune.sparsity has no effect: test measures the model in mine as it was saved" in capfd.readouterr().err
+    )
     assert run("test", "--config", "recipe.yaml", "--run_dir", "mine") == 0
     assert "test: measures the recipe's model, not compressed. Leave --config out for the one in mine." in (
         capfd.readouterr().out
@@ -65,7 +67,7 @@ def test_a_damaged_result_is_measured_again(file, folder, capfd):
     (damaged,) = folder.glob(f"store/prune+quantize-*/{file}")
     damaged.write_bytes(damaged.read_bytes()[:20])
     assert run("order", "--config", "recipe.yaml", "--run_dir", "found") == 0
-    assert f"{damaged.parent.relative_to(folder)}: is damaged, and is measured again." in capfd.readouterr().out
+    assert f"{damaged.parent.relative_to(folder)}: is damaged; measuring it again." in capfd.readouterr().out
     again = json.loads((folder / "found/order.json").read_text())
     assert [order["metrics"] for order in again["orders"]] == [order["metrics"] for order in first["orders"]]
     assert again["lead"] == first["lead"]

@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, when a run may start in it, and whether it holds the same run."""
+"""A run's folder: the names of its files, and the checks before a run starts or resumes in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.storage.files import checkpoint_bytes, read_json, write_json, write_text
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json.gz"
-"""The files of a checkpoint, such as the one in a run folder's ``model/``."""
+"""The files of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class RunFolder:
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe; a run from Python has none."""
+        """The resolved recipe; a run started from Python has none."""
         return self.path / "recipe.yaml"
 
     @property
     def run(self) -> Path:
-        """What makes two runs the same: the first file that a run writes."""
+        """The run's identity; the first file that a run writes."""
         return self.path / "run.json"
 
     @property
     def records(self) -> Path:
-        """One record a line for each finished stage."""
+        """One line per finished stage."""
         return self.path / "records.jsonl"
 
     @property
@@ -56,77 +56,77 @@ class RunFolder:
 
     @property
     def logs(self) -> Path:
-        """What Lightning's loggers write."""
+        """The output of Lightning's loggers."""
         return self.path / "logs"
 
     @property
     def report(self) -> Path:
-        """What ``fit`` found."""
+        """The report of ``fit``."""
         return self.path / "report.json"
 
     @property
     def order(self) -> Path:
-        """What ``order`` found."""
+        """The report of ``order``."""
         return self.path / "order.json"
 
     @property
     def prediction(self) -> Path:
-        """What ``order`` predicted without measuring."""
+        """The report of ``order --strategy predict``."""
         return self.path / "prediction.json"
 
     @property
     def sweep(self) -> Path:
-        """What ``sweep`` found."""
+        """The report of ``sweep``."""
         return self.path / "sweep.json"
 
     @property
     def points(self) -> Path:
-        """A row for each point of a sweep."""
+        """One row per point of a sweep."""
         return self.path / "sweep.csv"
 
     @property
     def curve(self) -> Path:
-        """A row for each point of a sweep's quantization alone."""
+        """One row per point of a sweep's curve of quantization alone."""
         return self.path / "curve.csv"
 
     @property
     def curve_figure(self) -> Path:
-        """The same as a picture."""
+        """The plot of ``curve``."""
         return self.path / "curve.png"
 
     @property
     def advantage_figure(self) -> Path:
-        """A picture of what the order gains in a sweep."""
+        """The plot of a sweep's gains by order."""
         return self.path / "advantage.png"
 
     @property
     def analysis(self) -> Path:
-        """What ``analyze`` found."""
+        """The report of ``analyze``."""
         return self.path / "analysis.json"
 
     @property
     def layers(self) -> Path:
-        """A row for each layer of an analysis."""
+        """One row per layer of an analysis."""
         return self.path / "layers.csv"
 
     @property
     def layers_figure(self) -> Path:
-        """The same as a picture."""
+        """The plot of ``layers``."""
         return self.path / "layers.png"
 
     @property
     def html(self) -> Path:
-        """The report for a browser."""
+        """The report as HTML."""
         return self.path / "report.html"
 
     @property
     def markdown(self) -> Path:
-        """The report as text."""
+        """The report as Markdown."""
         return self.path / "report.md"
 
     @property
     def marks(self) -> tuple[str, str]:
-        """Names of the files of which a folder that holds a run has one."""
+        """Names of files; a folder with one of them is a run folder."""
         return (self.run.name, self.records.name)
 
     @property
@@ -135,14 +135,14 @@ class RunFolder:
         return self.run.exists() or self.records.exists()
 
     def open(self, identity: dict[str, Any], recipe_text: str = "") -> bool:
-        """Start a run; an earlier run's folder is renamed, never overwritten.
+        """Start a run; the folder of an earlier run is renamed, never overwritten.
 
         Args:
-            identity: what makes two runs the same.
-            recipe_text: the resolved recipe, if there is one.
+            identity: everything that a resumed run must share.
+            recipe_text: the resolved recipe; empty for none.
 
         Returns:
-            Whether there was an earlier run.
+            Whether an earlier run was renamed.
         """
         occupied = self.holds_run
         if occupied:
@@ -155,15 +155,15 @@ class RunFolder:
         return occupied
 
     def keep_recipe(self, recipe_text: str) -> None:
-        """Write the recipe, unless it is there or there is none."""
+        """Write the recipe, unless it is empty or already written."""
         if recipe_text and not self.recipe.exists():
             write_text(self.recipe, recipe_text)
 
     def resume(self, identity: dict[str, Any]) -> None:
-        """Check that the folder holds an earlier part of the same run.
+        """Check that the folder holds an unfinished run of the same recipe.
 
         Raises:
-            RecipeError: there is no run in the folder, or it is of another recipe.
+            RecipeError: the folder has no run, or one of another recipe.
         """
         if not self.run.is_file():
             text = f"{self.path}: there is no run to resume"
@@ -175,19 +175,19 @@ class RunFolder:
             raise RecipeError(Problem(text=text, way_out=way_out))
 
     def model_bytes(self) -> int | None:
-        """Bytes of the finished run's checkpoint; None if there is none."""
+        """Bytes of the finished run's checkpoint; None without a checkpoint."""
         return checkpoint_bytes(self.model) if self.model.is_dir() else None
 
 
 def check_folder(path: Path, marks: Sequence[str]) -> list[Problem]:
-    """A problem if ``path``, which need not exist, cannot be a run folder.
+    """The problem if ``path``, which need not exist, cannot be a run folder.
 
-    A run folder is moved aside as a whole when another run takes its place. So it must contain neither the current
-    folder nor files that do not belong to a run.
+    A new run renames the whole folder of an earlier one. So a run folder must contain neither the current folder nor
+    files that do not belong to a run.
 
     Args:
         path: of the run folder.
-        marks: files of which a folder that holds a run has one.
+        marks: see :attr:`RunFolder.marks`.
     """
     if Path.cwd().resolve().is_relative_to(path.resolve()):
         what = "is" if Path.cwd().resolve() == path.resolve() else "contains"
@@ -206,7 +206,7 @@ def check_folder(path: Path, marks: Sequence[str]) -> list[Problem]:
 
 
 def check_writable(option: str, path: Path) -> list[Problem]:
-    """A problem if the folder ``path`` of that option, which need not exist, cannot be written to."""
+    """The problem if the folder ``path``, given by ``option``, cannot be written to; it need not exist."""
     if path.is_symlink() and not path.exists():
         text = f"is a link to {path.readlink()}, which does not exist"
         return [Problem(option, str(path), text, f"Choose another --{option}.")]
