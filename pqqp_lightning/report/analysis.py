@@ -7,10 +7,10 @@ from typing import cast
 
 from pqqp_lightning.algorithms.rank_statistics import leaves_zero_out
 from pqqp_lightning.report.analysis_numbers import Row, interference, kind_rows, layer_rows, mean_errors, order_key
-from pqqp_lightning.report.blocks import Block, Figure, Page, Section, Table, Words
+from pqqp_lightning.report.blocks import Figure, Page, Section, Table, Words
 from pqqp_lightning.report.formatting import number_text
 from pqqp_lightning.report.plots import Bar, BarPlot, LayerPlot, Line, LinePlot
-from pqqp_lightning.report.sections import about, recipe_of, repeat_section, scale_note
+from pqqp_lightning.report.sections import build_page, scale_note
 from pqqp_lightning.storage.files import read_json
 from pqqp_lightning.storage.reports import AnalysisReport, DifferenceReport
 from pqqp_lightning.storage.run_folder import RunFolder
@@ -20,48 +20,52 @@ ADDS_UP = (0.8, 1.25)
 
 CAPTION = "relative squared error of the layers' outputs on the dense model's inputs, and interference (Δ)"
 
-
 PARTS = 6
 """Columns of the plot over the depth."""
 
 
 def analysis_page(folder: RunFolder, report: AnalysisReport) -> Page:
     """The page of ``analysis.json``."""
-    report = {**report, "recipe": report.get("recipe", recipe_of(folder))}
     said = [line[0].upper() + line[1:] + "." for line in findings(report)]
     files = ", ".join([folder.layers.name, *report.get("figures", [])])
+    kinds = kind_rows(report)
+    layers = layer_rows(report)
+    tables = [
+        _table(f"Means by kind of layer: {CAPTION}", kinds, best=len(kinds) - 1, in_summary=True),
+        _table(f"Layer by layer ({len(layers)})", layers, folded=True),
+    ]
     whole = Figure("Errors and interference of the stages in every layer.", LayerPlot(report))
     sections = [
         Section("What the layers say", [Words([line.replace("->", "→") for line in said], in_summary=True)]),
-        Section("Errors", [_metric_figure(report), _depth_figure(report), whole, *_tables(report)]),
+        Section("Errors", [_metric_figure(report), _depth_figure(report), whole, *tables]),
         Section("Files", [Words([f"{folder.path}: {files}"], in_summary=True)]),
-        repeat_section(folder, report, "analyze"),
     ]
-    return Page(
-        title=folder.path.resolve().name,
-        about=about(report),
-        verdict=verdict(report).replace("->", "→"),
-        sections=sections,
-    )
+    return build_page(folder, report, "analyze", sections, verdict=verdict(report).replace("->", "→"))
 
 
 def _metric_figure(report: AnalysisReport) -> Figure:
-    values = {key: record["metrics"].get(report["metric"]) for key, record in report["records"].items()}
-    bars = [Bar(key.replace("->", " → "), number_text(value), abs(value or 0.0)) for key, value in values.items()]
+    bars = []
+    for key, record in report["records"].items():
+        value = record["metrics"].get(report["metric"])
+        bars.append(Bar(key.replace("->", " → "), number_text(value), abs(value or 0.0)))
     return Figure(f"{report['metric']} of the dense model, after each stage alone, and after both.", BarPlot(bars))
 
 
 def _depth_figure(report: AnalysisReport) -> Figure:
     """Mean errors over the network's depth, cut into equal parts: a line for each stage and each order."""
-    layers, keys = report["layers"], list(report["layers"][0]["errors"])
-    parts = min(PARTS, len(layers))
-    cut = [layers[i * len(layers) // parts : (i + 1) * len(layers) // parts] for i in range(parts)]
-    lines = []
-    for key in keys:
-        values = [sum(layer["errors"][key] for layer in part) / len(part) for part in cut]
+    errors = [layer["errors"] for layer in report["layers"]]
+    parts = min(PARTS, len(errors))
+    means = []
+    for i in range(parts):
+        means.append(mean_errors(errors[i * len(errors) // parts : (i + 1) * len(errors) // parts]))
+    lines: list[Line] = []
+    shown: list[float] = []
+    for key in errors[0]:
+        values = [mean[key] for mean in means]
         best = key == order_key(report["best"])
         lines.append(Line(key.replace("->", " → "), values, [number_text(value) for value in values], best))
-    note = scale_note(value for line in lines for value in line.values)
+        shown += values
+    note = scale_note(shown)
     caption = (
         f"Mean relative error in each of {parts} equal parts of the depth, from the first layers to the last{note}."
     )
@@ -70,28 +74,18 @@ def _depth_figure(report: AnalysisReport) -> Figure:
     return Figure(caption, LinePlot(lines, [str(i + 1) for i in range(parts)]))
 
 
-def _tables(report: AnalysisReport) -> list[Block]:
-    kinds, layers = kind_rows(report), layer_rows(report)
-    return [
-        _table(f"Means by kind of layer: {CAPTION}", kinds, best=len(kinds) - 1, in_summary=True),
-        _table(f"Layer by layer ({len(layers)})", layers, folded=True),
-    ]
-
-
 def _table(
     caption: str, rows: list[Row], best: int | None = None, folded: bool = False, in_summary: bool = False
 ) -> Table:
     head = [name.replace("->", " → ") for name in rows[0]]
-    cells = [[v if isinstance(v, str) else number_text(v) for v in row.values()] for row in rows]
+    cells = []
+    for row in rows:
+        cells.append([value if isinstance(value, str) else number_text(value) for value in row.values()])
     return Table(caption, head, cells, best=best, folded=folded, in_summary=in_summary, titled=in_summary)
 
 
 def read_analysis(folder: RunFolder) -> AnalysisReport:
-    """The run's ``analysis.json``.
-
-    Raises:
-        RecipeError: it is damaged.
-    """
+    """Read ``analysis.json``."""
     needed = ("layers", "orders", "stages", "records", "metric", "higher_is_better")
     return cast(AnalysisReport, read_json(folder.analysis, *needed))
 

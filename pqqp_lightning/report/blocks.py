@@ -130,5 +130,5 @@ class Page:
     verdict: str
     remarks: Sequence[str] = ()
     warning: str = ""
-    way_on: str = "--ckpt_path last"
+    way_on: str = ""
     sections: Sequence[Section] = field(default_factory=list)

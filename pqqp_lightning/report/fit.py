@@ -15,7 +15,7 @@ from pqqp_lightning.report.formatting import (
     size_columns,
     stage_label,
 )
-from pqqp_lightning.report.sections import about, repeat_section, size_figure, walk_blocks
+from pqqp_lightning.report.sections import build_page, size_figure, walk_blocks
 from pqqp_lightning.storage.files import read_json
 from pqqp_lightning.storage.reports import FitReport, Record
 from pqqp_lightning.storage.run_folder import RunFolder
@@ -32,20 +32,29 @@ WARNINGS = {
 def fit_page(folder: RunFolder, report: FitReport) -> Page:
     """The page of ``report.json``."""
     records: list[Record] = report["stages"]
-    sections = [Section("Stages", _stage_blocks(records))] if records else []
+    sections = []
+    if records:
+        sections.append(Section("Stages", _stage_blocks(records)))
     if len(records) > 1:
         names = [record["name"] for record in records]
-        walks = [b for m in metric_names(records) for b in walk_blocks(m, [(" → ".join(names), records)], names)]
+        walks: list[Block] = []
+        for metric in metric_names(records):
+            walks += walk_blocks(metric, [(" → ".join(names), records)], names)
         sections.append(Section("From stage to stage", walks))
     if records:
         sections.append(Section("Sizes", _size_blocks(folder, report)))
-    return Page(
-        title=folder.path.resolve().name,
-        about=about(report),
+    remarks = []
+    if len(records) > 1 and all(record["constraints_verified"] for record in records):
+        remarks.append("Masks and grids were verified exactly after each stage: no stage undid an earlier one.")
+    return build_page(
+        folder,
+        report,
+        "fit",
+        sections,
         verdict=fit_verdict(records, so_far=report["status"] != "finished"),
-        remarks=_promises(records),
+        remarks=remarks,
         warning="" if report["status"] == "finished" else WARNINGS.get(report["status"], WARNINGS["running"]),
-        sections=[*sections, repeat_section(folder, report, "fit")],
+        way_on="--ckpt_path last",
     )
 
 
@@ -79,18 +88,17 @@ def stage_notes(record: Record) -> list[str]:
 
 def _stage_blocks(records: Sequence[Record]) -> list[Block]:
     metrics = metric_names(records)
-    rows = [
-        [
-            stage_label(record),
-            *(number_text(record["metrics"].get(name)) for name in metrics),
-            *size_columns(record),
-            f"{record['elapsed_s']:.1f}",
-        ]
-        for record in records
-    ]
-    notes = [(record["name"], note) for record in records for note in stage_notes(record)]
-    table = Table("After each stage", ["stage", *metrics, *SIZE_COLUMNS, "seconds"], rows, in_summary=True)
-    return [table, *([Notes(notes, in_summary=True)] if notes else [])]
+    rows = []
+    notes = []
+    for record in records:
+        values = [number_text(record["metrics"].get(name)) for name in metrics]
+        rows.append([stage_label(record), *values, *size_columns(record), f"{record['elapsed_s']:.1f}"])
+        notes += [(record["name"], note) for note in stage_notes(record)]
+    head = ["stage", *metrics, *SIZE_COLUMNS, "seconds"]
+    blocks: list[Block] = [Table("After each stage", head, rows, in_summary=True)]
+    if notes:
+        blocks.append(Notes(notes, in_summary=True))
+    return blocks
 
 
 def _size_blocks(folder: RunFolder, report: FitReport) -> list[Block]:
@@ -102,25 +110,14 @@ def _size_blocks(folder: RunFolder, report: FitReport) -> list[Block]:
         loading = f"Load it with pqqp_lightning.load({str(folder.path)!r})."
         blocks.append(Words([f"{where}: {on_disk} on disk ({counted} counted). {loading}"], in_summary=True))
     if layers:
-        rows = [
-            [
-                layer["name"],
-                " x ".join(map(str, layer["shape"])),
-                str(layer["bits"]),
-                f"{layer['zeros']:,}",
-                human_bytes(layer["size_bytes"]),
-            ]
-            for layer in layers
-        ]
+        rows = []
+        for layer in layers:
+            shape = " x ".join(map(str, layer["shape"]))
+            size = human_bytes(layer["size_bytes"])
+            rows.append([layer["name"], shape, str(layer["bits"]), f"{layer['zeros']:,}", size])
         head = ["layer", "shape", "bits", "zeros", "size"]
         blocks.append(Table(f"Layer by layer ({len(layers)})", head, rows, folded=True))
     return blocks
-
-
-def _promises(records: Sequence[Record]) -> list[str]:
-    if len(records) < 2 or not all(record["constraints_verified"] for record in records):
-        return []
-    return ["Masks and grids were verified exactly after each stage: no stage undid an earlier one."]
 
 
 def read_report(folder: RunFolder) -> FitReport:

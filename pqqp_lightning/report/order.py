@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import cast
@@ -23,11 +23,9 @@ from pqqp_lightning.report.formatting import (
 from pqqp_lightning.report.plots import Dot, DotPlot
 from pqqp_lightning.report.sections import (
     Walk,
-    about,
+    build_page,
+    dots_note,
     names_text,
-    recipe_of,
-    repeat_section,
-    scale_note,
     size_figure,
     walk_blocks,
 )
@@ -39,7 +37,6 @@ from pqqp_lightning.storage.run_folder import RunFolder
 def order_page(folder: RunFolder, report: OrderReport) -> Page:
     """The page of ``order.json``."""
     orders: list[OrderEntry] = report["orders"]
-    report = {**report, "recipe": report.get("recipe", recipe_of(folder))}
     verdict, *remarks = order_verdict(report)
     sections = [
         Section("Orders", _order_blocks(report)),
@@ -48,22 +45,21 @@ def order_page(folder: RunFolder, report: OrderReport) -> Page:
         Section("Sizes", _size_blocks(folder, report)),
         Section("Orders that cannot run", _refused_blocks(report)),
         Section("Notes", _note_blocks(orders)),
-        repeat_section(folder, report, "order"),
     ]
-    return Page(
-        title=folder.path.resolve().name,
-        about=about(report),
-        verdict=verdict,
-        remarks=[*remarks, *report.get("notes", [])],
-        sections=[section for section in sections if section.blocks],
-    )
+    return build_page(folder, report, "order", sections, verdict=verdict, remarks=[*remarks, *report.get("notes", [])])
 
 
 def _order_blocks(report: OrderReport) -> list[Block]:
     metric = report["metric"]
-    dots = [_dot(order, report) for order in report["orders"]]
+    dots = []
+    for order in report["orders"]:
+        value = order["metrics"].get(metric)
+        low, high = bounds(order.get("interval"))
+        text, interval = number_text(value), interval_text(low, high)
+        best, marks = order["order"] == report["best"], "; ".join(order.get("marks") or [])
+        dots.append(Dot(names_text(order["order"]), text, interval, value, low, high, best, marks))
     better = "more" if report["higher_is_better"] else "less"
-    caption = f"{metric} of each order{scale_note(v for dot in dots for v in (dot.value, dot.low, dot.high))}: "
+    caption = f"{metric} of each order{dots_note(dots)}: "
     caption += f"{better} is better."
     if any(dot.low is not None for dot in dots):
         caption += " Bars are 95% intervals of each order alone."
@@ -76,38 +72,22 @@ def _behind_figure(report: OrderReport) -> list[Block]:
     """How far each order is behind the best: the difference may be clear although the orders' own intervals overlap."""
     if not any(order.get("behind") for order in report["orders"]):
         return []
-    dots = [_behind_dot(order, order["order"] == report["best"]) for order in report["orders"]]
+    dots = []
+    for order in report["orders"]:
+        behind = order.get("behind")
+        low, high = bounds((behind["low"], behind["high"])) if behind else (None, None)
+        best = order["order"] == report["best"]
+        value = behind["value"] if behind else None
+        if best:
+            value = 0.0
+        text = "best" if best else number_text(value)
+        marks = "; ".join(order.get("marks") or [])
+        dots.append(Dot(names_text(order["order"]), text, interval_text(low, high), value, low, high, best, marks))
     caption = (
         f"How far each order is behind the best, in {report['metric']}. Bars are 95% intervals of the difference on "
     )
     caption += "the same samples: if a bar contains 0, there is no evidence that the two orders differ."
     return [Figure(caption, DotPlot(dots))]
-
-
-def _behind_dot(order: OrderEntry, best: bool) -> Dot:
-    behind = order.get("behind")
-    value = behind["value"] if behind and not best else 0.0 if best else None
-    low, high = bounds((behind["low"], behind["high"])) if behind else (None, None)
-    detail = interval_text(low, high)
-    marks = "; ".join(order.get("marks") or [])
-    return Dot(
-        names_text(order["order"]), "best" if best else number_text(value), detail, value, low, high, best, marks
-    )
-
-
-def _dot(order: OrderEntry, report: OrderReport) -> Dot:
-    value = order["metrics"].get(report["metric"])
-    low, high = bounds(order.get("interval"))
-    return Dot(
-        names_text(order["order"]),
-        number_text(value),
-        interval_text(low, high),
-        value,
-        low,
-        high,
-        order["order"] == report["best"],
-        "; ".join(order.get("marks") or []),
-    )
 
 
 def _order_table(report: OrderReport) -> Table:
@@ -147,15 +127,12 @@ def _pair_blocks(report: OrderReport) -> list[Block]:
         return []
     metric = report["metric"]
     intervals = any(pair.low is not None for pair in pairs)
-    rows = [
-        [
-            f"A({pair.first} → {pair.second})",
-            "-" if pair.value is None else f"{pair.value:+.4g}",
-            *([f"{pair.low:+.4g} to {pair.high:+.4g}" if pair.low is not None else "-"] if intervals else []),
-            pair.reading(),
-        ]
-        for pair in pairs
-    ]
+    rows = []
+    for pair in pairs:
+        row = [f"A({pair.first} → {pair.second})", "-" if pair.value is None else f"{pair.value:+.4g}"]
+        if intervals:
+            row.append("-" if pair.low is None else f"{pair.low:+.4g} to {pair.high:+.4g}")
+        rows.append([*row, pair.reading()])
     explained = (
         f"A(f1 → f2) says how much better {metric} is with f1 directly before f2 than with f2 directly before f1, "
     )
@@ -185,33 +162,28 @@ def _size_blocks(folder: RunFolder, report: OrderReport) -> list[Block]:
 def _refused_blocks(report: OrderReport) -> list[Block]:
     """The orders that cannot run, grouped by reason."""
     refused = sorted(report["refused"], key=lambda r: r["problems"])
-    items = [
-        ("; ".join(names_text(r["order"]) for r in same), f"cannot run: {' '.join(problems)}")
-        for problems, same in groupby(refused, key=lambda r: r["problems"])
-    ]
+    items = []
+    for problems, same in groupby(refused, key=lambda r: r["problems"]):
+        orders = "; ".join([names_text(r["order"]) for r in same])
+        items.append((orders, f"cannot run: {' '.join(problems)}"))
     return [Notes(items, in_summary=True)] if items else []
 
 
 def _note_blocks(orders: list[OrderEntry]) -> list[Block]:
     """Each note of a stage once, with the stages before it in the orders that have it."""
     places: dict[tuple[str, str], list[str]] = {}
-    for beginning, name, note in _noted(orders):
-        where = places.setdefault((name, note), [])
-        if beginning not in where:
-            where.append(beginning)
+    for order in orders:
+        for i, record in enumerate(order["stages"]):
+            applied = names_text(order["order"][:i]) or record["name"]
+            for note in stage_notes(record):
+                where = places.setdefault((record["name"], note), [])
+                if applied not in where:
+                    where.append(applied)
     items = []
     for (_, note), where in places.items():
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
         items.append((f"{where[0]}{more}", note))
     return [Notes(items)] if items else []
-
-
-def _noted(orders: list[OrderEntry]) -> Iterator[tuple[str, str, str]]:
-    for order in orders:
-        for i, record in enumerate(order["stages"]):
-            beginning = names_text(order["order"][:i]) or record["name"]
-            for note in stage_notes(record):
-                yield beginning, record["name"], note
 
 
 def marked_lines(orders: Sequence[MarkedOrder | OrderEntry]) -> list[str]:
@@ -235,11 +207,7 @@ def hypothesis_sentence(report: OrderReport) -> str:
 
 
 def read_order_report(folder: RunFolder) -> OrderReport:
-    """The search's ``order.json``.
-
-    Raises:
-        RecipeError: it is damaged.
-    """
+    """Read ``order.json``."""
     needed = ("orders", "best", "metric", "higher_is_better", "advantage", "refused")
     return cast(OrderReport, read_json(folder.order, *needed))
 

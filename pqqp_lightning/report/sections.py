@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from pqqp_lightning.report.blocks import ARROW, Block, Code, Figure, Section, Table, Words
+from pqqp_lightning.report.blocks import ARROW, Block, Code, Figure, Page, Section, Table, Words
 from pqqp_lightning.report.formatting import human_bytes, number_text, stage_label
-from pqqp_lightning.report.plots import MOST_NAMED, Bar, BarPlot, Line, LinePlot, is_logarithmic
+from pqqp_lightning.report.plots import MOST_NAMED, Bar, BarPlot, Dot, Line, LinePlot, is_logarithmic
 from pqqp_lightning.storage.reports import Origin, Record
 from pqqp_lightning.storage.run_folder import RunFolder
 
@@ -20,10 +20,16 @@ Walk = tuple[str, Sequence[Record]]
 
 def walk_blocks(metric: str, walks: Sequence[Walk], columns: Sequence[str], best: int = 0) -> list[Block]:
     """The metric from stage to stage: a figure with a line for each of ``walks``, and a folded table."""
-    values = [[record["metrics"].get(metric) for record in records] for _, records in walks]
-    texts = [[number_text(v) for v in row] for row in values]
-    lines = [Line(walks[i][0], values[i], texts[i], i == best) for i in range(len(walks))]
-    caption = f"{metric} after each stage{scale_note(v for row in values for v in row)}."
+    lines: list[Line] = []
+    rows: list[list[str]] = []
+    shown: list[float | None] = []
+    for i, (name, records) in enumerate(walks):
+        values = [record["metrics"].get(metric) for record in records]
+        texts = [number_text(value) for value in values]
+        lines.append(Line(name, values, texts, i == best))
+        rows.append([name, *texts, *["-"] * (len(columns) - len(texts))])
+        shown += values
+    caption = f"{metric} after each stage{scale_note(shown)}."
     if len(walks) > 1:
         caption += f" The thick line is the best order, {walks[best][0]}."
     if len(columns) > MOST_NAMED:
@@ -31,8 +37,7 @@ def walk_blocks(metric: str, walks: Sequence[Walk], columns: Sequence[str], best
     figure = Figure(caption, LinePlot(lines, columns))
     if len(walks) == 1:  # the table of stages has the same numbers
         return [figure]
-    padded = [[name, *row, *["-"] * (len(columns) - len(row))] for (name, _), row in zip(walks, texts, strict=True)]
-    return [figure, Table(f"{metric} after each stage, as a table", ["order", *columns], padded, best, folded=True)]
+    return [figure, Table(f"{metric} after each stage, as a table", ["order", *columns], rows, best, folded=True)]
 
 
 def size_figure(records: Sequence[Record], whose: str = "", file_bytes: int | None = None) -> Figure:
@@ -47,9 +52,10 @@ def size_figure(records: Sequence[Record], whose: str = "", file_bytes: int | No
     return Figure(caption, BarPlot(bars))
 
 
-def repeat_section(folder: RunFolder, report: Origin, command: str) -> Section:
+def _repeat_section(folder: RunFolder, report: Origin, command: str) -> Section:
     """The recipe, the command line, and everything else that the numbers depend on."""
     recipe = folder.recipe
+    # A run from Python has no recipe.yaml, but its report may name the stages and data.
     blocks: list[Block] = []
     if recipe.is_file():
         again = [command, "--config", str(recipe), "--run_dir", f"{folder.path}-again"]
@@ -66,23 +72,58 @@ def repeat_section(folder: RunFolder, report: Origin, command: str) -> Section:
     return Section("Run it again", [*blocks, Table("Seed, hardware and versions", (), rows, words=(0, 1))])
 
 
-def about(report: Origin) -> str:
-    """Model and data in one line, if the recipe names them."""
-    recipe: Any = report.get("recipe") or {}
-    return ", ".join(filter(None, (_named(recipe.get(key)) for key in ("model", "data"))))
+def build_page(
+    folder: RunFolder,
+    report: Origin,
+    command: str,
+    sections: Sequence[Section],
+    *,
+    verdict: str,
+    remarks: Sequence[str] = (),
+    warning: str = "",
+    way_on: str = "",
+) -> Page:
+    """A page with the run's name, model and data above ``sections``, and how to repeat the run below.
 
-
-def recipe_of(folder: RunFolder) -> Any:
-    """``recipe.yaml`` as data; None if it is missing or cannot be read."""
-    try:
-        return yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
+    Args:
+        folder: of the run.
+        report: of the run.
+        command: that made it.
+        sections: empty ones are left out.
+        verdict: see :class:`~pqqp_lightning.report.blocks.Page`, like the other arguments.
+        remarks: conditions of the verdict.
+        warning: why the run is incomplete.
+        way_on: the argument that resumes an incomplete run.
+    """
+    recipe: Any = report.get("recipe")
+    if "recipe" not in report and folder.recipe.is_file():
+        try:
+            recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            recipe = None  # the page can do without the names
+    parts = [_named((recipe or {}).get(key)) for key in ("model", "data")]
+    return Page(
+        title=folder.path.resolve().name,
+        about=", ".join(part for part in parts if part),
+        verdict=verdict,
+        remarks=remarks,
+        warning=warning,
+        way_on=way_on,
+        sections=[*(section for section in sections if section.blocks), _repeat_section(folder, report, command)],
+    )
 
 
 def names_text(names: Iterable[str]) -> str:
     """``"prune → quantize"``."""
     return ARROW.join(names)
+
+
+def dots_note(dots: Sequence[Dot]) -> str:
+    """The :func:`scale_note` of a plot of dots with intervals."""
+    shown: list[float | None] = []
+    for dot in dots:
+        shown += (dot.value, dot.low, dot.high)
+    return scale_note(shown)
 
 
 def scale_note(values: Iterable[float | None]) -> str:

@@ -33,7 +33,7 @@ def write_tables(folder: RunFolder, report: SweepReport) -> None:
 def point_row(point: PointReport, report: SweepReport) -> Row:
     """All numbers of one point, by column; M is the metric, negated if lower is better."""
     row = arguments_of(point, report)
-    scores = _alone_scores(report)
+    scores = {entry["step"]: _score(entry["record"], report) for entry in report["alone"]}
     for name, step in point["steps"].items():
         row[f"M({name})"] = scores.get(step)
     for names in _orders(report):
@@ -49,20 +49,24 @@ def point_row(point: PointReport, report: SweepReport) -> Row:
 
 def curve_rows(report: SweepReport) -> list[Row]:
     """Quantization alone, one row per rate; the dense model comes first."""
-    knobs = list(dict.fromkeys(knob for curve in report["curves"] for pt in curve["points"] for knob in pt["knobs"]))
-    return [
-        {"curve": curve["label"]}
-        | {knob: point["knobs"].get(knob) for knob in knobs}
-        | {"C": point["rate"], "M": point["score"]}
-        | point["metrics"]
-        for curve in report["curves"]
-        for point in curve["points"]
-    ]
+    knobs: dict[str, None] = {}  # of all points, since a point may lack some
+    for curve in report["curves"]:
+        for point in curve["points"]:
+            knobs.update(dict.fromkeys(point["knobs"]))
+    rows = []
+    for curve in report["curves"]:
+        for point in curve["points"]:
+            arguments = {knob: point["knobs"].get(knob) for knob in knobs}
+            numbers = {"C": point["rate"], "M": point["score"]}
+            rows.append({"curve": curve["label"], **arguments, **numbers, **point["metrics"]})
+    return rows
 
 
 def point_marks(point: PointReport) -> list[str]:
     """Why orders of a point cannot be compared, and which cannot run."""
-    marks = [f"{' -> '.join(order['order'])}: {mark}" for order in point["orders"] for mark in order["marks"]]
+    marks = []
+    for order in point["orders"]:
+        marks += [f"{' -> '.join(order['order'])}: {mark}" for mark in order["marks"]]
     return marks + [f"{' -> '.join(refused['order'])} cannot run" for refused in point["refused"]]
 
 
@@ -78,8 +82,12 @@ def point_name(point: PointReport) -> str:
 
 def refusals(report: SweepReport) -> list[tuple[str, str]]:
     """Every (order, problem) that some point reports, without repetition."""
-    refused = [(r["order"], p) for point in report["points"] for r in point["refused"] for p in r["problems"]]
-    return list(dict.fromkeys((" -> ".join(order), problem) for order, problem in refused))
+    found: dict[tuple[str, str], None] = {}
+    for point in report["points"]:
+        for refused in point["refused"]:
+            order = " -> ".join(refused["order"])
+            found.update(dict.fromkeys((order, problem) for problem in refused["problems"]))
+    return list(found)
 
 
 def _pair_columns(pair: PairReport, report: SweepReport) -> Row:
@@ -101,22 +109,25 @@ def _pair_columns(pair: PairReport, report: SweepReport) -> Row:
 
 def arguments_of(point: PointReport, report: SweepReport) -> Row:
     """The values that the grid varies, as ``{"prune.sparsity": 0.5}``."""
-    return {f"{name}.{knob}": v for name in report["stages"] for knob, v in point["knobs"][name].items()}
-
-
-def _alone_scores(report: SweepReport) -> dict[str, float | None]:
-    return {entry["step"]: _score(entry["record"], report) for entry in report["alone"]}
+    row = {}
+    for name in report["stages"]:
+        row.update({f"{name}.{knob}": value for knob, value in point["knobs"][name].items()})
+    return row
 
 
 def _score(record: Record | None, report: SweepReport) -> float | None:
     """M; None if it is not finite."""
     value = None if record is None else record["metrics"].get(report["metric"])
-    return None if value is None else value if report["higher_is_better"] else -value
+    if value is None or report["higher_is_better"]:
+        return value
+    return -value
 
 
 def _orders(report: SweepReport) -> list[list[str]]:
     """Every order that was measured at some point."""
-    found = {tuple(order["order"]) for point in report["points"] for order in point["orders"]}
+    found: set[tuple[str, ...]] = set()
+    for point in report["points"]:
+        found.update(tuple(order["order"]) for order in point["orders"])
     return [list(order) for order in sorted(found)]
 
 
