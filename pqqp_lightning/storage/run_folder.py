@@ -15,6 +15,16 @@ WEIGHTS, MANIFEST = "model.safetensors", "manifest.json.gz"
 """The files of a checkpoint."""
 
 
+class _File:
+    """Descriptor of a file or folder in a run folder: gives its path."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: RunFolder, owner: type[RunFolder]) -> Path:
+        return folder.path / self._name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A run folder, which need not exist.
@@ -25,104 +35,48 @@ class RunFolder:
 
     path: Path
 
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe; a run started from Python has none."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def run(self) -> Path:
-        """The run's identity; the first file that a run writes."""
-        return self.path / "run.json"
-
-    @property
-    def records(self) -> Path:
-        """One line per finished stage."""
-        return self.path / "records.jsonl"
-
-    @property
-    def model(self) -> Path:
-        """The checkpoint of the finished run."""
-        return self.path / "model"
+    recipe = _File("recipe.yaml")
+    """The resolved recipe; a run started from Python has none."""
+    run = _File("run.json")
+    """The run's identity; the first file that a run writes."""
+    records = _File("records.jsonl")
+    """One line per finished stage."""
+    model = _File("model")
+    """The checkpoint of the finished run."""
+    stages = _File("stages")
+    """The checkpoints of an unfinished run."""
+    logs = _File("logs")
+    """The output of Lightning's loggers."""
+    report = _File("report.json")
+    """The report of ``fit``."""
+    order = _File("order.json")
+    """The report of ``order``."""
+    prediction = _File("prediction.json")
+    """The report of ``order --strategy predict``."""
+    sweep = _File("sweep.json")
+    """The report of ``sweep``."""
+    points = _File("sweep.csv")
+    """One row per point of a sweep."""
+    curve = _File("curve.csv")
+    """One row per point of a sweep's curve of quantization alone."""
+    curve_figure = _File("curve.png")
+    """The plot of ``curve``."""
+    advantage_figure = _File("advantage.png")
+    """The plot of a sweep's gains by order."""
+    analysis = _File("analysis.json")
+    """The report of ``analyze``."""
+    layers = _File("layers.csv")
+    """One row per layer of an analysis."""
+    layers_figure = _File("layers.png")
+    """The plot of ``layers``."""
+    html = _File("report.html")
+    """The report as HTML."""
+    markdown = _File("report.md")
+    """The report as Markdown."""
 
     def stage(self, position: int, name: str) -> Path:
         """The checkpoint of an unfinished run after the stage at ``position``, counted from 0."""
         return self.stages / f"{position + 1}-{name}"
-
-    @property
-    def stages(self) -> Path:
-        """The checkpoints of an unfinished run."""
-        return self.path / "stages"
-
-    @property
-    def logs(self) -> Path:
-        """The output of Lightning's loggers."""
-        return self.path / "logs"
-
-    @property
-    def report(self) -> Path:
-        """The report of ``fit``."""
-        return self.path / "report.json"
-
-    @property
-    def order(self) -> Path:
-        """The report of ``order``."""
-        return self.path / "order.json"
-
-    @property
-    def prediction(self) -> Path:
-        """The report of ``order --strategy predict``."""
-        return self.path / "prediction.json"
-
-    @property
-    def sweep(self) -> Path:
-        """The report of ``sweep``."""
-        return self.path / "sweep.json"
-
-    @property
-    def points(self) -> Path:
-        """One row per point of a sweep."""
-        return self.path / "sweep.csv"
-
-    @property
-    def curve(self) -> Path:
-        """One row per point of a sweep's curve of quantization alone."""
-        return self.path / "curve.csv"
-
-    @property
-    def curve_figure(self) -> Path:
-        """The plot of ``curve``."""
-        return self.path / "curve.png"
-
-    @property
-    def advantage_figure(self) -> Path:
-        """The plot of a sweep's gains by order."""
-        return self.path / "advantage.png"
-
-    @property
-    def analysis(self) -> Path:
-        """The report of ``analyze``."""
-        return self.path / "analysis.json"
-
-    @property
-    def layers(self) -> Path:
-        """One row per layer of an analysis."""
-        return self.path / "layers.csv"
-
-    @property
-    def layers_figure(self) -> Path:
-        """The plot of ``layers``."""
-        return self.path / "layers.png"
-
-    @property
-    def html(self) -> Path:
-        """The report as HTML."""
-        return self.path / "report.html"
-
-    @property
-    def markdown(self) -> Path:
-        """The report as Markdown."""
-        return self.path / "report.md"
 
     @property
     def marks(self) -> tuple[str, str]:
