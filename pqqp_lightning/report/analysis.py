@@ -8,7 +8,7 @@ from typing import cast
 from pqqp_lightning.algorithms.rank_statistics import leaves_zero_out
 from pqqp_lightning.report.analysis_numbers import Row, interference, kind_rows, layer_rows, mean_errors, order_key
 from pqqp_lightning.report.blocks import Figure, Page, Section, Table, Words
-from pqqp_lightning.report.formatting import number_text
+from pqqp_lightning.report.formatting import interval_text, number_text
 from pqqp_lightning.report.plots import Bar, BarPlot, LayerPlot, Line, LinePlot
 from pqqp_lightning.report.sections import build_page, scale_note
 from pqqp_lightning.storage.files import read_json
@@ -103,7 +103,11 @@ def findings(report: AnalysisReport) -> list[str]:
         mixed, units = report["selectivity"][key]
         if units:
             lines.append(_selectivity_line(order, mixed, units))
-    return [*lines, *_gone_lines(report), _additivity_line(report)]
+    gone = [report["gone"][order_key(order)] for order in report["orders"]]
+    if any(gone):
+        same = len(gone) > 1 and all(names == gone[0] for names in gone)
+        lines.append("both orders remove the same layers" if same else "the orders remove different layers")
+    return [*lines, _additivity_line(report)]
 
 
 def verdict(report: AnalysisReport) -> str:
@@ -115,7 +119,7 @@ def verdict(report: AnalysisReport) -> str:
         return f"Only {_arrow(first)} can run."
     if found["value"] is None:
         return f"A({_arrow(first)}) is unknown: a metric is not finite."
-    between = "" if found["low"] is None else f" ({number_text(found['low'])} to {number_text(found['high'])})"
+    between = "" if found["low"] is None else f" ({interval_text(found['low'], found['high'])})"
     words = f"{_arrow(report['best'])} is better" if _is_clear(found) else "no evidence that the order matters"
     words += ", without an interval" if found["value"] and found["low"] is None else ""
     return f"A({_arrow(first)}) = {found['value']:+.4g}{between} in {metric}: {words}."
@@ -141,14 +145,6 @@ def _selectivity_line(order: Sequence[str], mixed: int, units: int) -> str:
         f"disjoint selectivity does not hold in {_arrow(order)}: {mixed / units:.1%} of {units:,} quantization units "
         "are pruned in part"
     )
-
-
-def _gone_lines(report: AnalysisReport) -> list[str]:
-    gone = [report["gone"][order_key(order)] for order in report["orders"]]
-    if not any(gone):
-        return []
-    same = all(names == gone[0] for names in gone)
-    return ["both orders remove the same layers" if same and len(gone) > 1 else "the orders remove different layers"]
 
 
 def _additivity_line(report: AnalysisReport) -> str:

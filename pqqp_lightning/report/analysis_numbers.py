@@ -38,15 +38,20 @@ def kind_rows(report: AnalysisReport) -> list[Row]:
 
 def interference(errors: dict[str, float], order: Sequence[str]) -> float | None:
     """Delta = e(both) - e(one) - e(other) of an order; None if a stage was not measured alone."""
-    parts = [errors.get(name) for name in order]
-    return None if None in parts else errors[order_key(order)] - sum(part for part in parts if part is not None)
+    if any(name not in errors for name in order):
+        return None
+    return errors[order_key(order)] - sum(errors[name] for name in order)
 
 
-def _cells(errors: dict[str, float], report: AnalysisReport) -> dict[str, Any]:
-    deltas = {f"Δ {order_key(order)}": interference(errors, order) for order in report["orders"]}
-    return dict(errors) | {name: delta for name, delta in deltas.items() if delta is not None}
+def _cells(errors: dict[str, float], report: AnalysisReport) -> Row:
+    row: Row = dict(errors)
+    for order in report["orders"]:
+        delta = interference(errors, order)
+        if delta is not None:
+            row[f"Δ {order_key(order)}"] = delta
+    return row
 
 
 def mean_errors(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """Mean errors over layers, by stage and order."""
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    return {key: sum([row[key] for row in rows]) / len(rows) for key in rows[0]}

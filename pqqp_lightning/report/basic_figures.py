@@ -27,7 +27,9 @@ def draw_dots(plot: DotPlot, style: Style) -> Figure:
     labels = [[*_wrap(dot.label, LABEL), *_wrap(dot.remark, 60)] for dot in plot.dots]
     named = [len(_wrap(dot.label, LABEL)) for dot in plot.dots]
     figure, axes, middles = _rows(labels, named, AXIS, style)
-    values = [value for dot in plot.dots for value in (dot.value, dot.low, dot.high) if is_number(value)]
+    values: list[float] = []
+    for dot in plot.dots:
+        values += [value for value in (dot.value, dot.low, dot.high) if is_number(value)]
     _scale(axes.xaxis, values)
     axes.grid(axis="x", color=style.rule, linewidth=0.8)
     axes.tick_params(axis="x", length=0, labelsize=SMALL)
@@ -62,7 +64,9 @@ def draw_lines(plot: LinePlot, style: Style) -> Figure:
     """Lines from column to column; a missing value leaves a gap."""
     figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     axes = figure.subplots()
-    values = [value for line in plot.lines for value in line.values if is_number(value)]
+    values: list[float] = []
+    for line in plot.lines:
+        values += [value for value in line.values if is_number(value)]
     _scale(axes.yaxis, values)
     axes.grid(axis="y", color=style.rule, linewidth=0.8)
     axes.tick_params(length=0, labelsize=SMALL)

@@ -33,7 +33,10 @@ def bounds(interval: Sequence[float | None] | None) -> Bounds:
 
 def metric_names(measured: Sequence[Record | OrderEntry]) -> list[str]:
     """Every metric of records or orders, in order of appearance."""
-    return list(dict.fromkeys(name for record in measured for name in record["metrics"]))
+    names: dict[str, None] = {}
+    for record in measured:
+        names.update(dict.fromkeys(record["metrics"]))
+    return list(names)
 
 
 def human_bytes(count: float) -> str:

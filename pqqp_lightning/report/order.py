@@ -37,11 +37,14 @@ from pqqp_lightning.storage.run_folder import RunFolder
 def order_page(folder: RunFolder, report: OrderReport) -> Page:
     """The page of ``order.json``."""
     orders: list[OrderEntry] = report["orders"]
-    verdict, *remarks = order_verdict(report)
+    verdict, *remarks = _verdict(report)
+    walks: list[Walk] = [(names_text(order["order"]), order["stages"]) for order in orders]
+    longest = max(len(records) for _, records in walks)
+    columns = ["dense", *(f"stage {i}" for i in range(1, longest))]
     sections = [
         Section("Orders", _order_blocks(report)),
         Section("Pairs", _pair_blocks(report)),
-        Section("From stage to stage", _walk_blocks(report)),
+        Section("From stage to stage", walk_blocks(report["metric"], walks, columns, _best_index(report))),
         Section("Sizes", _size_blocks(folder, report)),
         Section("Orders that cannot run", _refused_blocks(report)),
         Section("Notes", _note_blocks(orders)),
@@ -104,7 +107,7 @@ def _order_table(report: OrderReport) -> Table:
             [
                 names_text(order["order"]) + (" (best)" if order["order"] == report["best"] else ""),
                 *(number_text(order["metrics"].get(name)) for name in metrics),
-                *([f"{number_text(low)} to {number_text(high)}"] if intervals else []),
+                *([interval_text(low, high)] if intervals else []),
                 *([difference_text(order.get("behind"))] if compared else []),
                 *size_columns(stages[-1]),
                 f"{sum(stage['elapsed_s'] for stage in stages):.1f}",
@@ -115,10 +118,9 @@ def _order_table(report: OrderReport) -> Table:
     interval = [f"95% interval{of_which}"] if intervals else []
     behind = ["behind the best"] if compared else []
     head = ["order", *metrics, *interval, *behind, *SIZE_COLUMNS, "seconds", *(["remark"] if marked else [])]
-    best = next(i for i, order in enumerate(orders) if order["order"] == report["best"])
     details = [i for i, name in enumerate(head) if name in ("behind the best", "seconds", "remark")]
     words = (0, len(head) - 1) if marked else (0,)
-    return Table("Every order, best first", head, rows, best, words, in_summary=True, details=details)
+    return Table("Every order, best first", head, rows, _best_index(report), words, in_summary=True, details=details)
 
 
 def _pair_blocks(report: OrderReport) -> list[Block]:
@@ -141,16 +143,8 @@ def _pair_blocks(report: OrderReport) -> list[Block]:
     return [Words([explained]), Table("Each pair of stages", head, rows, words=(0, len(head) - 1), in_summary=True)]
 
 
-def _walk_blocks(report: OrderReport) -> list[Block]:
-    walks: list[Walk] = [(names_text(o["order"]), o["stages"]) for o in report["orders"]]
-    longest = max(len(records) for _, records in walks)
-    columns = ["dense", *(f"stage {i}" for i in range(1, longest))]
-    best = next(i for i, order in enumerate(report["orders"]) if order["order"] == report["best"])
-    return walk_blocks(report["metric"], walks, columns, best)
-
-
 def _size_blocks(folder: RunFolder, report: OrderReport) -> list[Block]:
-    best = next(order for order in report["orders"] if order["order"] == report["best"])
+    best = report["orders"][_best_index(report)]
     on_disk, counted = folder.model_bytes(), best["size_bytes"]
     if on_disk is None:
         return [size_figure(best["stages"], " of the best order")]
@@ -184,6 +178,10 @@ def _note_blocks(orders: list[OrderEntry]) -> list[Block]:
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
         items.append((f"{where[0]}{more}", note))
     return [Notes(items)] if items else []
+
+
+def _best_index(report: OrderReport) -> int:
+    return next(i for i, order in enumerate(report["orders"]) if order["order"] == report["best"])
 
 
 def marked_lines(orders: Sequence[MarkedOrder | OrderEntry]) -> list[str]:
@@ -238,14 +236,25 @@ class Advantage:
         return f"{self.first} first is better" if clear else "no evidence that the order matters"
 
 
-def order_verdict(report: OrderReport) -> list[str]:
+def _verdict(report: OrderReport) -> list[str]:
     """The verdict, and remarks on it."""
-    again = report.get("repeats")
-    repeats = again["verdict"] if again else ""
-    left_out = [f"Left out: {line}" for line in marked_lines(report.get("left_out", []))]
-    sentences = [report["verdict"], repeats, hypothesis_sentence(report), *left_out]
-    marked = [line.replace("->", "→") for line in marked_lines(report["orders"])]
-    return [*(sentence.replace("->", "→") for sentence in sentences if sentence), *marked, _measured(report)]
+    orders = report["orders"]
+    sentences = [report["verdict"]]
+    if repeats := report.get("repeats"):
+        sentences.append(repeats["verdict"])
+    if hypothesis := hypothesis_sentence(report):
+        sentences.append(hypothesis)
+    sentences += [f"Left out: {line}" for line in marked_lines(report.get("left_out", []))]
+    sentences += marked_lines(orders)
+    measured = f"{len(orders)} order{'s' if len(orders) != 1 else ''}"
+    if report.get("strategy"):
+        measured = f"{report['strategy'].capitalize()} search: {measured}"
+    if report["refused"]:
+        measured += f", {len(report['refused'])} cannot run"
+    dense = orders[0]["stages"][0]["metrics"].get(report["metric"])
+    if dense is not None:
+        measured += f"; the dense model's {report['metric']} is {number_text(dense)}"
+    return [*(sentence.replace("->", "→") for sentence in sentences), f"{measured}."]
 
 
 def advantages(report: OrderReport) -> list[Advantage]:
@@ -257,12 +266,3 @@ def advantages(report: OrderReport) -> list[Advantage]:
         if not any((a.first, a.second) == (second, first) for a in found) and (value is None or value >= 0):
             found.append(Advantage(first, second, value, low, high))
     return found
-
-
-def _measured(report: OrderReport) -> str:
-    orders, refused = report["orders"], report["refused"]
-    count = f"{len(orders)} order{'s' if len(orders) != 1 else ''}"
-    words = f"{report['strategy'].capitalize()} search: {count}" if report.get("strategy") else count.capitalize()
-    dense = orders[0]["stages"][0]["metrics"].get(report["metric"])
-    words += f", {len(refused)} cannot run" if refused else ""
-    return words + (f"; the dense model's {report['metric']} is {number_text(dense)}." if dense is not None else ".")

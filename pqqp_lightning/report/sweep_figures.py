@@ -40,7 +40,10 @@ def draw_curve(plot: CurvePlot, style: Style) -> Figure:
             _draw_pruning(axes, label, (rate, sign * score), SHAPES[i % len(SHAPES)], ratios, style)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda c, _: f"{c:g}x"))
-    if _is_wide([sign * pt["score"] for curve in report["curves"] for pt in curve["points"]]):
+    values: list[float] = []
+    for curve in report["curves"]:
+        values += [sign * point["score"] for point in curve["points"]]
+    if _is_wide(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda m, _: f"{m:g}"))
@@ -58,7 +61,8 @@ def draw_curve(plot: CurvePlot, style: Style) -> Figure:
 
 def _draw_curve(axes: Axes, curve: CurveReport, sign: int, colour: str, name: str) -> None:
     """Draw the line on which C* is interpolated: straight in C and M, so curved on logarithmic axes."""
-    rates, scores = ([pt[key] for pt in curve["points"]] for key in ("rate", "score"))
+    rates = [point["rate"] for point in curve["points"]]
+    scores = [point["score"] for point in curve["points"]]
     between = np.unique(np.concatenate([np.geomspace(rates[0], rates[-1], 400), rates]))
     label = f"{name} alone" + (f" ({curve['label']})" if curve["label"] else "")
     axes.plot(between, sign * np.interp(between, rates, scores), color=colour, label=plain_text(label))
@@ -85,8 +89,12 @@ def _draw_pruning(
 
 def _ratios(report: SweepReport, step: str) -> list[float]:
     """C* of one pruning on each curve."""
-    own = (pt["pair"]["equivalent_ratio"] for pt in report["points"] if pt["steps"][report["pruning"]] == step)
-    return list(dict.fromkeys(ratio for ratio in own if ratio is not None))
+    ratios: dict[float, None] = {}
+    for point in report["points"]:
+        ratio = point["pair"]["equivalent_ratio"]
+        if point["steps"][report["pruning"]] == step and ratio is not None:
+            ratios[ratio] = None
+    return list(ratios)
 
 
 def draw_advantage(plot: AdvantagePlot, style: Style) -> Figure:
@@ -110,7 +118,8 @@ def draw_advantage(plot: AdvantagePlot, style: Style) -> Figure:
 
 
 def _draw_quantity(axes: Axes, quantity: Quantity, report: SweepReport, style: Style) -> None:
-    found, q = report["hypothesis"][quantity], report["quantizing"]
+    found = report["hypothesis"][quantity]
+    q = report["quantizing"]
     steps = list(dict.fromkeys(point["steps"][q] for point in report["points"]))
     for i, step in enumerate(steps):
         colour, shape = style.palette[i % len(style.palette)], SHAPES[i % len(SHAPES)]
@@ -130,14 +139,7 @@ def _draw_quantity(axes: Axes, quantity: Quantity, report: SweepReport, style: S
     rule_out(axes, style)
 
 
-def _draw_point(
-    axes: Axes,
-    point: PointReport,
-    quantity: Quantity,
-    colour: str,
-    shape: str,
-    style: Style,
-) -> None:
+def _draw_point(axes: Axes, point: PointReport, quantity: Quantity, colour: str, shape: str, style: Style) -> None:
     """Draw A with its interval; hollow if the two orders cannot be compared."""
     x, a = point["pair"][quantity], point["pair"]["advantage"]
     if x is None or a is None or a["value"] is None:
