@@ -114,7 +114,9 @@ class StageRunner:
             results = self.trainer.validate(
                 self.module, dataloaders=self.data.validation, datamodule=self.data.datamodule, verbose=False
             )
-        metrics = {name: float(value) for result in results for name, value in result.items()}
+        metrics: dict[str, float] = {}
+        for result in results:
+            metrics.update({name: float(value) for name, value in result.items()})
         self.samples = {}
         recorded = gather_samples(found)
         for name, path in self._logged_metrics():

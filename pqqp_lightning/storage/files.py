@@ -45,7 +45,9 @@ def write_json(path: Path, data: Any) -> None:
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write ``rows`` as CSV, atomically; the columns are those of all rows, and missing values stay empty."""
     text = io.StringIO()
-    columns = dict.fromkeys(column for row in rows for column in row)
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns.update(dict.fromkeys(row))
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

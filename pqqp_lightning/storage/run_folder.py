@@ -175,6 +175,9 @@ def _differences(a: Any, b: Any, where: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         if where == "stages" and list(a) != list(b):
             return [f"stages are {list(a)} there and {list(b)} here"]
-        keys = [k for k in {**a, **b} if a.get(k) != b.get(k) or k == "stages"]  # equal dicts may differ in order
-        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{where}.{k}".lstrip("."))]
+        found: list[str] = []
+        for key in {**a, **b}:
+            if a.get(key) != b.get(key) or key == "stages":  # equal dicts of stages may differ in order
+                found += _differences(a.get(key), b.get(key), f"{where}.{key}".lstrip("."))
+        return found
     return [f"{where} is {a!r} there and {b!r} here"]
