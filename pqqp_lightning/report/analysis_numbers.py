@@ -54,4 +54,7 @@ def _cells(errors: dict[str, float], report: AnalysisReport) -> Row:
 
 def mean_errors(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """Mean errors over layers, by stage and order."""
-    return {key: sum([row[key] for row in rows]) / len(rows) for key in rows[0]}
+    means = {}
+    for key in rows[0]:
+        means[key] = sum(row[key] for row in rows) / len(rows)
+    return means

@@ -124,7 +124,9 @@ def _rows(
 def _write_row(axes: Axes, y: float, lines: Sequence[str], named: int, amount: str, best: bool, style: Style) -> None:
     """Write the label at the left, its remark below it in small letters, and the amount at the right."""
     weight = "bold" if best else "normal"
-    place, behind = axes.get_yaxis_transform(), {"facecolor": style.page, "edgecolor": "none", "pad": 0.8}
+    place = axes.get_yaxis_transform()
+    # A background hides the grid behind the words.
+    behind = {"facecolor": style.page, "edgecolor": "none", "pad": 0.8}
     for i, words in enumerate(lines):
         height = y + STRIP / 2 + LINE * (len(lines) - i - 0.5)
         look = {"fontweight": weight} if i < named else {"color": style.quiet, "fontsize": SMALL}

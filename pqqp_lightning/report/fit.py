@@ -21,12 +21,13 @@ from pqqp_lightning.storage.reports import FitReport, Record
 from pqqp_lightning.storage.run_folder import RunFolder
 
 COMMANDS = {"order": "search for the best order", "sweep": "sweep", "analyze": "analysis"}
-
+"""What the other commands do, which write their report only at the end."""
 
 WARNINGS = {
     "running": "This run is not finished. The report shows the stages so far.",
     "failed": "This run failed. The report shows the stages before the failure.",
 }
+"""By status; an unknown status counts as running."""
 
 
 def fit_page(folder: RunFolder, report: FitReport) -> Page:
@@ -102,11 +103,14 @@ def _stage_blocks(records: Sequence[Record]) -> list[Block]:
 
 
 def _size_blocks(folder: RunFolder, report: FitReport) -> list[Block]:
-    records, checkpoint, layers = report["stages"], report.get("checkpoint"), report.get("layers")
+    records = report["stages"]
+    checkpoint = report.get("checkpoint")
+    layers = report.get("layers")
     blocks: list[Block] = [size_figure(records, file_bytes=checkpoint["file_bytes"] if checkpoint else None)]
     if checkpoint:
         where = folder.path / checkpoint["path"]
-        on_disk, counted = human_bytes(checkpoint["file_bytes"]), human_bytes(records[-1]["size_bytes"])
+        on_disk = human_bytes(checkpoint["file_bytes"])
+        counted = human_bytes(records[-1]["size_bytes"])
         loading = f"Load it with pqqp_lightning.load({str(folder.path)!r})."
         blocks.append(Words([f"{where}: {on_disk} on disk ({counted} counted). {loading}"], in_summary=True))
     if layers:

@@ -58,9 +58,10 @@ def _order_blocks(report: OrderReport) -> list[Block]:
     for order in report["orders"]:
         value = order["metrics"].get(metric)
         low, high = bounds(order.get("interval"))
-        text, interval = number_text(value), interval_text(low, high)
-        best, marks = order["order"] == report["best"], "; ".join(order.get("marks") or [])
-        dots.append(Dot(names_text(order["order"]), text, interval, value, low, high, best, marks))
+        best = order["order"] == report["best"]
+        marks = "; ".join(order.get("marks") or [])
+        name, text = names_text(order["order"]), number_text(value)
+        dots.append(Dot(name, text, interval_text(low, high), value, low, high, best, marks))
     better = "more" if report["higher_is_better"] else "less"
     caption = f"{metric} of each order{dots_note(dots)}: "
     caption += f"{better} is better."
@@ -145,10 +146,11 @@ def _pair_blocks(report: OrderReport) -> list[Block]:
 
 def _size_blocks(folder: RunFolder, report: OrderReport) -> list[Block]:
     best = report["orders"][_best_index(report)]
-    on_disk, counted = folder.model_bytes(), best["size_bytes"]
+    on_disk = folder.model_bytes()
     if on_disk is None:
         return [size_figure(best["stages"], " of the best order")]
-    words = f"{folder.model}: the best order's model, {human_bytes(on_disk)} on disk ({human_bytes(counted)} counted). "
+    size = f"{human_bytes(on_disk)} on disk ({human_bytes(best['size_bytes'])} counted)"
+    words = f"{folder.model}: the best order's model, {size}. "
     words += f"Load it with pqqp_lightning.load({str(folder.path)!r})."
     return [size_figure(best["stages"], " of the best order", on_disk), Words([words], in_summary=True)]
 
@@ -262,7 +264,9 @@ def advantages(report: OrderReport) -> list[Advantage]:
     found: list[Advantage] = []
     for pair, entry in report["advantage"].items():
         first, _, second = pair.partition("->")
-        value, (low, high) = entry["value"], bounds((entry["low"], entry["high"]))
-        if not any((a.first, a.second) == (second, first) for a in found) and (value is None or value >= 0):
+        value = entry["value"]
+        low, high = bounds((entry["low"], entry["high"]))
+        opposite_found = any((a.first, a.second) == (second, first) for a in found)
+        if not opposite_found and (value is None or value >= 0):
             found.append(Advantage(first, second, value, low, high))
     return found

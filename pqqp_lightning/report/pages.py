@@ -49,7 +49,8 @@ def write_pages(folder: Path, page: Page | None = None) -> list[Path]:
     Raises:
         RecipeError: the folder has no report, or cannot be written.
     """
-    files, page = RunFolder(folder), page or read_page(folder)
+    files = RunFolder(folder)
+    page = page or read_page(folder)
     return [_write(files.html, to_html(page)), _write(files.markdown, to_markdown(page))]
 
 

@@ -50,8 +50,8 @@ def _advantage_blocks(report: SweepReport) -> list[Block]:
         if "pair" in point and (advantage := point["pair"]["advantage"]):
             value, low, high = advantage["value"], advantage["low"], advantage["high"]
             marks = "; ".join(point_marks(point))
-            text, interval = number_text(value), interval_text(low, high)
-            dots.append(Dot(point_name(point), text, interval, value, low, high, remark=marks))
+            interval = interval_text(low, high)
+            dots.append(Dot(point_name(point), number_text(value), interval, value, low, high, remark=marks))
     if not dots:
         return []
     first, second = report["quantizing"], report["pruning"]
@@ -117,7 +117,8 @@ def _pair_cells(report: SweepReport) -> tuple[str, list[str], list[list[str]]]:
     sign = 1 if report["higher_is_better"] else -1
     rows = []
     for point in report["points"]:
-        row, pair = point_row(point, report), point["pair"]
+        row = point_row(point, report)
+        pair = point["pair"]
         shown = [row.get(f"M({name})") for name in (p, q, f"{p}->{q}", f"{q}->{p}")]
         values = [number_text(None if m is None else sign * m) for m in shown]
         gap = "-" if pair["gap"] is None else f"{pair['gap']:+.3g}"

@@ -71,8 +71,9 @@ def _draw_curve(axes: Axes, curve: CurveReport, sign: int, colour: str, name: st
         text = "dense" if not point["knobs"] else ", ".join(str(v) for v in point["knobs"].values())
         if "bits" in point["knobs"]:
             text = f"{point['knobs']['bits']} bits"
-        at, free = (point["rate"], sign * point["score"]), (5, 10 * sign)  # on the outer side of the curve
-        axes.annotate(plain_text(text), at, xytext=free, textcoords="offset points", fontsize=8, va="center")
+        at = (point["rate"], sign * point["score"])
+        offset = (5, 10 * sign)  # on the outer side of the curve
+        axes.annotate(plain_text(text), at, xytext=offset, textcoords="offset points", fontsize=8, va="center")
 
 
 def _draw_pruning(
@@ -122,7 +123,8 @@ def _draw_quantity(axes: Axes, quantity: Quantity, report: SweepReport, style: S
     q = report["quantizing"]
     steps = list(dict.fromkeys(point["steps"][q] for point in report["points"]))
     for i, step in enumerate(steps):
-        colour, shape = style.palette[i % len(style.palette)], SHAPES[i % len(SHAPES)]
+        colour = style.palette[i % len(style.palette)]
+        shape = SHAPES[i % len(SHAPES)]
         for point in report["points"]:
             if point["steps"][q] == step:
                 _draw_point(axes, point, quantity, colour, shape, style)
