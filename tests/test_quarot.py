@@ -308,7 +308,7 @@ def test_other_opts_are_refused(settings, message):
 
 def test_norms_that_do_something_else_are_refused():
     gemma = tiny.LLAMA | {"model_type": "gemma", "head_dim": 8}  # multiplies by 1 + gain
-    with pytest.raises(RecipeError, match=r"of class GemmaRMSNorm, no RMSNorm with a gain"):
+    with pytest.raises(RecipeError, match=r"a GemmaRMSNorm, not an RMSNorm with a gain"):
         describe_decoder(CausalLM(gemma))
 
 
