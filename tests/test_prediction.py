@@ -22,9 +22,10 @@ STAGES = {
 }
 
 
-def predict(folder, *stages, **options):
+def predict(folder, *stages, show=None, **options):
     chosen = OrderOptions(strategy="predict", **options)
-    search_orders(trainer(folder / "run", *stages), make_model("llama"), make_data("llama", folder), chosen)
+    data = make_data("llama", folder)
+    search_orders(trainer(folder / "run", *stages), make_model("llama"), data, chosen, show=show)
     return json.loads((folder / "run/prediction.json").read_text())
 
 
