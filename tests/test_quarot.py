@@ -296,7 +296,7 @@ def test_no_layer_can_be_left_out():
     [
         (
             {"do_layer_norm_before": False},
-            r"norms behind the sublayers .* use another model, or drop the stage",
+            r"norms behind the sublayers .* use another one or drop the stage",
         ),
         ({"word_embed_proj_dim": 16}, r"a narrower embedding \(project_in\); the residual stream cannot be rotated"),
     ],
