@@ -63,7 +63,7 @@ def _depth_figure(report: AnalysisReport) -> Figure:
     for key in errors[0]:
         values = [mean[key] for mean in means]
         best = key == order_key(report["best"])
-        lines.append(Line(key.replace("->", " → "), values, [number_text(value) for value in values], best))
+        lines.append(Line(key.replace("->", " → "), values, best))
         shown += values
     note = scale_note(shown)
     caption = (

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pqqp_lightning.report.figure_style import WIDTH, Style, plain_text
+from pqqp_lightning.report.formatting import interval_text, number_text
 from pqqp_lightning.report.plots import MOST_NAMED, BarPlot, DotPlot, Line, LinePlot, is_logarithmic, is_number
 
 LINE, STRIP, GAP = 0.19, 0.26, 0.06
@@ -34,7 +35,9 @@ def draw_dots(plot: DotPlot, style: Style) -> Figure:
     axes.grid(axis="x", color=style.rule, linewidth=0.8)
     axes.tick_params(axis="x", length=0, labelsize=SMALL)
     for dot, y, lines, top in zip(plot.dots, middles, labels, named, strict=True):
-        amount = f"{dot.text} ({dot.detail})" if dot.detail else dot.text
+        amount = dot.text or number_text(dot.value)
+        if interval := interval_text(dot.low, dot.high):
+            amount += f" ({interval})"
         _write_row(axes, y, lines, top, amount, dot.best, style)
         colour = style.accent if dot.best else style.other
         if is_number(dot.low) and is_number(dot.high):
@@ -96,7 +99,7 @@ def _write_values(axes: Axes, line: Line, columns: Sequence[int], style: Style) 
         neighbours = [line.values[j] for j in (i - 1, i + 1) if 0 <= j < len(line.values)]
         valley = bool(neighbours) and all(is_number(v) and v > value for v in neighbours)
         axes.annotate(
-            line.texts[i], (i, value), xytext=(0, -15 if valley else 8), textcoords="offset points", ha="center",
+            number_text(value), (i, value), xytext=(0, -15 if valley else 8), textcoords="offset points", ha="center",
             fontweight="bold", color=style.text, bbox={"facecolor": style.page, "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
 

@@ -60,8 +60,7 @@ def _order_blocks(report: OrderReport) -> list[Block]:
         low, high = bounds(order.get("interval"))
         best = order["order"] == report["best"]
         marks = "; ".join(order.get("marks") or [])
-        name, text = names_text(order["order"]), number_text(value)
-        dots.append(Dot(name, text, interval_text(low, high), value, low, high, best, marks))
+        dots.append(Dot(names_text(order["order"]), value, low, high, best, marks))
     better = "more" if report["higher_is_better"] else "less"
     caption = f"{metric} of each order{dots_note(dots)}: "
     caption += f"{better} is better."
@@ -84,9 +83,8 @@ def _behind_figure(report: OrderReport) -> list[Block]:
         value = behind["value"] if behind else None
         if best:
             value = 0.0
-        text = "best" if best else number_text(value)
         marks = "; ".join(order.get("marks") or [])
-        dots.append(Dot(names_text(order["order"]), text, interval_text(low, high), value, low, high, best, marks))
+        dots.append(Dot(names_text(order["order"]), value, low, high, best, marks, "best" if best else ""))
     caption = (
         f"How far each order is behind the best, in {report['metric']}. Bars are 95% intervals of the difference on "
     )

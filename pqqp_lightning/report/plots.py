@@ -22,23 +22,21 @@ class Dot:
 
     Attributes:
         label: the row's name.
-        text: the value as text.
-        detail: the interval as text.
         value: the dot's place; None draws no dot.
         low: lower end of the interval.
         high: upper end of the interval.
         best: highlight it.
         remark: why it cannot be compared with the others; its dot is hollow.
+        text: printed instead of the value.
     """
 
     label: str
-    text: str
-    detail: str
     value: float | None
     low: float | None = None
     high: float | None = None
     best: bool = False
     remark: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,11 @@ class Line:
     Attributes:
         label: its name.
         values: one a column.
-        texts: the values as text.
         best: highlight it.
     """
 
     label: str
     values: Sequence[float | None]
-    texts: Sequence[str]
     best: bool = False
 
 

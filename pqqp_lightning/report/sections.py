@@ -25,9 +25,9 @@ def walk_blocks(metric: str, walks: Sequence[Walk], columns: Sequence[str], best
     shown: list[float | None] = []
     for i, (name, records) in enumerate(walks):
         values = [record["metrics"].get(metric) for record in records]
-        texts = [number_text(value) for value in values]
-        lines.append(Line(name, values, texts, i == best))
-        rows.append([name, *texts, *["-"] * (len(columns) - len(texts))])
+        lines.append(Line(name, values, i == best))
+        missing = ["-"] * (len(columns) - len(values))
+        rows.append([name, *[number_text(value) for value in values], *missing])
         shown += values
     caption = f"{metric} after each stage{scale_note(shown)}."
     if len(walks) > 1:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from pqqp_lightning.report.blocks import Block, Figure, Notes, Page, Section, Table, Words
-from pqqp_lightning.report.formatting import interval_text, number_text
+from pqqp_lightning.report.formatting import number_text
 from pqqp_lightning.report.plots import AdvantagePlot, CurvePlot, Dot, DotPlot
 from pqqp_lightning.report.sections import build_page, dots_note
 from pqqp_lightning.report.sweep_numbers import (
@@ -50,8 +50,7 @@ def _advantage_blocks(report: SweepReport) -> list[Block]:
         if "pair" in point and (advantage := point["pair"]["advantage"]):
             value, low, high = advantage["value"], advantage["low"], advantage["high"]
             marks = "; ".join(point_marks(point))
-            interval = interval_text(low, high)
-            dots.append(Dot(point_name(point), number_text(value), interval, value, low, high, remark=marks))
+            dots.append(Dot(point_name(point), value, low, high, remark=marks))
     if not dots:
         return []
     first, second = report["quantizing"], report["pruning"]
