@@ -121,8 +121,7 @@ class Page:
         about: model and data, in one line.
         verdict: the result, in one sentence.
         remarks: conditions of the verdict.
-        warning: why the run is incomplete; empty if it is complete.
-        way_on: the argument that resumes an incomplete run.
+        warning: why the run is incomplete, and how to resume it; empty if it is complete.
     """
 
     title: str
@@ -130,5 +129,4 @@ class Page:
     verdict: str
     remarks: Sequence[str] = ()
     warning: str = ""
-    way_on: str = ""
     sections: Sequence[Section] = field(default_factory=list)

@@ -24,8 +24,8 @@ COMMANDS = {"order": "search for the best order", "sweep": "sweep", "analyze": "
 """What the other commands do, which write their report only at the end."""
 
 WARNINGS = {
-    "running": "This run is not finished. The report shows the stages so far.",
-    "failed": "This run failed. The report shows the stages before the failure.",
+    "running": "This run is not finished. The report shows the stages so far. Resume with --ckpt_path last.",
+    "failed": "This run failed. The report shows the stages before the failure. Resume with --ckpt_path last.",
 }
 """By status; an unknown status counts as running."""
 
@@ -55,7 +55,6 @@ def fit_page(folder: RunFolder, report: FitReport) -> Page:
         verdict=fit_verdict(records, so_far=report["status"] != "finished"),
         remarks=remarks,
         warning="" if report["status"] == "finished" else WARNINGS.get(report["status"], WARNINGS["running"]),
-        way_on="--ckpt_path last",
     )
 
 

@@ -13,8 +13,7 @@ def to_markdown(page: Page) -> str:
     """The whole page."""
     parts = [f"# {escape(page.title)}", escape(page.about), f"**{escape(page.verdict)}**"]
     if page.warning:
-        way_on = f" Resume with `{page.way_on}`." if page.way_on else ""
-        parts.append(f"{escape(page.warning)}{way_on}")
+        parts.append(escape(page.warning))
     parts += [escape(words) for words in page.remarks]
     for section in page.sections:
         if texts := [text for block in section.blocks if (text := _block(block))]:

@@ -81,7 +81,6 @@ def build_page(
     verdict: str,
     remarks: Sequence[str] = (),
     warning: str = "",
-    way_on: str = "",
 ) -> Page:
     """A page with the run's name, model and data above ``sections``, and how to repeat the run below.
 
@@ -92,8 +91,7 @@ def build_page(
         sections: empty ones are left out.
         verdict: see :class:`~pqqp_lightning.report.blocks.Page`, like the other arguments.
         remarks: conditions of the verdict.
-        warning: why the run is incomplete.
-        way_on: the argument that resumes an incomplete run.
+        warning: why the run is incomplete, and how to resume it.
     """
     recipe: Any = report.get("recipe")
     if "recipe" not in report and folder.recipe.is_file():
@@ -108,7 +106,6 @@ def build_page(
         verdict=verdict,
         remarks=remarks,
         warning=warning,
-        way_on=way_on,
         sections=[*(section for section in sections if section.blocks), _repeat_section(folder, report, command)],
     )
 

@@ -29,7 +29,7 @@ def print_page(page: Page, console: Console | None = None) -> None:
                 lines += block.sentences
     lines += page.remarks
     if page.warning:
-        lines.append(f"{page.warning} Resume with {page.way_on}." if page.way_on else page.warning)
+        lines.append(page.warning)
     for line in [*lines, page.verdict]:
         # Lines are not wrapped, so that they can be copied and searched.
         console.print(ascii_arrows(line), highlight=False, markup=False, soft_wrap=True)
