@@ -67,9 +67,9 @@ def _depth_figure(report: AnalysisReport) -> Figure:
         shown += values
     note = scale_note(shown)
     caption = (
-        f"Mean relative error in each of {parts} equal parts of the depth, from the first layers to the last{note}."
+        f"Mean relative error in each of {parts} equal parts of the depth, from the first layers to the last{note}. "
     )
-    caption += f" The thick line is {' → '.join(report['best'])}. At the right end, from top to bottom: "
+    caption += f"The thick line is {' → '.join(report['best'])}. At the right end, from top to bottom: "
     caption += ", ".join(line.label for line in sorted(lines, key=lambda line: -(line.values[-1] or 0.0))) + "."
     return Figure(caption, LinePlot(lines, [str(i + 1) for i in range(parts)]))
 

@@ -62,8 +62,7 @@ def _order_blocks(report: OrderReport) -> list[Block]:
         marks = "; ".join(order.get("marks") or [])
         dots.append(Dot(names_text(order["order"]), value, low, high, best, marks))
     better = "more" if report["higher_is_better"] else "less"
-    caption = f"{metric} of each order{dots_note(dots)}: "
-    caption += f"{better} is better."
+    caption = f"{metric} of each order{dots_note(dots)}: {better} is better."
     if any(dot.low is not None for dot in dots):
         caption += " Bars are 95% intervals of each order alone."
     if any(dot.remark for dot in dots):
@@ -85,10 +84,8 @@ def _behind_figure(report: OrderReport) -> list[Block]:
             value = 0.0
         marks = "; ".join(order.get("marks") or [])
         dots.append(Dot(names_text(order["order"]), value, low, high, best, marks, "best" if best else ""))
-    caption = (
-        f"How far each order is behind the best, in {report['metric']}. Bars are 95% intervals of the difference on "
-    )
-    caption += "the same samples: if a bar contains 0, there is no evidence that the two orders differ."
+    caption = f"How far each order is behind the best, in {report['metric']}. Bars are 95% intervals of the difference "
+    caption += "on the same samples: if a bar contains 0, there is no evidence that the two orders differ."
     return [Figure(caption, DotPlot(dots))]
 
 
@@ -98,25 +95,24 @@ def _order_table(report: OrderReport) -> Table:
     intervals = any(bounds(order.get("interval"))[0] is not None for order in orders)
     compared = any(order.get("behind") for order in orders)
     marked = any(order.get("marks") for order in orders)
+    of_which = f" of {report['metric']}" if len(metrics) > 1 else ""
+    head: list[str] = []
     rows = []
     for order in orders:
-        low, high = bounds(order.get("interval"))
-        stages = order["stages"]
-        rows.append(
-            [
-                names_text(order["order"]) + (" (best)" if order["order"] == report["best"] else ""),
-                *(number_text(order["metrics"].get(name)) for name in metrics),
-                *([interval_text(low, high)] if intervals else []),
-                *([difference_text(order.get("behind"))] if compared else []),
-                *size_columns(stages[-1]),
-                f"{sum(stage['elapsed_s'] for stage in stages):.1f}",
-                *(["; ".join(order.get("marks") or [])] if marked else []),
-            ]
-        )
-    of_which = f" of {report['metric']}" if len(metrics) > 1 else ""
-    interval = [f"95% interval{of_which}"] if intervals else []
-    behind = ["behind the best"] if compared else []
-    head = ["order", *metrics, *interval, *behind, *SIZE_COLUMNS, "seconds", *(["remark"] if marked else [])]
+        best = " (best)" if order["order"] == report["best"] else ""
+        cells = [("order", f"{names_text(order['order'])}{best}")]  # (column, text)
+        cells += [(name, number_text(order["metrics"].get(name))) for name in metrics]
+        if intervals:
+            low, high = bounds(order.get("interval"))
+            cells.append((f"95% interval{of_which}", interval_text(low, high) or "-"))
+        if compared:
+            cells.append(("behind the best", difference_text(order.get("behind"))))
+        cells += zip(SIZE_COLUMNS, size_columns(order["stages"][-1]), strict=True)
+        cells.append(("seconds", f"{sum(stage['elapsed_s'] for stage in order['stages']):.1f}"))
+        if marked:
+            cells.append(("remark", "; ".join(order.get("marks") or [])))
+        head = [name for name, _ in cells]
+        rows.append([text for _, text in cells])
     details = [i for i, name in enumerate(head) if name in ("behind the best", "seconds", "remark")]
     words = (0, len(head) - 1) if marked else (0,)
     return Table("Every order, best first", head, rows, _best_index(report), words, in_summary=True, details=details)
