@@ -273,7 +273,7 @@ SIZE = "has HALF bytes instead of WHOLE: truncated or altered. Run the recipe ag
         (
             f"model/{MANIFEST}",
             Path.unlink,
-            f"run/model: holds no checkpoint ({MANIFEST} is missing). Name a run folder or its model/.",
+            f"run/model: has no checkpoint ({MANIFEST} is missing). Name a run folder or its model/.",
         ),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -67,7 +67,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise RecipeError(f"{folder}: holds no checkpoint ({MANIFEST} is missing). Name a run folder or its model/.")
+        raise RecipeError(f"{folder}: has no checkpoint ({MANIFEST} is missing). Name a run folder or its model/.")
     try:
         manifest = json.loads(gzip.decompress(path.read_bytes()))
         digest = manifest.pop("sha256")

@@ -144,7 +144,7 @@ def load(run: str | Path, module: LightningModule | None = None) -> LightningMod
         The module in evaluation mode, with its constraints.
 
     Raises:
-        RecipeError: the folder holds no checkpoint, or a truncated or altered one, or it cannot build the module.
+        RecipeError: the checkpoint is missing, truncated or altered, or cannot build the module.
     """
     folder = model_folder(Path(run))
     manifest = read_manifest(folder)

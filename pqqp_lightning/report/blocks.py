@@ -87,7 +87,7 @@ class Notes:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to copy as it is.
+    """Text to copy verbatim.
 
     Attributes:
         language: for syntax highlighting.
