@@ -273,7 +273,7 @@ SIZE = "has HALF bytes instead of WHOLE: truncated or altered. Run the recipe ag
         (
             f"model/{MANIFEST}",
             Path.unlink,
-            f"run/model: holds no checkpoint ({MANIFEST} is missing). Name a run folder or its model/.",
+            f"run/model: has no checkpoint ({MANIFEST} is missing). Name a run folder or its model/.",
         ),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -317,8 +317,8 @@ def test_a_page_that_cannot_be_written_costs_only_the_page(damaged, capfd):
     printed, words = capfd.readouterr()
     assert "quantize (RTN)" in printed
     assert words == (
-        "run/report.html: the page cannot be written: Is a directory. Make the folder writable, or report a copy of "
-        "it.\n"
+        "run/report.html: the page cannot be written: Is a directory. Make the folder writable, or run the "
+        "command on a copy of it.\n"
     )
 
 

@@ -182,7 +182,7 @@ def truncate(name):
         (truncate(WEIGHTS), r"model\.safetensors: has \d+ bytes instead of \d+: truncated or altered"),
         (damage_weights, r"model\.safetensors: its checksum differs: altered"),
         (truncate(MANIFEST), r"manifest\.json\.gz: is truncated or altered"),
-        (lambda f: (f / MANIFEST).unlink(), r"holds no checkpoint \(manifest\.json\.gz is missing\)"),
+        (lambda f: (f / MANIFEST).unlink(), r"has no checkpoint \(manifest\.json\.gz is missing\)"),
         (lambda f: (f / WEIGHTS).unlink(), r"has 0 bytes instead of"),
     ],
 )

@@ -262,9 +262,7 @@ def test_report_draws_the_table_of_the_end_of_the_run(folder, capsys):
         assert run("report", command) == 0
         again = capsys.readouterr().out
         assert at_the_end.endswith(again)
-        assert again.endswith(
-            f"{command}/report.html: the same with plots, for a browser. {command}/report.md: as text.\n"
-        )
+        assert again.endswith(f"{command}/report.html: this report with plots. {command}/report.md: as text.\n")
         assert "Load it with pqqp_lightning.load" in at_the_end
 
 

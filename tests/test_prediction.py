@@ -81,7 +81,7 @@ def test_what_was_measured_before_is_compared(tmp_path, monkeypatch, capsys):
     assert run(*arguments[:4], "again", *arguments[5:]) == 0
     measured = json.loads((folder / "again/prediction.json").read_text())["measured"]
     assert measured["best"] == best
-    assert ("Measured before: it is." in capsys.readouterr().out) == (best == report["predicted"])
+    assert ("An earlier search measured it as the best." in capsys.readouterr().out) == (best == report["predicted"])
     assert (folder / "again/report.html").is_file()
 
 

@@ -296,7 +296,7 @@ def test_no_layer_can_be_left_out():
     [
         (
             {"do_layer_norm_before": False},
-            r"norms behind the sublayers .* use another model, or drop the stage",
+            r"norms behind the sublayers .* use another one or drop the stage",
         ),
         ({"word_embed_proj_dim": 16}, r"a narrower embedding \(project_in\); the residual stream cannot be rotated"),
     ],
@@ -308,7 +308,7 @@ def test_other_opts_are_refused(settings, message):
 
 def test_norms_that_do_something_else_are_refused():
     gemma = tiny.LLAMA | {"model_type": "gemma", "head_dim": 8}  # multiplies by 1 + gain
-    with pytest.raises(RecipeError, match=r"of class GemmaRMSNorm, no RMSNorm with a gain"):
+    with pytest.raises(RecipeError, match=r"a GemmaRMSNorm, not an RMSNorm with a gain"):
         describe_decoder(CausalLM(gemma))
 
 

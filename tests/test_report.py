@@ -182,7 +182,7 @@ def test_the_page_of_a_search_holds_the_records(form, order):
         assert "prune → quantize → tune; quantize → prune → tune; quantize → tune → prune" in text
         assert "off the grid of stage 'quantize'" in text
         assert "prune → tune" in text
-        assert "perplexity 307.54 before its training, 309.54 after." in text
+        assert "perplexity 307.54 before finetuning, 309.54 after." in text
         assert ("A(prune → tune) +6.295" in text) != ("A(tune → prune)" in text)
     if form == "with intervals":
         assert "6.295 +1.125 to +9.75 prune first is better" in page.text
@@ -216,7 +216,7 @@ def test_a_run_from_python_has_no_recipe_to_show_but_its_stages(tmp_path):
     page, markdown = written(tmp_path / "run")
     assert "Regressor, RegressionData" in page.text
     assert "sparsity: 0.5" in page.text
-    assert "kept no recipe.yaml" in markdown
+    assert "without a recipe.yaml" in markdown
     assert "pqqp-lightning fit" not in page.text
 
 
@@ -316,7 +316,7 @@ def test_any_run_has_a_whole_page(odd, capsys):
     assert not [value for value in drawn if not re.fullmatch(r"-?[0-9.]+", value or "")]
     shown = page.text.partition("Run it again")[0] + " ".join(value for name, value in page.attributes if name == "d")
     assert not re.search(r"\b(None|nan|inf|null)\b", shown)
-    assert ("Go on with --ckpt_path last" in page.text) == (records(folder)["status"] != "finished")
+    assert ("Resume with --ckpt_path last" in page.text) == (records(folder)["status"] != "finished")
 
 
 def test_nothing_comes_from_elsewhere(fit, order):

@@ -14,10 +14,10 @@ from pqqp_lightning.report.figures import DRAW, draw_png, draw_svg
 from pqqp_lightning.report.html import to_html
 from pqqp_lightning.report.plots import Bar, BarPlot, Dot, DotPlot, Line, LinePlot, is_logarithmic
 
-DOTS = DotPlot([Dot("a", "-", "", None), Dot("b", "1", "", 1.0, None, 2.0), Dot("c", "2", "", 2.0, 1.0, 3.0)])
+DOTS = DotPlot([Dot("a", None), Dot("b", 1.0, None, 2.0), Dot("c", 2.0, 1.0, 3.0)])
 BARS = BarPlot([Bar("whole", "4 B", 4), Bar("half", "2 B", 2), Bar("none", "0 B", 0, other=True)])
 STYLE = to_html(Page("", "", "")).partition("</style>")[0]
-LINES = LinePlot([Line("a", [1.0, None, 3.0, 4.0], ["1", "-", "3", "4"], best=True)], ["w", "x", "y", "z"])
+LINES = LinePlot([Line("a", [1.0, None, 3.0, 4.0], best=True)], ["w", "x", "y", "z"])
 
 
 def drawn(plot, style=LIGHT):
@@ -28,7 +28,7 @@ def drawn(plot, style=LIGHT):
 
 def ticks(values):
     """The numbers beside the axis of dots with these values."""
-    (axes,) = drawn(DotPlot([Dot("", "", "", value) for value in values])).axes
+    (axes,) = drawn(DotPlot([Dot("", value) for value in values])).axes
     low, high = axes.get_xlim()
     return [tick for tick in axes.get_xticks() if low <= tick <= high]
 
@@ -45,7 +45,7 @@ def test_an_axis_has_a_few_round_values_and_holds_all():
         [1, 1e30],
     ):
         assert 2 <= len(ticks(values)) <= 8, values
-        (axes,) = drawn(DotPlot([Dot("", "", "", value) for value in values])).axes
+        (axes,) = drawn(DotPlot([Dot("", value) for value in values])).axes
         assert axes.get_xlim()[0] < min(values) <= max(values) < axes.get_xlim()[1]
     assert is_logarithmic([1.0, 100.0])
     assert not is_logarithmic([-1.0, 100.0])
@@ -58,8 +58,8 @@ def test_what_is_not_finite_is_left_out():
     (axes,) = drawn(LINES).axes
     (line,) = axes.get_lines()
     assert [str(value) for value in line.get_ydata()] == ["1.0", "nan", "3.0", "4.0"]
-    assert [text.get_text() for text in axes.texts] == ["1", "3", "4"]
-    overflow = DotPlot([Dot("a", "1.8e308", "", 1.797e308), Dot("b", "inf", "", float("inf"))])
+    assert [text.get_text() for text in axes.texts] == ["1.0000", "3.0000", "4.0000"]
+    overflow = DotPlot([Dot("a", 1.797e308), Dot("b", float("inf"))])
     assert 'class="dot"' not in draw_svg(overflow, LIGHT, "")
 
 

@@ -67,7 +67,7 @@ def test_a_damaged_result_is_measured_again(file, folder, capfd):
     (damaged,) = folder.glob(f"store/prune+quantize-*/{file}")
     damaged.write_bytes(damaged.read_bytes()[:20])
     assert run("order", "--config", "recipe.yaml", "--run_dir", "found") == 0
-    assert f"{damaged.parent.relative_to(folder)}: is damaged, and is measured again." in capfd.readouterr().out
+    assert f"{damaged.parent.relative_to(folder)}: is damaged; measuring it again." in capfd.readouterr().out
     again = json.loads((folder / "found/order.json").read_text())
     assert [order["metrics"] for order in again["orders"]] == [order["metrics"] for order in first["orders"]]
     assert again["lead"] == first["lead"]
@@ -113,7 +113,8 @@ def test_a_run_folder_is_opened_once_and_resumed_by_the_same_run_alone(tmp_path,
 
 
 def test_no_two_files_of_a_run_folder_have_one_name(tmp_path):
-    names = [name for name, member in vars(RunFolder).items() if isinstance(member, property)]
-    files = [value for name in names if isinstance(value := getattr(RunFolder(tmp_path), name), type(tmp_path))]
+    folder = RunFolder(tmp_path)
+    names = [name for name in vars(RunFolder) if not name.startswith("_")]
+    files = [value for name in names if isinstance(value := getattr(folder, name), type(tmp_path))]
     assert len(files) == len(set(files)) > 15
     assert {file.parent for file in files} == {tmp_path}

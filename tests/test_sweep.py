@@ -163,7 +163,7 @@ def test_a_time_limit_ends_it_with_what_there_is(folder, capsys):
     assert report["status"] == "stopped"
     assert report["notes"][0] == "stopped at time_limit=1e-07 minutes: 15 of 15 sequences of stages not measured"
     assert all(row["A(quantize->prune)"] == "" for row in rows(folder))
-    assert "The sweep is not finished: give the same command again" in capsys.readouterr().out
+    assert "The sweep is not finished. Run the same command again" in capsys.readouterr().out
     whole = sweep(folder)
     assert whole["status"] == "finished"
     assert all(row["A(quantize->prune)"] for row in rows(folder))

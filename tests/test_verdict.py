@@ -103,7 +103,7 @@ def test_the_sorted_order_that_was_not_measured_is_not_called_the_best():
         "behind": {"value": 0.0, "low": 0.0, "high": 0.0},
     }
     assert hypothesis_sentence(report) == (
-        "As near as was measured to weakest first, strongest last (a -> c -> b) is the best."
+        "The measured order nearest to weakest first, strongest last (a -> c -> b) is the best."
     )
 
 

@@ -22,7 +22,7 @@ from pqqp_lightning.network.layers import LAYER_TYPES
 from pqqp_lightning.storage.disk_tensors import DiskTensors
 
 _BLOCK = "_pqqp_dense_block"
-
+"""The attribute of a block that holds its name in the dense model."""
 
 SAMPLES = 8
 """Default number of calibration samples on which outputs are compared."""
@@ -102,12 +102,12 @@ def block_changes(walk: Walk, variant: Layers) -> tuple[list[Tensor], Tensor]:
             with _swapped(walk.model, variant, names):
                 outputs.append(torch.cat([_output_of(last_block, walk, batch) for batch in walk.batches]))
     dense, *compressed = outputs
-    *changes, whole_change = (output - dense for output in compressed)
-    return changes, whole_change
+    changes = [output - dense for output in compressed]
+    return changes[:-1], changes[-1]
 
 
 class _Silent(nn.Module):
-    """Zeros in the shape of what ``layer`` gives out."""
+    """Returns zeros in the shape of the outputs of ``layer``."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ def mark_blocks(blocks: Blocks) -> None:
 
 
 def layers_of(model: nn.Module, names: Sequence[str], disk: DiskTensors) -> Layers:
-    """Copies of the layers that have the place of the dense layers ``names``, with their weights in ``disk``.
+    """Copy the layers that stand for the dense layers ``names``, with their weights in ``disk``.
 
     Args:
         model: compressed; its blocks were marked while it was dense.
@@ -216,7 +216,7 @@ def mixed_share(layers: Layers) -> tuple[int, int]:
 
 
 def _is_of_a_marked(model: nn.Module, name: str) -> bool:
-    """Whether ``name`` now lies in a block that had another name, or does not exist any more."""
+    """Whether ``name`` no longer exists, or now belongs to a block that had another name."""
     parts = name.split(".")
     for length in range(1, len(parts)):
         module = _submodule(model, ".".join(parts[:length]))

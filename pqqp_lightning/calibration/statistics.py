@@ -44,10 +44,10 @@ class Statistic(ABC):
 
     @classmethod
     def of_hessian(cls, hessians: Tensor) -> Tensor:
-        """The value where X^T X per group [groups, I, I] is known, for a sparsity by layer.
+        """The value for a known X^T X per group [groups, I, I]; ``allocation: sensitivity`` needs it.
 
         Raises:
-            NotImplementedError: it does not follow from them.
+            NotImplementedError: the statistic does not follow from X^T X.
         """
         raise NotImplementedError(f"{cls.__name__} defines no of_hessian, which allocation: sensitivity needs")
 

@@ -57,19 +57,22 @@ class Walk:
             RecipeError: no forward pass reaches a layer, or its statistic is unusable; the message names the layer.
         """
         with calibrating(self.model):
-            chained, same = (False, False) if "" in self.blocks else is_chain(self.blocks, self._forward, self.probe)
-            if not chained and "" not in self.blocks:
-                self.notes.append("the blocks do not feed one another directly: calibrated as one block")
+            chained = same = False
+            if "" not in self.blocks:  # "" is a whole model without blocks
+                chained, same = is_chain(self.blocks, self._forward, self.probe)
+                if not chained:
+                    self.notes.append("the blocks do not feed one another directly: calibrated as one block")
             inside = {name: layer for name, layer in layers.items() if chained and self._block_of(name) is not None}
             outside = {name: layer for name, layer in layers.items() if name not in inside}
             if inside:
                 self._blocks_in_turn(inside, kind, compress, every_block=not same)
             if outside:
-                self._whole_model(outside, kind, compress)
+                self._collect(outside, kind, compress, lambda i: self._forward(self.batches[i]))
 
     def first(self, samples: int) -> Walk:
-        """The same walk over the first batches alone, as many as it takes to have so many samples."""
-        taken, count = [], 0
+        """A walk over the first batches only, as many as needed for this number of samples."""
+        taken = []
+        count = 0
         for batch in self.batches:
             if count >= samples:
                 break
@@ -79,7 +82,7 @@ class Walk:
 
     @property
     def samples(self) -> int:
-        """Samples in all its batches."""
+        """The number of samples in all batches."""
         return sum(map(samples_in, self.batches))
 
     def _forward(self, batch: Any) -> object:
@@ -120,9 +123,6 @@ class Walk:
                 for i in range(len(hidden)):
                     hidden[i] = replay(i)
 
-    def _whole_model(self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
-        self._collect(layers, kind, compress, lambda i: self._forward(self.batches[i]))
-
     def _collect(
         self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, forward: Callable[[int], object]
     ) -> None:
@@ -152,7 +152,9 @@ def samples_in(batch: Any) -> int:
     """Samples in a batch: the first dimension of the first tensor in it."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
+    if not isinstance(batch, dict | tuple | list):
+        return 1
+    values = batch.values() if isinstance(batch, dict) else batch
     return next((samples_in(v) for v in values if isinstance(v, Tensor | dict | tuple | list)), 1)
 
 

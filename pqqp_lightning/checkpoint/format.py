@@ -1,10 +1,11 @@
-"""The packed checkpoint: a folder with ``model.safetensors`` and ``manifest.json.gz`` that is as small as the size
-report says, and rebuilds the model bit for bit. The size report counts the tensors; the manifest and the names in the
-weights file's header, about 100 bytes a tensor, come on top: 0.1% of SmolLM2-135M, more than the weights of a toy.
+"""The packed checkpoint: a folder with ``model.safetensors`` and ``manifest.json.gz``.
 
-Codes are packed at their bit width with scales and zero points; pruned weights keep a bitmask or N:M positions and
-the kept values only; everything else is stored as it is, tied weights once. The manifest holds how to build the
-module, every stage's plan, how each weight is encoded, and checksums: a truncated or altered file is refused.
+It is as small as the size report says and rebuilds the model bit for bit. The size report counts tensors only; the
+manifest and the header of the weights file add about 100 bytes per tensor.
+
+Codes are packed at their bit width, with scales and zero points. Pruned weights are stored as a bitmask or N:M
+positions and the kept values. Everything else is stored unchanged, tied weights once. The manifest says how to build
+the module, what each stage changed and how each weight is encoded; its checksums detect a truncated or altered file.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Applied:
     """A stage that was applied to the checkpoint's model.
 
     Attributes:
-        stage: its class, which has ``restructure``.
+        stage: the stage's class, which has ``restructure``.
         plan: what its ``compress`` returned, from which ``restructure`` rebuilds the structure.
     """
 
@@ -62,11 +63,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a checkpoint, and verify it and the weights file.
 
     Raises:
-        RecipeError: the folder holds no checkpoint, another format, or a truncated or altered file.
+        RecipeError: the checkpoint is missing, truncated, altered or of another format.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise RecipeError(f"{folder}: holds no checkpoint ({MANIFEST} is missing). Name a run folder or its model/.")
+        raise RecipeError(f"{folder}: has no checkpoint ({MANIFEST} is missing). Name a run folder or its model/.")
     try:
         manifest = json.loads(gzip.decompress(path.read_bytes()))
         digest = manifest.pop("sha256")

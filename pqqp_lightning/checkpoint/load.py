@@ -1,4 +1,4 @@
-"""Reading a packed checkpoint (:mod:`~pqqp_lightning.checkpoint.format`) and rebuilding its model."""
+"""Reads a packed checkpoint (:mod:`~pqqp_lightning.checkpoint.format`) and rebuilds its model."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
         for item in manifest["applied"]:
             item.stage.restructure(module, item.plan)
         own = module.state_dict(keep_vars=True)
+        # Compare all names before a weight is overwritten.
         names = _weight_names(file.names()) | set(manifest["aliases"])
         if names != set(own):
             raise RecipeError(
@@ -106,7 +107,7 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
 
 
 def _applied(manifest: dict[str, Any], file: StoredTensors) -> list[Applied]:
-    """The stages with their whole plans."""
+    """The stages with their plans, whose tensors are in the weights file."""
     found = []
     for position, entry in enumerate(manifest["plans"]):
         tensors = {k: file.get(f"plan.{position}:{k}") for k in entry["tensors"]}
@@ -143,7 +144,7 @@ def load(run: str | Path, module: LightningModule | None = None) -> LightningMod
         The module in evaluation mode, with its constraints.
 
     Raises:
-        RecipeError: the folder holds no checkpoint, or a truncated or altered one, or it cannot build the module.
+        RecipeError: the checkpoint is missing, truncated or altered, or cannot build the module.
     """
     folder = model_folder(Path(run))
     manifest = read_manifest(folder)

@@ -54,6 +54,7 @@ def save_checkpoint(
             save_file(stored, weights)
         except SafetensorError as error:  # safetensors reports a full disk this way
             raise OSError(None, str(error)) from error
+        # The manifest comes after the weights, whose checksum it holds; then its own checksum covers both.
         manifest = {"format": FORMAT, "model": skeleton, **described, **(extra or {})}
         manifest["weights"] = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
         manifest["sha256"] = digest_of_manifest(manifest)
@@ -68,26 +69,28 @@ def _contents(
     tensors, aliases = stored_tensors(module)
     constraints = {name: c for name, _, c in constrained_layers(module)}
     stored: dict[str, Tensor] = {}
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {}  # of packed weights
     for name, tensor in tensors.items():
         owner, hidden = weight_owner(name)
         if owner != name and owner in constraints:
             parts, entries[name] = pack_weight(tensor, stored_constraints(constraints[owner], hidden))
+            # On disk: the packed weights of a large model do not fit into memory next to the model.
             stored.update({f"{name}:{part}": disk.put(value) for part, value in parts.items()})
         else:
             stored[name] = tensor
     plans = []
     for position, item in enumerate(applied):
+        # JSON cannot hold a plan's tensors: they go to the weights file.
         plain = {k: v for k, v in item.plan.items() if not isinstance(v, Tensor)}
         tensors_of_plan = {k: v for k, v in item.plan.items() if isinstance(v, Tensor)}
         stored.update({f"plan.{position}:{k}": v for k, v in tensors_of_plan.items()})
         plans.append({"class_path": dotted_name(item.stage), "plan": plain, "tensors": sorted(tensors_of_plan)})
-    own = {name: _own_memory(tensor) for name, tensor in stored.items()}
-    return own, {"plans": plans, "packed": entries, "aliases": aliases}
+    own_memory = {name: _own_memory(tensor) for name, tensor in stored.items()}
+    return own_memory, {"plans": plans, "packed": entries, "aliases": aliases}
 
 
 def _own_memory(tensor: Tensor) -> Tensor:
-    """``tensor`` in a contiguous memory of its own: safetensors refuses tensors that share one."""
+    """``tensor``, copied if it is not contiguous or shares its memory, which safetensors refuses."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -7,19 +7,18 @@ from typing import cast
 
 from pqqp_lightning.algorithms.rank_statistics import leaves_zero_out
 from pqqp_lightning.report.analysis_numbers import Row, interference, kind_rows, layer_rows, mean_errors, order_key
-from pqqp_lightning.report.blocks import Block, Figure, Page, Section, Table, Words
-from pqqp_lightning.report.formatting import number_text
+from pqqp_lightning.report.blocks import Figure, Page, Section, Table, Words
+from pqqp_lightning.report.formatting import interval_text, number_text
 from pqqp_lightning.report.plots import Bar, BarPlot, LayerPlot, Line, LinePlot
-from pqqp_lightning.report.sections import about, recipe_of, repeat_section, scale_note
+from pqqp_lightning.report.sections import build_page, scale_note
 from pqqp_lightning.storage.files import read_json
 from pqqp_lightning.storage.reports import AnalysisReport, DifferenceReport
 from pqqp_lightning.storage.run_folder import RunFolder
 
 ADDS_UP = (0.8, 1.25)
-"""Errors are said to add up where the whole is so many times their sum."""
+"""Errors add up roughly if the error of all blocks together is within this range, relative to their sum."""
 
 CAPTION = "relative squared error of the layers' outputs on the dense model's inputs, and interference (Δ)"
-
 
 PARTS = 6
 """Columns of the plot over the depth."""
@@ -27,77 +26,72 @@ PARTS = 6
 
 def analysis_page(folder: RunFolder, report: AnalysisReport) -> Page:
     """The page of ``analysis.json``."""
-    report = {**report, "recipe": report.get("recipe", recipe_of(folder))}
     said = [line[0].upper() + line[1:] + "." for line in findings(report)]
     files = ", ".join([folder.layers.name, *report.get("figures", [])])
-    whole = Figure("Every layer: its errors, and the interference of the stages.", LayerPlot(report))
+    kinds = kind_rows(report)
+    layers = layer_rows(report)
+    tables = [
+        _table(f"Means by kind of layer: {CAPTION}", kinds, best=len(kinds) - 1, in_summary=True),
+        _table(f"Layer by layer ({len(layers)})", layers, folded=True),
+    ]
+    whole = Figure("Errors and interference of the stages in every layer.", LayerPlot(report))
     sections = [
         Section("What the layers say", [Words([line.replace("->", "→") for line in said], in_summary=True)]),
-        Section("Errors", [_metric_figure(report), _depth_figure(report), whole, *_tables(report)]),
+        Section("Errors", [_metric_figure(report), _depth_figure(report), whole, *tables]),
         Section("Files", [Words([f"{folder.path}: {files}"], in_summary=True)]),
-        repeat_section(folder, report, "analyze"),
     ]
-    return Page(
-        title=folder.path.resolve().name,
-        about=about(report),
-        verdict=verdict(report).replace("->", "→"),
-        sections=sections,
-    )
+    return build_page(folder, report, "analyze", sections, verdict=verdict(report).replace("->", "→"))
 
 
 def _metric_figure(report: AnalysisReport) -> Figure:
-    values = {key: record["metrics"].get(report["metric"]) for key, record in report["records"].items()}
-    bars = [Bar(key.replace("->", " → "), number_text(value), abs(value or 0.0)) for key, value in values.items()]
+    bars = []
+    for key, record in report["records"].items():
+        value = record["metrics"].get(report["metric"])
+        bars.append(Bar(key.replace("->", " → "), number_text(value), abs(value or 0.0)))
     return Figure(f"{report['metric']} of the dense model, after each stage alone, and after both.", BarPlot(bars))
 
 
 def _depth_figure(report: AnalysisReport) -> Figure:
-    """Mean errors in equal parts of the network's depth: a line for each stage and each order."""
-    layers, keys = report["layers"], list(report["layers"][0]["errors"])
-    parts = min(PARTS, len(layers))
-    cut = [layers[i * len(layers) // parts : (i + 1) * len(layers) // parts] for i in range(parts)]
-    lines = []
-    for key in keys:
-        values = [sum(layer["errors"][key] for layer in part) / len(part) for part in cut]
+    """Mean errors over the network's depth, cut into equal parts: a line for each stage and each order."""
+    errors = [layer["errors"] for layer in report["layers"]]
+    parts = min(PARTS, len(errors))
+    means = []
+    for i in range(parts):
+        means.append(mean_errors(errors[i * len(errors) // parts : (i + 1) * len(errors) // parts]))
+    lines: list[Line] = []
+    shown: list[float] = []
+    for key in errors[0]:
+        values = [mean[key] for mean in means]
         best = key == order_key(report["best"])
-        lines.append(Line(key.replace("->", " → "), values, [number_text(value) for value in values], best))
-    note = scale_note(value for line in lines for value in line.values)
+        lines.append(Line(key.replace("->", " → "), values, best))
+        shown += values
+    note = scale_note(shown)
     caption = (
-        f"Relative error from the first layers to the last, the mean over each of {parts} parts of the depth{note}."
+        f"Mean relative error in each of {parts} equal parts of the depth, from the first layers to the last{note}. "
     )
-    caption += f" The thick line is {' → '.join(report['best'])}; from above to below at the right: "
+    caption += f"The thick line is {' → '.join(report['best'])}. At the right end, from top to bottom: "
     caption += ", ".join(line.label for line in sorted(lines, key=lambda line: -(line.values[-1] or 0.0))) + "."
     return Figure(caption, LinePlot(lines, [str(i + 1) for i in range(parts)]))
-
-
-def _tables(report: AnalysisReport) -> list[Block]:
-    kinds, layers = kind_rows(report), layer_rows(report)
-    return [
-        _table(f"Means by kind of layer: {CAPTION}", kinds, best=len(kinds) - 1, in_summary=True),
-        _table(f"Layer by layer ({len(layers)})", layers, folded=True),
-    ]
 
 
 def _table(
     caption: str, rows: list[Row], best: int | None = None, folded: bool = False, in_summary: bool = False
 ) -> Table:
     head = [name.replace("->", " → ") for name in rows[0]]
-    cells = [[v if isinstance(v, str) else number_text(v) for v in row.values()] for row in rows]
+    cells = []
+    for row in rows:
+        cells.append([value if isinstance(value, str) else number_text(value) for value in row.values()])
     return Table(caption, head, cells, best=best, folded=folded, in_summary=in_summary, titled=in_summary)
 
 
 def read_analysis(folder: RunFolder) -> AnalysisReport:
-    """The run's ``analysis.json``.
-
-    Raises:
-        RecipeError: it is damaged.
-    """
+    """Read ``analysis.json``."""
     needed = ("layers", "orders", "stages", "records", "metric", "higher_is_better")
     return cast(AnalysisReport, read_json(folder.analysis, *needed))
 
 
 def findings(report: AnalysisReport) -> list[str]:
-    """What the numbers say, a sentence each."""
+    """The findings, one sentence each."""
     whole = mean_errors([layer["errors"] for layer in report["layers"]])
     lines = [_order_line(report, whole)]
     for order in report["orders"]:
@@ -109,11 +103,15 @@ def findings(report: AnalysisReport) -> list[str]:
         mixed, units = report["selectivity"][key]
         if units:
             lines.append(_selectivity_line(order, mixed, units))
-    return [*lines, *_gone_lines(report), _additivity_line(report)]
+    gone = [report["gone"][order_key(order)] for order in report["orders"]]
+    if any(gone):
+        same = len(gone) > 1 and all(names == gone[0] for names in gone)
+        lines.append("both orders remove the same layers" if same else "the orders remove different layers")
+    return [*lines, _additivity_line(report)]
 
 
 def verdict(report: AnalysisReport) -> str:
-    """What the order gains, in a sentence."""
+    """The gain of the better order, in one sentence."""
     first = report["orders"][0]
     metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
     found = report["advantage"]
@@ -121,7 +119,7 @@ def verdict(report: AnalysisReport) -> str:
         return f"Only {_arrow(first)} can run."
     if found["value"] is None:
         return f"A({_arrow(first)}) is unknown: a metric is not finite."
-    between = "" if found["low"] is None else f" ({number_text(found['low'])} to {number_text(found['high'])})"
+    between = "" if found["low"] is None else f" ({interval_text(found['low'], found['high'])})"
     words = f"{_arrow(report['best'])} is better" if _is_clear(found) else "no evidence that the order matters"
     words += ", without an interval" if found["value"] and found["low"] is None else ""
     return f"A({_arrow(first)}) = {found['value']:+.4g}{between} in {metric}: {words}."
@@ -149,14 +147,6 @@ def _selectivity_line(order: Sequence[str], mixed: int, units: int) -> str:
     )
 
 
-def _gone_lines(report: AnalysisReport) -> list[str]:
-    gone = [report["gone"][order_key(order)] for order in report["orders"]]
-    if not any(gone):
-        return []
-    same = all(names == gone[0] for names in gone)
-    return ["both orders remove the same layers" if same and len(gone) > 1 else "the orders remove different layers"]
-
-
 def _additivity_line(report: AnalysisReport) -> str:
     found = report["additivity"]
     if found is None:
@@ -164,14 +154,14 @@ def _additivity_line(report: AnalysisReport) -> str:
     low, high = ADDS_UP
     words = "holds roughly" if low <= found["ratio"] <= high else "does not hold"
     return (
-        f"independence of the blocks' errors {words} after {_arrow(report['best'])}: the last block's output moves "
-        f"{found['ratio']:.2f} times the sum of what {found['parts']} blocks move it alone (mean |cosine| "
+        f"independence of the blocks' errors {words} after {_arrow(report['best'])}: the last block's output changes "
+        f"by {found['ratio']:.2f} times the sum of the changes by {found['parts']} blocks alone (mean |cosine| "
         f"{found['cosine']:.2f})"
     )
 
 
 def _is_clear(advantage: DifferenceReport | None) -> bool:
-    """Whether one order is better: its interval leaves 0 out, or there is none and the two differ."""
+    """Whether one order is better: the interval excludes 0, or without an interval the two differ."""
     if advantage is None or not advantage["value"]:
         return False
     return advantage["low"] is None or leaves_zero_out(advantage["low"], advantage["high"])

@@ -1,4 +1,4 @@
-"""The figure of an analysis: errors and interference, layer by layer."""
+"""Draws the figure of an analysis: errors and interference by layer."""
 
 from __future__ import annotations
 

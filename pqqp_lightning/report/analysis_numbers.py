@@ -1,4 +1,4 @@
-"""What the report and the figure of an analysis share: errors and interference."""
+"""Errors and interference by layer, for the report, the figure and the CSV file of an analysis."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from typing import Any
 from pqqp_lightning.storage.reports import AnalysisReport
 
 Row = dict[str, Any]
-"""A row of a table: the layer's name, and numbers by column."""
+"""A row of a table, by column: the layer's name, then numbers."""
 
 
 def order_key(order: Sequence[str]) -> str:
-    """The name of a sequence of stages in the report."""
+    """The key of a sequence of stages in the report."""
     return "->".join(order) or "dense"
 
 
 def layer_rows(report: AnalysisReport) -> list[Row]:
-    """One row a layer: the error of its outputs after each stage and each order, and the interference of each order."""
+    """One row per layer: its error after each stage and each order, and the interference of each order."""
     return [{"layer": layer["name"]} | _cells(layer["errors"], report) for layer in report["layers"]]
 
 
 def kind_rows(report: AnalysisReport) -> list[Row]:
-    """The means over layers of one kind (the last part of their names), and over all; over blocks if all differ."""
+    """Means over layers of one kind, and over all layers. The kind is the last part of the name.
+
+    If every layer is of its own kind, each layer gets a row.
+    """
     layers = report["layers"]
     kinds = [layer["name"].rpartition(".")[2] for layer in layers]
     named = kinds if len(set(kinds)) < len(kinds) else [layer["name"] for layer in layers]
@@ -34,16 +37,24 @@ def kind_rows(report: AnalysisReport) -> list[Row]:
 
 
 def interference(errors: dict[str, float], order: Sequence[str]) -> float | None:
-    """Delta = e(both) - e(one) - e(other) of an order; None where a stage was not measured alone."""
-    parts = [errors.get(name) for name in order]
-    return None if None in parts else errors[order_key(order)] - sum(part for part in parts if part is not None)
+    """Delta = e(both) - e(one) - e(other) of an order; None if a stage was not measured alone."""
+    if any(name not in errors for name in order):
+        return None
+    return errors[order_key(order)] - sum(errors[name] for name in order)
 
 
-def _cells(errors: dict[str, float], report: AnalysisReport) -> dict[str, Any]:
-    deltas = {f"Δ {order_key(order)}": interference(errors, order) for order in report["orders"]}
-    return dict(errors) | {name: delta for name, delta in deltas.items() if delta is not None}
+def _cells(errors: dict[str, float], report: AnalysisReport) -> Row:
+    row: Row = dict(errors)
+    for order in report["orders"]:
+        delta = interference(errors, order)
+        if delta is not None:
+            row[f"Δ {order_key(order)}"] = delta
+    return row
 
 
 def mean_errors(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean over layers, by stage and order."""
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    """Mean errors over layers, by stage and order."""
+    means = {}
+    for key in rows[0]:
+        means[key] = sum(row[key] for row in rows) / len(rows)
+    return means

@@ -1,4 +1,4 @@
-"""Dots with intervals, bars and lines."""
+"""Draws dots with intervals, bars and lines."""
 
 from __future__ import annotations
 
@@ -11,28 +11,33 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pqqp_lightning.report.figure_style import WIDTH, Style, plain_text
+from pqqp_lightning.report.formatting import interval_text, number_text
 from pqqp_lightning.report.plots import MOST_NAMED, BarPlot, DotPlot, Line, LinePlot, is_logarithmic, is_number
 
 LINE, STRIP, GAP = 0.19, 0.26, 0.06
-"""Inches of a line of text, of the strip below it that a row is drawn in, and between rows."""
+"""Inches: a line of text, the strip below it with the dot or bar, and the gap between rows."""
 LABEL = 36
-"""Characters in a line of a row's label, beside which its amount stands."""
+"""Maximum characters in a line of a row's label; the amount is printed to its right."""
 AXIS = 0.3
-"""Inches below the rows for the axis' numbers."""
+"""Inches below the rows for the numbers of the axis."""
 SMALL = 8.5
 
 
 def draw_dots(plot: DotPlot, style: Style) -> Figure:
-    """A row each: its name and value, and below them the dot with its interval."""
+    """One row per dot: its name and value, and below them the dot with its interval."""
     labels = [[*_wrap(dot.label, LABEL), *_wrap(dot.remark, 60)] for dot in plot.dots]
     named = [len(_wrap(dot.label, LABEL)) for dot in plot.dots]
     figure, axes, middles = _rows(labels, named, AXIS, style)
-    values = [value for dot in plot.dots for value in (dot.value, dot.low, dot.high) if is_number(value)]
+    values: list[float] = []
+    for dot in plot.dots:
+        values += [value for value in (dot.value, dot.low, dot.high) if is_number(value)]
     _scale(axes.xaxis, values)
     axes.grid(axis="x", color=style.rule, linewidth=0.8)
     axes.tick_params(axis="x", length=0, labelsize=SMALL)
     for dot, y, lines, top in zip(plot.dots, middles, labels, named, strict=True):
-        amount = f"{dot.text} ({dot.detail})" if dot.detail else dot.text
+        amount = dot.text or number_text(dot.value)
+        if interval := interval_text(dot.low, dot.high):
+            amount += f" ({interval})"
         _write_row(axes, y, lines, top, amount, dot.best, style)
         colour = style.accent if dot.best else style.other
         if is_number(dot.low) and is_number(dot.high):
@@ -46,7 +51,7 @@ def draw_dots(plot: DotPlot, style: Style) -> Figure:
 
 
 def draw_bars(plot: BarPlot, style: Style) -> Figure:
-    """A row each: its name and amount, and below them the bar."""
+    """One row per bar: its name and amount, and below them the bar."""
     labels = [_wrap(bar.label, LABEL) for bar in plot.bars]
     named = [len(lines) for lines in labels]
     figure, axes, middles = _rows(labels, named, 0.0, style)
@@ -59,10 +64,12 @@ def draw_bars(plot: BarPlot, style: Style) -> Figure:
 
 
 def draw_lines(plot: LinePlot, style: Style) -> Figure:
-    """From column to column; a gap where a value is missing."""
+    """Lines from column to column; a missing value leaves a gap."""
     figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     axes = figure.subplots()
-    values = [value for line in plot.lines for value in line.values if is_number(value)]
+    values: list[float] = []
+    for line in plot.lines:
+        values += [value for value in line.values if is_number(value)]
     _scale(axes.yaxis, values)
     axes.grid(axis="y", color=style.rule, linewidth=0.8)
     axes.tick_params(length=0, labelsize=SMALL)
@@ -84,7 +91,7 @@ def draw_lines(plot: LinePlot, style: Style) -> Figure:
 
 
 def _write_values(axes: Axes, line: Line, columns: Sequence[int], style: Style) -> None:
-    """A point's value: below it in a valley, else above."""
+    """Write the values: below a local minimum, above other points."""
     for i in columns:
         value = line.values[i]
         if not is_number(value):
@@ -92,7 +99,7 @@ def _write_values(axes: Axes, line: Line, columns: Sequence[int], style: Style) 
         neighbours = [line.values[j] for j in (i - 1, i + 1) if 0 <= j < len(line.values)]
         valley = bool(neighbours) and all(is_number(v) and v > value for v in neighbours)
         axes.annotate(
-            line.texts[i], (i, value), xytext=(0, -15 if valley else 8), textcoords="offset points", ha="center",
+            number_text(value), (i, value), xytext=(0, -15 if valley else 8), textcoords="offset points", ha="center",
             fontweight="bold", color=style.text, bbox={"facecolor": style.page, "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
 
@@ -100,7 +107,7 @@ def _write_values(axes: Axes, line: Line, columns: Sequence[int], style: Style) 
 def _rows(
     labels: Sequence[Sequence[str]], named: Sequence[int], below: float, style: Style
 ) -> tuple[Figure, Axes, list[float]]:
-    """An empty figure for rows of text and a strip each; the heights of the strips' middles, in inches upwards."""
+    """An empty figure with a row per label, and the height of each row's strip in inches from the bottom."""
     heights = [LINE * max(1, len(lines)) + STRIP + GAP for lines in labels]
     total = sum(heights) + below + 0.05
     figure = Figure(figsize=(WIDTH, total))
@@ -118,9 +125,11 @@ def _rows(
 
 
 def _write_row(axes: Axes, y: float, lines: Sequence[str], named: int, amount: str, best: bool, style: Style) -> None:
-    """The label at the left, its remark below it in small, and the amount at the right."""
+    """Write the label at the left, its remark below it in small letters, and the amount at the right."""
     weight = "bold" if best else "normal"
-    place, behind = axes.get_yaxis_transform(), {"facecolor": style.page, "edgecolor": "none", "pad": 0.8}
+    place = axes.get_yaxis_transform()
+    # A background hides the grid behind the words.
+    behind = {"facecolor": style.page, "edgecolor": "none", "pad": 0.8}
     for i, words in enumerate(lines):
         height = y + STRIP / 2 + LINE * (len(lines) - i - 0.5)
         look = {"fontweight": weight} if i < named else {"color": style.quiet, "fontsize": SMALL}
@@ -136,7 +145,7 @@ def _wrap(text: str, width: int) -> list[str]:
 
 
 def _scale(axis: Axis, values: Sequence[float]) -> None:
-    """Logarithmic where the values differ many times; a few round numbers in any case."""
+    """Choose the scale, which is logarithmic for values of different magnitude, and a few round ticks."""
     axes = axis.axes
     horizontal = axis is axes.xaxis
     if not values:

@@ -1,7 +1,7 @@
-"""What a report consists of, without saying how it looks.
+"""The content of a report, independent of its form.
 
-A report is built once from the records; the terminal, HTML and Markdown each draw it. The terminal shows the blocks
-with ``in_summary``.
+A report is built once from the records. The terminal, HTML and Markdown renderers draw it; the terminal shows only
+blocks with ``in_summary``.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ class Table:
     """Rows of words and numbers.
 
     Attributes:
-        caption: what it shows.
-        head: the columns' names, if they need any.
-        rows: one text a column.
-        best: the row that stands out, if any.
-        words: the places of the columns that hold words instead of numbers.
-        folded: whether one opens it to see it.
-        in_summary: whether the terminal shows it.
-        details: the places of the columns that the terminal leaves out.
-        titled: whether the terminal shows the caption above it.
-        unbroken: the places of the columns that the terminal keeps on one line.
+        head: names of the columns; may be empty.
+        rows: one text per column.
+        best: index of the row to highlight.
+        words: indices of the columns that hold words instead of numbers.
+        folded: hidden until the reader opens it.
+        in_summary: shown in the terminal.
+        details: indices of the columns that the terminal leaves out.
+        titled: the terminal prints the caption, too.
+        unbroken: indices of the columns that the terminal does not wrap.
     """
 
     kind: ClassVar[str] = "table"
@@ -51,7 +50,7 @@ class Figure:
 
     Attributes:
         caption: what it shows, and how to read it.
-        plot: the numbers, see :mod:`pqqp_lightning.report.plots`.
+        plot: its content.
     """
 
     kind: ClassVar[str] = "figure"
@@ -64,8 +63,7 @@ class Words:
     """Sentences, each on its own line.
 
     Attributes:
-        sentences: plain text.
-        in_summary: whether the terminal shows them.
+        in_summary: shown in the terminal.
     """
 
     kind: ClassVar[str] = "words"
@@ -75,11 +73,11 @@ class Words:
 
 @dataclass(frozen=True)
 class Notes:
-    """A list of what was unusual.
+    """A list of unusual events.
 
     Attributes:
-        items: where, and what.
-        in_summary: whether the terminal shows it.
+        items: (where, what).
+        in_summary: shown in the terminal.
     """
 
     kind: ClassVar[str] = "notes"
@@ -89,13 +87,11 @@ class Notes:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to copy as it is.
+    """Text to copy verbatim.
 
     Attributes:
-        caption: what it is.
-        text: the lines.
-        language: for those who colour it.
-        folded: whether one opens it to see it.
+        language: for syntax highlighting.
+        folded: hidden until the reader opens it.
     """
 
     kind: ClassVar[str] = "code"
@@ -110,7 +106,7 @@ Block = Table | Figure | Words | Notes | Code
 
 @dataclass(frozen=True)
 class Section:
-    """A headline and what stands below it."""
+    """A headline and its blocks."""
 
     title: str
     blocks: Sequence[Block]
@@ -122,12 +118,10 @@ class Page:
 
     Attributes:
         title: the run's name.
-        about: what was run, in a line.
-        verdict: what came out, in a sentence.
-        remarks: what one must know to read the verdict.
-        warning: why this is not the end, if it is not.
-        way_on: what to add to the command line then, if anything.
-        sections: the rest.
+        about: model and data, in one line.
+        verdict: the result, in one sentence.
+        remarks: conditions of the verdict.
+        warning: why the run is incomplete, and how to resume it; empty if it is complete.
     """
 
     title: str
@@ -135,5 +129,4 @@ class Page:
     verdict: str
     remarks: Sequence[str] = ()
     warning: str = ""
-    way_on: str = "--ckpt_path last"
     sections: Sequence[Section] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""How figures look in light and in dark, and how they become SVG or PNG: the same bytes for the same figure."""
+"""The light and dark style of figures, and their output as SVG or PNG: equal figures give equal bytes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 WIDTH = 5.0
-"""Inches: as wide as a phone, on which a point is a pixel; a large screen shows figures half as large again."""
+"""Inches; fits a phone. A large screen shows figures at one and a half times this size."""
 SHAPES = "osD^vP*X"
 
 
 @dataclass(frozen=True)
 class Style:
-    """Colours, those of the page's style sheet.
+    """The colours, which are also those of the page's style sheet.
 
     Attributes:
         name: "light" or "dark".
-        page: behind everything.
-        text: of what is read first.
-        quiet: of axes and their numbers.
-        rule: of grids.
-        accent: of what stands out.
-        other: of everything else that is drawn.
-        palette: for things to be told apart, after Okabe and Ito, whom people with any colour vision can follow.
+        page: background.
+        text: main text.
+        quiet: axes and their numbers.
+        rule: grids.
+        accent: what is highlighted.
+        other: everything else that is drawn.
+        palette: for several series; after Okabe and Ito, distinguishable with any colour vision.
     """
 
     name: str
@@ -83,35 +83,35 @@ def styled(style: Style) -> AbstractContextManager[None]:
 
 
 def plain_text(text: str) -> str:
-    """Text without formulas: a user's name may hold a dollar."""
+    """Escape dollars, which matplotlib would read as formulas: the user's names may contain them."""
     return text.replace("$", r"\$")
 
 
 def title_text(text: str) -> str:
-    """The same in lines as wide as a figure."""
+    """Escaped text, wrapped to the width of a figure."""
     return plain_text("\n".join(textwrap.wrap(text, 58)))
 
 
 def rule_out(axes: Axes, style: Style) -> None:
-    """A grid behind what is drawn."""
+    """Draw a grid behind the data."""
     axes.grid(color=style.rule, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
 def svg_text(figure: Figure, salt: str) -> str:
-    """The ``<svg>`` element of a figure, to stand within HTML."""
+    """The ``<svg>`` element of a figure, for HTML."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    # text stays text: it can be searched, read aloud and copied; the salt makes ids, the same each time
+    # As text, words can be searched, copied and read aloud. A fixed salt gives the same ids each time.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"pqqp {salt}"}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
     element = buffer.getvalue()
     element = element[element.index("<svg") :].strip()
     opening, _, rest = element.partition(">")
-    # HTML knows the namespaces itself, and the page's style decides the size
+    # HTML needs no namespaces, and the page's style sets the size.
     opening = re.sub(r' (xmlns(:xlink)?|version|width|height)="[^"]*"', "", opening)
-    rest = re.sub(r"<!--.*?-->\s*", "", rest, flags=re.DOTALL)  # the same words as the text after them
-    # a page has several figures: matplotlib numbers the groups of each alike, and names those of one kind alike
+    rest = re.sub(r"<!--.*?-->\s*", "", rest, flags=re.DOTALL)  # they repeat the text after them
+    # Ids must be unique in the page, but matplotlib uses the same ones in every figure.
     rest = re.sub(r'<g id="[a-z0-9_.]*_[0-9]+"', "<g", rest)
     rest = re.sub(r'<g id="([a-z ]+)"', r'<g class="\1"', rest)
     return f"{opening}>{rest}"

@@ -1,6 +1,6 @@
-"""Figures, drawn by matplotlib from their data: the same code for the page, in light and in dark, and for pictures.
+"""Draws figures with matplotlib: as SVG for the page, light and dark, and as PNG files.
 
-Matplotlib takes a second to import, so only what draws imports this module.
+Importing matplotlib takes a second, so import this module only to draw.
 """
 
 from __future__ import annotations

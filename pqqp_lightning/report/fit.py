@@ -15,42 +15,51 @@ from pqqp_lightning.report.formatting import (
     size_columns,
     stage_label,
 )
-from pqqp_lightning.report.sections import about, repeat_section, size_figure, walk_blocks
+from pqqp_lightning.report.sections import build_page, size_figure, walk_blocks
 from pqqp_lightning.storage.files import read_json
 from pqqp_lightning.storage.reports import FitReport, Record
 from pqqp_lightning.storage.run_folder import RunFolder
 
 COMMANDS = {"order": "search for the best order", "sweep": "sweep", "analyze": "analysis"}
-
+"""What the other commands do, which write their report only at the end."""
 
 WARNINGS = {
-    "running": "This run is not finished: here is what was done so far.",
-    "failed": "This run failed: here is what was done before.",
+    "running": "This run is not finished. The report shows the stages so far. Resume with --ckpt_path last.",
+    "failed": "This run failed. The report shows the stages before the failure. Resume with --ckpt_path last.",
 }
+"""By status; an unknown status counts as running."""
 
 
 def fit_page(folder: RunFolder, report: FitReport) -> Page:
     """The page of ``report.json``."""
     records: list[Record] = report["stages"]
-    sections = [Section("Stages", _stage_blocks(records))] if records else []
+    sections = []
+    if records:
+        sections.append(Section("Stages", _stage_blocks(records)))
     if len(records) > 1:
         names = [record["name"] for record in records]
-        walks = [b for m in metric_names(records) for b in walk_blocks(m, [(" → ".join(names), records)], names)]
+        walks: list[Block] = []
+        for metric in metric_names(records):
+            walks += walk_blocks(metric, [(" → ".join(names), records)], names)
         sections.append(Section("From stage to stage", walks))
     if records:
         sections.append(Section("Sizes", _size_blocks(folder, report)))
-    return Page(
-        title=folder.path.resolve().name,
-        about=about(report),
+    remarks = []
+    if len(records) > 1 and all(record["constraints_verified"] for record in records):
+        remarks.append("Masks and grids were verified exactly after each stage: no stage undid an earlier one.")
+    return build_page(
+        folder,
+        report,
+        "fit",
+        sections,
         verdict=fit_verdict(records, so_far=report["status"] != "finished"),
-        remarks=_promises(records),
+        remarks=remarks,
         warning="" if report["status"] == "finished" else WARNINGS.get(report["status"], WARNINGS["running"]),
-        sections=[*sections, repeat_section(folder, report, "fit")],
     )
 
 
 def fit_verdict(records: Sequence[Record], so_far: bool = False) -> str:
-    """How much smaller, and what it cost."""
+    """How much smaller the model is, and how the metrics changed."""
     if not records:
         return "Nothing was measured."
     dense, last = records[0], records[-1]
@@ -62,16 +71,16 @@ def fit_verdict(records: Sequence[Record], so_far: bool = False) -> str:
         for name in metric_names([dense, last])
     ]
     smaller = last["compression_rate"] >= 1.005
-    rate = f"{last['compression_rate']:.2f}x smaller" if smaller else f"no smaller ({last['compression_rate']:.2f}x)"
+    rate = f"{last['compression_rate']:.2f}x smaller" if smaller else f"not smaller ({last['compression_rate']:.2f}x)"
     words = ", ".join([f"So far {rate}" if so_far else rate, *metrics]) + "."
     return words[0].upper() + words[1:]
 
 
 def stage_notes(record: Record) -> list[str]:
-    """What was unusual at a stage, and what its training made better or worse."""
+    """A stage's notes, and its metrics before and after finetuning."""
     before = record.get("metrics_before_finetuning") or {}
     trained = [
-        f"{name} {number_text(value)} before its training, {number_text(record['metrics'].get(name))} after."
+        f"{name} {number_text(value)} before finetuning, {number_text(record['metrics'].get(name))} after."
         for name, value in before.items()
     ]
     return [*record["notes"], *trained]
@@ -79,62 +88,53 @@ def stage_notes(record: Record) -> list[str]:
 
 def _stage_blocks(records: Sequence[Record]) -> list[Block]:
     metrics = metric_names(records)
-    rows = [
-        [
-            stage_label(record),
-            *(number_text(record["metrics"].get(name)) for name in metrics),
-            *size_columns(record),
-            f"{record['elapsed_s']:.1f}",
-        ]
-        for record in records
-    ]
-    notes = [(record["name"], note) for record in records for note in stage_notes(record)]
-    table = Table("After each stage", ["stage", *metrics, *SIZE_COLUMNS, "seconds"], rows, in_summary=True)
-    return [table, *([Notes(notes, in_summary=True)] if notes else [])]
-
-
-def _size_blocks(folder: RunFolder, report: FitReport) -> list[Block]:
-    records, checkpoint, layers = report["stages"], report.get("checkpoint"), report.get("layers")
-    blocks: list[Block] = [size_figure(records, file_bytes=checkpoint["file_bytes"] if checkpoint else None)]
-    if checkpoint:
-        where = folder.path / checkpoint["path"]
-        on_disk, counted = human_bytes(checkpoint["file_bytes"]), human_bytes(records[-1]["size_bytes"])
-        loading = f"Load it with pqqp_lightning.load({str(folder.path)!r})."
-        blocks.append(Words([f"{where}: {on_disk} on disk ({counted} counted). {loading}"], in_summary=True))
-    if layers:
-        rows = [
-            [
-                layer["name"],
-                " x ".join(map(str, layer["shape"])),
-                str(layer["bits"]),
-                f"{layer['zeros']:,}",
-                human_bytes(layer["size_bytes"]),
-            ]
-            for layer in layers
-        ]
-        head = ["layer", "shape", "bits", "zeros", "size"]
-        blocks.append(Table(f"Layer by layer ({len(layers)})", head, rows, folded=True))
+    rows = []
+    notes = []
+    for record in records:
+        values = [number_text(record["metrics"].get(name)) for name in metrics]
+        rows.append([stage_label(record), *values, *size_columns(record), f"{record['elapsed_s']:.1f}"])
+        notes += [(record["name"], note) for note in stage_notes(record)]
+    head = ["stage", *metrics, *SIZE_COLUMNS, "seconds"]
+    blocks: list[Block] = [Table("After each stage", head, rows, in_summary=True)]
+    if notes:
+        blocks.append(Notes(notes, in_summary=True))
     return blocks
 
 
-def _promises(records: Sequence[Record]) -> list[str]:
-    if len(records) < 2 or not all(record["constraints_verified"] for record in records):
-        return []
-    return ["Masks and grids were verified exactly after each stage: no stage undid an earlier one."]
+def _size_blocks(folder: RunFolder, report: FitReport) -> list[Block]:
+    records = report["stages"]
+    checkpoint = report.get("checkpoint")
+    layers = report.get("layers")
+    blocks: list[Block] = [size_figure(records, file_bytes=checkpoint["file_bytes"] if checkpoint else None)]
+    if checkpoint:
+        where = folder.path / checkpoint["path"]
+        on_disk = human_bytes(checkpoint["file_bytes"])
+        counted = human_bytes(records[-1]["size_bytes"])
+        loading = f"Load it with pqqp_lightning.load({str(folder.path)!r})."
+        blocks.append(Words([f"{where}: {on_disk} on disk ({counted} counted). {loading}"], in_summary=True))
+    if layers:
+        rows = []
+        for layer in layers:
+            shape = " x ".join(map(str, layer["shape"]))
+            size = human_bytes(layer["size_bytes"])
+            rows.append([layer["name"], shape, str(layer["bits"]), f"{layer['zeros']:,}", size])
+        head = ["layer", "shape", "bits", "zeros", "size"]
+        blocks.append(Table(f"Layer by layer ({len(layers)})", head, rows, folded=True))
+    return blocks
 
 
 def read_report(folder: RunFolder) -> FitReport:
     """The run's ``report.json``.
 
     Raises:
-        RecipeError: there is none, or it is damaged.
+        RecipeError: it is missing or damaged.
     """
     path = folder.path
     if not path.is_dir():
-        raise RecipeError(f"{path}: there is no such folder. Name the folder of a run, such as runs/quickstart.")
+        raise RecipeError(f"{path}: no such folder. Name a run folder, such as runs/quickstart.")
     command = read_json(folder.run).get("command") if folder.run.is_file() else None
     if command in COMMANDS:
-        raise RecipeError(f"{path}: the {COMMANDS[command]} is not finished. Go on with --ckpt_path last.")
+        raise RecipeError(f"{path}: the {COMMANDS[command]} is not finished. Resume it with --ckpt_path last.")
     if not folder.report.is_file():
-        raise RecipeError(f"{path}: holds no {folder.report.name}. Name the folder of a run, such as runs/quickstart.")
+        raise RecipeError(f"{path}: has no {folder.report.name}. Name a run folder, such as runs/quickstart.")
     return cast(FitReport, read_json(folder.report, "status", "stages"))

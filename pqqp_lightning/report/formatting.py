@@ -1,4 +1,4 @@
-"""Numbers and names as people read them."""
+"""Formats numbers and names for readers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SIZE_COLUMNS = ("zeros", "bits/weight", "nominal C", "size", "C")
 
 
 def difference_text(difference: DifferenceReport | None) -> str:
-    """``"2.10 (0.50 to 3.40)"``, without an interval where there is none, ``-`` where there is no difference."""
+    """``"2.10 (0.50 to 3.40)"``; only the value without an interval, and ``-`` without a difference."""
     if difference is None:
         return number_text(None)
     low, high = bounds((difference["low"], difference["high"]))
@@ -21,19 +21,22 @@ def difference_text(difference: DifferenceReport | None) -> str:
 
 
 def interval_text(low: float | None, high: float | None) -> str:
-    """``"0.50 to 3.40"``; empty where there is no interval."""
+    """``"0.50 to 3.40"``; empty without an interval."""
     return "" if low is None else f"{number_text(low)} to {number_text(high)}"
 
 
 def bounds(interval: Sequence[float | None] | None) -> Bounds:
-    """An interval's ends; None twice unless both are there."""
+    """The ends of an interval; (None, None) unless both are known."""
     low, high = interval or (None, None)
     return (None, None) if low is None or high is None else (low, high)
 
 
 def metric_names(measured: Sequence[Record | OrderEntry]) -> list[str]:
     """Every metric of records or orders, in order of appearance."""
-    return list(dict.fromkeys(name for record in measured for name in record["metrics"]))
+    names: dict[str, None] = {}
+    for record in measured:
+        names.update(dict.fromkeys(record["metrics"]))
+    return list(names)
 
 
 def human_bytes(count: float) -> str:
@@ -46,7 +49,7 @@ def human_bytes(count: float) -> str:
 
 
 def stage_label(record: Record) -> str:
-    """Its name, and its method where that says more."""
+    """The stage's name, followed by its method if the two differ."""
     method = record["method"]
     return record["name"] if not method or method.lower() == record["name"] else f"{record['name']} ({method})"
 
@@ -63,7 +66,7 @@ def size_columns(record: Record) -> list[str]:
 
 
 def number_text(value: float | None) -> str:
-    """A metric; ``-`` where there is no finite value."""
+    """A metric's value; ``-`` if it is not finite."""
     if value is None:
         return "-"
     if value and not 1e-3 <= abs(value) < 1e7:

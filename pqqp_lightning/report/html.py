@@ -1,4 +1,4 @@
-"""A page as HTML: one file with its style and figures, without network or script."""
+"""Writes a page as HTML: one file with its style and figures, without network or script."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TEMPLATE = "report.html"
 
 
 def to_html(page: Page) -> str:
-    """The whole page; whatever a user named is escaped."""
-    from pqqp_lightning.report.figure_style import DARK, LIGHT  # here: matplotlib takes a second to import
+    """The whole page as HTML; all text is escaped."""
+    from pqqp_lightning.report.figure_style import DARK, LIGHT  # importing matplotlib takes a second
     from pqqp_lightning.report.figures import draw_svg
 
     number = count()
 
     def draw(plot: Plot) -> Markup:
-        """The figure in light and in dark: the page's style shows one of them."""
+        """Both versions of a figure, light and dark; the page's style shows one of them."""
         place = next(number)
         drawn = [draw_svg(plot, style, f"{style.name}-{place}") for style in (LIGHT, DARK)]
         return Markup('<div class="light">{}</div><div class="dark">{}</div>').format(*map(Markup, drawn))

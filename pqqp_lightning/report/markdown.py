@@ -1,12 +1,10 @@
-"""A page as Markdown, to paste where there is no browser: without the plots, whose numbers the tables hold."""
+"""Writes a page as Markdown, to paste into other documents. The tables hold the numbers of the plots."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from typing import Any
 
-from pqqp_lightning.report.blocks import Block, Code, Figure, Notes, Page, Table, Words
+from pqqp_lightning.report.blocks import Block, Code, Notes, Page, Table, Words
 
 SPECIAL = re.compile(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))")
 
@@ -15,8 +13,7 @@ def to_markdown(page: Page) -> str:
     """The whole page."""
     parts = [f"# {escape(page.title)}", escape(page.about), f"**{escape(page.verdict)}**"]
     if page.warning:
-        way_on = f" Go on with `{page.way_on}`." if page.way_on else ""
-        parts.append(f"{escape(page.warning)}{way_on}")
+        parts.append(escape(page.warning))
     parts += [escape(words) for words in page.remarks]
     for section in page.sections:
         if texts := [text for block in section.blocks if (text := _block(block))]:
@@ -25,41 +22,36 @@ def to_markdown(page: Page) -> str:
 
 
 def escape(text: str) -> str:
-    """``text`` on one line, with nothing in it that Markdown or HTML would read as their own."""
+    """Put ``text`` on one line and escape what Markdown or HTML would interpret."""
     plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     return SPECIAL.sub(r"\\\1", plain)
 
 
 def _block(block: Block) -> str:
-    write: dict[type, Callable[[Any], str]] = {Table: _table, Words: _words, Notes: _notes, Code: _code}
-    return "" if isinstance(block, Figure) else write[type(block)](block)
+    if isinstance(block, Table):
+        return _table(block)
+    if isinstance(block, Words):
+        return "\n\n".join(escape(sentence) for sentence in block.sentences)
+    if isinstance(block, Notes):
+        return "\n".join(f"- {escape(where)}: {escape(note)}" for where, note in block.items)
+    if isinstance(block, Code):
+        # The fence must be longer than any run of backticks in the text.
+        longest = max((len(run) for run in re.findall("`+", block.text)), default=0)
+        fence = "`" * max(3, 1 + longest)
+        return _captioned(block, f"{fence}{block.language}\n{block.text}\n{fence}")
+    return ""  # a figure
 
 
 def _table(table: Table) -> str:
     head = table.head or [""] * len(table.rows[0])
     rule = ["---" if i in table.words else "---:" for i in range(len(head))]
-    rows = [[escape(cell) for cell in row] for row in (head, *table.rows)]
-    if table.best is not None:
-        rows[table.best + 1] = [f"**{cell}**" if cell else "" for cell in rows[table.best + 1]]
-    lines = [_row(rows[0]), _row(rule), *(_row(row) for row in rows[1:])]
-    return _captioned(table, "\n".join(lines))
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _words(words: Words) -> str:
-    return "\n\n".join(escape(sentence) for sentence in words.sentences)
-
-
-def _notes(notes: Notes) -> str:
-    return "\n".join(f"- {escape(where)}: {escape(note)}" for where, note in notes.items)
-
-
-def _code(code: Code) -> str:
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", code.text)), default=0))
-    return _captioned(code, f"{fence}{code.language}\n{code.text}\n{fence}")
+    rows: list[list[str]] = [[escape(cell) for cell in head], rule]
+    for place, row in enumerate(table.rows):
+        cells = [escape(cell) for cell in row]
+        if place == table.best:
+            cells = [f"**{cell}**" if cell else "" for cell in cells]
+        rows.append(cells)
+    return _captioned(table, "\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 
 def _captioned(block: Table | Code, text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import cast
@@ -23,11 +23,9 @@ from pqqp_lightning.report.formatting import (
 from pqqp_lightning.report.plots import Dot, DotPlot
 from pqqp_lightning.report.sections import (
     Walk,
-    about,
+    build_page,
+    dots_note,
     names_text,
-    recipe_of,
-    repeat_section,
-    scale_note,
     size_figure,
     walk_blocks,
 )
@@ -39,75 +37,56 @@ from pqqp_lightning.storage.run_folder import RunFolder
 def order_page(folder: RunFolder, report: OrderReport) -> Page:
     """The page of ``order.json``."""
     orders: list[OrderEntry] = report["orders"]
-    report = {**report, "recipe": report.get("recipe", recipe_of(folder))}
-    verdict, *remarks = order_verdict(report)
+    verdict, *remarks = _verdict(report)
+    walks: list[Walk] = [(names_text(order["order"]), order["stages"]) for order in orders]
+    longest = max(len(records) for _, records in walks)
+    columns = ["dense", *(f"stage {i}" for i in range(1, longest))]
     sections = [
         Section("Orders", _order_blocks(report)),
         Section("Pairs", _pair_blocks(report)),
-        Section("From stage to stage", _walk_blocks(report)),
+        Section("From stage to stage", walk_blocks(report["metric"], walks, columns, _best_index(report))),
         Section("Sizes", _size_blocks(folder, report)),
         Section("Orders that cannot run", _refused_blocks(report)),
         Section("Notes", _note_blocks(orders)),
-        repeat_section(folder, report, "order"),
     ]
-    return Page(
-        title=folder.path.resolve().name,
-        about=about(report),
-        verdict=verdict,
-        remarks=[*remarks, *report.get("notes", [])],
-        sections=[section for section in sections if section.blocks],
-    )
+    return build_page(folder, report, "order", sections, verdict=verdict, remarks=[*remarks, *report.get("notes", [])])
 
 
 def _order_blocks(report: OrderReport) -> list[Block]:
     metric = report["metric"]
-    dots = [_dot(order, report) for order in report["orders"]]
+    dots = []
+    for order in report["orders"]:
+        value = order["metrics"].get(metric)
+        low, high = bounds(order.get("interval"))
+        best = order["order"] == report["best"]
+        marks = "; ".join(order.get("marks") or [])
+        dots.append(Dot(names_text(order["order"]), value, low, high, best, marks))
     better = "more" if report["higher_is_better"] else "less"
-    caption = f"{metric} of each order{scale_note(v for dot in dots for v in (dot.value, dot.low, dot.high))}: "
-    caption += f"{better} is better."
+    caption = f"{metric} of each order{dots_note(dots)}: {better} is better."
     if any(dot.low is not None for dot in dots):
-        caption += " Bars are each order's own 95% interval."
+        caption += " Bars are 95% intervals of each order alone."
     if any(dot.remark for dot in dots):
-        caption += " Hollow dots differ from the best order in more than the order, as is said below their names."
+        caption += " Hollow dots cannot be compared with the others; the reason is below their names."
     return [Figure(caption, DotPlot(dots)), *_behind_figure(report), _order_table(report)]
 
 
 def _behind_figure(report: OrderReport) -> list[Block]:
-    """How far each order is behind the best: their own intervals may overlap although the difference is clear."""
+    """How far each order is behind the best: the difference may be clear although the orders' own intervals overlap."""
     if not any(order.get("behind") for order in report["orders"]):
         return []
-    dots = [_behind_dot(order, order["order"] == report["best"]) for order in report["orders"]]
-    caption = (
-        f"How far each order is behind the best, in {report['metric']}. Bars are 95% intervals of the difference on "
-    )
-    caption += "the same samples: where one holds 0, there is no evidence that the two orders differ."
+    dots = []
+    for order in report["orders"]:
+        behind = order.get("behind")
+        low, high = bounds((behind["low"], behind["high"])) if behind else (None, None)
+        best = order["order"] == report["best"]
+        value = behind["value"] if behind else None
+        if best:
+            value = 0.0
+        marks = "; ".join(order.get("marks") or [])
+        dots.append(Dot(names_text(order["order"]), value, low, high, best, marks, "best" if best else ""))
+    caption = f"How far each order is behind the best, in {report['metric']}. Bars are 95% intervals of the difference "
+    caption += "on the same samples: if a bar contains 0, there is no evidence that the two orders differ."
     return [Figure(caption, DotPlot(dots))]
-
-
-def _behind_dot(order: OrderEntry, best: bool) -> Dot:
-    behind = order.get("behind")
-    value = behind["value"] if behind and not best else 0.0 if best else None
-    low, high = bounds((behind["low"], behind["high"])) if behind else (None, None)
-    detail = interval_text(low, high)
-    marks = "; ".join(order.get("marks") or [])
-    return Dot(
-        names_text(order["order"]), "best" if best else number_text(value), detail, value, low, high, best, marks
-    )
-
-
-def _dot(order: OrderEntry, report: OrderReport) -> Dot:
-    value = order["metrics"].get(report["metric"])
-    low, high = bounds(order.get("interval"))
-    return Dot(
-        names_text(order["order"]),
-        number_text(value),
-        interval_text(low, high),
-        value,
-        low,
-        high,
-        order["order"] == report["best"],
-        "; ".join(order.get("marks") or []),
-    )
 
 
 def _order_table(report: OrderReport) -> Table:
@@ -116,29 +95,27 @@ def _order_table(report: OrderReport) -> Table:
     intervals = any(bounds(order.get("interval"))[0] is not None for order in orders)
     compared = any(order.get("behind") for order in orders)
     marked = any(order.get("marks") for order in orders)
+    of_which = f" of {report['metric']}" if len(metrics) > 1 else ""
+    head: list[str] = []
     rows = []
     for order in orders:
-        low, high = bounds(order.get("interval"))
-        stages = order["stages"]
-        rows.append(
-            [
-                names_text(order["order"]) + (" (best)" if order["order"] == report["best"] else ""),
-                *(number_text(order["metrics"].get(name)) for name in metrics),
-                *([f"{number_text(low)} to {number_text(high)}"] if intervals else []),
-                *([difference_text(order.get("behind"))] if compared else []),
-                *size_columns(stages[-1]),
-                f"{sum(stage['elapsed_s'] for stage in stages):.1f}",
-                *(["; ".join(order.get("marks") or [])] if marked else []),
-            ]
-        )
-    of_which = f" of {report['metric']}" if len(metrics) > 1 else ""
-    interval = [f"95% interval{of_which}"] if intervals else []
-    behind = ["behind the best"] if compared else []
-    head = ["order", *metrics, *interval, *behind, *SIZE_COLUMNS, "seconds", *(["remark"] if marked else [])]
-    best = next(i for i, order in enumerate(orders) if order["order"] == report["best"])
+        best = " (best)" if order["order"] == report["best"] else ""
+        cells = [("order", f"{names_text(order['order'])}{best}")]  # (column, text)
+        cells += [(name, number_text(order["metrics"].get(name))) for name in metrics]
+        if intervals:
+            low, high = bounds(order.get("interval"))
+            cells.append((f"95% interval{of_which}", interval_text(low, high) or "-"))
+        if compared:
+            cells.append(("behind the best", difference_text(order.get("behind"))))
+        cells += zip(SIZE_COLUMNS, size_columns(order["stages"][-1]), strict=True)
+        cells.append(("seconds", f"{sum(stage['elapsed_s'] for stage in order['stages']):.1f}"))
+        if marked:
+            cells.append(("remark", "; ".join(order.get("marks") or [])))
+        head = [name for name, _ in cells]
+        rows.append([text for _, text in cells])
     details = [i for i, name in enumerate(head) if name in ("behind the best", "seconds", "remark")]
     words = (0, len(head) - 1) if marked else (0,)
-    return Table("Every order, best first", head, rows, best, words, in_summary=True, details=details)
+    return Table("Every order, best first", head, rows, _best_index(report), words, in_summary=True, details=details)
 
 
 def _pair_blocks(report: OrderReport) -> list[Block]:
@@ -147,56 +124,51 @@ def _pair_blocks(report: OrderReport) -> list[Block]:
         return []
     metric = report["metric"]
     intervals = any(pair.low is not None for pair in pairs)
-    rows = [
-        [
-            f"A({pair.first} → {pair.second})",
-            "-" if pair.value is None else f"{pair.value:+.4g}",
-            *([f"{pair.low:+.4g} to {pair.high:+.4g}" if pair.low is not None else "-"] if intervals else []),
-            pair.reading(),
-        ]
-        for pair in pairs
-    ]
-    explained = f"A(f1 → f2) is by how much {metric} is better where f1 comes just before f2 than the other way round, "
+    rows = []
+    for pair in pairs:
+        row = [f"A({pair.first} → {pair.second})", "-" if pair.value is None else f"{pair.value:+.4g}"]
+        if intervals:
+            row.append("-" if pair.low is None else f"{pair.low:+.4g} to {pair.high:+.4g}")
+        rows.append([*row, pair.reading()])
+    explained = (
+        f"A(f1 → f2) says how much better {metric} is with f1 directly before f2 than with f2 directly before f1, "
+    )
     explained += "both applied to the dense model."
-    head = ["pair", f"A in {metric}", *(["95% interval"] if intervals else []), "says"]
+    head = ["pair", f"A in {metric}", *(["95% interval"] if intervals else []), "meaning"]
     return [Words([explained]), Table("Each pair of stages", head, rows, words=(0, len(head) - 1), in_summary=True)]
 
 
-def _walk_blocks(report: OrderReport) -> list[Block]:
-    walks: list[Walk] = [(names_text(o["order"]), o["stages"]) for o in report["orders"]]
-    longest = max(len(records) for _, records in walks)
-    columns = ["dense", *(f"stage {i}" for i in range(1, longest))]
-    best = next(i for i, order in enumerate(report["orders"]) if order["order"] == report["best"])
-    return walk_blocks(report["metric"], walks, columns, best)
-
-
 def _size_blocks(folder: RunFolder, report: OrderReport) -> list[Block]:
-    best = next(order for order in report["orders"] if order["order"] == report["best"])
-    on_disk, counted = folder.model_bytes(), best["size_bytes"]
+    best = report["orders"][_best_index(report)]
+    on_disk = folder.model_bytes()
     if on_disk is None:
         return [size_figure(best["stages"], " of the best order")]
-    words = f"{folder.model}: the best order's, {human_bytes(on_disk)} on disk ({human_bytes(counted)} counted). "
+    size = f"{human_bytes(on_disk)} on disk ({human_bytes(best['size_bytes'])} counted)"
+    words = f"{folder.model}: the best order's model, {size}. "
     words += f"Load it with pqqp_lightning.load({str(folder.path)!r})."
     return [size_figure(best["stages"], " of the best order", on_disk), Words([words], in_summary=True)]
 
 
 def _refused_blocks(report: OrderReport) -> list[Block]:
-    """Orders under the reason that they share."""
+    """The orders that cannot run, grouped by reason."""
     refused = sorted(report["refused"], key=lambda r: r["problems"])
-    items = [
-        ("; ".join(names_text(r["order"]) for r in same), f"cannot run: {' '.join(problems)}")
-        for problems, same in groupby(refused, key=lambda r: r["problems"])
-    ]
+    items = []
+    for problems, same in groupby(refused, key=lambda r: r["problems"]):
+        orders = "; ".join([names_text(r["order"]) for r in same])
+        items.append((orders, f"cannot run: {' '.join(problems)}"))
     return [Notes(items, in_summary=True)] if items else []
 
 
 def _note_blocks(orders: list[OrderEntry]) -> list[Block]:
-    """Each note of a stage once, with the orders' beginnings where it was made."""
+    """Each note of a stage once, with the stages before it in the orders that have it."""
     places: dict[tuple[str, str], list[str]] = {}
-    for beginning, name, note in _noted(orders):
-        where = places.setdefault((name, note), [])
-        if beginning not in where:
-            where.append(beginning)
+    for order in orders:
+        for i, record in enumerate(order["stages"]):
+            applied = names_text(order["order"][:i]) or record["name"]
+            for note in stage_notes(record):
+                where = places.setdefault((record["name"], note), [])
+                if applied not in where:
+                    where.append(applied)
     items = []
     for (_, note), where in places.items():
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
@@ -204,25 +176,21 @@ def _note_blocks(orders: list[OrderEntry]) -> list[Block]:
     return [Notes(items)] if items else []
 
 
-def _noted(orders: list[OrderEntry]) -> Iterator[tuple[str, str, str]]:
-    for order in orders:
-        for i, record in enumerate(order["stages"]):
-            beginning = names_text(order["order"][:i]) or record["name"]
-            for note in stage_notes(record):
-                yield beginning, record["name"], note
+def _best_index(report: OrderReport) -> int:
+    return next(i for i, order in enumerate(report["orders"]) if order["order"] == report["best"])
 
 
 def marked_lines(orders: Sequence[MarkedOrder | OrderEntry]) -> list[str]:
-    """Of those orders that are marked: why they cannot be compared."""
+    """A line for each marked order: why it cannot be compared."""
     return [f"{' -> '.join(order['order'])}: {'; '.join(order['marks'])}" for order in orders if order.get("marks")]
 
 
 def hypothesis_sentence(report: OrderReport) -> str:
-    """How the order from the weakest stage to the strongest did; empty if that was not asked."""
+    """The result of the order from the weakest stage to the strongest; empty if it is unknown."""
     if not (asked := report.get("hypothesis")):
         return ""
     words = "Weakest first, strongest last"
-    words = f"{words if asked.get('exactly', True) else f'As near as was measured to {words.lower()}'} "
+    words = f"{words if asked.get('exactly', True) else f'The measured order nearest to {words.lower()}'} "
     words += f"({' -> '.join(asked['order'])})"
     equal = f" {' and '.join(asked['equal'])} are equally strong alone." if asked.get("equal") else ""
     if asked["order"] == report["best"]:
@@ -233,11 +201,7 @@ def hypothesis_sentence(report: OrderReport) -> str:
 
 
 def read_order_report(folder: RunFolder) -> OrderReport:
-    """The search's ``order.json``.
-
-    Raises:
-        RecipeError: it is damaged.
-    """
+    """Read ``order.json``."""
     needed = ("orders", "best", "metric", "higher_is_better", "advantage", "refused")
     return cast(OrderReport, read_json(folder.order, *needed))
 
@@ -247,11 +211,9 @@ class Advantage:
     """A(first→second): how much better the metric is with ``first`` just before ``second``.
 
     Attributes:
-        first: a stage.
-        second: another.
-        value: None where a metric was not finite.
-        low: where its interval begins, if there is one.
-        high: where its interval ends.
+        value: None if a metric was not finite.
+        low: lower end of its interval, if there is one.
+        high: upper end.
     """
 
     first: str
@@ -261,7 +223,7 @@ class Advantage:
     high: float | None
 
     def reading(self) -> str:
-        """The number in words."""
+        """What the number means."""
         if self.value is None:
             return "unknown: a metric is not finite"
         if self.low is None:
@@ -270,31 +232,35 @@ class Advantage:
         return f"{self.first} first is better" if clear else "no evidence that the order matters"
 
 
-def order_verdict(report: OrderReport) -> list[str]:
-    """The verdict, and what one must know to read it."""
-    again = report.get("repeats")
-    repeats = again["verdict"] if again else ""
-    left_out = [f"Left out: {line}" for line in marked_lines(report.get("left_out", []))]
-    sentences = [report["verdict"], repeats, hypothesis_sentence(report), *left_out]
-    marked = [line.replace("->", "→") for line in marked_lines(report["orders"])]
-    return [*(sentence.replace("->", "→") for sentence in sentences if sentence), *marked, _measured(report)]
+def _verdict(report: OrderReport) -> list[str]:
+    """The verdict, and remarks on it."""
+    orders = report["orders"]
+    sentences = [report["verdict"]]
+    if repeats := report.get("repeats"):
+        sentences.append(repeats["verdict"])
+    if hypothesis := hypothesis_sentence(report):
+        sentences.append(hypothesis)
+    sentences += [f"Left out: {line}" for line in marked_lines(report.get("left_out", []))]
+    sentences += marked_lines(orders)
+    measured = f"{len(orders)} order{'s' if len(orders) != 1 else ''}"
+    if report.get("strategy"):
+        measured = f"{report['strategy'].capitalize()} search: {measured}"
+    if report["refused"]:
+        measured += f", {len(report['refused'])} cannot run"
+    dense = orders[0]["stages"][0]["metrics"].get(report["metric"])
+    if dense is not None:
+        measured += f"; the dense model's {report['metric']} is {number_text(dense)}"
+    return [*(sentence.replace("->", "→") for sentence in sentences), f"{measured}."]
 
 
 def advantages(report: OrderReport) -> list[Advantage]:
-    """Each pair once, in the direction in which its advantage is not negative."""
+    """Each pair once, in the direction whose advantage is not negative."""
     found: list[Advantage] = []
     for pair, entry in report["advantage"].items():
         first, _, second = pair.partition("->")
-        value, (low, high) = entry["value"], bounds((entry["low"], entry["high"]))
-        if not any((a.first, a.second) == (second, first) for a in found) and (value is None or value >= 0):
+        value = entry["value"]
+        low, high = bounds((entry["low"], entry["high"]))
+        opposite_found = any((a.first, a.second) == (second, first) for a in found)
+        if not opposite_found and (value is None or value >= 0):
             found.append(Advantage(first, second, value, low, high))
     return found
-
-
-def _measured(report: OrderReport) -> str:
-    orders, refused = report["orders"], report["refused"]
-    count = f"{len(orders)} order{'s' if len(orders) != 1 else ''}"
-    words = f"{report['strategy'].capitalize()} search: {count}" if report.get("strategy") else count.capitalize()
-    dense = orders[0]["stages"][0]["metrics"].get(report["metric"])
-    words += f", {len(refused)} cannot run" if refused else ""
-    return words + (f"; the dense model's {report['metric']} is {number_text(dense)}." if dense is not None else ".")

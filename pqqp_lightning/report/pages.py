@@ -1,4 +1,4 @@
-"""A run folder's report: which kind of run it holds, and the report drawn in each form."""
+"""Finds what kind of run a folder holds, and prints and writes its report."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pqqp_lightning.storage.run_folder import RunFolder
 
 
 def read_page(folder: Path) -> Page:
-    """The page of a run, of a search for the best order, of a sweep, of an analysis, or of a prediction.
+    """Read the page of a fit, a search for the best order, a sweep, an analysis or a prediction.
 
     Raises:
-        RecipeError: there is no whole run.
+        RecipeError: the folder has no report, or a damaged one.
     """
     files = RunFolder(folder)
     if files.sweep.is_file():
@@ -37,28 +37,29 @@ def read_page(folder: Path) -> Page:
 
 
 def write_pages(folder: Path, page: Page | None = None) -> list[Path]:
-    """Write the page of the run in ``folder`` beside its records.
+    """Write the run's page into its folder.
 
     Args:
         folder: of the run.
-        page: of the run, where it was read before.
+        page: of the run, if already read.
 
     Returns:
         ``report.html``, which needs no other file, and ``report.md``.
 
     Raises:
-        RecipeError: there is no whole run, or its folder cannot be written.
+        RecipeError: the folder has no report, or cannot be written.
     """
-    files, page = RunFolder(folder), page or read_page(folder)
+    files = RunFolder(folder)
+    page = page or read_page(folder)
     return [_write(files.html, to_html(page)), _write(files.markdown, to_markdown(page))]
 
 
 def show_run(folder: Path) -> None:
-    """Print what a run, a search or a sweep found, and write it as a page."""
+    """Print a run's report, and write it as a page."""
     page = read_page(folder)
     print_page(page)
     html, markdown = write_pages(folder, page)
-    print(f"{html}: the same with plots, for a browser. {markdown}: as text.")
+    print(f"{html}: this report with plots. {markdown}: as text.")
 
 
 def _write(path: Path, text: str) -> Path:
@@ -66,6 +67,6 @@ def _write(path: Path, text: str) -> Path:
         write_text(path, text)
     except RecipeError as error:
         reason = getattr(error.__cause__, "strerror", None) or error.__cause__
-        words = f"{path}: the page cannot be written: {reason}. Make the folder writable, or report a copy of it."
-        raise RecipeError(words) from error
+        way_out = "Make the folder writable, or run the command on a copy of it."
+        raise RecipeError(f"{path}: the page cannot be written: {reason}. {way_out}") from error
     return path

@@ -9,7 +9,7 @@ from pqqp_lightning.storage.run_folder import RunFolder
 
 
 def draw_sweep(folder: RunFolder, report: SweepReport) -> list[str]:
-    """Draw what the sweep has to show into ``folder``.
+    """Draw the sweep's figures into ``folder``.
 
     Returns:
         The files' names.

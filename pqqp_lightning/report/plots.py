@@ -1,4 +1,4 @@
-"""What figures show, as plain data: :mod:`pqqp_lightning.report.figures` draws it."""
+"""The content of figures as plain data, which :mod:`pqqp_lightning.report.figures` draws."""
 
 from __future__ import annotations
 
@@ -9,65 +9,61 @@ from typing import TypeGuard
 from pqqp_lightning.storage.reports import AnalysisReport, SweepReport
 
 LARGEST = 1e300
-"""Larger values cannot be placed on an axis."""
+"""Larger values do not fit on an axis."""
 MOST_NAMED = 6
 """With more columns than this, a line plot numbers its columns."""
 MANY_TIMES = 20
-"""An axis is logarithmic if the largest value is at least so many times the smallest."""
+"""An axis is logarithmic if the largest value is at least this many times the smallest."""
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A value with its interval, in a row of its own.
+    """A value with its interval; a row of a :class:`DotPlot`.
 
     Attributes:
         label: the row's name.
-        text: the value in words.
-        detail: its interval in words.
-        value: where the dot is, if anywhere.
-        low: where its interval begins.
-        high: where its interval ends.
-        best: whether it stands out.
-        remark: what sets it apart from the others: its dot is hollow.
+        value: the dot's place; None draws no dot.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        best: highlight it.
+        remark: why it cannot be compared with the others; its dot is hollow.
+        text: printed instead of the value.
     """
 
     label: str
-    text: str
-    detail: str
     value: float | None
     low: float | None = None
     high: float | None = None
     best: bool = False
     remark: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class DotPlot:
-    """One row a dot on a common axis."""
+    """One row per dot, on a common axis."""
 
     dots: Sequence[Dot]
 
 
 @dataclass(frozen=True)
 class Line:
-    """Values from column to column.
+    """A line of a :class:`LinePlot`.
 
     Attributes:
         label: its name.
         values: one a column.
-        texts: the same in words.
-        best: whether it stands out.
+        best: highlight it.
     """
 
     label: str
     values: Sequence[float | None]
-    texts: Sequence[str]
     best: bool = False
 
 
 @dataclass(frozen=True)
 class LinePlot:
-    """Lines from column to column; the best ones on top, with their values."""
+    """Lines from column to column; the best line is on top and shows its values."""
 
     lines: Sequence[Line]
     columns: Sequence[str]
@@ -75,13 +71,13 @@ class LinePlot:
 
 @dataclass(frozen=True)
 class Bar:
-    """An amount in a row of its own.
+    """An amount; a row of a :class:`BarPlot`.
 
     Attributes:
         label: the row's name.
-        text: the amount in words.
+        text: the amount as text.
         amount: its length.
-        other: whether it is of another kind than the rest.
+        other: draw it in another colour, as another kind of amount.
     """
 
     label: str
@@ -92,7 +88,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class BarPlot:
-    """One row a bar, all from zero."""
+    """One row per bar, all from zero."""
 
     bars: Sequence[Bar]
 
@@ -106,7 +102,7 @@ class CurvePlot:
 
 @dataclass(frozen=True)
 class AdvantagePlot:
-    """What an order gains over how much weaker one stage is than the other."""
+    """The gain of an order against how much weaker one stage is than the other."""
 
     report: SweepReport
 
@@ -122,7 +118,7 @@ Plot = DotPlot | LinePlot | BarPlot | CurvePlot | AdvantagePlot | LayerPlot
 
 
 def is_number(value: float | None) -> TypeGuard[float]:
-    """Whether there is a value to draw: a perplexity that overflows float64 cannot be placed."""
+    """Whether a value can be drawn: a perplexity that overflows float64 cannot."""
     return value is not None and abs(value) < LARGEST
 
 

@@ -1,4 +1,4 @@
-"""A sweep's figures, drawn from ``sweep.json`` alone: the curve of quantization, and what A grows with."""
+"""Draws a sweep's figures from ``sweep.json``: the curve of quantization, and A against what it may grow with."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pqqp_lightning.storage.reports import Correlation, CurveReport, PointReport
 Quantity = Literal["gap", "ratio_difference"]
 QUANTITIES: tuple[Quantity, ...] = ("gap", "ratio_difference")
 WIDE = 20
-"""An axis whose largest value is so many times its median is drawn logarithmic."""
+"""An axis is logarithmic if its largest value is more than this many times the median."""
 
 
 def draw_curve(plot: CurvePlot, style: Style) -> Figure:
-    """Quantization alone over C; each pruning beside it, with a dotted line to its C* on the curve."""
+    """Draw quantization alone over C, and each pruning with a dotted line to its C* on the curve."""
     report = plot.report
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -40,7 +40,10 @@ def draw_curve(plot: CurvePlot, style: Style) -> Figure:
             _draw_pruning(axes, label, (rate, sign * score), SHAPES[i % len(SHAPES)], ratios, style)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda c, _: f"{c:g}x"))
-    if _is_wide([sign * pt["score"] for curve in report["curves"] for pt in curve["points"]]):
+    values: list[float] = []
+    for curve in report["curves"]:
+        values += [sign * point["score"] for point in curve["points"]]
+    if _is_wide(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda m, _: f"{m:g}"))
@@ -48,7 +51,7 @@ def draw_curve(plot: CurvePlot, style: Style) -> Figure:
     better = "more is better" if report["higher_is_better"] else "less is better"
     axes.set(xlabel="nominal compression rate C of the stages' layers", ylabel=f"{report['metric']} ({better})")
     axes.set_title(
-        title_text(f"{report['quantizing']} alone, and the C* at which it scores as {report['pruning']} does")
+        title_text(f"{report['quantizing']} alone, and the C* at which it matches the score of {report['pruning']}")
     )
     rule_out(axes, style)
     axes.margins(x=0.1, y=0.1)
@@ -57,8 +60,9 @@ def draw_curve(plot: CurvePlot, style: Style) -> Figure:
 
 
 def _draw_curve(axes: Axes, curve: CurveReport, sign: int, colour: str, name: str) -> None:
-    """The line on which C* is interpolated, which is straight in C and M, and so bent on logarithmic axes."""
-    rates, scores = ([pt[key] for pt in curve["points"]] for key in ("rate", "score"))
+    """Draw the line on which C* is interpolated: straight in C and M, so curved on logarithmic axes."""
+    rates = [point["rate"] for point in curve["points"]]
+    scores = [point["score"] for point in curve["points"]]
     between = np.unique(np.concatenate([np.geomspace(rates[0], rates[-1], 400), rates]))
     label = f"{name} alone" + (f" ({curve['label']})" if curve["label"] else "")
     axes.plot(between, sign * np.interp(between, rates, scores), color=colour, label=plain_text(label))
@@ -67,14 +71,15 @@ def _draw_curve(axes: Axes, curve: CurveReport, sign: int, colour: str, name: st
         text = "dense" if not point["knobs"] else ", ".join(str(v) for v in point["knobs"].values())
         if "bits" in point["knobs"]:
             text = f"{point['knobs']['bits']} bits"
-        at, free = (point["rate"], sign * point["score"]), (5, 10 * sign)  # the side that the curve turns from
-        axes.annotate(plain_text(text), at, xytext=free, textcoords="offset points", fontsize=8, va="center")
+        at = (point["rate"], sign * point["score"])
+        offset = (5, 10 * sign)  # on the outer side of the curve
+        axes.annotate(plain_text(text), at, xytext=offset, textcoords="offset points", fontsize=8, va="center")
 
 
 def _draw_pruning(
     axes: Axes, label: str, place: tuple[float, float], shape: str, ratios: Sequence[float], style: Style
 ) -> None:
-    """One pruning at its own rate, and where quantization scores the same."""
+    """Draw one pruning at its own rate, and where quantization reaches its score."""
     rate, score = place
     colour = style.palette[1]
     axes.plot(rate, score, shape, color=colour, markerfacecolor=style.page, label=label)
@@ -84,13 +89,17 @@ def _draw_pruning(
 
 
 def _ratios(report: SweepReport, step: str) -> list[float]:
-    """C* of one pruning on every curve."""
-    own = (pt["pair"]["equivalent_ratio"] for pt in report["points"] if pt["steps"][report["pruning"]] == step)
-    return list(dict.fromkeys(ratio for ratio in own if ratio is not None))
+    """C* of one pruning on each curve."""
+    ratios: dict[float, None] = {}
+    for point in report["points"]:
+        ratio = point["pair"]["equivalent_ratio"]
+        if point["steps"][report["pruning"]] == step and ratio is not None:
+            ratios[ratio] = None
+    return list(ratios)
 
 
 def draw_advantage(plot: AdvantagePlot, style: Style) -> Figure:
-    """A(Q->P) over G(Q, P) and over C*_P - C_Q, with intervals and the monotone fits."""
+    """Draw A(Q->P) over G(Q, P) and over C*_P - C_Q, with intervals and monotone fits."""
     report = plot.report
     figure = Figure(figsize=(WIDTH, 7.6), layout="constrained")
     panels = figure.subplots(2, 1)
@@ -101,7 +110,7 @@ def draw_advantage(plot: AdvantagePlot, style: Style) -> Figure:
     gained = f"{report['hypothesis']['advantage']} in {metric}\n(above 0: {first} first is better)"
     for axes in panels:
         axes.set_ylabel(plain_text(gained))
-    figure.suptitle(title_text(f"What {first} before {second} gains, over how much weaker {first} is than {second}"))
+    figure.suptitle(title_text(f"Gain of {first} before {second}, over how much weaker {first} is than {second}"))
     panels[0].set_xlabel(plain_text(f"{report['hypothesis']['gap']['name']} in {metric}"))
     panels[1].set_xlabel(plain_text(f"{report['hypothesis']['ratio_difference']['name']} (times)"))
     handles, labels = panels[0].get_legend_handles_labels()
@@ -110,10 +119,12 @@ def draw_advantage(plot: AdvantagePlot, style: Style) -> Figure:
 
 
 def _draw_quantity(axes: Axes, quantity: Quantity, report: SweepReport, style: Style) -> None:
-    found, q = report["hypothesis"][quantity], report["quantizing"]
+    found = report["hypothesis"][quantity]
+    q = report["quantizing"]
     steps = list(dict.fromkeys(point["steps"][q] for point in report["points"]))
     for i, step in enumerate(steps):
-        colour, shape = style.palette[i % len(style.palette)], SHAPES[i % len(SHAPES)]
+        colour = style.palette[i % len(style.palette)]
+        shape = SHAPES[i % len(SHAPES)]
         for point in report["points"]:
             if point["steps"][q] == step:
                 _draw_point(axes, point, quantity, colour, shape, style)
@@ -130,15 +141,8 @@ def _draw_quantity(axes: Axes, quantity: Quantity, report: SweepReport, style: S
     rule_out(axes, style)
 
 
-def _draw_point(
-    axes: Axes,
-    point: PointReport,
-    quantity: Quantity,
-    colour: str,
-    shape: str,
-    style: Style,
-) -> None:
-    """A with its interval; hollow where the two orders differ in more than the order."""
+def _draw_point(axes: Axes, point: PointReport, quantity: Quantity, colour: str, shape: str, style: Style) -> None:
+    """Draw A with its interval; hollow if the two orders cannot be compared."""
     x, a = point["pair"][quantity], point["pair"]["advantage"]
     if x is None or a is None or a["value"] is None:
         return
@@ -167,7 +171,7 @@ def _is_marked(point: PointReport) -> bool:
 
 
 def _scale(axis: Axis, values: Sequence[float | None]) -> None:
-    """Logarithmic to both sides of 0 where a few values would hide the others."""
+    """Use a logarithmic scale on both sides of 0 if a few large values would hide the others."""
     sizes = [abs(v) for v in values if v]
     if sizes and _is_wide(sizes):
         axes: Any = axis.axes

@@ -1,4 +1,4 @@
-"""What tables and figures of a sweep share: its points as rows, names and marks."""
+"""A sweep's points as rows, names and marks, for its tables and figures."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ Row = dict[str, Any]
 
 
 def has_curve(report: SweepReport) -> bool:
-    """Whether quantization alone was measured at two rates or more."""
+    """Whether quantization alone was measured at two or more rates."""
     return any(len(curve["points"]) > 1 for curve in report.get("curves", []))
 
 
 def has_advantage(report: SweepReport) -> bool:
-    """Whether both orders were measured at some point."""
+    """Whether both orders were measured at any point."""
     return any(advantage_of(point) is not None for point in report["points"])
 
 
 def write_tables(folder: RunFolder, report: SweepReport) -> None:
-    """Write ``sweep.csv``, and ``curve.csv`` where quantization alone was measured."""
+    """Write ``sweep.csv``, and ``curve.csv`` if quantization alone was measured."""
     write_csv(folder.points, [point_row(point, report) for point in report["points"]])
     if report.get("curves"):
         write_csv(folder.curve, curve_rows(report))
 
 
 def point_row(point: PointReport, report: SweepReport) -> Row:
-    """Everything about one point, by column; M is the metric with the sign that makes more of it better."""
+    """All numbers of one point, by column; M is the metric, negated if lower is better."""
     row = arguments_of(point, report)
-    scores = _alone_scores(report)
+    scores = {entry["step"]: _score(entry["record"], report) for entry in report["alone"]}
     for name, step in point["steps"].items():
         row[f"M({name})"] = scores.get(step)
     for names in _orders(report):
@@ -48,26 +48,30 @@ def point_row(point: PointReport, report: SweepReport) -> Row:
 
 
 def curve_rows(report: SweepReport) -> list[Row]:
-    """Quantization alone, one row a rate; the dense model comes first."""
-    names = list(dict.fromkeys(name for curve in report["curves"] for pt in curve["points"] for name in pt["knobs"]))
-    return [
-        {"curve": curve["label"]}
-        | {name: point["knobs"].get(name) for name in names}
-        | {"C": point["rate"], "M": point["score"]}
-        | point["metrics"]
-        for curve in report["curves"]
-        for point in curve["points"]
-    ]
+    """Quantization alone, one row per rate; the dense model comes first."""
+    names: dict[str, None] = {}  # of all points, since a point may lack some
+    for curve in report["curves"]:
+        for point in curve["points"]:
+            names.update(dict.fromkeys(point["knobs"]))
+    rows = []
+    for curve in report["curves"]:
+        for point in curve["points"]:
+            arguments = {name: point["knobs"].get(name) for name in names}
+            numbers = {"C": point["rate"], "M": point["score"]}
+            rows.append({"curve": curve["label"], **arguments, **numbers, **point["metrics"]})
+    return rows
 
 
 def point_marks(point: PointReport) -> list[str]:
-    """Why its orders cannot be compared, and which cannot run."""
-    marks = [f"{' -> '.join(order['order'])}: {mark}" for order in point["orders"] for mark in order["marks"]]
+    """Why orders of a point cannot be compared, and which cannot run."""
+    marks = []
+    for order in point["orders"]:
+        marks += [f"{' -> '.join(order['order'])}: {mark}" for mark in order["marks"]]
     return marks + [f"{' -> '.join(refused['order'])} cannot run" for refused in point["refused"]]
 
 
 def ratio_of(pair: PairReport) -> Ratio:
-    """C*_P, or on which side of the curve it lies."""
+    """C*_P, or the end of the curve that it lies beyond."""
     return Ratio(pair["equivalent_ratio"], pair["beyond"], pair["limit"])
 
 
@@ -77,9 +81,13 @@ def point_name(point: PointReport) -> str:
 
 
 def refusals(report: SweepReport) -> list[tuple[str, str]]:
-    """Every order that cannot run somewhere, and why, once."""
-    refused = [(r["order"], p) for point in report["points"] for r in point["refused"] for p in r["problems"]]
-    return list(dict.fromkeys((" -> ".join(order), problem) for order, problem in refused))
+    """Every (order, problem) that some point reports, without repetition."""
+    found: dict[tuple[str, str], None] = {}
+    for point in report["points"]:
+        for refused in point["refused"]:
+            order = " -> ".join(refused["order"])
+            found.update(dict.fromkeys((order, problem) for problem in refused["problems"]))
+    return list(found)
 
 
 def _pair_columns(pair: PairReport, report: SweepReport) -> Row:
@@ -101,26 +109,29 @@ def _pair_columns(pair: PairReport, report: SweepReport) -> Row:
 
 def arguments_of(point: PointReport, report: SweepReport) -> Row:
     """The values that the grid varies, as ``{"prune.sparsity": 0.5}``."""
-    return {f"{name}.{argument}": v for name in report["stages"] for argument, v in point["knobs"][name].items()}
-
-
-def _alone_scores(report: SweepReport) -> dict[str, float | None]:
-    return {entry["step"]: _score(entry["record"], report) for entry in report["alone"]}
+    row = {}
+    for name in report["stages"]:
+        row.update({f"{name}.{argument}": value for argument, value in point["knobs"][name].items()})
+    return row
 
 
 def _score(record: Record | None, report: SweepReport) -> float | None:
-    """M, where it is finite."""
+    """M; None if it is not finite."""
     value = None if record is None else record["metrics"].get(report["metric"])
-    return None if value is None else value if report["higher_is_better"] else -value
+    if value is None or report["higher_is_better"]:
+        return value
+    return -value
 
 
 def _orders(report: SweepReport) -> list[list[str]]:
-    """Every order that some point was measured in."""
-    found = {tuple(order["order"]) for point in report["points"] for order in point["orders"]}
+    """Every order that was measured at some point."""
+    found: set[tuple[str, ...]] = set()
+    for point in report["points"]:
+        found.update(tuple(order["order"]) for order in point["orders"])
     return [list(order) for order in sorted(found)]
 
 
 def advantage_of(point: PointReport) -> float | None:
-    """A of a point, where it was measured and is finite."""
+    """A of a point; None if it was not measured or is not finite."""
     advantage = point["pair"]["advantage"] if "pair" in point else None
     return None if advantage is None else advantage["value"]

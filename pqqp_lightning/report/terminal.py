@@ -1,4 +1,4 @@
-"""A report in the terminal: its summary, and the verdict last, where one looks first."""
+"""Prints a report in the terminal: its summary, then the verdict, which stays visible above the prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pqqp_lightning.report.blocks import Notes, Page, Table, Words
 
 
 def wide_console() -> Console:
-    """The terminal, or 120 columns where the output goes to a file."""
+    """The terminal, or 120 columns if the output goes to a file."""
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
@@ -29,14 +29,14 @@ def print_page(page: Page, console: Console | None = None) -> None:
                 lines += block.sentences
     lines += page.remarks
     if page.warning:
-        lines.append(f"{page.warning} Go on with {page.way_on}." if page.way_on else page.warning)
+        lines.append(page.warning)
     for line in [*lines, page.verdict]:
-        # one line each, whatever the width: it can be copied and searched
+        # Lines are not wrapped, so that they can be copied and searched.
         console.print(ascii_arrows(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def ascii_arrows(text: str) -> str:
-    """Arrows as they are typed: a terminal or a log may lack the sign."""
+    """Replace arrows by ``->``, because a terminal or a log may lack the character."""
     return text.replace("→", "->")
 
 

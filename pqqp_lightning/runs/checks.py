@@ -49,7 +49,8 @@ def check_stages(stages: Sequence[Stage], data: RunData) -> list[list[Problem]]:
 
     If stages change the structure, later ones are checked against a weightless copy of the model with that structure.
     """
-    model, found = data.module, []
+    model = data.module
+    found = []
     if any(type(stage).expected_plan is not Stage.expected_plan for stage in stages):
         model = weightless_copy(model)
     for position, stage in enumerate(stages):
@@ -83,7 +84,9 @@ def _check_training(stage: Stage, data: RunData, earlier: Sequence[Stage], model
         text = f"needs a training_step in {type(data.module).__name__}"
         problems.append(Problem("epochs", stage.epochs, text, "Define one, or set epochs: 0."))
     quantized = [s for s in (*earlier, stage) if "grid" in s.promises]
-    on_grid = dict.fromkeys(name for s in quantized for name in s.find_layers(model))
+    on_grid: dict[str, None] = {}
+    for quantizing in quantized:
+        on_grid.update(dict.fromkeys(quantizing.find_layers(model)))
     moving = set(stage.moves(model))
     if moved := [f"{name}.weight" for name in on_grid if name in moving]:
         text = f"would move {shorten(moved)} off the grid of stage '{quantized[0].name}'"
@@ -92,15 +95,12 @@ def _check_training(stage: Stage, data: RunData, earlier: Sequence[Stage], model
             "(requires_grad=False) in the model."
         )
         problems.append(Problem("epochs", stage.epochs, text, way_out))
-    if stage.distill and stage.distill.hidden_weight and _blocks_of(stage, model) != _blocks_of(stage, data.module):
+    hidden_weight = stage.distill.hidden_weight if stage.distill else 0
+    if hidden_weight and list(stage.find_blocks(model)) != list(stage.find_blocks(data.module)):
         text = "compares block with block, but an earlier stage removes some"
         way_out = "Leave it out, or put this stage before the removal."
-        problems.append(Problem("distill.hidden_weight", stage.distill.hidden_weight, text, way_out))
+        problems.append(Problem("distill.hidden_weight", hidden_weight, text, way_out))
     return problems
-
-
-def _blocks_of(stage: Stage, model: LightningModule) -> list[str]:
-    return list(stage.find_blocks(model))
 
 
 def _check_teacher(stages: Sequence[Stage]) -> list[Problem]:
@@ -133,7 +133,8 @@ def _check_names(stages: Sequence[Stage]) -> list[Problem]:
 
 
 def _check_epochs(trainer: Trainer, stages: Sequence[Stage]) -> list[Problem]:
-    given, total = trainer.fit_loop.max_epochs, sum(max(0, stage.epochs) for stage in stages)
+    given = trainer.fit_loop.max_epochs
+    total = sum(max(0, stage.epochs) for stage in stages)
     if trainer.fast_dev_run or given in (None, total):
         return []
     parts = " + ".join(f"{s.name} {s.epochs}" for s in stages if s.epochs) or "no stage has any"

@@ -80,7 +80,7 @@ def train_segment(
 
 
 def _refuse_divergence(module: LightningModule, stage: Stage) -> None:
-    """Refuse to go on with NaN or infinite weights: later stages would compress garbage."""
+    """Refuse NaN or infinite weights: later stages would compress garbage."""
     diverged = [name for name, parameter in module.named_parameters() if not bool(parameter.isfinite().all())]
     if diverged:
         rate = "the model's own" if stage.learning_rate is None else f"{stage.learning_rate:g} now"
@@ -139,9 +139,15 @@ def _segment_learning_rate(module: LightningModule, learning_rate: float | None)
     def scaled() -> Any:
         configured = configure()
         optimizers, schedules = _parts_of(configured)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        rates = [group[key] for group in groups for key in _GROUP_RATES if key in group]
-        ratio = learning_rate / max(rates + [lr for s in schedules for lr in getattr(s, "max_lrs", [])])
+        groups: list[dict[str, Any]] = []
+        for optimizer in optimizers:
+            groups += optimizer.param_groups
+        rates: list[float] = []
+        for group in groups:
+            rates += [group[key] for key in _GROUP_RATES if key in group]
+        for schedule in schedules:  # a schedule may rise above the optimizer's rate
+            rates += getattr(schedule, "max_lrs", [])
+        ratio = learning_rate / max(rates)
         for group in groups:
             group.update({key: group[key] * ratio for key in _GROUP_RATES if key in group})
         for schedule in schedules:

@@ -1,22 +1,19 @@
-"""Applies stages to a model one after another: compress, verify, measure, save, finetune.
+"""Applies stages to a model: compress, verify, measure, save, finetune.
 
-``fit`` applies one list of stages with a :class:`StageRunner`; a search applies many, one after another.
+``fit`` applies one list of stages with a :class:`StageRunner`; a search applies many lists, one after another.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torchmetrics import Metric
 
 from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.checkpoint.format import Applied, skeleton_of
@@ -39,6 +36,7 @@ from pqqp_lightning.runs.distillation import make_teacher
 from pqqp_lightning.runs.finetuning import logged_steps, train_segment
 from pqqp_lightning.runs.peak_memory import peak_memory
 from pqqp_lightning.runs.run_data import RunData
+from pqqp_lightning.runs.single_steps import loss_of, run_batch
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stages.stage import Context, Stage
 from pqqp_lightning.storage.records import make_record
@@ -57,7 +55,7 @@ class StageRunner:
         targeted: names of the layers that at least one stage acts on.
         original_bits: bits per weight of these layers in the dense model.
         dense_entries: number of weights of these layers in the dense model.
-        applied: the stages that the model went through, with their plans.
+        applied: the stages applied so far, with their plans.
         dense: the baseline's record.
         teacher: a frozen copy of the dense model, if a stage distils from it.
         keep_samples: record what each evaluation sample adds to the metrics.
@@ -87,7 +85,7 @@ class StageRunner:
     def resume(self) -> None:
         """Start the processes, convert the model and set up the data, without evaluating.
 
-        A run with a measured baseline needs these side effects of the evaluation all the same.
+        A run whose baseline is already measured still needs these side effects of an evaluation.
         """
         self._evaluate_batches(0)
 
@@ -116,7 +114,9 @@ class StageRunner:
             results = self.trainer.validate(
                 self.module, dataloaders=self.data.validation, datamodule=self.data.datamodule, verbose=False
             )
-        metrics = {name: float(value) for result in results for name, value in result.items()}
+        metrics: dict[str, float] = {}
+        for result in results:
+            metrics.update({name: float(value) for name, value in result.items()})
         self.samples = {}
         recorded = gather_samples(found)
         for name, path in self._logged_metrics():
@@ -125,10 +125,10 @@ class StageRunner:
         return metrics
 
     def _logged_metrics(self) -> Iterator[tuple[str, str]]:
-        """Each name that the evaluation logged a torchmetrics metric under, and that metric's path in the model.
+        """The names under which the evaluation logged torchmetrics metrics, each with the metric's path in the model.
 
-        Lightning keeps this pairing in the loop's results, which have no public name: two metrics may have the same
-        value, so their values cannot tell which is which.
+        This reads Lightning's own pairing, which has no public name. Equal values cannot identify a metric, since two
+        metrics may have the same value.
         """
         results = self.trainer.validate_loop._results
         for logged in results.values():
@@ -287,33 +287,12 @@ class StageRunner:
             blocks,
             batches,
             probe,
-            self._run_batch,
+            partial(run_batch, self.trainer, self.module),
             self.trainer.precision_plugin.forward_context,
             title,
             self._shows_progress(),
-            loss=self._loss_of,
+            loss=partial(loss_of, self.trainer, self.module),
         )
-
-    def _transfer(self, batch: Any) -> Any:
-        """The batch as Lightning's loops pass it to a step: converted, and on the device."""
-        batch = self.trainer.precision_plugin.convert_input(batch)
-        batch = self.module._on_before_batch_transfer(batch, 0)
-        return self.trainer.strategy.batch_to_device(batch)
-
-    def _loss_of(self, batch: Any) -> torch.Tensor:
-        with _without_logging(self.module):
-            result: Any = self.module.training_step(self._transfer(batch), 0)
-        return result["loss"] if isinstance(result, dict) else result
-
-    def _run_batch(self, batch: Any) -> None:
-        batch = self._transfer(batch)
-        step = getattr(self.module, "calibration_step", None)
-        if step is not None:
-            step(batch, 0)
-            return
-        # Without a step of its own, any model still runs its forward pass in validation_step.
-        with _without_logging(self.module):
-            self.module.validation_step(batch, 0)
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -360,23 +339,3 @@ class StageRunner:
 
     def _shows_progress(self) -> bool:
         return self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
-
-
-@contextmanager
-def _without_logging(module: LightningModule) -> Iterator[None]:
-    """Run a step outside of Lightning's loop: nothing is logged, and the metrics' states are restored on exit."""
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    before = [{**m._copy_state_dict(), "_update_count": m._update_count, "_computed": m._computed} for m in metrics]
-    for metric in metrics:
-        metric.reset()  # a state that Lightning's evaluation left cannot be written to outside of inference mode
-    # The step is the user's and calls `self.log`, which Lightning refuses outside of its loops.
-    module.__dict__["log"] = module.__dict__["log_dict"] = lambda *args, **kwargs: None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        del module.__dict__["log"], module.__dict__["log_dict"]
-        for metric, state in zip(metrics, before, strict=True):
-            for name, value in state.items():
-                setattr(metric, name, value)

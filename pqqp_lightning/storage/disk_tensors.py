@@ -1,4 +1,4 @@
-"""Tensors put aside in a file, so that a model and its packed copy need not be in memory together."""
+"""Tensors stored in a temporary file, so that a model and its packed copy need not be in memory together."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1 << 20
-"""Smaller tensors stay in memory."""
+"""Bytes; smaller tensors stay in memory."""
 ALIGNMENT = 64
+"""Bytes; torch needs tensors aligned to their dtype, and the CPU reads whole cache lines."""
 
 
 class DiskTensors:
-    """A nameless file in ``folder``; what is put there stays usable, and the system keeps of it in memory what it can.
+    """Stores tensors in an unnamed file; the operating system loads and drops their pages as memory allows.
 
     Args:
-        folder: where there is room on the disk.
+        folder: on a disk with enough space.
     """
 
     def __init__(self, folder: Path) -> None:
         self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - closed on exit
 
     def put(self, tensor: Tensor) -> Tensor:
-        """An equal tensor whose memory is the file's."""
+        """Store a tensor and return an equal one that is mapped from the file."""
         if tensor.numel() * tensor.element_size() < SMALLEST:
             return tensor
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""Files written whole or not at all: a temporary name, fsync, rename."""
+"""Writes files atomically (temporary name, fsync, rename), and reads them with worded errors."""
 
 from __future__ import annotations
 
@@ -43,9 +43,11 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The same for rows, with the columns of all of them; what is missing stays empty."""
+    """Write ``rows`` as CSV, atomically; the columns are those of all rows, and missing values stay empty."""
     text = io.StringIO()
-    columns = dict.fromkeys(column for row in rows for column in row)
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns.update(dict.fromkeys(row))
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -53,7 +55,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and flush it to the disk; a torn last line of an earlier kill is dropped first."""
+    """Append one line and flush it to the disk; first drop an incomplete last line, left by a killed process."""
     with _worded(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.read_bytes() if path.exists() else b""
@@ -66,7 +68,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of the complete lines of ``path``; none if there is no such file."""
+    """The JSON objects in the complete lines of ``path``; an empty list if the file does not exist."""
     if not path.exists():
         return []
     with _undamaged(path):
@@ -75,10 +77,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path, *needed: str) -> dict[str, Any]:
-    """The JSON object in ``path``, which has the keys ``needed``.
+    """Read the JSON object in ``path``.
 
     Raises:
-        RecipeError: it is damaged.
+        RecipeError: it is damaged, or lacks one of the keys ``needed``.
     """
     with _undamaged(path):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -89,8 +91,9 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it appears at ``path``, in place of an earlier one, only when it is complete."""
-    temporary, aside = (path.with_name(f".{path.name}.{os.getpid()}{kind}.tmp") for kind in ("", ".old"))
+    """Yield a temporary folder to fill; on success it replaces ``path`` as a whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     with _worded(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
@@ -100,7 +103,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             for file in temporary.iterdir():
                 sync(file)
             sync(temporary)
-            if path.exists():  # aside in one step: a folder that is half removed would look like a damaged one
+            if path.exists():  # in one step, since a half-deleted folder would look like a damaged one
                 path.replace(aside)
             temporary.replace(path)
             sync(path.parent)
@@ -109,17 +112,20 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def not_written(path: object, error: OSError) -> str:
-    """What to say and do when a file cannot be written."""
+    """The message for a file that cannot be written."""
     return (
-        f"{path}: cannot be written: {error.strerror or error}. What was finished before is still there: make room "
-        "and go on with --ckpt_path last, or choose another --run_dir."
+        f"{path}: cannot be written: {error.strerror or error}. Finished stages are kept: free some space and resume "
+        "with --ckpt_path last, or choose another --run_dir."
     )
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove what a killed writer of ``path`` left behind."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    """Delete the temporary files of killed writers of ``path``."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is kept of a run: one record a stage and the report of it all, which everything a person sees comes from."""
+"""Writes and reads a run's records, one per stage, and its report."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def make_record(
     notes: list[str],
     undone: bool = False,
 ) -> Record:
-    """One stage's record: plain data.
+    """Make one stage's record as plain data.
 
     Args:
         name: the stage's name, "dense" for the baseline.
-        method: its class.
+        method: name of its class.
         options: its arguments.
         metrics: measured after it.
         size: counted after it, from :func:`~pqqp_lightning.checkpoint.size.size_numbers`.
         dense: the baseline's record, None for the baseline itself.
         elapsed_s: compression and finetuning, without evaluation.
-        peak_memory_bytes: of the same.
+        peak_memory_bytes: of compression and finetuning.
         constraints_verified: every promise of every stage so far holds exactly.
-        notes: what was unusual.
+        notes: unusual events.
         undone: the stage gave up a constraint of an earlier stage.
     """
     odd = [f"{k} is {v}" for k, v in metrics.items() if not math.isfinite(v)]
@@ -73,12 +73,12 @@ def make_record(
 
 
 def finite_or_none(value: float) -> float | None:
-    """The value where it is finite, for JSON."""
+    """The value, or None if it is not finite: JSON has no infinity."""
     return value if math.isfinite(value) else None
 
 
 def append_record(folder: Path, record: Record) -> None:
-    """Add a finished stage to the run's records, flushed to the disk."""
+    """Append a finished stage to the run's records and flush it to the disk."""
     append_line(RunFolder(folder).records, json.dumps(record))
 
 
@@ -101,7 +101,7 @@ def write_report(folder: Path, *, status: str, records: Sequence[Record], **more
 
 @cache
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of what decides the numbers."""
+    """Versions of Python and of the packages that the numbers depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -112,7 +112,7 @@ def package_versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine, as far as it decides times and last digits."""
+    """The properties of the machine that times and last digits depend on."""
     return {
         "machine": platform.machine(),
         "system": platform.system(),

@@ -1,6 +1,6 @@
-"""What the JSON files of a run folder hold: one type for each, read and written as plain data.
+"""The content of a run folder's JSON files: one type per file, read and written as plain data.
 
-``NotRequired`` marks what older runs lack, or what a run has only in some cases.
+``NotRequired`` marks what runs of older versions lack, or what only some runs have.
 """
 
 from __future__ import annotations
@@ -27,21 +27,14 @@ class SizeNumbers(TypedDict):
 
 
 class Record(SizeNumbers):
-    """One finished stage: a line of ``records.jsonl``.
+    """One finished stage, a line of ``records.jsonl``; see :func:`pqqp_lightning.storage.records.make_record`.
 
     Attributes:
-        name: the stage's name, "dense" for the baseline.
-        method: its class.
-        options: its arguments.
-        metrics: measured after it; None where a metric is not finite.
-        compression_rate: the dense model's bytes over this one's.
-        elapsed_s: compression and finetuning, without evaluation.
-        peak_memory_bytes: of the same.
-        constraints_verified: every promise of every stage so far holds exactly.
-        notes: what was unusual.
-        undone: the stage gave up a constraint of an earlier stage; older runs do not record it.
-        metrics_before_finetuning: of a stage that trains.
-        logged_steps: the loggers' step at the stage's end.
+        metrics: None for a metric that is not finite.
+        compression_rate: bytes of the dense model / bytes of this one.
+        undone: missing in runs of older versions.
+        metrics_before_finetuning: only of a stage that trains.
+        logged_steps: logger step at the stage's end.
     """
 
     name: str
@@ -71,22 +64,14 @@ class LayerNumbers(TypedDict):
 
 
 class CheckpointFiles(TypedDict):
-    """The finished model: its folder within the run folder, and the bytes of its files."""
+    """The finished model: its folder in the run folder, and the bytes of its files."""
 
     path: str
     file_bytes: int
 
 
 class Origin(TypedDict):
-    """What decides the numbers of any run besides its recipe.
-
-    Attributes:
-        status: "running", "failed", "stopped" or "finished".
-        seed: of the run.
-        recipe: the resolved recipe, as data.
-        versions: of the packages.
-        hardware: the machine.
-    """
+    """A run's status ("running", "failed", "stopped" or "finished"), and what its numbers depend on."""
 
     status: str
     seed: NotRequired[int | None]
@@ -104,7 +89,7 @@ class FitReport(Origin):
 
 
 class DifferenceReport(TypedDict):
-    """A difference of scores and its paired bootstrap interval; None where there is none."""
+    """A difference of scores and its paired bootstrap interval; None for what is unknown."""
 
     value: float | None
     low: float | None
@@ -125,7 +110,7 @@ class RepeatedOrder(TypedDict):
 
 
 class RepeatsReport(TypedDict):
-    """The orders measured again with other calibration samples, and how often the best one is best."""
+    """The orders measured with other calibration samples, and how often the best one stays best."""
 
     seeds: list[int]
     orders: list[RepeatedOrder]
@@ -143,12 +128,10 @@ class OrderEntry(TypedDict):
     """One measured order of ``order.json``.
 
     Attributes:
-        order: the stages' names.
         stages: the records, dense first.
-        metrics: of the last stage.
-        size_bytes: of the last stage.
-        interval: the deciding metric's own interval.
-        behind: how far it is behind the best order.
+        metrics: after the last stage, like ``size_bytes``.
+        interval: of the deciding metric alone.
+        behind: the difference from the best order.
         marks: why it cannot be compared with the others.
     """
 
@@ -162,21 +145,14 @@ class OrderEntry(TypedDict):
 
 
 class MarkedOrder(TypedDict):
-    """An order and why it cannot be compared."""
+    """An order, and why it cannot be compared."""
 
     order: list[str]
     marks: list[str]
 
 
 class HypothesisReport(TypedDict):
-    """The order from the weakest stage to the strongest, and how far it is behind the best.
-
-    Attributes:
-        order: as near to it as was measured.
-        exactly: whether it is that order.
-        equal: stages that are equally strong alone.
-        behind: the distance from the best order.
-    """
+    """The measured order nearest to (or ``exactly``) weakest first, and the stages that are ``equal`` in strength."""
 
     order: list[str]
     exactly: NotRequired[bool]
@@ -205,7 +181,7 @@ class OrderReport(Origin):
 
 
 class CurvePoint(TypedDict):
-    """Quantization alone with these arguments: its nominal C, its score M, its metrics."""
+    """Quantization alone with some arguments: its nominal C, score M and metrics."""
 
     knobs: dict[str, Any]
     rate: float
@@ -222,7 +198,7 @@ class CurveReport(TypedDict):
 
 
 class PairReport(TypedDict):
-    """A, G, C_P, C_Q, C*_P and C*_P - C_Q of a point; None for what was not measured or is not finite."""
+    """A, G, C_P, C_Q, C*_P and C*_P - C_Q of a point; None if not measured or not finite."""
 
     advantage: DifferenceReport | None
     score_pruned: float | None
@@ -237,7 +213,7 @@ class PairReport(TypedDict):
 
 
 class PointOrder(TypedDict):
-    """An order that a point was measured in, with the record of its last stage."""
+    """A measured order of a point, with the record of its last stage."""
 
     order: list[str]
     record: Record
@@ -245,7 +221,7 @@ class PointOrder(TypedDict):
 
 
 class PointReport(TypedDict):
-    """One point of a sweep: its arguments and steps by stage, its orders best first, and those that cannot run."""
+    """One point of a sweep: arguments and steps by stage, orders with the best first, and those that cannot run."""
 
     knobs: dict[str, dict[str, Any]]
     steps: dict[str, str]
@@ -255,7 +231,7 @@ class PointReport(TypedDict):
 
 
 class MonotoneFit(TypedDict):
-    """The growing function nearest to A, at each x in order, and the share of A's variance that it explains."""
+    """The nondecreasing function nearest to A, at each x, and the share of A's variance that it explains."""
 
     x: list[float]
     y: list[float]
@@ -263,7 +239,7 @@ class MonotoneFit(TypedDict):
 
 
 class Correlation(TypedDict):
-    """How A goes with a quantity: Spearman's rank correlation and the monotone fit, see algorithms.rank_statistics."""
+    """Correlation of A with a quantity: Spearman's rank correlation and the monotone fit."""
 
     name: str
     value: float | None
@@ -275,7 +251,7 @@ class Correlation(TypedDict):
 
 
 class PairHypothesis(TypedDict):
-    """The hypothesis on the pairs of all points, and its verdict in sentences."""
+    """The hypothesis on the pairs of all points; ``verdict`` holds sentences."""
 
     advantage: str
     verdict: list[str]
@@ -284,7 +260,7 @@ class PairHypothesis(TypedDict):
 
 
 class AloneReport(TypedDict):
-    """A stage that was measured alone, and what it costs."""
+    """A stage that was measured alone, and its intensity."""
 
     step: str
     stage: str
@@ -294,7 +270,7 @@ class AloneReport(TypedDict):
 
 
 class SweepReport(Origin):
-    """``sweep.json``: every point; of a pruning and a quantizing stage also the curve and the hypothesis."""
+    """``sweep.json``: every point; for a pruning and a quantizing stage also the curve and the hypothesis."""
 
     metric: str
     higher_is_better: bool
@@ -328,10 +304,7 @@ class AdditivityReport(TypedDict):
 
 
 class AnalysisReport(Origin):
-    """``analysis.json``: two stages compared layer by layer.
-
-    Sequences of stages are named as ``"prune->quantize"``.
-    """
+    """``analysis.json``: two stages compared by layer; keys name sequences of stages: ``"prune->quantize"``."""
 
     metric: str
     higher_is_better: bool
@@ -349,7 +322,7 @@ class AnalysisReport(Origin):
 
 
 class MeasuredBefore(TypedDict):
-    """What earlier searches measured of the predicted order."""
+    """The result of an earlier search with the same stages."""
 
     verdict: str
     best: list[str]
@@ -358,7 +331,7 @@ class MeasuredBefore(TypedDict):
 
 
 class PredictionReport(Origin):
-    """``prediction.json``: the order that calibration speaks for, and each stage's intensity."""
+    """``prediction.json``: the order predicted from calibration, and each stage's intensity."""
 
     strategy: str
     predicted: list[str]
@@ -369,6 +342,3 @@ class PredictionReport(Origin):
     gone: NotRequired[dict[str, int]]
     refused: list[Refused]
     measured: MeasuredBefore | None
-
-
-AnyReport = FitReport | OrderReport | SweepReport | AnalysisReport | PredictionReport

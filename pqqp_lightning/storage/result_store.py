@@ -1,8 +1,8 @@
-"""Results kept by what they depend on, so that nothing is computed twice: one folder for each sequence of stages.
+"""Results looked up by what they depend on, so that nothing is computed twice: one folder per sequence of stages.
 
 ``store/prune+quantize-3f2a.../`` holds ``record.json``, ``samples.safetensors`` (what every evaluation sample added to
-the metrics) and, as long as something may go on from it, the compressed model in ``model/``. A lock file beside the
-folder lets one process at a time work on it; a killed process lets go of it.
+the metrics) and, while later stages may be applied to it, the compressed model in ``model/``. A lock file next to the
+folder admits one process at a time; the system releases the lock of a killed process.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ RECORD, SAMPLES_FILE, MODEL = "record.json", "samples.safetensors", "model"
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one sequence of stages.
+    """The measurement of one sequence of stages.
 
     Attributes:
         record: of its last stage.
         samples: float64 [N, S] by metric, see :mod:`pqqp_lightning.metrics.samples`.
-        paths: the model's module that is the metric, by metric.
+        paths: name of the metric's module in the model, by metric.
     """
 
     record: Record
@@ -46,22 +46,22 @@ class ResultStore:
     """The results in ``folder``.
 
     Args:
-        folder: shared by all searches that may use each other's results; made when the first result is written.
+        folder: shared by all searches that reuse each other's results; created with the first result.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, key: str) -> Path:
-        """The folder of a result; ``key`` is a name that tells people what it is, and a digest."""
+        """The folder of a result; ``key`` is a readable name and a digest."""
         return self.folder / key
 
     def has(self, key: str) -> bool:
-        """Whether the result is there."""
+        """Whether the result exists."""
         return (self.path(key) / RECORD).is_file()
 
     def read(self, key: str) -> Result | None:
-        """The result, if it is there; one whose files are damaged is none, and is measured again."""
+        """The result; None if missing or corrupted, so that it is measured again."""
         if not self.has(key):
             return None
         record = self.path(key) / RECORD
@@ -74,15 +74,15 @@ class ResultStore:
                 states = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
                 paths = opened.metadata()
             if paths is None:
-                print(f"{self.path(key)}: does not say whose samples it holds, and is measured again.", flush=True)
+                print(f"{self.path(key)}: does not name the metrics of its samples; measuring it again.", flush=True)
                 return None
             return Result(cast(Record, measured), states, paths)
         except (RecipeError, SafetensorError):
-            print(f"{self.path(key)}: is damaged, and is measured again.", flush=True)
+            print(f"{self.path(key)}: is damaged; measuring it again.", flush=True)
             return None
 
     def write(self, key: str, result: Result) -> None:
-        """Keep the result; its record comes last, so that it is whole where there is one."""
+        """Write the result; the record comes last, so a result with a record is complete."""
         folder = self.path(key)
         folder.mkdir(parents=True, exist_ok=True)
         if result.samples:
@@ -93,24 +93,24 @@ class ResultStore:
         write_json(folder / RECORD, result.record)
 
     def snapshot(self, key: str) -> Path:
-        """Where the compressed model lies, if it is there."""
+        """The folder of the compressed model, which may not exist."""
         return self.path(key) / MODEL
 
     def has_snapshot(self, key: str) -> bool:
-        """Whether the compressed model is there."""
+        """Whether the compressed model exists."""
         return (self.snapshot(key) / MANIFEST).is_file()
 
     def drop_snapshot(self, key: str) -> None:
-        """Remove the compressed model, and keep what was measured."""
+        """Delete the compressed model and keep the measurement."""
         if self.snapshot(key).is_dir():
             with self.locked(key):
                 shutil.rmtree(self.snapshot(key), ignore_errors=True)
                 with suppress(OSError):
-                    self.path(key).rmdir()  # nothing was measured
+                    self.path(key).rmdir()  # succeeds only if nothing was measured
 
     @contextmanager
     def locked(self, key: str, taken: str = "") -> Iterator[None]:
-        """Hold the lock of this name; says what is ``taken`` where another process has it, and waits."""
+        """Hold the lock of ``key``; if another process has it, print ``taken`` and wait."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

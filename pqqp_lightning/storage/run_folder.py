@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, when a run may start in it, and whether it holds the same run."""
+"""A run's folder: the names of its files, and the checks before a run starts or resumes in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.storage.files import checkpoint_bytes, read_json, write_json, write_text
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json.gz"
-"""The files of a checkpoint, such as the one in a run folder's ``model/``."""
+"""The files of a checkpoint."""
+
+
+class _File:
+    """Descriptor of a file or folder in a run folder: gives its path."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: RunFolder, owner: type[RunFolder]) -> Path:
+        return folder.path / self._name
 
 
 @dataclass(frozen=True)
@@ -25,108 +35,52 @@ class RunFolder:
 
     path: Path
 
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe; a run from Python has none."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def run(self) -> Path:
-        """What makes two runs the same: the first file that a run writes."""
-        return self.path / "run.json"
-
-    @property
-    def records(self) -> Path:
-        """One record a line for each finished stage."""
-        return self.path / "records.jsonl"
-
-    @property
-    def model(self) -> Path:
-        """The checkpoint of the finished run."""
-        return self.path / "model"
+    recipe = _File("recipe.yaml")
+    """The resolved recipe; a run started from Python has none."""
+    run = _File("run.json")
+    """The run's identity; the first file that a run writes."""
+    records = _File("records.jsonl")
+    """One line per finished stage."""
+    model = _File("model")
+    """The checkpoint of the finished run."""
+    stages = _File("stages")
+    """The checkpoints of an unfinished run."""
+    logs = _File("logs")
+    """The output of Lightning's loggers."""
+    report = _File("report.json")
+    """The report of ``fit``."""
+    order = _File("order.json")
+    """The report of ``order``."""
+    prediction = _File("prediction.json")
+    """The report of ``order --strategy predict``."""
+    sweep = _File("sweep.json")
+    """The report of ``sweep``."""
+    points = _File("sweep.csv")
+    """One row per point of a sweep."""
+    curve = _File("curve.csv")
+    """One row per point of a sweep's curve of quantization alone."""
+    curve_figure = _File("curve.png")
+    """The plot of ``curve``."""
+    advantage_figure = _File("advantage.png")
+    """The plot of a sweep's gains by order."""
+    analysis = _File("analysis.json")
+    """The report of ``analyze``."""
+    layers = _File("layers.csv")
+    """One row per layer of an analysis."""
+    layers_figure = _File("layers.png")
+    """The plot of ``layers``."""
+    html = _File("report.html")
+    """The report as HTML."""
+    markdown = _File("report.md")
+    """The report as Markdown."""
 
     def stage(self, position: int, name: str) -> Path:
         """The checkpoint of an unfinished run after the stage at ``position``, counted from 0."""
         return self.stages / f"{position + 1}-{name}"
 
     @property
-    def stages(self) -> Path:
-        """The checkpoints of an unfinished run."""
-        return self.path / "stages"
-
-    @property
-    def logs(self) -> Path:
-        """What Lightning's loggers write."""
-        return self.path / "logs"
-
-    @property
-    def report(self) -> Path:
-        """What ``fit`` found."""
-        return self.path / "report.json"
-
-    @property
-    def order(self) -> Path:
-        """What ``order`` found."""
-        return self.path / "order.json"
-
-    @property
-    def prediction(self) -> Path:
-        """What ``order`` predicted without measuring."""
-        return self.path / "prediction.json"
-
-    @property
-    def sweep(self) -> Path:
-        """What ``sweep`` found."""
-        return self.path / "sweep.json"
-
-    @property
-    def points(self) -> Path:
-        """A row for each point of a sweep."""
-        return self.path / "sweep.csv"
-
-    @property
-    def curve(self) -> Path:
-        """A row for each point of a sweep's quantization alone."""
-        return self.path / "curve.csv"
-
-    @property
-    def curve_figure(self) -> Path:
-        """The same as a picture."""
-        return self.path / "curve.png"
-
-    @property
-    def advantage_figure(self) -> Path:
-        """A picture of what the order gains in a sweep."""
-        return self.path / "advantage.png"
-
-    @property
-    def analysis(self) -> Path:
-        """What ``analyze`` found."""
-        return self.path / "analysis.json"
-
-    @property
-    def layers(self) -> Path:
-        """A row for each layer of an analysis."""
-        return self.path / "layers.csv"
-
-    @property
-    def layers_figure(self) -> Path:
-        """The same as a picture."""
-        return self.path / "layers.png"
-
-    @property
-    def html(self) -> Path:
-        """The report for a browser."""
-        return self.path / "report.html"
-
-    @property
-    def markdown(self) -> Path:
-        """The report as text."""
-        return self.path / "report.md"
-
-    @property
     def marks(self) -> tuple[str, str]:
-        """Names of the files of which a folder that holds a run has one."""
+        """Names of files; a folder with one of them is a run folder."""
         return (self.run.name, self.records.name)
 
     @property
@@ -135,14 +89,14 @@ class RunFolder:
         return self.run.exists() or self.records.exists()
 
     def open(self, identity: dict[str, Any], recipe_text: str = "") -> bool:
-        """Start a run; an earlier run's folder is renamed, never overwritten.
+        """Start a run; the folder of an earlier run is renamed, never overwritten.
 
         Args:
-            identity: what makes two runs the same.
-            recipe_text: the resolved recipe, if there is one.
+            identity: everything that a resumed run must share.
+            recipe_text: the resolved recipe; empty for none.
 
         Returns:
-            Whether there was an earlier run.
+            Whether an earlier run was renamed.
         """
         occupied = self.holds_run
         if occupied:
@@ -155,15 +109,15 @@ class RunFolder:
         return occupied
 
     def keep_recipe(self, recipe_text: str) -> None:
-        """Write the recipe, unless it is there or there is none."""
+        """Write the recipe, unless it is empty or already written."""
         if recipe_text and not self.recipe.exists():
             write_text(self.recipe, recipe_text)
 
     def resume(self, identity: dict[str, Any]) -> None:
-        """Check that the folder holds an earlier part of the same run.
+        """Check that the folder holds an unfinished run of the same recipe.
 
         Raises:
-            RecipeError: there is no run in the folder, or it is of another recipe.
+            RecipeError: the folder has no run, or one of another recipe.
         """
         if not self.run.is_file():
             text = f"{self.path}: there is no run to resume"
@@ -175,19 +129,19 @@ class RunFolder:
             raise RecipeError(Problem(text=text, way_out=way_out))
 
     def model_bytes(self) -> int | None:
-        """Bytes of the finished run's checkpoint; None if there is none."""
+        """Bytes of the finished run's checkpoint; None without a checkpoint."""
         return checkpoint_bytes(self.model) if self.model.is_dir() else None
 
 
 def check_folder(path: Path, marks: Sequence[str]) -> list[Problem]:
-    """A problem if ``path``, which need not exist, cannot be a run folder.
+    """The problem if ``path``, which need not exist, cannot be a run folder.
 
-    A run folder is moved aside as a whole when another run takes its place. So it must contain neither the current
-    folder nor files that do not belong to a run.
+    A new run renames the whole folder of an earlier one. So a run folder must contain neither the current folder nor
+    files that do not belong to a run.
 
     Args:
         path: of the run folder.
-        marks: files of which a folder that holds a run has one.
+        marks: see :attr:`RunFolder.marks`.
     """
     if Path.cwd().resolve().is_relative_to(path.resolve()):
         what = "is" if Path.cwd().resolve() == path.resolve() else "contains"
@@ -206,7 +160,7 @@ def check_folder(path: Path, marks: Sequence[str]) -> list[Problem]:
 
 
 def check_writable(option: str, path: Path) -> list[Problem]:
-    """A problem if the folder ``path`` of that option, which need not exist, cannot be written to."""
+    """The problem if the folder ``path``, given by ``option``, cannot be written to; it need not exist."""
     if path.is_symlink() and not path.exists():
         text = f"is a link to {path.readlink()}, which does not exist"
         return [Problem(option, str(path), text, f"Choose another --{option}.")]
@@ -221,6 +175,9 @@ def _differences(a: Any, b: Any, where: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         if where == "stages" and list(a) != list(b):
             return [f"stages are {list(a)} there and {list(b)} here"]
-        keys = [k for k in {**a, **b} if a.get(k) != b.get(k) or k == "stages"]  # equal dicts may differ in order
-        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{where}.{k}".lstrip("."))]
+        found: list[str] = []
+        for key in {**a, **b}:
+            if a.get(key) != b.get(key) or key == "stages":  # equal dicts of stages may differ in order
+                found += _differences(a.get(key), b.get(key), f"{where}.{key}".lstrip("."))
+        return found
     return [f"{where} is {a!r} there and {b!r} here"]

@@ -150,7 +150,7 @@ def _mlp_group(model: nn.Module, name: str, module: nn.Module) -> CoupledGroup |
         if reader is None or len(makers) < len(maker_names):
             continue
         width = reader[1]
-        if any(rows != width for _, rows in makers):
+        if {rows for _, rows in makers} != {width}:
             continue
         channels = torch.arange(width)[:, None]  # [U, 1]: a unit is one row or column
         members = [Member(layer, "out", channels) for layer, _ in makers]
@@ -202,7 +202,7 @@ def _attention_group(model: nn.Module, name: str, module: nn.Module) -> CoupledG
         if getattr(module, setting, None) == value:
             patches.append(Patch(name, setting, per_unit))
     config = [_config_patch(model, name, setting, value, per_unit) for setting, value, per_unit in config_counts]
-    # With fewer heads, hidden_size / num_attention_heads is no longer the head width: state it.
+    # With fewer heads, hidden_size / num_attention_heads is not the head width any more, so state the width.
     config.append(_config_patch(model, name, "head_dim", None, 0, head_dim))
     return CoupledGroup(members[0].name, "heads", key_heads, members, (*patches, *_present(config)))
 
@@ -238,7 +238,7 @@ def _fused_attention_group(model: nn.Module, name: str, module: nn.Module) -> Co
 
 
 def _shared_modules(model: nn.Module) -> set[int]:
-    """ids of modules that are used under several names, or whose weight is."""
+    """ids of modules that have several names, or whose weight does."""
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     tied = tied_weights(model)
     weights = {id(module): id(getattr(module, "weight", None)) for module in model.modules()}

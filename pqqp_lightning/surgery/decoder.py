@@ -87,8 +87,8 @@ def describe_decoder(model: nn.Module) -> Decoder:
     """Describe the residual stream of the language model in ``model``.
 
     Raises:
-        RecipeError: ``model`` holds no model of the two families, or one with another structure; lists every
-            difference.
+        RecipeError: ``model`` contains no model of the two families, or one that differs from their structure; lists
+            every difference.
     """
     for name, module in model.named_modules():
         inner = getattr(module, "model", None)
@@ -99,7 +99,7 @@ def describe_decoder(model: nn.Module) -> Decoder:
             if isinstance(getattr(getattr(inner, "decoder", None), "layers", None), nn.ModuleList):
                 return _Description(model, prefix).opt()
     why = "no lm_head over model.layers or model.decoder.layers"
-    text = f"needs a language model of the LLaMA or OPT family, and {type(model).__name__} has none ({why})"
+    text = f"needs a language model of the LLaMA or OPT family, but {type(model).__name__} has none ({why})"
     raise RecipeError(Problem(text=text, way_out="Use a CausalLM of one of them, or drop the stage."))
 
 
@@ -184,7 +184,8 @@ class _Description:
         decoder = self._modules[base]
         if getattr(decoder, "project_in", None) is not None:
             self._note("a narrower embedding (project_in)", base)
-        if any(not getattr(m, "do_layer_norm_before", True) for m in self._modules.values()):
+        norms_first = [getattr(module, "do_layer_norm_before", True) for module in self._modules.values()]
+        if not all(norms_first):
             self._note("norms behind the sublayers (do_layer_norm_before=False), as in opt-350m", base)
         elif getattr(decoder, "final_layer_norm", None) is None:
             self._note("no final_layer_norm", base)
@@ -194,7 +195,7 @@ class _Description:
         for name in [*decoder.linears, decoder.head]:
             module = self._modules.get(name)
             if not isinstance(module, nn.Linear):
-                self._note(_is_no(module, "Linear layer"), name)
+                self._note(_expected(module, "a Linear layer"), name)
             elif not module.weight.is_floating_point():
                 self._note(f"weights of {module.weight.dtype}", name)
         for name in decoder.norms:
@@ -205,15 +206,15 @@ class _Description:
     def _check_norm(self, name: str, centred: bool) -> None:
         norm = self._modules.get(name)
         if norm is None or not (isinstance(norm, nn.LayerNorm) if centred else _is_rms_norm(norm)):
-            self._note(_is_no(norm, "LayerNorm" if centred else "RMSNorm with a gain"), name)
+            self._note(_expected(norm, "a LayerNorm" if centred else "an RMSNorm with a gain"), name)
 
     def _note(self, what: str, name: str) -> None:
         self._problems.setdefault(what, []).append(name)
 
     def _raise(self) -> None:
         way_out = (
-            "Put the stage before the one that changed this; where the model is built so, use another model, or drop "
-            "the stage."
+            "Put the stage before the one that changed this. If the model itself is built like this, use another one "
+            "or drop the stage."
         )
         if self._problems:
             raise RecipeError(
@@ -222,8 +223,8 @@ class _Description:
             )
 
 
-def _is_no(module: nn.Module | None, expected: str) -> str:
-    return "missing" if module is None else f"of class {type(module).__name__}, no {expected}"
+def _expected(module: nn.Module | None, expected: str) -> str:
+    return "missing" if module is None else f"a {type(module).__name__}, not {expected}"
 
 
 def _is_rms_norm(norm: nn.Module) -> bool:

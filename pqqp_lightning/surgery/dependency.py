@@ -28,8 +28,7 @@ from pqqp_lightning.surgery.coupling import CoupledGroup, Coupling, Member, Side
 from pqqp_lightning.surgery.slicing import SLICED_NORMS, is_depthwise
 
 IMAGE_SIZE = 224
-"""Height and width of the example image, in pixels, for a model that does not say."""
-
+"""Height and width of the example image in pixels, for a model without ``img_size``."""
 
 _cache: WeakKeyDictionary[nn.Module, tuple[list[Any], Coupling]] = WeakKeyDictionary()
 """The groups of each model, and the structure for which they were traced."""
@@ -58,7 +57,7 @@ def _trace(model: nn.Module) -> Coupling:
         raise RecipeError(Problem(text="needs the package torch-pruning", way_out=way_out)) from error
     copy = weightless_copy(model).eval().requires_grad_(True)
     example = example_input(copy)
-    calls = Counter[str]()  # of each module, by which a layer that is used twice is recognised
+    calls = Counter[str]()  # of each module, to recognise layers that are called twice
     handles = [m.register_forward_hook(lambda *_, n=n: calls.update([n])) for n, m in copy.named_modules()]
     try:
         with warnings.catch_warnings(), torch.enable_grad():

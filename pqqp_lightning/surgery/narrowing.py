@@ -73,7 +73,7 @@ def plan_narrowing(
 
 
 def rebuild_narrowed(model: nn.Module, plan: dict[str, Any]) -> None:
-    """Give ``model`` the structure of a plan, with uninitialised weights."""
+    """Give ``model`` the structure of a plan; its smaller weights are uninitialised."""
     for name, (rows, columns) in plan["sizes"].items():
         resize(model.get_submodule(name), rows, columns)
     _set_numbers(model, plan["numbers"])
@@ -110,7 +110,7 @@ def _numbers(groups: Sequence[CoupledGroup], every: Sequence[CoupledGroup], unit
                 config_keys.add((patch.name, patch.attribute))
             else:
                 numbers.append((patch.name, patch.attribute, patch.value(units[group.name])))
-    # A setting on whose value the layers disagree keeps its old one.
+    # If the layers need different values of a setting, it stays unchanged.
     for (name, setting), values in _config_values(every, units).items():
         if (name, setting) in config_keys and len(values) == 1:
             numbers.append((name, setting, values.pop()))

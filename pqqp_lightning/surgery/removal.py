@@ -62,12 +62,10 @@ def sublayers_of(block: nn.Module) -> list[Sublayer] | None:
     """
     children = dict(block.named_children())
     with_parameters = {name for name, child in children.items() if next(child.parameters(), None) is not None}
-    for pair in SUBLAYERS:
-        known: set[str] = set()
-        for sublayer in pair:
-            known.update((sublayer.branch, *sublayer.rest))
-        if with_parameters <= known and all(sublayer.branch in children for sublayer in pair):
-            return [sublayer for sublayer in pair if not isinstance(children[sublayer.branch], Removed)]
+    for attention, mlp in SUBLAYERS:
+        known = {attention.branch, *attention.rest, mlp.branch, *mlp.rest}
+        if with_parameters <= known and attention.branch in children and mlp.branch in children:
+            return [s for s in (attention, mlp) if not isinstance(children[s.branch], Removed)]
     return None
 
 
@@ -135,7 +133,7 @@ def remove_blocks(model: nn.Module, names: Sequence[str], removed: Sequence[str]
 
 def _configurations(model: nn.Module, names: Sequence[str]) -> Iterator[Any]:
     """The configurations of the modules above the blocks, each object once."""
-    seen: set[int] = set()
+    seen: set[int] = set()  # layers often share one configuration object
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         is_above_a_block = any(block.startswith(f"{name}.") or not name for block in names)

@@ -53,7 +53,7 @@ class Strategy:
         raise NotImplementedError
 
     def nodes(self, max_runs: int | None) -> list[Order]:
-        """The nodes that will be measured in any case."""
+        """The nodes that are certain to be measured."""
         raise NotImplementedError
 
     def most_applications(self, max_runs: int | None) -> int:
@@ -65,7 +65,7 @@ class Strategy:
         raise NotImplementedError
 
     def untried(self) -> list[Order]:
-        """The orders that the strategy would try next, had it not reached its limit."""
+        """The orders that the strategy would try next if it had no limit."""
         return []
 
     def finished(self, measured: list[Order]) -> list[Order]:
