@@ -315,7 +315,7 @@ def test_norms_that_do_something_else_are_refused():
 def test_a_vision_model_is_told_what_is_needed():
     module = ImageClassifier("resnet18", pretrained=False, num_classes=10)
     problem = QuaRot().check(module, None, [])[0]
-    assert problem.text.startswith("needs a language model of the LLaMA or OPT family, and ImageClassifier has none")
+    assert problem.text.startswith("needs a language model of the LLaMA or OPT family, but ImageClassifier has none")
     assert problem.way_out == "Use a CausalLM of one of them, or drop the stage."
 
 

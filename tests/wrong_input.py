@@ -146,8 +146,8 @@ WRONG = [
     Wrong(
         "broken file in the working folder",
         "mine.py ~ cannot be imported",
-        "--stages.mine Mine",
-        files={"mine.py": "import nothing\n\nclass Mine:\n    pass\n"},
+        "--stages.mine NeverLoaded",  # a name that no other test gives a stage
+        files={"mine.py": "import nothing\n\nclass NeverLoaded:\n    pass\n"},
     ),
     # shapes and types
     Wrong(
