@@ -126,7 +126,7 @@ class OrderSearch:
         if not self._allowed:
             problems += [problem for found in self._refused.values() for problem in found]
         if problems:
-            raise RecipeError(dict.fromkeys(problems))
+            raise RecipeError(problems)
         self._data.read(self._trainer)
         # draws can be compared only once the data is read
         if self._trainer.is_global_zero and (problems := check_draws(self._data, options.repeats)):

@@ -85,7 +85,7 @@ def check_sweep(trainer: Trainer, data: RunData, store: ResultStore, options: Sw
     except RecipeError as error:
         problems += error.problems
     if problems:
-        raise RecipeError(dict.fromkeys(problems))
+        raise RecipeError(problems)
     return plan
 
 

@@ -104,7 +104,7 @@ def make_plan(
         text = f"has {count} points, more than max_points={max_points}"
         problems.append(Problem(text=text, way_out="Shorten it, or raise max_points.").within("grid"))
     if problems:
-        raise RecipeError(dict.fromkeys(problems))
+        raise RecipeError(problems)
     points = make_points(variants, data)
     if found is not None:
         # a stage of the recipe may be unable to run alone on this model
