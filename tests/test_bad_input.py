@@ -76,8 +76,6 @@ def is_about(problem: Problem, expected: str) -> bool:
         return False
     if not key:
         return not problem.key and message.startswith(f"{source}: " if source else "")
-    if problem.key in ("", problem.section):  # the check that found it does not say which argument is to blame
-        return key.startswith(problem.key) and key.rpartition(".")[2] in message
     return problem.source == source and f"{problem.key}.".startswith(f"{key}.")
 
 

@@ -372,7 +372,7 @@ WRONG = [
     ),
     Wrong(
         "nothing to go on with",
-        "command line: ckpt_path ~ there is no run",
+        "recipe.yaml ~ run: there is no run to resume",
         "--ckpt_path last",
     ),
     # values
@@ -388,7 +388,7 @@ WRONG = [
     ),
     Wrong(
         "both sparsity and pattern",
-        "command line: stages.prune ~ pattern",
+        "recipe.yaml: stages.prune ~ both of sparsity and pattern given",
         "--stages.prune.pattern 2:4",
     ),
     Wrong(
