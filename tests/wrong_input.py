@@ -372,7 +372,7 @@ WRONG = [
     ),
     Wrong(
         "nothing to go on with",
-        "recipe.yaml ~ run: there is no run to resume",
+        "command line: ckpt_path ~ run: there is no run to resume",
         "--ckpt_path last",
     ),
     # values
@@ -388,7 +388,7 @@ WRONG = [
     ),
     Wrong(
         "both sparsity and pattern",
-        "recipe.yaml: stages.prune ~ both of sparsity and pattern given",
+        "command line: stages.prune.pattern='2:4' ~ cannot stand beside sparsity=0.5",
         "--stages.prune.pattern 2:4",
     ),
     Wrong(
