@@ -375,6 +375,11 @@ WRONG = [
         "command line: ckpt_path ~ run: there is no run to resume",
         "--ckpt_path last",
     ),
+    Wrong(
+        "bos",
+        "recipe.yaml: data.bos ~ 'start'",
+        recipe={RECIPE_DATA: "  class_path: TextData\n  init_args: {bos: start}\n"},
+    ),
     # values
     Wrong(
         "sparsity",
