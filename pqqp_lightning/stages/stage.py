@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
@@ -20,6 +20,7 @@ from pqqp_lightning.stages.arguments import argument_values
 from pqqp_lightning.stages.distillation import Distillation
 
 Plan = dict[str, Any]
+BatchNormStep = Literal["recalibrate", "keep"]
 
 
 @dataclass
@@ -76,7 +77,8 @@ class Stage(Callback):
     :class:`~pqqp_lightning.stages.LayerwiseStage` instead.
 
     Class attributes describe a stage: ``promises`` (the constraints that its weights satisfy, "mask" or "grid"),
-    ``needs_calibration``, ``compresses``, ``keeps_function`` (the model's outputs do not change), and
+    ``needs_calibration``, ``compresses``, ``keeps_function`` (the model's outputs do not change),
+    ``changes_before_training`` (``compress`` changes the outputs, not only the training after it), and
     ``comparable_layers`` (a layer has the same inputs and outputs as in the dense model, so that its outputs can be
     compared).
 
@@ -88,6 +90,8 @@ class Stage(Callback):
         blocks: module names of the blocks to calibrate one by one; found by structure by default.
         allow_undo: run even if an earlier stage's constraint is lost; the record says what was lost.
         distill: distill the dense model during finetuning: {weight: 0.5, temperature: 2.0}.
+        batch_norm: "recalibrate" estimates the running statistics of BatchNorm layers again after the compression, on
+            the calibration samples and without labels; "keep" leaves those of the dense model.
     """
 
     source: ClassVar[str] = ""
@@ -95,6 +99,7 @@ class Stage(Callback):
     needs_calibration: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = False
+    changes_before_training: ClassVar[bool] = True
     comparable_layers: ClassVar[bool] = True
 
     def __init__(
@@ -106,10 +111,12 @@ class Stage(Callback):
         blocks: list[str] | None = None,
         allow_undo: bool = False,
         distill: Distillation | None = None,
+        batch_norm: BatchNormStep = "recalibrate",
     ) -> None:
         self.targets, self.ignore = targets, ignore
         self.epochs, self.learning_rate = epochs, learning_rate
         self.blocks, self.allow_undo, self.distill = blocks, allow_undo, distill
+        self.batch_norm = batch_norm
         self.name = type(self).__name__.lower()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -133,6 +140,12 @@ class Stage(Callback):
     def arguments(self) -> dict[str, Any]:
         """The arguments that are attributes of the same name, as plain data for records."""
         return argument_values(self)
+
+    @property
+    def recalibrates_batch_norm(self) -> bool:
+        """Whether BatchNorm statistics are estimated again after :meth:`compress`."""
+        changes = self.compresses and self.changes_before_training and not self.keeps_function
+        return changes and self.batch_norm == "recalibrate"
 
     def find_blocks(self, model: nn.Module) -> Blocks:
         """The blocks of ``model``: this stage's own, the model's ``compression_blocks``, or found by structure."""
@@ -170,6 +183,8 @@ class Stage(Callback):
             if not self.epochs:
                 text = "has no effect with epochs=0"
                 problems.append(Problem("distill", text=text, way_out="Set epochs, or drop it."))
+        if self.batch_norm not in get_args(BatchNormStep):  # Python does not enforce the signature
+            problems.append(Problem("batch_norm", self.batch_norm, "is not one of recalibrate, keep"))
         return problems
 
     def refuse_after(

@@ -1,0 +1,118 @@
+"""Running statistics of BatchNorm layers, estimated again on calibration data.
+
+After a stage has changed weights, each BatchNorm still normalizes with the mean and variance that its inputs had in the
+dense network. Here they become those of the compressed network, without labels and without training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import tqdm
+
+from pqqp_lightning.calibration.collect import StopForward, watching_inputs
+from pqqp_lightning.calibration.statistics import sum_over_ranks
+from pqqp_lightning.calibration.walk import Walk, calibrating
+
+FEW_VALUES = 64
+"""A variance of fewer values a channel is off by more than a sixth (its standard error); the record says so."""
+
+CONSTANT = 1e-12
+"""A variance below this part of the squared mean is rounding noise: the channel is constant."""
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the BatchNorm layers of ``model`` that normalize with running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+def recalibrate_batch_norms(walk: Walk) -> dict[str, list[str]]:
+    """Set the running statistics of every BatchNorm to those of its inputs on the calibration data, in place.
+
+    The layers are taken in the order of the forward pass, each with a pass of its own in evaluation mode that ends
+    there, so that every layer sees what the new statistics of the earlier ones make of the data. Hence the result does
+    not depend on the batch size or on the number of processes, and is what evaluation mode computes: the exact mean and
+    unbiased variance over all calibration samples. A channel that is constant on them keeps its variance, since
+    dividing by none would blow up the first other value.
+
+    Args:
+        walk: of the compressed model; it sums over ranks.
+
+    Returns:
+        What was found, with the names of the layers: those that keep their statistics, and those with few values.
+    """
+    norms = batch_norms(walk.model)
+    found: dict[str, list[str]] = {}
+    with calibrating(walk.model):
+        calls = _calls(walk, norms)
+        if uncalled := [name for name in norms if name not in calls]:
+            found["BatchNorm statistics kept: no forward pass reaches them"] = uncalled
+        bar = tqdm(calls.items(), desc=walk.title, unit="norm", disable=not walk.progress, leave=False)
+        for name, count in bar:
+            moments = _collect(walk, name, norms[name], stop=count == 1)
+            if finding := _set_statistics(norms[name], moments):
+                found.setdefault(finding, []).append(name)
+    return found
+
+
+def _calls(walk: Walk, norms: dict[str, _BatchNorm]) -> Counter[str]:
+    """How often the probe's forward pass calls each of ``norms``, in the order of their first calls."""
+    calls: Counter[str] = Counter()
+    with watching_inputs(norms, lambda name, inputs: calls.update([name])), walk.forward_context():
+        walk.run(walk.probe)
+    return calls
+
+
+def _collect(walk: Walk, name: str, norm: _BatchNorm, *, stop: bool) -> Tensor:
+    """The moments [3, C] of the inputs of ``norm``: number of values, their sum, the sum of their squares; float64.
+
+    Args:
+        walk: gives the batches.
+        name: of the layer.
+        norm: the layer.
+        stop: end each forward pass there.
+    """
+    assert norm.running_mean is not None
+    total = torch.zeros(3, norm.num_features, dtype=torch.float64, device=norm.running_mean.device)
+
+    def add(_: str, inputs: Tensor) -> None:
+        dims = [dim for dim in range(inputs.dim()) if dim != 1]  # the channels are the second dimension
+        # centred sums in float32 are exact enough, and need no float64 copy of the activations
+        variance, mean = (part.double() for part in torch.var_mean(inputs.float(), dims, correction=0))
+        count = inputs.numel() // inputs.shape[1]
+        total.add_(torch.stack([torch.ones_like(mean), mean, variance + mean.square()]), alpha=count)
+        if stop:
+            raise StopForward
+
+    with watching_inputs({name: norm}, add):
+        for batch in walk.batches:
+            with suppress(StopForward), walk.forward_context():
+                walk.run(batch)
+    return sum_over_ranks(total)
+
+
+def _set_statistics(norm: _BatchNorm, moments: Tensor) -> str | None:
+    """Write the running statistics that follow from ``moments`` [3, C]; returns what is unusual about them."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    values = int(moments[0, 0])
+    if not bool(torch.isfinite(moments).all()):
+        return "BatchNorm statistics kept: their calibration inputs hold NaN or infinite values"
+    if values < 2:
+        return "BatchNorm statistics kept: calibration has one value a channel, which has no variance"
+    mean = moments[1] / values
+    biased = (moments[2] / values - mean.square()).clamp(min=0)
+    varies = biased > CONSTANT * mean.square()
+    variance = torch.where(varies, biased * (values / (values - 1)), norm.running_var.double())
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+    if values < FEW_VALUES:
+        return f"BatchNorm statistics from only {values} values a channel. Use more calibration samples"
+    return None
