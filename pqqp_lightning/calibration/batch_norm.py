@@ -101,7 +101,8 @@ def _collect(walk: Walk, name: str, norm: _BatchNorm, *, stop: bool) -> Tensor:
 
 def _set_statistics(norm: _BatchNorm, moments: Tensor) -> str | None:
     """Write the running statistics that follow from ``moments`` [3, C]; returns what is unusual about them."""
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     values = int(moments[0, 0])
     if not bool(torch.isfinite(moments).all()):
         return "BatchNorm statistics kept: their calibration inputs hold NaN or infinite values"

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.calibration.walk import Compress, Walk
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten
-from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, model_blocks, tied_weights
+from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, is_selected, model_blocks, tied_weights
 from pqqp_lightning.network.layers import LAYER_TYPES, Layer, is_packed
 from pqqp_lightning.network.name_patterns import matches, value_for
 from pqqp_lightning.stages.arguments import argument_values
@@ -83,8 +83,9 @@ class Stage(Callback):
     compared).
 
     Args:
-        targets: name patterns of the layers to act on; every Linear and Conv2d inside the blocks by default.
-        ignore: name patterns of layers to skip.
+        targets: name patterns of the layers to act on, "depthwise" for depthwise convolutions; every Linear and Conv2d
+            inside the blocks by default.
+        ignore: name patterns of layers to skip, "depthwise" for depthwise convolutions.
         epochs: epochs of finetuning after this stage, before the next one.
         learning_rate: the highest learning rate of that finetuning; the model's own by default.
         blocks: module names of the blocks to calibrate one by one; found by structure by default.
@@ -269,7 +270,7 @@ class Stage(Callback):
         problems = []
         for argument, patterns in (("targets", self.targets or []), ("ignore", self.ignore or [])):
             for pattern in patterns:
-                if not any(matches(name, pattern) for name in candidates):
+                if not any(is_selected(name, layer, [pattern]) for name, layer in candidates.items()):
                     tails = {part for name in candidates for part in (name.rsplit(".", 1)[-1], name)}
                     hint = near_miss(pattern, tails) or f" The model has {shorten(candidates)}."
                     problems.append(Problem(argument, pattern, "matches no Linear or Conv2d layer", hint.strip()))
