@@ -1,6 +1,9 @@
 """BatchNorm statistics are estimated again after a stage: exactly, over any batches, and only where it makes sense."""
 
+import copy
+
 import pytest
+import timm
 import torch
 from lightning.pytorch import LightningModule
 from sklearn.datasets import load_digits
@@ -25,6 +28,7 @@ from pqqp_lightning.callbacks.qlora import QLoRA
 from pqqp_lightning.callbacks.quarot import QuaRot
 from pqqp_lightning.callbacks.rtn import RTN
 from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.network.blocks import find_blocks
 from pqqp_lightning.storage.records import read_records
 
 
@@ -64,8 +68,8 @@ def loader(count=12, seed=0, batch_size=5):
     return DataLoader(TensorDataset(x, x.mean((2, 3))[:, :2]), batch_size=batch_size)
 
 
-def walk_of(model, batches):
-    return Walk(model, {"": model}, list(batches), batches[0][:1], model, progress=False)
+def walk_of(model, batches, blocks=None):
+    return Walk(model, blocks or {"": model}, list(batches), batches[0][:1], model, progress=False)
 
 
 def statistics(model):
@@ -98,6 +102,19 @@ def test_statistics_are_those_of_a_slow_loop(sizes):
         mean, variance = slow_statistics(model, name, samples)
         assert torch.allclose(norm.running_mean, mean, atol=1e-6), name
         assert torch.allclose(norm.running_var, variance, rtol=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
+def test_block_by_block_gives_what_whole_passes_give(name):
+    small = {"stem_width": 8, "channels": (8, 16, 16, 16)} if name == "resnet18" else {"num_classes": 3}
+    torch.manual_seed(0)
+    whole = timm.create_model(name, **small)
+    blockwise = copy.deepcopy(whole)
+    batches = torch.randn(6, 3, 32, 32).split(4)
+    recalibrate_batch_norms(walk_of(blockwise, batches, find_blocks(blockwise)))
+    recalibrate_batch_norms(walk_of(whole, batches))
+    for name, value in statistics(whole).items():
+        assert torch.equal(value, blockwise.state_dict()[name]), name
 
 
 def test_one_pass_in_training_mode_with_all_samples_in_a_batch_agrees():

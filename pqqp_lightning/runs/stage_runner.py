@@ -213,13 +213,13 @@ class StageRunner:
         with self.on_device():
             plan = stage.compress(self.module, context) if stage.compresses else {}
             if stage.recalibrates_batch_norm:
-                self._recalibrate_batch_norms(context)
+                self._recalibrate_batch_norms(stage, context)
         self._require_equal_ranks()
         self._verify(stage, promised, context)
         self.applied.append(Applied(type(stage), plan))
         return context
 
-    def _recalibrate_batch_norms(self, context: Context) -> None:
+    def _recalibrate_batch_norms(self, stage: Stage, context: Context) -> None:
         """Estimate the statistics of the model's BatchNorm layers again; ``context`` gets what the record says of it.
 
         A stage that needs no calibration data itself runs without, and the statistics then stay as they are.
@@ -232,7 +232,7 @@ class StageRunner:
             return
         with keep_random_state():
             try:
-                walk = context.walk({"": self.module})
+                walk = context.walk(stage.find_blocks(self.module))
             except RecipeError as error:
                 context.notes.append(f"BatchNorm statistics kept: {error.problems[0].text}")
                 return
