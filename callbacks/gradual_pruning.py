@@ -74,6 +74,11 @@ class GradualPruning(PruningStage):
         self._hold = HoldZeros()
         self._steps = self._interval = 1
 
+    @property
+    def changes_before_training(self) -> bool:  # type: ignore[override]
+        """Whether some weights are removed before the training."""
+        return self.initial_sparsity > 0
+
     def check_arguments(self) -> list[Problem]:
         problems = super().check_arguments()
         if self.epochs == 0:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from pqqp_lightning.errors import Problem, RecipeError, near_miss
-from pqqp_lightning.network.layers import LAYER_TYPES, Layer, is_adapter
+from pqqp_lightning.network.layers import LAYER_TYPES, Layer, is_adapter, is_depthwise
 from pqqp_lightning.network.name_patterns import matches_any
 
 Blocks = dict[str, nn.Module]
 
 _KEPT = "_pqqp_block"
+
+DEPTHWISE = "depthwise"
+"""The pattern that selects depthwise convolutions by their kind, whatever their names."""
 
 
 def find_blocks(model: nn.Module, names: list[str] | None = None) -> Blocks:
@@ -85,23 +89,28 @@ def find_layers(
 
     Args:
         model: any module.
-        targets: name patterns; None for every layer inside ``blocks`` whose weight is not tied.
-        ignore: name patterns to leave out.
+        targets: name patterns, or "depthwise"; None for every layer inside ``blocks`` whose weight is not tied.
+        ignore: name patterns to leave out, or "depthwise".
         blocks: from :func:`find_blocks`.
     """
     tied = tied_weights(model)
     layers = {}
     for name, module in model.named_modules():
-        if not isinstance(module, LAYER_TYPES) or is_adapter(module) or matches_any(name, ignore or []):
+        if not isinstance(module, LAYER_TYPES) or is_adapter(module) or is_selected(name, module, ignore or []):
             continue
         if targets is None:
             inside = any(name == block or name.startswith(f"{block}.") or not block for block in blocks)
             chosen = inside and id(module.weight) not in tied
         else:
-            chosen = matches_any(name, targets)
+            chosen = is_selected(name, module, targets)
         if chosen:
             layers[name] = module
     return layers
+
+
+def is_selected(name: str, layer: nn.Module, patterns: Sequence[str]) -> bool:
+    """Whether one of ``patterns`` selects ``layer``, by its name or, as "depthwise", by its kind."""
+    return matches_any(name, patterns) or (DEPTHWISE in patterns and is_depthwise(layer))
 
 
 def tied_weights(model: nn.Module) -> set[int]:

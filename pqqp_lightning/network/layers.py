@@ -66,6 +66,12 @@ def groups_of(layer: Layer) -> int:
     return layer.groups if isinstance(layer, nn.Conv2d) else 1
 
 
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a depthwise convolution: each filter reads one channel, so that it has few weights."""
+    groups = getattr(layer, "groups", 1)
+    return groups > 1 and groups == getattr(layer, "in_channels", None)
+
+
 def geometry(layer: Layer) -> tuple[object, ...]:
     """Return what determines a layer's input rows besides its input: layers of equal geometry share statistics."""
     if isinstance(layer, nn.Linear):

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from pqqp_lightning.calibration.batch_norm import batch_norms, recalibrate_batch_norms
 from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.checkpoint.format import Applied, skeleton_of
 from pqqp_lightning.checkpoint.load import restore
@@ -211,10 +212,34 @@ class StageRunner:
         promised = collect_promises(self.module)
         with self.on_device():
             plan = stage.compress(self.module, context) if stage.compresses else {}
+            if stage.recalibrates_batch_norm:
+                self._recalibrate_batch_norms(stage, context)
         self._require_equal_ranks()
         self._verify(stage, promised, context)
         self.applied.append(Applied(type(stage), plan))
         return context
+
+    def _recalibrate_batch_norms(self, stage: Stage, context: Context) -> None:
+        """Estimate the statistics of the model's BatchNorm layers again; ``context`` gets what the record says of it.
+
+        A stage that needs no calibration data itself runs without, and the statistics then stay as they are.
+        """
+        norms = batch_norms(self.module)
+        if not norms:
+            return
+        if not self.data.has_calibration_data():
+            context.notes.append("BatchNorm statistics kept: there is no calibration data")
+            return
+        with keep_random_state():
+            try:
+                walk = context.walk(stage.find_blocks(self.module))
+            except RecipeError as error:
+                context.notes.append(f"BatchNorm statistics kept: {error.problems[0].text}")
+                return
+            findings = recalibrate_batch_norms(walk)
+        for what, layers in findings.items():
+            context.found(what, layers)
+        context.notes.append(f"BatchNorm statistics of {len(norms)} layers estimated again")
 
     def finetune(self, stage: Stage, folder: Path, compressed: Record) -> Record:
         """Train for the stage's epochs, resuming a killed training; then measure and save.
