@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.structure import weightless_copy
 from pqqp_lightning.runs.run_data import RunData
+from pqqp_lightning.runs.training_checks import check_training
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.run_folder import RunFolder, check_folder
 
@@ -28,12 +29,24 @@ def check_recipe(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> No
         raise RecipeError(problems)
 
 
+def read_data(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> None:
+    """Read the data, and check what shows only then.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    data.read(trainer)
+    calibrates = any(stage.needs_calibration for stage in stages)
+    if problems := data.check_read(calibrates=calibrates, trains=any(stage.epochs > 0 for stage in stages)):
+        raise RecipeError(problems)
+
+
 def check_run(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> list[Problem]:
     """The problems that do not depend on the stages' order: folder, data, model, names, epochs and strategy."""
     run_folder = RunFolder(Path(trainer.default_root_dir))
     folder = [] if trainer.fast_dev_run else check_folder(run_folder.path, run_folder.marks)
     problems = folder + data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
-    return problems + _check_strategy(trainer) + _check_teacher(stages)
+    return problems + _check_strategy(trainer) + _check_teacher(stages) + check_training(trainer, data.module, stages)
 
 
 def check_places(stages: Sequence[Stage], data: RunData) -> list[Problem]:

@@ -18,6 +18,7 @@ from pqqp_lightning.network.layers import LAYER_TYPES, Layer, is_packed
 from pqqp_lightning.network.name_patterns import matches, value_for
 from pqqp_lightning.stages.arguments import argument_values
 from pqqp_lightning.stages.distillation import Distillation
+from pqqp_lightning.surgery.parametrized import parametrized_tensors
 
 Plan = dict[str, Any]
 
@@ -249,6 +250,20 @@ class Stage(Callback):
         layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LAYER_TYPES))
         return [name for name, layer in layers if layer.weight.requires_grad]
 
+    def refuse_parametrized(self, model: nn.Module, layers: Iterable[str]) -> list[Problem]:
+        """One problem for each kind of computed weight among ``layers``: what a stage writes there would be lost."""
+        computed = parametrized_tensors(model)
+        of_kind: dict[str, list[str]] = {}
+        for name in dict.fromkeys(layers):
+            if kind := computed.get(f"{name}.weight") or computed.get(name):
+                of_kind.setdefault(kind, []).append(name)
+        way_out = "Set trainer.fold_parametrizations: true, which makes plain weights of them, or add them to ignore."
+        problems = []
+        for kind, names in of_kind.items():
+            text = f"{shorten(names)} compute their weights in every forward pass ({kind}): a stage cannot change them"
+            problems.append(Problem(text=text, way_out=way_out))
+        return problems
+
     def _check_targets(self, model: LightningModule) -> list[Problem]:
         candidates = {n: m for n, m in model.named_modules() if isinstance(m, LAYER_TYPES)}
         problems = []
@@ -265,6 +280,7 @@ class Stage(Callback):
             verb = "share their weights" if len(shared) > 1 else "shares its weight"
             text = f"{shorten(shared)} {verb} with another module (a tied embedding)"
             problems.append(Problem(text=text, way_out=f"Add {'them' if len(shared) > 1 else 'it'} to ignore."))
+        problems += self.refuse_parametrized(model, layers)
         if packed := [n for n, layer in layers.items() if is_packed(layer)]:
             kinds = " and ".join(sorted({type(layers[n]).__name__ for n in packed}))
             way_out = "Load the model unquantized and quantize it with a stage (NF4, FP4, INT8), or add them to ignore."
