@@ -209,9 +209,9 @@ def _check_source(loader: Any) -> list[Problem]:
     if isinstance(loader, Iterable) and not isinstance(loader, Mapping | list | tuple | str | CombinedLoader):
         return []
     several = isinstance(loader, Mapping | list | tuple | CombinedLoader)
-    text = "are several loaders" if several else f"is {type(loader).__name__}, not a loader"
+    text = f"the data to calibrate from is {'several loaders' if several else type(loader).__name__}, not one loader"
     way_out = "Define calibration_dataloader() in the datamodule or the model, with one loader."
-    return [Problem(text=f"the data to calibrate from {text}", way_out=way_out).within("data")]
+    return [Problem(text=text, way_out=way_out).within("data")]
 
 
 def _length(loaders: Any) -> int | None:

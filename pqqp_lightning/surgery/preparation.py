@@ -89,7 +89,11 @@ def call_hook(module: LightningModule, hook: str, stage: str = "fit") -> bool:
     Raises:
         RecipeError: the hook writes into weights that exist already.
     """
-    before = [(part, dict(part._modules), dict(part._parameters)) for part in module.modules()]
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for part in module.modules():
+        stores: list[dict[str, Any]] = [part._modules, part._parameters]
+        # An attribute that is None waits for its layer.
+        before += [(store, {name: held for name, held in store.items() if held is not None}) for store in stores]
     versions = {name: p._version for name, p in module.named_parameters() if not is_lazy(p) and not p.is_inference()}
     function = getattr(type(module), hook)
     if hook == "setup":
@@ -97,11 +101,9 @@ def call_hook(module: LightningModule, hook: str, stage: str = "fit") -> bool:
     else:
         function(module)
     replaced = False
-    for part, modules, parameters in before:
-        replaced |= any(part._modules.get(name) is not old for name, old in modules.items())
-        replaced |= any(part._parameters.get(name) is not old for name, old in parameters.items())
-        part._modules.update(modules)
-        part._parameters.update(parameters)
+    for store, held in before:
+        replaced |= any(store.get(name) is not part for name, part in held.items())
+        store.update(held)
     named = dict(module.named_parameters())
     if written := [name for name, version in versions.items() if named[name]._version != version]:
         text = (
