@@ -118,8 +118,11 @@ def _check_epsilon(trainer: Trainer, module: LightningModule) -> list[Problem]:
     words = vanishing_epsilon(list(_torch_optimizers(_configured(module))), dtype)
     if not words:
         return []
-    text = f"cannot be trained: {words}, and the weights would become NaN"
     way_out = f"{OTHER_PRECISION}, or give the optimizer eps=1e-4."
+    if dtype is None:
+        text = f"training would make the weights NaN: {words}"
+        return [Problem(text=text, way_out=way_out).within("model")]
+    text = f"would make the weights NaN in training: {words}"
     return [Problem("precision", trainer.precision, text, way_out).within("trainer")]
 
 
