@@ -12,7 +12,7 @@ from torch.nn.utils import weight_norm as old_weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 from pqqp_lightning import load
-from pqqp_lightning.callbacks import GPTQ, RTN, ChannelPruning, Finetune, Magnitude, SparseGPT
+from pqqp_lightning.callbacks import GPTQ, RTN, BasisSharing, ChannelPruning, Finetune, Magnitude, SparseGPT
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.structure import copy_model, weightless_copy
@@ -134,6 +134,19 @@ def test_a_mask_of_torch_prune_on_a_convolution_becomes_its_constraint():
     assert torch.equal(conv[0].weight, expected)
     matrix = expected.permute(0, 2, 3, 1).flatten(1)
     assert torch.equal(constraints_of(conv[0]).mask(), matrix != 0)
+
+
+def test_what_would_lose_the_mask_of_torch_prune_is_refused_before_any_work(tmp_path):
+    sharing = BasisSharing(0.2)
+    with pytest.raises(RecipeError, match="carry a mask that the model had before the run"):
+        fit(tmp_path / "run", Parametrized("prune"), sharing, fold_parametrizations=True)
+    assert not (tmp_path / "run").exists()
+    fit(tmp_path / "loaded", Parametrized("prune"), RTN(4), fold_parametrizations=True)
+    with pytest.raises(RecipeError, match="carry a grid that the model had before the run"):
+        fit(tmp_path / "run", load(tmp_path / "loaded"), sharing)
+    with pytest.raises(RecipeError, match="off the grid that they had before the run"):
+        fit(tmp_path / "run", load(tmp_path / "loaded"), Finetune(1))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm", "prune"])

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pqqp_lightning.errors import Problem, RecipeError, shorten
+from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.structure import weightless_copy
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.training_checks import check_training
@@ -107,6 +108,11 @@ def _check_training(stage: Stage, data: RunData, earlier: Sequence[Stage], model
             "Finetune before quantizing, recover with LoRA, set epochs: 0, or freeze these weights "
             "(requires_grad=False) in the model."
         )
+        problems.append(Problem("epochs", stage.epochs, text, way_out))
+    before_run = [name for name, _, constraints in constrained_layers(model) if constraints.has("grid")]
+    if moved := [f"{name}.weight" for name in before_run if name in moving and name not in on_grid]:
+        text = f"would move {shorten(moved)} off the grid that they had before the run"
+        way_out = "Recover with LoRA, set epochs: 0, or freeze these weights (requires_grad=False) in the model."
         problems.append(Problem("epochs", stage.epochs, text, way_out))
     hidden_weight = stage.distill.hidden_weight if stage.distill else 0
     if hidden_weight and list(stage.find_blocks(model)) != list(stage.find_blocks(data.module)):

@@ -14,6 +14,7 @@ from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.calibration.walk import Compress, Walk
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten
 from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, model_blocks, tied_weights
+from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.layers import LAYER_TYPES, Layer, is_packed
 from pqqp_lightning.network.name_patterns import matches, value_for
 from pqqp_lightning.stages.arguments import argument_values
@@ -178,6 +179,8 @@ class Stage(Callback):
     ) -> list[Problem]:
         """One problem for each earlier stage whose ``promises`` hold on a layer that this stage acts on.
 
+        And one for each kind of promise that the model itself brought along.
+
         Args:
             model: as in :meth:`check`.
             earlier: the stages before this one.
@@ -192,6 +195,13 @@ class Stage(Callback):
             what = " and ".join(p for p in stage.promises if p in promises)
             text = f"{reason}: {shorten(both)} carry the {what} of stage '{stage.name}'"
             problems.append(Problem(text=text, way_out=way_out))
+        # A loaded model, or one with masks of torch.nn.utils.prune, has constraints before the first stage.
+        own = set(self.find_layers(model))
+        for promise in promises:
+            held = [name for name, _, constraints in constrained_layers(model) if constraints.has(promise)]
+            if both := sorted(own & set(held)):
+                text = f"{reason}: {shorten(both)} carry a {promise} that the model had before the run"
+                problems.append(Problem(text=text, way_out="Set allow_undo: true, or add them to ignore."))
         return problems
 
     def overlaps(
