@@ -115,7 +115,10 @@ class ChannelPruning(Stage):
             return problems + error.problems
         if problems:
             return problems
-        problems = self._check_targets(model) or self._check_amounts(model, coupling)
+        problems = self._check_targets(model)
+        if not problems:
+            coupled = [member.name for group in self._chosen(model, coupling) for member in group.members]
+            problems = self.refuse_parametrized(model, coupled) or self._check_amounts(model, coupling)
         return problems or self._check_earlier(model, coupling, earlier) + self._check_runs(model)
 
     def expected_plan(self, model: LightningModule) -> Plan:

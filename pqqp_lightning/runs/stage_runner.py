@@ -36,6 +36,7 @@ from pqqp_lightning.network.structure import Skeleton
 from pqqp_lightning.runs.distillation import make_teacher
 from pqqp_lightning.runs.finetuning import logged_steps, train_segment
 from pqqp_lightning.runs.peak_memory import peak_memory
+from pqqp_lightning.runs.preparation import preparation_notes
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.single_steps import loss_of, run_batch
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
@@ -91,8 +92,25 @@ class StageRunner:
         self._evaluate_batches(0)
 
     def metric_names(self) -> list[str]:
-        """Names of the metrics, from evaluating one batch."""
-        return list(self._evaluate_batches(1))
+        """Names of the metrics, from evaluating one batch.
+
+        Raises:
+            RecipeError: it logs none.
+        """
+        metrics = self._evaluate_batches(1)
+        self._require_metrics(metrics)
+        return list(metrics)
+
+    def _require_metrics(self, metrics: dict[str, float]) -> None:
+        """Refuse an evaluation that measures nothing, unless ``limit_val_batches: 0`` asks for none."""
+        if metrics or not self.trainer.limit_val_batches:
+            return
+        name = type(self.module).__name__
+        text = f"validation_step of {name} logs no metric, so that there is nothing to compare"
+        problem = Problem(text=text, way_out='Log one: self.log("val_loss", loss).').within("model")
+        if not sum(self.trainer.num_val_batches):
+            problem = Problem(text="the evaluation data has no batch", way_out="Give more samples.").within("data")
+        raise RecipeError(problem)
 
     def _evaluate_batches(self, batches: int) -> dict[str, float]:
         limit = self.trainer.limit_val_batches
@@ -142,6 +160,7 @@ class StageRunner:
         """Evaluate the dense model and keep its record as the baseline."""
         with peak_memory(self.trainer.strategy.root_device) as peak:
             metrics = self.evaluate()
+        self._require_metrics(metrics)
         self.describe_dense(stages)
         size = size_numbers(self.size(), self.original_bits)
         self.dense = make_record(
@@ -154,7 +173,7 @@ class StageRunner:
             elapsed_s=0.0,
             peak_memory_bytes=peak.size_bytes,
             constraints_verified=True,
-            notes=[],
+            notes=preparation_notes(self.module),
         )
         return self.dense
 

@@ -14,10 +14,12 @@ from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.calibration.walk import Compress, Walk
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten
 from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, is_selected, model_blocks, tied_weights
+from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.layers import LAYER_TYPES, Layer, is_packed
 from pqqp_lightning.network.name_patterns import matches, value_for
 from pqqp_lightning.stages.arguments import argument_values
 from pqqp_lightning.stages.distillation import Distillation
+from pqqp_lightning.surgery.parametrized import parametrized_tensors
 
 Plan = dict[str, Any]
 BatchNormStep = Literal["recalibrate", "keep"]
@@ -193,6 +195,8 @@ class Stage(Callback):
     ) -> list[Problem]:
         """One problem for each earlier stage whose ``promises`` hold on a layer that this stage acts on.
 
+        And one for each kind of promise that the model itself brought along.
+
         Args:
             model: as in :meth:`check`.
             earlier: the stages before this one.
@@ -207,6 +211,13 @@ class Stage(Callback):
             what = " and ".join(p for p in stage.promises if p in promises)
             text = f"{reason}: {shorten(both)} carry the {what} of stage '{stage.name}'"
             problems.append(Problem(text=text, way_out=way_out))
+        # A loaded model, or one with masks of torch.nn.utils.prune, has constraints before the first stage.
+        own = set(self.find_layers(model))
+        for promise in promises:
+            held = [name for name, _, constraints in constrained_layers(model) if constraints.has(promise)]
+            if both := sorted(own & set(held)):
+                text = f"{reason}: {shorten(both)} carry a {promise} that the model had before the run"
+                problems.append(Problem(text=text, way_out="Set allow_undo: true, or add them to ignore."))
         return problems
 
     def overlaps(
@@ -265,6 +276,20 @@ class Stage(Callback):
         layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LAYER_TYPES))
         return [name for name, layer in layers if layer.weight.requires_grad]
 
+    def refuse_parametrized(self, model: nn.Module, layers: Iterable[str]) -> list[Problem]:
+        """One problem for each kind of computed weight among ``layers``: what a stage writes there would be lost."""
+        computed = parametrized_tensors(model)
+        of_kind: dict[str, list[str]] = {}
+        for name in dict.fromkeys(layers):
+            if kind := computed.get(f"{name}.weight") or computed.get(name):
+                of_kind.setdefault(kind, []).append(name)
+        way_out = "Set trainer.fold_parametrizations: true, which makes plain weights of them, or add them to ignore."
+        problems = []
+        for kind, names in of_kind.items():
+            text = f"{shorten(names)} compute their weights in every forward pass ({kind}): a stage cannot change them"
+            problems.append(Problem(text=text, way_out=way_out))
+        return problems
+
     def _check_targets(self, model: LightningModule) -> list[Problem]:
         candidates = {n: m for n, m in model.named_modules() if isinstance(m, LAYER_TYPES)}
         problems = []
@@ -281,6 +306,7 @@ class Stage(Callback):
             verb = "share their weights" if len(shared) > 1 else "shares its weight"
             text = f"{shorten(shared)} {verb} with another module (a tied embedding)"
             problems.append(Problem(text=text, way_out=f"Add {'them' if len(shared) > 1 else 'it'} to ignore."))
+        problems += self.refuse_parametrized(model, layers)
         if packed := [n for n, layer in layers.items() if is_packed(layer)]:
             kinds = " and ".join(sorted({type(layers[n]).__name__ for n in packed}))
             way_out = "Load the model unquantized and quantize it with a stage (NF4, FP4, INT8), or add them to ignore."
