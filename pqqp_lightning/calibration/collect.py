@@ -76,7 +76,7 @@ class Collector:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Collect from the forward passes inside the context."""
-        with watching_inputs(self._layers, self._see):
+        with watching_inputs(self._layers, self._see):  # type: ignore[arg-type]
             yield
 
     @contextmanager
