@@ -244,10 +244,14 @@ def _parameter_layer(module: nn.Module | None, name: str) -> ParameterLayer | No
 
 
 def _module_name(model: nn.Module, name: str) -> str:
-    """The name of the module whose outputs show what the layer ``name`` computes: its own, or its parameter's owner."""
+    """The name of the module whose outputs show what the layer ``name`` computes: its own, or its parameter's owner.
+
+    torch's attention uses the weight of its last projection without a call, so that its own outputs show it.
+    """
     parent, _, last = name.rpartition(".")
     owner = _submodule(model, parent)
-    return parent if owner is not None and _parameter_layer(owner, last) is not None else name
+    uncalled = isinstance(owner, nn.MultiheadAttention) or _parameter_layer(owner, last) is not None
+    return parent if uncalled else name
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
