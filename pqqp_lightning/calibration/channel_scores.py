@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 from pqqp_lightning.algorithms.channels import sum_by_channel, taylor_terms
 from pqqp_lightning.calibration.collect import watching_inputs
 from pqqp_lightning.calibration.statistics import sum_over_ranks
+from pqqp_lightning.calibration.token_mask import TokenMask, positions_of
 from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 
@@ -35,16 +37,22 @@ def mean_squared_inputs(walk: Walk, layers: Iterable[str]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
 
-    def add(name: str, inputs: Tensor) -> None:
+    def add(mask: TokenMask | None, name: str, inputs: Tensor) -> None:
+        if isinstance(modules[name], nn.Linear):
+            inputs = positions_of(inputs, mask)
         dim = inputs.dim() - 3 if isinstance(modules[name], nn.Conv2d) else inputs.dim() - 1
         total = sum_by_channel(inputs.detach().float().square(), dim)
         rows = torch.tensor(inputs.numel() // inputs.shape[dim], device=total.device)
         sums[name] = sums[name] + total if name in sums else total
         counts[name] = counts[name] + rows if name in counts else rows
 
-    with calibrating(walk.model), walk.forward_context(), watching_inputs(modules, add):
-        for batch in tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False):
-            walk.run(batch)
+    with calibrating(walk.model), walk.forward_context():
+        masks = walk.masks()
+        pairs = zip(walk.batches, masks, strict=True)
+        bar = tqdm(pairs, total=len(masks), desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
+        for batch, mask in bar:
+            with watching_inputs(modules, partial(add, mask)):
+                walk.run(batch)
     if missed := [name for name in modules if name not in sums]:
         way_out = "Add them to ignore, or use importance: norm."
         raise RecipeError(Problem(text=f"calibration never reached {shorten(missed)}", way_out=way_out))

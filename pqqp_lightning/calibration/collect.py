@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pqqp_lightning.calibration.statistics import Statistic
-from pqqp_lightning.network.layers import Layer, columns_of, geometry, groups_of, input_rows
+from pqqp_lightning.calibration.token_mask import TokenMask, positions_of
+from pqqp_lightning.network.layers import Layer, columns_of, geometry, groups_of, input_rows, spatial_dimensions
 
 
 class StopForward(Exception):
@@ -56,6 +57,10 @@ class Collector:
     Args:
         layers: name to layer.
         kind: the statistic's class.
+
+    Attributes:
+        unmasked: names of the layers whose inputs did not have the positions of a batch with padding, so that padded
+            ones may have been counted.
     """
 
     def __init__(self, layers: dict[str, Layer], kind: type[Statistic]) -> None:
@@ -63,6 +68,8 @@ class Collector:
         self._reading_of: dict[str, Reading] = {}
         self._calls: list[str] = []
         self._may_stop = False
+        self._mask: TokenMask | None = None  # of the current forward pass
+        self.unmasked: dict[str, None] = {}
 
     @property
     def readings(self) -> list[Reading]:
@@ -80,9 +87,14 @@ class Collector:
             yield
 
     @contextmanager
-    def forward_pass(self) -> Iterator[None]:
-        """Wrap one forward pass: end it early where possible, and forget its inputs afterwards."""
+    def forward_pass(self, mask: TokenMask | None = None) -> Iterator[None]:
+        """Wrap one forward pass: end it early where possible, and forget its inputs afterwards.
+
+        Args:
+            mask: the positions of the batch that count.
+        """
         self._calls.clear()
+        self._mask = mask
         with suppress(StopForward):
             yield
         for reading in self.readings:
@@ -97,7 +109,7 @@ class Collector:
             self._add_layer(name, inputs)
         elif next(iter(reading.layers)) == name:  # the reading's first layer counts for all of them
             reading.latest = inputs
-            reading.statistic.add(input_rows(self._layers[name], inputs))
+            reading.statistic.add(self._rows(name, inputs))
         elif reading.latest is not inputs:
             first_name = next(iter(reading.layers))
             raise RuntimeError(
@@ -105,6 +117,14 @@ class Collector:
             )
         if self._may_stop and len(self._calls) == len(self._layers):
             raise StopForward
+
+    def _rows(self, name: str, inputs: Tensor) -> Tensor:
+        """The rows [groups, T, I] of the layer's input that count."""
+        if self._mask is not None and not spatial_dimensions(self._layers[name]):
+            if self._mask.misses(inputs):
+                self.unmasked[name] = None
+            inputs = positions_of(inputs, self._mask)
+        return input_rows(self._layers[name], inputs)
 
     def _add_layer(self, name: str, inputs: Tensor) -> None:
         """Add a layer to the reading that has the same input, or start a new reading."""
@@ -116,7 +136,7 @@ class Collector:
                 self._reading_of[name] = reading
                 return
         statistic = self._kind(groups_of(layer), columns_of(layer), layer.weight.device)
-        statistic.add(input_rows(layer, inputs))
+        statistic.add(self._rows(name, inputs))
         self._reading_of[name] = Reading({name: layer}, statistic, inputs)
 
 

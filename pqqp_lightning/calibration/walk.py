@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from pqqp_lightning.calibration.chain import Call, Run, capture_calls, first_output, is_chain
 from pqqp_lightning.calibration.collect import Collector, Reading, check_reading
 from pqqp_lightning.calibration.statistics import Statistic
+from pqqp_lightning.calibration.token_mask import TokenMask, token_masks
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.layers import Layer
@@ -49,6 +50,7 @@ class Walk:
     progress: bool = True
     notes: list[str] = field(default_factory=list)
     loss: Callable[[Any], Tensor] | None = None
+    _masks: list[TokenMask | None] | None = field(default=None, init=False)
 
     def over(self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
         """Collect ``kind`` for each of ``layers`` and hand it to ``compress``, block after block.
@@ -68,6 +70,12 @@ class Walk:
                 self._blocks_in_turn(inside, kind, compress, every_block=not same)
             if outside:
                 self._collect(outside, kind, compress, lambda i: self._forward(self.batches[i]))
+
+    def masks(self) -> list[TokenMask | None]:
+        """The positions of each batch that count, for every sum over positions. Call it in ``calibrating()``."""
+        if self._masks is None:
+            self._masks = token_masks(self.model, self.batches, self.probe, self._forward)
+        return self._masks
 
     def first(self, samples: int) -> Walk:
         """A walk over the first batches only, as many as needed for this number of samples."""
@@ -127,10 +135,14 @@ class Walk:
         self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, forward: Callable[[int], object]
     ) -> None:
         collector = Collector(layers, kind)
+        masks = self.masks()
         with collector.watching():
-            for i in range(len(self.batches)):
-                with collector.forward_pass():
+            for i, mask in enumerate(masks):
+                with collector.forward_pass(mask):
                     forward(i)
+        if collector.unmasked:
+            what = "padded positions may count, since the inputs do not have the positions of the batch"
+            self.notes.append(f"{shorten(collector.unmasked)}: {what}")
         if missed := collector.uncalled():
             way_out = "Use more calibration samples, or add them to ignore."
             raise RecipeError(Problem(text=f"calibration never reached {shorten(missed)}", way_out=way_out))

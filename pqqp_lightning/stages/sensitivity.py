@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from pqqp_lightning.algorithms.allocation import output_error
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Hessian, sum_over_ranks
+from pqqp_lightning.calibration.token_mask import TokenMask, positions_of
 from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept, samples_in
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.blocks import Blocks
@@ -75,16 +76,22 @@ def mean_squared_gradients(walk: Walk, layers: dict[str, Layer]) -> dict[str, Te
     sums = {name: torch.zeros(rows_of(layer), device=layer.weight.device) for name, layer in layers.items()}
     rows = {name: torch.zeros((), device=layer.weight.device) for name, layer in layers.items()}
 
-    def add(samples: int, name: str, gradient: Tensor) -> None:
-        channels = gradient.dim() - 1 - spatial_dimensions(layers[name])
+    def add(samples: int, mask: TokenMask | None, name: str, gradient: Tensor) -> None:
+        spatial = spatial_dimensions(layers[name])
+        if not spatial:
+            gradient = positions_of(gradient, mask)
+        channels = gradient.dim() - 1 - spatial
         flat = gradient.float().mul(samples).movedim(channels, -1).flatten(0, -2)  # [T, O]; the loss is a mean
         sums[name] += flat.square().sum(dim=0)
         rows[name] += flat.shape[0]
 
     with calibrating(walk.model), walk.forward_context(), torch.enable_grad():
-        bar = tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
-        for batch in bar:
-            with _watching(walk.model, layers, partial(add, samples_in(batch))):
+        with torch.no_grad():
+            masks = walk.masks()
+        pairs = zip(walk.batches, masks, strict=True)
+        bar = tqdm(pairs, total=len(masks), desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
+        for batch, mask in bar:
+            with _watching(walk.model, layers, partial(add, samples_in(batch), mask)):
                 walk.loss(batch).backward()
     for total in (*sums.values(), *rows.values()):
         sum_over_ranks(total)
