@@ -45,6 +45,7 @@ ARC = "--data.questions '{source: $PQQP_DATA/ai2_arc, config_name: ARC-Challenge
 ROTATION = "order --config recipes/paper/rotation.yaml"
 FEW = "--data.calibration_samples 4 --data.evaluation_samples 10"
 SPARSITIES = (0.5, 0.6, 0.7)
+KEEP = "--stages.prune.batch_norm keep --stages.quantize.batch_norm keep"
 INT8 = "order --config recipes/paper/finetuned-int8.yaml"
 GRANULARITY = "analyze --config recipes/paper/granularity.yaml"
 TWO_OF_FOUR = "--stages.prune.sparsity null --stages.prune.pattern 2:4"
@@ -118,6 +119,16 @@ EXPERIMENTS = {
     "resnet-magnitude": Experiment(
         "ResNet-18 with magnitude pruning",
         "sweep --config recipes/paper/resnet.yaml --stages.prune Magnitude",
+        "resnet-train",
+    ),
+    "resnet-keep": Experiment(
+        "ResNet-18 with the dense network's BatchNorm statistics",
+        f"sweep --config recipes/paper/resnet.yaml {KEEP}",
+        "resnet-train",
+    ),
+    "resnet-magnitude-keep": Experiment(
+        "ResNet-18 with magnitude pruning and the dense network's BatchNorm statistics",
+        f"sweep --config recipes/paper/resnet.yaml --stages.prune Magnitude {KEEP}",
         "resnet-train",
     ),
     "deit": Experiment("DeiT on CIFAR-10", "sweep --config recipes/paper/deit.yaml", "deit-train"),

@@ -14,9 +14,9 @@ from pqqp_lightning.algorithms.channels import choose_units, group_norm, kept_co
 from pqqp_lightning.calibration.channel_scores import mean_squared_inputs, taylor_by_channel
 from pqqp_lightning.errors import Problem, RecipeError, shorten, suggest
 from pqqp_lightning.network.activation_hooks import RotateInput, transformed_layers
-from pqqp_lightning.network.blocks import tied_weights
+from pqqp_lightning.network.blocks import is_selected, tied_weights
 from pqqp_lightning.network.layers import columns_of, is_adapter
-from pqqp_lightning.network.name_patterns import matches_any, value_for
+from pqqp_lightning.network.name_patterns import value_for
 from pqqp_lightning.network.structure import weightless_copy
 from pqqp_lightning.stages import Context, Layer, Plan, PruningStage, Stage
 from pqqp_lightning.surgery.coupling import CoupledGroup, Coupling, built_groups, has_attention
@@ -116,7 +116,10 @@ class ChannelPruning(Stage):
             return problems + error.problems
         if problems:
             return problems
-        problems = self._check_targets(model) or self._check_amounts(model, coupling)
+        problems = self._check_targets(model)
+        if not problems:
+            coupled = [member.name for group in self._chosen(model, coupling) for member in group.members]
+            problems = self.refuse_parametrized(model, coupled) or self._check_amounts(model, coupling)
         return problems or self._check_earlier(model, coupling, earlier) + self._check_runs(model)
 
     def expected_plan(self, model: LightningModule) -> Plan:
@@ -163,8 +166,8 @@ class ChannelPruning(Stage):
             for name, module in model.named_modules()
             if isinstance(module, SLICED_LAYERS)
             and id(module.weight) not in tied
-            and (self.targets is None or matches_any(name, self.targets))
-            and not matches_any(name, self.ignore or [])
+            and (self.targets is None or is_selected(name, module, self.targets))
+            and not is_selected(name, module, self.ignore or [])
         }
         layers = {name for name, module in model.named_modules() if isinstance(module, SLICED_LAYERS)}
         return [

@@ -74,6 +74,11 @@ class GradualPruning(PruningStage):
         self._hold = HoldZeros()
         self._steps = self._interval = 1
 
+    @property
+    def changes_before_training(self) -> bool:  # type: ignore[override]
+        """Whether some weights are removed before the training."""
+        return self.initial_sparsity > 0
+
     def check_arguments(self) -> list[Problem]:
         problems = super().check_arguments()
         if self.epochs == 0:
@@ -142,7 +147,8 @@ class GradualPruning(PruningStage):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._hold.zero()  # the optimizer may have moved removed weights away from zero
-        step = trainer.global_step
+        # A module that optimizes by hand may step several optimizers for a batch, or none.
+        step = trainer.global_step if pl_module.automatic_optimization else trainer.fit_loop.total_batch_idx + 1
         if step == self._steps or (step < self._steps and step % self._interval == 0):
             for name, layer in self._layers.items():
                 initial, final = self._ends[name]

@@ -66,6 +66,7 @@ class LoRA(Stage):
 
     source = "Hu et al. 2021, LoRA, arXiv 2106.09685"
     compresses = True
+    changes_before_training = False  # an adapter starts as zero
 
     def __init__(
         self,

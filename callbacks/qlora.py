@@ -43,6 +43,7 @@ class QLoRA(LoRA):
 
     source = "Dettmers et al. 2023, QLoRA, arXiv 2305.14314"
     promises = ("grid",)
+    changes_before_training = True
 
     def __init__(
         self,

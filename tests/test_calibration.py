@@ -595,7 +595,7 @@ def test_calibration_takes_plain_dataloaders_in_their_batches_and_order(tmp_path
 
 def test_calibration_needs_one_dataloader(tmp_path):
     loaders = {"a": regression_loader(), "b": regression_loader()}
-    with pytest.raises(RecipeError, match="the training data is not one DataLoader"):
+    with pytest.raises(RecipeError, match="is several loaders, not one loader"):
         trainer(tmp_path, Wanda(0.5)).fit(Regressor(), loaders, regression_loader(16))
 
 

@@ -202,6 +202,28 @@ def test_processes_end_with_equal_weights_also_after_finetuning(folder):
     assert load_file(folder / "trained" / "model" / "model.safetensors")
 
 
+def test_batch_norm_statistics_are_those_of_the_samples_of_both_processes(folder, here):
+    network = {"model": "resnet18", "pretrained": False, "num_classes": 10, "model_args": {"channels": [8, 8, 8, 8]}}
+    recipe = {
+        "seed_everything": 3,
+        "model": {"class_path": "ImageClassifier", "init_args": network},
+        # 5 samples for one process and 4 for the other, in batches of 2
+        "data": {
+            "class_path": "ImageData",
+            "init_args": {"calibration_samples": 9, "evaluation_samples": 4, "batch_size": 2},
+        },
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+        "stages": {"prune": {"class_path": "Magnitude", "init_args": {"sparsity": 0.5}}},
+    }
+    (folder / "images.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    finish(folder, *on_two("images.yaml", "images-two"))
+    main(["fit", "--config", "images.yaml", "--run_dir", "images-one", "--trainer.devices", "1"])
+    two, one = load_weights(folder / "images-two"), load_weights(folder / "images-one")
+    assert any("BatchNorm statistics of 21 layers" in note for note in records(folder / "images-two")[1]["notes"])
+    for name in one:
+        assert torch.allclose(two[name], one[name], rtol=1e-4, atol=1e-6), name
+
+
 def test_processes_that_end_a_stage_with_different_weights_are_stopped(folder):
     write_recipe(folder, "differ.yaml", {"differ": {"class_path": "watcher.Differ"}})
     result = run(folder, *on_two("differ.yaml", "differ"))

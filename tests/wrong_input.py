@@ -34,6 +34,33 @@ class Wrong:
 RECIPE_DATA = RECIPE[RECIPE.index("  class_path: TokenData") : RECIPE.index("trainer:")]
 PRUNE = "{class_path: Magnitude, init_args: {sparsity: 0.5}}"
 SWEEP = "sweep --config recipe.yaml"
+TRAINED = {"evaluation: evaluation.npy": "evaluation: evaluation.npy, train: train.npy"}
+BARE_MODELS = """
+from lightning.pytorch import LightningModule
+from pqqp_lightning.models import CausalLM
+from torch.nn.utils.parametrizations import weight_norm
+
+
+class Normed(CausalLM):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        for layer in self.model.model.layers:
+            weight_norm(layer.mlp.up_proj)
+
+
+class Untrained(CausalLM):
+    configure_optimizers = LightningModule.configure_optimizers
+
+
+class Unmeasured(CausalLM):
+    validation_step = LightningModule.validation_step
+
+
+class ByHand(CausalLM):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+"""
 WRONG = [
     # names
     Wrong(
@@ -724,6 +751,64 @@ WRONG = [
         "recipe.yaml: grid ~ run pqqp-lightning sweep",
         message="recipe.yaml: 'grid' is an option of sweep. Remove it, or run pqqp-lightning sweep.",
         recipe={"stages:": "grid: {prune: {sparsity: [0.5, 0.7]}}\nstages:"},
+    ),
+    # what a model lacks
+    Wrong(
+        "parametrized weights",
+        "recipe.yaml: stages.prune ~ Set trainer.fold_parametrizations: true",
+        message="recipe.yaml: stages.prune (Magnitude): 2 layers (model.model.layers.0.mlp.up_proj, "
+        "model.model.layers.1.mlp.up_proj) compute their weights in every forward pass (weight_norm): a stage cannot "
+        "change them. Set trainer.fold_parametrizations: true, which makes plain weights of them, or add them to "
+        "ignore.",
+        recipe={"class_path: CausalLM": "class_path: bare_models.Normed", "bits: 4": "bits: 4, ignore: [up_proj]"},
+        files={"bare_models.py": BARE_MODELS},
+    ),
+    Wrong(
+        "option of the trainer without its section",
+        "command line: fold_parametrizations ~ Did you mean '--trainer.fold_parametrizations'?",
+        "--fold_parametrizations true",
+    ),
+    Wrong(
+        "folding that is neither true nor false",
+        "command line: trainer.fold_parametrizations='maybe'",
+        "--trainer.fold_parametrizations maybe",
+    ),
+    Wrong(
+        "no optimizer for a stage that trains",
+        "command line: stages.prune.epochs=1 ~ needs a configure_optimizers in Untrained",
+        "--stages.prune.epochs 1",
+        recipe={"class_path: CausalLM": "class_path: bare_models.Untrained", **TRAINED},
+        files={"bare_models.py": BARE_MODELS},
+    ),
+    Wrong(
+        "no validation_step",
+        "recipe.yaml: model ~ Unmeasured has no validation_step",
+        recipe={"class_path: CausalLM": "class_path: bare_models.Unmeasured"},
+        files={"bare_models.py": BARE_MODELS},
+    ),
+    Wrong(
+        "what has no effect on a model that optimizes by hand",
+        [
+            "command line: trainer.gradient_clip_val=1 ~ ByHand optimizes by hand",
+            "command line: stages.prune.distill ~ has no effect",
+        ],
+        "--stages.prune.epochs 1 --trainer.gradient_clip_val 1 --stages.prune.distill.weight 0.5",
+        recipe={"class_path: CausalLM": "class_path: bare_models.ByHand", **TRAINED},
+        files={"bare_models.py": BARE_MODELS},
+    ),
+    Wrong(
+        "an optimizer's eps in float16",
+        "command line: trainer.precision='16-true' ~ AdamW's eps=1e-08 is 0 in float16",
+        "--stages.prune.epochs 1 --trainer.precision 16-true",
+        message="command line: trainer: precision='16-true' would make the weights NaN in training: AdamW's eps=1e-08 "
+        "is 0 in float16. Use trainer.precision bf16-true or 16-mixed, or give the optimizer eps=1e-4.",
+        recipe=TRAINED,
+    ),
+    Wrong(
+        "training without batches",
+        "command line: trainer.limit_train_batches=0",
+        "--stages.prune.epochs 1 --trainer.limit_train_batches 0",
+        recipe=TRAINED,
     ),
     # several at once
     Wrong(

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from pqqp_lightning.checkpoint.format import ORIGIN, Applied, Origin, model_folder, origin_of, read_manifest
 from pqqp_lightning.checkpoint.packing import unpack_weight
@@ -77,6 +78,9 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
         for item in manifest["applied"]:
             item.stage.restructure(module, item.plan)
         own = module.state_dict(keep_vars=True)
+        if lazy := [name for name, target in own.items() if is_lazy(target)]:
+            text = f"{shorten(lazy)} of the module have no shape before its first batch. Run one through it first."
+            raise RecipeError(f"{folder}: {text}")
         # Compare all names before a weight is overwritten.
         names = _weight_names(file.names()) | set(manifest["aliases"])
         if names != set(own):

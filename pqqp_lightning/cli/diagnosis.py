@@ -25,7 +25,7 @@ from pqqp_lightning.cli.command_trainer import SECTIONS, commands_with, option_n
 from pqqp_lightning.cli.settings import COMMAND_LINE, NO_VALUE, Setting, option, read_settings
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, suggest
 from pqqp_lightning.runs.trainer import Trainer
-from pqqp_lightning.stages.arguments import arguments_of
+from pqqp_lightning.stages.arguments import arguments_of, parser_of
 from pqqp_lightning.stages.discovery import known_stages
 from pqqp_lightning.stages.stage import Stage
 
@@ -114,6 +114,8 @@ def _suggest_name(setting: Setting, command: str, known: set[str], settings: Seq
         section = "grid" if "grid" in known else "stages"
         return f"Did you mean '--{section}.{setting.key}'?"
     near = near_miss(f"--{name}", [f"--{option}" for option in (*known, "config", "print_config")], cutoff=0.7)
+    if not near and name in {action.dest for action in parser_of(Trainer)._actions} - PARSER_OPTIONS:
+        return f"Did you mean '--trainer.{name}'?"
     if not near and any(name in arguments_of(cls) for cls in known_stages().values()):
         return f"An argument of a stage is given as --stages.NAME.{name} VALUE."
     return near.strip() or f"pqqp-lightning {command} --help lists the options."

@@ -27,7 +27,8 @@ from pqqp_lightning.experiments.options import AnalysisOptions
 from pqqp_lightning.experiments.session import Show, check_store, exclusive_run_folder, open_search, store_of
 from pqqp_lightning.report.analysis_numbers import layer_rows, order_key
 from pqqp_lightning.report.pictures import draw_analysis
-from pqqp_lightning.runs.checks import check_places, check_run
+from pqqp_lightning.runs.checks import check_places, check_run, read_data
+from pqqp_lightning.runs.preparation import prepare
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
@@ -69,8 +70,9 @@ def analyze_pair(
     """
     results = store_of(trainer, options.store)
     data = RunData(module, datamodule=datamodule)
+    prepare(trainer, data)
     orders = check_analysis(trainer, data, results, options.samples)
-    data.read(trainer)
+    read_data(trainer, data, trainer.stages)
     with exclusive_run_folder(trainer, results, show):
         Analysis(trainer, data, orders, results, options).run(resume=resume)
 

@@ -26,7 +26,8 @@ from pqqp_lightning.experiments.session import (
     start_or_resume,
     store_of,
 )
-from pqqp_lightning.runs.checks import check_places, check_run
+from pqqp_lightning.runs.checks import check_places, check_run, read_data
+from pqqp_lightning.runs.preparation import prepare
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
@@ -68,7 +69,9 @@ def search_orders(
         RecipeError: with every problem, before any work.
     """
     results = store_of(trainer, options.store)
-    search = OrderSearch(trainer, RunData(module, datamodule=datamodule), trainer.stages, results, options)
+    data = RunData(module, datamodule=datamodule)
+    prepare(trainer, data)
+    search = OrderSearch(trainer, data, trainer.stages, results, options)
     search.check()
     with exclusive_run_folder(trainer, results, show):
         if options.strategy == PREDICT:
@@ -127,7 +130,7 @@ class OrderSearch:
             problems += [problem for found in self._refused.values() for problem in found]
         if problems:
             raise RecipeError(problems)
-        self._data.read(self._trainer)
+        read_data(self._trainer, self._data, stages)
         # draws can be compared only once the data is read
         if self._trainer.is_global_zero and (problems := check_draws(self._data, options.repeats)):
             raise RecipeError(problems)

@@ -23,7 +23,8 @@ from pqqp_lightning.experiments.sweep_pair import PairAnalysis, analyse, pair_no
 from pqqp_lightning.experiments.sweep_plan import Plan, make_plan
 from pqqp_lightning.report.pictures import draw_sweep
 from pqqp_lightning.report.sweep_numbers import write_tables
-from pqqp_lightning.runs.checks import check_run
+from pqqp_lightning.runs.checks import check_run, read_data
+from pqqp_lightning.runs.preparation import prepare
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
@@ -62,8 +63,9 @@ def sweep_grid(
     """
     results = store_of(trainer, options.store)
     data = RunData(module, datamodule=datamodule)
+    prepare(trainer, data)
     plan = check_sweep(trainer, data, results, options)
-    data.read(trainer)
+    read_data(trainer, data, trainer.stages)
     with exclusive_run_folder(trainer, results, show):
         Sweep(trainer, data, plan, results, options).run(resume=resume)
 

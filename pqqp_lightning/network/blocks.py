@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from pqqp_lightning.errors import Problem, RecipeError, near_miss
-from pqqp_lightning.network.layers import Layer, is_adapter, is_layer, named_layers
+from pqqp_lightning.network.layers import Layer, is_adapter, is_depthwise, is_layer, named_layers
 from pqqp_lightning.network.name_patterns import matches_any
 
 Blocks = dict[str, nn.Module]
 
 _KEPT = "_pqqp_block"
+
+DEPTHWISE = "depthwise"
+"""The pattern that selects depthwise convolutions by their kind, whatever their names."""
 
 
 def find_blocks(model: nn.Module, names: list[str] | None = None) -> Blocks:
@@ -85,23 +89,28 @@ def find_layers(
 
     Args:
         model: any module.
-        targets: name patterns; None for every layer inside ``blocks`` whose weight is not tied.
-        ignore: name patterns to leave out.
+        targets: name patterns, or "depthwise"; None for every layer inside ``blocks`` whose weight is not tied.
+        ignore: name patterns to leave out, or "depthwise".
         blocks: from :func:`find_blocks`.
     """
     tied = tied_weights(model)
     layers = {}
     for name, layer in named_layers(model):
-        if is_adapter(layer) or matches_any(name, ignore or []):
+        if is_adapter(layer) or is_selected(name, layer, ignore or []):
             continue
         if targets is None:
             inside = any(name == block or name.startswith(f"{block}.") or not block for block in blocks)
             chosen = inside and id(layer.weight) not in tied
         else:
-            chosen = matches_any(name, targets)
+            chosen = is_selected(name, layer, targets)
         if chosen:
             layers[name] = layer
     return layers
+
+
+def is_selected(name: str, layer: Layer | nn.Module, patterns: Sequence[str]) -> bool:
+    """Whether one of ``patterns`` selects ``layer``, by its name or, as "depthwise", by its kind."""
+    return matches_any(name, patterns) or (DEPTHWISE in patterns and is_depthwise(layer))
 
 
 def tied_weights(model: nn.Module) -> set[int]:

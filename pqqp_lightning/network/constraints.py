@@ -40,6 +40,10 @@ class Constraints:
         """Return the keep-mask, bool [O, I], or None."""
         return None if self.mask_bits is None else unpack_mask(self.mask_bits.to(device), self.shape)
 
+    def has(self, promise: str) -> bool:
+        """Whether there is a "mask" or a "grid"."""
+        return (self.mask_bits if promise == "mask" else self.grid) is not None
+
     def with_mask(self, mask: Tensor, pattern: Pattern | None = None) -> Constraints:
         """Return these constraints with a new mask, which must keep nothing that the earlier one removes.
 

@@ -153,6 +153,12 @@ def groups_of(layer: Layer) -> int:
     return _kind(layer).groups(layer)
 
 
+def is_depthwise(layer: Layer | nn.Module) -> bool:
+    """Whether ``layer`` is a depthwise convolution: each filter reads one channel, so that it has few weights."""
+    groups = getattr(layer, "groups", 1)
+    return groups > 1 and groups == getattr(layer, "in_channels", None)
+
+
 def geometry(layer: Layer) -> tuple[object, ...]:
     """Return what determines a layer's input rows besides its input: layers of equal geometry share statistics."""
     return _kind(layer).geometry(layer)

@@ -87,8 +87,9 @@ def _forms_of(owner: nn.Module) -> dict[str, Form]:
         apart = dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), Form("attention"))
         return {name: form for name, form in (joint | apart).items() if _holds(owner, name)}
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
-        names = [name for name in owner._parameters if name.startswith("weight_")]
-        return dict.fromkeys(names, Form("recurrent"))
+        names: Any = getattr(owner, "_flat_weights_names", ("weight_ih", "weight_hh"))  # cells have no list
+        weights = [name for name in names if name.startswith("weight_") and name in owner._parameters]
+        return dict.fromkeys(weights, Form("recurrent"))
     return _expert_forms(owner)
 
 

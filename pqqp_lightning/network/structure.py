@@ -15,8 +15,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def copy_model(model: Model) -> Model:
     """Return a deep copy that is not attached to a trainer."""
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _computed_tensors(model)}
     with _detached(model):
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
 
 
 def weightless_copy(model: Model) -> Model:
@@ -24,7 +25,8 @@ def weightless_copy(model: Model) -> Model:
 
     Buffers that are not saved (rotary frequencies) are copied, since no checkpoint could restore them.
     """
-    memo: dict[int, Any] = {}  # deepcopy takes its results from here instead of copying
+    # deepcopy takes its results from here instead of copying
+    memo: dict[int, Any] = {id(tensor): _on_meta(tensor.detach()) for tensor in _computed_tensors(model)}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
@@ -74,6 +76,14 @@ def _tie_again(original: nn.Module, fresh: nn.Module) -> None:
         for name, parameter in old._parameters.items():
             if parameter is not None:
                 setattr(new, name, shared.setdefault(id(parameter), new._parameters[name]))
+
+
+def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """The attributes that torch's older hooks compute anew in every forward pass, and that deepcopy refuses."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                yield value
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

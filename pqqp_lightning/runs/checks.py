@@ -12,8 +12,10 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pqqp_lightning.errors import Problem, RecipeError, shorten
+from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.structure import weightless_copy
 from pqqp_lightning.runs.run_data import RunData
+from pqqp_lightning.runs.training_checks import check_training
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.run_folder import RunFolder, check_folder
 
@@ -28,12 +30,24 @@ def check_recipe(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> No
         raise RecipeError(problems)
 
 
+def read_data(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> None:
+    """Read the data, and check what shows only then.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    data.read(trainer)
+    calibrates = any(stage.needs_calibration for stage in stages)
+    if problems := data.check_read(calibrates=calibrates, trains=any(stage.epochs > 0 for stage in stages)):
+        raise RecipeError(problems)
+
+
 def check_run(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> list[Problem]:
     """The problems that do not depend on the stages' order: folder, data, model, names, epochs and strategy."""
     run_folder = RunFolder(Path(trainer.default_root_dir))
     folder = [] if trainer.fast_dev_run else check_folder(run_folder.path, run_folder.marks)
     problems = folder + data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
-    return problems + _check_strategy(trainer) + _check_teacher(stages)
+    return problems + _check_strategy(trainer) + _check_teacher(stages) + check_training(trainer, data.module, stages)
 
 
 def check_places(stages: Sequence[Stage], data: RunData) -> list[Problem]:
@@ -94,6 +108,11 @@ def _check_training(stage: Stage, data: RunData, earlier: Sequence[Stage], model
             "Finetune before quantizing, recover with LoRA, set epochs: 0, or freeze these weights "
             "(requires_grad=False) in the model."
         )
+        problems.append(Problem("epochs", stage.epochs, text, way_out))
+    before_run = [name for name, _, constraints in constrained_layers(model) if constraints.has("grid")]
+    if moved := [f"{name}.weight" for name in before_run if name in moving and name not in on_grid]:
+        text = f"would move {shorten(moved)} off the grid that they had before the run"
+        way_out = "Recover with LoRA, set epochs: 0, or freeze these weights (requires_grad=False) in the model."
         problems.append(Problem("epochs", stage.epochs, text, way_out))
     hidden_weight = stage.distill.hidden_weight if stage.distill else 0
     if hidden_weight and list(stage.find_blocks(model)) != list(stage.find_blocks(data.module)):

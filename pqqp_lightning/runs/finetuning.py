@@ -15,13 +15,19 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.core.optimizer import (
+    _configure_optimizers,
+    _configure_schedulers_automatic_opt,
+    _configure_schedulers_manual_opt,
+)
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.runs.distillation import Distill
-from pqqp_lightning.runs.run_data import RunData
+from pqqp_lightning.runs.run_data import RunData, no_training_batch
 from pqqp_lightning.runs.training_callbacks import HoldMasks, ResumePoint, SeedSteps
+from pqqp_lightning.runs.training_checks import OTHER_PRECISION, vanishing_epsilon
 from pqqp_lightning.seeding import run_seed, seed_from
 from pqqp_lightning.stages.stage import Stage
 
@@ -76,16 +82,24 @@ def train_segment(
     if trainer.is_global_zero:
         resume_point.unlink(missing_ok=True)
     trainer.strategy.barrier("segment")
-    _refuse_divergence(data.module, stage)
+    if not trainer.num_training_batches:
+        raise RecipeError(no_training_batch())
+    _refuse_divergence(trainer, data.module, stage)
 
 
-def _refuse_divergence(module: LightningModule, stage: Stage) -> None:
+def _refuse_divergence(trainer: Trainer, module: LightningModule, stage: Stage) -> None:
     """Refuse NaN or infinite weights: later stages would compress garbage."""
     diverged = [name for name, parameter in module.named_parameters() if not bool(parameter.isfinite().all())]
     if diverged:
         rate = "the model's own" if stage.learning_rate is None else f"{stage.learning_rate:g} now"
         text = f"{shorten(diverged)} are not finite after training: it diverged"
-        problem = Problem(text=text, way_out=f"Lower learning_rate ({rate}), or set trainer.gradient_clip_val.")
+        way_out = f"Lower learning_rate ({rate}), or set trainer.gradient_clip_val."
+        if words := vanishing_epsilon(trainer.optimizers):
+            text = f"{text}. {words}"
+            way_out = f"{OTHER_PRECISION}, or give the optimizer eps=1e-4."
+        elif trainer.precision == "16-true":
+            way_out = f"{way_out} {OTHER_PRECISION}: float16 alone has no loss scaling, and ends at 65504."
+        problem = Problem(text=text, way_out=way_out)
         raise RecipeError(problem.within(f"stages.{stage.name}", type(stage).__name__))
 
 
@@ -138,7 +152,10 @@ def _segment_learning_rate(module: LightningModule, learning_rate: float | None)
 
     def scaled() -> Any:
         configured = configure()
-        optimizers, schedules = _parts_of(configured)
+        if configured is None:
+            text = "has no effect: configure_optimizers returns None"
+            raise RecipeError(Problem("learning_rate", learning_rate, text, "Return the optimizers."))
+        optimizers, schedules = _parts_of(configured, automatic=module.automatic_optimization)
         groups: list[dict[str, Any]] = []
         for optimizer in optimizers:
             groups += optimizer.param_groups
@@ -177,9 +194,11 @@ def _scale(schedule: Any, ratio: float) -> None:
         _scale(part, ratio)
 
 
-def _parts_of(configured: Any) -> tuple[list[Any], list[Any]]:
+def _parts_of(configured: Any, *, automatic: bool) -> tuple[list[Any], list[Any]]:
     """Optimizers and schedulers from any form that ``configure_optimizers`` may return."""
-    from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
-
     optimizers, configs, _ = _configure_optimizers(configured)
-    return optimizers, [c.scheduler for c in _configure_schedulers_automatic_opt(configs, None)]
+    if automatic:
+        schedulers = _configure_schedulers_automatic_opt(configs, None)
+    else:
+        schedulers = _configure_schedulers_manual_opt(configs)
+    return optimizers, [config.scheduler for config in schedulers]

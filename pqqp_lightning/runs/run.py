@@ -161,4 +161,6 @@ def run_identity(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> di
         "data": None if data.datamodule is None else class_path(data.datamodule),
         **trainer.recipe,
     }
+    if trainer.fold_parametrizations:  # only then: older runs do not have it
+        plain["fold_parametrizations"] = True
     return json.loads(json.dumps(plain, default=str))

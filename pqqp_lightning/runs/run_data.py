@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from pqqp_lightning.calibration.walk import samples_in
 from pqqp_lightning.errors import Problem, RecipeError
 
 FALLBACK_SAMPLES = 128
@@ -63,18 +66,41 @@ class RunData:
         check = getattr(self.datamodule, "check", None)
         return problems + (list(check()) if callable(check) else [])
 
-    def read(self, trainer: Trainer) -> None:
-        """Make the datamodule read its data now, so that its errors come before anything is written."""
-        if self.datamodule is None or not trainer.is_global_zero:
+    def read(self, trainer: Trainer, *, every_rank: bool = False) -> None:
+        """Make the datamodule read its data now, so that its errors come before anything is written.
+
+        Args:
+            trainer: the datamodule finds it as ``self.trainer``.
+            every_rank: on the first rank only by default.
+        """
+        if self.datamodule is None or not (trainer.is_global_zero or every_rank):
             return
         # Text data asks the trainer for its model's tokenizer; Lightning connects them only when a loop starts.
         trainer.strategy.connect(self.module)
         self.datamodule.trainer = trainer
-        self.datamodule.prepare_data()
+        if trainer.is_global_zero:
+            self.datamodule.prepare_data()
         self.datamodule.setup("fit")
 
+    def check_read(self, *, calibrates: bool, trains: bool) -> list[Problem]:
+        """Problems that show only when the data is there. Call it after :meth:`read`.
+
+        Args:
+            calibrates: whether a stage takes calibration data.
+            trains: whether a stage trains.
+        """
+        if hasattr(self.owner, "calibration_dataloader") or (self.train is None and self.datamodule is None):
+            return []  # a datamodule that was made for calibration; or loaders that the model makes in a run only
+        if not self.has_training_data() or not (calibrates or trains):
+            return []
+        loaders = self.training_loaders()
+        problems = _check_source(_alone(loaders)) if calibrates else []
+        if trains and _length(loaders) == 0:
+            problems.append(no_training_batch())
+        return problems
+
     def calibration_batches(self, rank: int, ranks: int, limit: int | None) -> tuple[list[Any], Any]:
-        """This rank's calibration batches, and a batch of one sample.
+        """This rank's calibration batches, and a batch of one sample where the data has samples.
 
         Args:
             rank: of this process.
@@ -85,17 +111,19 @@ class RunData:
             RecipeError: there are fewer samples than processes, or several training loaders to take them from.
         """
         loader = self._calibration_loader()
-        dataset: Any = loader.dataset
-        if not hasattr(dataset, "__len__"):  # a stream: its samples have no index, so whole batches are dealt out
-            batches: list[Any] = list(islice(loader, limit or FALLBACK_SAMPLES))[rank::ranks]
+        dataset = _indexed_dataset(loader)
+        if dataset is None:  # a stream: its samples have no index, so whole batches are dealt out
+            batches = list(islice(loader, limit or FALLBACK_SAMPLES))[rank::ranks]
+            if not batches:
+                text = f"needs at least one calibration batch per process, of which there are {ranks}"
+                raise RecipeError(Problem(text=text, way_out="Use more samples, or smaller batches.").within("data"))
             return batches, batches[0]
         if len(dataset) < ranks:
             text = f"needs at least one calibration sample per process: got {len(dataset)} for {ranks}"
             raise RecipeError(Problem(text=text, way_out="Use more samples.").within("data"))
         share = Subset(dataset, range(rank, len(dataset), ranks))
-        batches = list(islice(self._plain_loader(share, loader), limit))
-        one_sample = next(iter(DataLoader(share, batch_size=1, collate_fn=loader.collate_fn)))
-        return batches, one_sample
+        batches = list(islice(_plain_loader(share, loader), limit))
+        return batches, next(iter(_plain_loader(share, loader, batch_size=1)))
 
     def evaluation_loaders(self) -> Any:
         """The loaders of the validation data, as the user gave them."""
@@ -105,22 +133,90 @@ class RunData:
         """The loaders of the training data, as the user gave them."""
         return self.train if self.train is not None else self.owner.train_dataloader()
 
-    def _calibration_loader(self) -> DataLoader[Any]:
+    def first_evaluation_batch(self) -> Any:
+        """The first batch of the first evaluation loader, as it comes from there."""
+        loaders = self.evaluation_loaders()
+        while isinstance(loaders, Mapping | list | tuple | CombinedLoader):
+            if isinstance(loaders, CombinedLoader):
+                loaders = loaders.flattened
+            loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
+        return next(iter(loaders))
+
+    def _calibration_loader(self) -> Any:
+        """The loader to calibrate from; of training data, its first samples only.
+
+        Raises:
+            RecipeError: it gives something else than one batch at a time.
+        """
         if self.train is None:
             self.owner.setup("fit")  # after trainer.validate, only the evaluation data is set up
-        if hasattr(self.owner, "calibration_dataloader"):
-            return self.owner.calibration_dataloader()
-        loader = self.training_loaders()
-        if not isinstance(loader, DataLoader):
-            text = "the training data is not one DataLoader"
-            raise RecipeError(Problem(text=text, way_out="Define calibration_dataloader().").within("data"))
-        dataset: Any = loader.dataset
-        if hasattr(dataset, "__len__"):
-            first_samples = Subset(dataset, range(min(FALLBACK_SAMPLES, len(dataset))))
-            return self._plain_loader(first_samples, loader)
-        return loader
+        own = hasattr(self.owner, "calibration_dataloader")
+        loader = self.owner.calibration_dataloader() if own else _alone(self.training_loaders())
+        if problems := _check_source(loader):
+            raise RecipeError(problems)
+        if own:
+            return loader
+        dataset = _indexed_dataset(loader)
+        if dataset is None:
+            return _first_batches(loader)
+        count = min(FALLBACK_SAMPLES, len(dataset))
+        if _gives_batches(loader):
+            count = len(list(_first_batches(dataset[i] for i in range(len(dataset)))))
+        return _plain_loader(Subset(dataset, range(count)), loader)
 
-    @staticmethod
-    def _plain_loader(dataset: Any, like: DataLoader[Any]) -> DataLoader[Any]:
-        """A loader without shuffling, with the batch size and collation of ``like``."""
-        return DataLoader(dataset, batch_size=like.batch_size or 1, collate_fn=like.collate_fn, shuffle=False)
+
+def no_training_batch() -> Problem:
+    """The problem of training data that is there, but gives no batch."""
+    way_out = "Give more samples, a smaller batch size, or drop_last=False."
+    return Problem(text="the training data has no batch", way_out=way_out).within("data")
+
+
+def _alone(loaders: Any) -> Any:
+    """The loader in a list of one, or ``loaders`` itself."""
+    return loaders[0] if isinstance(loaders, list | tuple) and len(loaders) == 1 else loaders
+
+
+def _indexed_dataset(loader: Any) -> Any:
+    """The loader's dataset if its samples can be taken by index, else None."""
+    dataset = getattr(loader, "dataset", None)
+    indexed = isinstance(loader, DataLoader) and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    return dataset if indexed and not isinstance(dataset, IterableDataset) else None
+
+
+def _gives_batches(loader: DataLoader[Any]) -> bool:
+    """Whether the dataset's items are whole batches: ``DataLoader(batch_size=None)``."""
+    return loader.batch_size is None and loader.batch_sampler is None
+
+
+def _plain_loader(dataset: Any, like: DataLoader[Any], batch_size: int | None = None) -> DataLoader[Any]:
+    """A loader without shuffling, with the batch size (unless given) and the collation of ``like``."""
+    size = None if _gives_batches(like) else batch_size or like.batch_size or 1
+    return DataLoader(dataset, batch_size=size, collate_fn=like.collate_fn, shuffle=False)
+
+
+def _first_batches(loader: Iterable[Any]) -> Iterator[Any]:
+    """The first batches of ``loader`` in its order, as many as have ``FALLBACK_SAMPLES`` samples."""
+    samples = 0
+    for batch in loader:
+        yield batch
+        samples += samples_in(batch)
+        if samples >= FALLBACK_SAMPLES:
+            return
+
+
+def _check_source(loader: Any) -> list[Problem]:
+    """The problem of data that gives something else than one batch at a time."""
+    if isinstance(loader, Iterable) and not isinstance(loader, Mapping | list | tuple | str | CombinedLoader):
+        return []
+    several = isinstance(loader, Mapping | list | tuple | CombinedLoader)
+    text = f"the data to calibrate from is {'several loaders' if several else type(loader).__name__}, not one loader"
+    way_out = "Define calibration_dataloader() in the datamodule or the model, with one loader."
+    return [Problem(text=text, way_out=way_out).within("data")]
+
+
+def _length(loaders: Any) -> int | None:
+    """The number of batches, if the loader knows it."""
+    try:
+        return len(loaders)
+    except (TypeError, NotImplementedError):
+        return None

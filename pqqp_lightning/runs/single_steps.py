@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -19,15 +20,24 @@ def run_batch(trainer: Trainer, module: LightningModule, batch: Any) -> None:
     if step is not None:
         step(batch, 0)
         return
-    with _without_logging(module):
-        module.validation_step(batch, 0)
+    with without_logging(module):
+        call_step(module.validation_step, batch)
 
 
 def loss_of(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor:
     """Compute the training loss of one batch, a scalar."""
-    with _without_logging(module):
-        result: Any = module.training_step(_transfer(trainer, module, batch), 0)
+    with without_logging(module):
+        result: Any = call_step(module.training_step, _transfer(trainer, module, batch))
     return result["loss"] if isinstance(result, dict) else result
+
+
+def call_step(step: Callable[..., Any], batch: Any) -> Any:
+    """Call a step with the arguments that Lightning gives it: the batch, and its index and its loader's if it asks."""
+    arguments = [batch]
+    for position, name in enumerate(("batch_idx", "dataloader_idx"), start=2):
+        if is_param_in_hook_signature(step, name, min_args=position):
+            arguments.append(0)
+    return step(*arguments)
 
 
 def _transfer(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
@@ -38,7 +48,7 @@ def _transfer(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
 
 
 @contextmanager
-def _without_logging(module: LightningModule) -> Iterator[None]:
+def without_logging(module: LightningModule) -> Iterator[None]:
     """Inside, steps log nothing; restores the states of the metrics on exit."""
     metrics = [m for m in module.modules() if isinstance(m, Metric)]
     before = [{**m._copy_state_dict(), "_update_count": m._update_count, "_computed": m._computed} for m in metrics]

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from pqqp_lightning.calibration.batch_norm import batch_norms, recalibrate_batch_norms
 from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.checkpoint.format import Applied, skeleton_of
 from pqqp_lightning.checkpoint.load import restore
@@ -35,6 +36,7 @@ from pqqp_lightning.network.structure import Skeleton
 from pqqp_lightning.runs.distillation import make_teacher
 from pqqp_lightning.runs.finetuning import logged_steps, train_segment
 from pqqp_lightning.runs.peak_memory import peak_memory
+from pqqp_lightning.runs.preparation import preparation_notes
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.single_steps import loss_of, run_batch
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
@@ -90,8 +92,25 @@ class StageRunner:
         self._evaluate_batches(0)
 
     def metric_names(self) -> list[str]:
-        """Names of the metrics, from evaluating one batch."""
-        return list(self._evaluate_batches(1))
+        """Names of the metrics, from evaluating one batch.
+
+        Raises:
+            RecipeError: it logs none.
+        """
+        metrics = self._evaluate_batches(1)
+        self._require_metrics(metrics)
+        return list(metrics)
+
+    def _require_metrics(self, metrics: dict[str, float]) -> None:
+        """Refuse an evaluation that measures nothing, unless ``limit_val_batches: 0`` asks for none."""
+        if metrics or not self.trainer.limit_val_batches:
+            return
+        name = type(self.module).__name__
+        text = f"validation_step of {name} logs no metric, so that there is nothing to compare"
+        problem = Problem(text=text, way_out='Log one: self.log("val_loss", loss).').within("model")
+        if not sum(self.trainer.num_val_batches):
+            problem = Problem(text="the evaluation data has no batch", way_out="Give more samples.").within("data")
+        raise RecipeError(problem)
 
     def _evaluate_batches(self, batches: int) -> dict[str, float]:
         limit = self.trainer.limit_val_batches
@@ -141,6 +160,7 @@ class StageRunner:
         """Evaluate the dense model and keep its record as the baseline."""
         with peak_memory(self.trainer.strategy.root_device) as peak:
             metrics = self.evaluate()
+        self._require_metrics(metrics)
         self.describe_dense(stages)
         size = size_numbers(self.size(), self.original_bits)
         self.dense = make_record(
@@ -153,7 +173,7 @@ class StageRunner:
             elapsed_s=0.0,
             peak_memory_bytes=peak.size_bytes,
             constraints_verified=True,
-            notes=[],
+            notes=preparation_notes(self.module),
         )
         return self.dense
 
@@ -213,10 +233,34 @@ class StageRunner:
             context.found(what, layers)
         with self.on_device():
             plan = stage.compress(self.module, context) if stage.compresses else {}
+            if stage.recalibrates_batch_norm:
+                self._recalibrate_batch_norms(stage, context)
         self._require_equal_ranks()
         self._verify(stage, promised, context)
         self.applied.append(Applied(type(stage), plan))
         return context
+
+    def _recalibrate_batch_norms(self, stage: Stage, context: Context) -> None:
+        """Estimate the statistics of the model's BatchNorm layers again; ``context`` gets what the record says of it.
+
+        A stage that needs no calibration data itself runs without, and the statistics then stay as they are.
+        """
+        norms = batch_norms(self.module)
+        if not norms:
+            return
+        if not self.data.has_calibration_data():
+            context.notes.append("BatchNorm statistics kept: there is no calibration data")
+            return
+        with keep_random_state():
+            try:
+                walk = context.walk(stage.find_blocks(self.module))
+            except RecipeError as error:
+                context.notes.append(f"BatchNorm statistics kept: {error.problems[0].text}")
+                return
+            findings = recalibrate_batch_norms(walk)
+        for what, layers in findings.items():
+            context.found(what, layers)
+        context.notes.append(f"BatchNorm statistics of {len(norms)} layers estimated again")
 
     def finetune(self, stage: Stage, folder: Path, compressed: Record) -> Record:
         """Train for the stage's epochs, resuming a killed training; then measure and save.

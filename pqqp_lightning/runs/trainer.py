@@ -18,11 +18,13 @@ from lightning.pytorch.loggers import CSVLogger
 from pqqp_lightning.checkpoint.format import model_folder
 from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.errors import Problem, RecipeError
-from pqqp_lightning.runs.checks import check_recipe
+from pqqp_lightning.runs.checks import check_recipe, read_data
+from pqqp_lightning.runs.preparation import attach, prepare
 from pqqp_lightning.runs.run import Run
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.run_folder import RunFolder
+from pqqp_lightning.surgery.preparation import overridden_hooks
 
 
 class Training(Stage):
@@ -39,6 +41,13 @@ class Trainer(pl.Trainer):
     defaults differ: a CSV logger in the run folder, no model summary, no sanity validation, and no checkpoint callback
     unless you add one, since the run saves the model after each stage.
 
+    Args:
+        args: Lightning's.
+        fold_parametrizations: make plain weights of all parametrized ones (weight_norm, spectral_norm, orthogonal,
+            masks of torch.nn.utils.prune) before the first stage, also of layers that no stage acts on. The model
+            computes the same in evaluation mode; training then moves the plain weights.
+        kwargs: Lightning's.
+
     Attributes:
         recipe: the model's, the data's and the trainer's settings as plain data, which decide whether a run may be
             resumed; the command line sets it, and it is empty in Python.
@@ -53,7 +62,8 @@ class Trainer(pl.Trainer):
     recipe: dict[str, Any]
     recipe_text: str
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, fold_parametrizations: bool = False, **kwargs: Any) -> None:
+        self.fold_parametrizations = fold_parametrizations
         callbacks = kwargs.get("callbacks") or []
         callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
         kwargs["default_root_dir"] = kwargs.get("default_root_dir") or "runs/run"
@@ -100,16 +110,21 @@ class Trainer(pl.Trainer):
         Raises:
             RecipeError: with all problems of the recipe, before any work.
         """
+        if not isinstance(model, LightningModule):  # torch.compile(module) is another class
+            text = f"is {type(model).__name__}, which cannot be compressed"
+            way_out = "Give the LightningModule itself, and compile it after the run."
+            raise RecipeError(Problem(text=text, way_out=way_out).within("model"))
         if isinstance(train_dataloaders, LightningDataModule):
             datamodule = train_dataloaders
             train_dataloaders = None
         resume = is_resume(ckpt_path, "fit")
         data = RunData(model, train_dataloaders, val_dataloaders, datamodule)
+        prepare(self, data)
         stages = self.stages
         if not stages and self.fit_loop.max_epochs:
             stages = [Training(epochs=self.fit_loop.max_epochs)]
         check_recipe(self, data, stages)
-        data.read(self)
+        read_data(self, data, stages)
         if self.fast_dev_run:  # leaves nothing behind, so it must not write over the run folder
             folder = Path(tempfile.mkdtemp(prefix="pqqp-fast-dev-run-"))
             try:
@@ -129,7 +144,7 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = None,
     ) -> Any:
         """Lightning's ``validate``; ``ckpt_path`` may name a run folder ("last": this trainer's)."""
-        ckpt_path = self._load_run(model, ckpt_path)
+        ckpt_path = self._load_run(model, ckpt_path, datamodule or dataloaders)
         return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def test(
@@ -142,10 +157,10 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = None,
     ) -> Any:
         """Lightning's ``test``; ``ckpt_path`` may name a run folder ("last": this trainer's)."""
-        ckpt_path = self._load_run(model, ckpt_path)
+        ckpt_path = self._load_run(model, ckpt_path, datamodule or dataloaders)
         return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
-    def _load_run(self, model: LightningModule | None, ckpt_path: Any) -> Any:
+    def _load_run(self, model: LightningModule | None, ckpt_path: Any, data: Any) -> Any:
         """Load ``model`` from a run folder; returns the ``ckpt_path`` that is left for Lightning to load."""
         folder = Path(self.default_root_dir) if ckpt_path == "last" else Path(ckpt_path or "")
         if model is None or not ckpt_path:
@@ -155,6 +170,8 @@ class Trainer(pl.Trainer):
                 text = "is neither a run folder nor a complete Lightning checkpoint"
                 raise RecipeError(Problem("ckpt_path", str(ckpt_path), text))
             return ckpt_path
+        if overridden_hooks(model):  # those that make layers may ask for the trainer and the data
+            attach(self, RunData(model, datamodule=data if isinstance(data, LightningDataModule) else None))
         restore(model, model_folder(folder))
         return None
 

@@ -10,10 +10,11 @@ from lightning.pytorch import LightningModule
 from pqqp_lightning.algorithms.codebook import Codebook
 from pqqp_lightning.algorithms.rtn import quantize_codebook
 from pqqp_lightning.errors import Problem, shorten
-from pqqp_lightning.network.layers import Layer, columns_of
+from pqqp_lightning.network.constraints import constraints_of
+from pqqp_lightning.network.layers import Layer, columns_of, is_depthwise
 from pqqp_lightning.network.name_patterns import value_for, values_of
 from pqqp_lightning.stages.layerwise import Compressed, LayerInputs, LayerwiseStage
-from pqqp_lightning.stages.stage import Context, Stage
+from pqqp_lightning.stages.stage import Context, Plan, Stage
 
 GroupSize = int | Literal["channel", "tensor"]
 BlockSize = int | Literal["auto"]
@@ -23,6 +24,10 @@ LARGEST_BLOCK = 64
 
 SMALLEST_BLOCK = 8
 """``group_size: auto`` refuses smaller blocks, except in layers with fewer inputs."""
+
+
+FEW_BITS = 4
+"""Depthwise convolutions lose much accuracy at so many bits or fewer, and are a small part of a network's size."""
 
 
 class GridStage(LayerwiseStage):
@@ -41,6 +46,21 @@ class GridStage(LayerwiseStage):
             way_out = "Give the stages disjoint targets, drop one, or set allow_undo: true to replace the earlier grid."
             problems.append(Problem(text=text, way_out=way_out))
         return problems
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        plan = super().compress(model, context)
+        costly: dict[int, list[str]] = {}
+        for name, layer in self.find_layers(model).items():
+            grid = constraints_of(layer).grid
+            if grid is not None and grid.bits <= FEW_BITS and is_depthwise(layer):
+                costly.setdefault(grid.bits, []).append(name)
+        for bits, names in costly.items():
+            what = (
+                f"depthwise convolutions at {bits} bits, which may cost more accuracy than all other layers. Add "
+                "'depthwise' to ignore here, and give them 8 bits in a stage with targets: [depthwise]"
+            )
+            context.found(what, names)
+        return plan
 
     def check_group_size(self, layers: dict[str, Layer]) -> list[Problem]:
         """Problems of ``group_size``: a layer without a value, or one whose width it does not divide."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
@@ -13,13 +13,16 @@ from tqdm.auto import tqdm
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.calibration.walk import Compress, Walk
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten
-from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, model_blocks, tied_weights
+from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, is_selected, model_blocks, tied_weights
+from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.layers import Layer, is_packed, kind_name, named_layers
 from pqqp_lightning.network.name_patterns import matches, value_for
 from pqqp_lightning.stages.arguments import argument_values
 from pqqp_lightning.stages.distillation import Distillation
+from pqqp_lightning.surgery.parametrized import parametrized_tensors
 
 Plan = dict[str, Any]
+BatchNormStep = Literal["recalibrate", "keep"]
 
 
 @dataclass
@@ -76,18 +79,22 @@ class Stage(Callback):
     :class:`~pqqp_lightning.stages.LayerwiseStage` instead.
 
     Class attributes describe a stage: ``promises`` (the constraints that its weights satisfy, "mask" or "grid"),
-    ``needs_calibration``, ``compresses``, ``keeps_function`` (the model's outputs do not change), and
+    ``needs_calibration``, ``compresses``, ``keeps_function`` (the model's outputs do not change),
+    ``changes_before_training`` (``compress`` changes the outputs, not only the training after it), and
     ``comparable_layers`` (a layer has the same inputs and outputs as in the dense model, so that its outputs can be
     compared).
 
     Args:
-        targets: name patterns of the layers to act on; every layer inside the blocks by default.
-        ignore: name patterns of layers to skip.
+        targets: name patterns of the layers to act on, "depthwise" for depthwise convolutions; every layer inside the
+            blocks by default.
+        ignore: name patterns of layers to skip, "depthwise" for depthwise convolutions.
         epochs: epochs of finetuning after this stage, before the next one.
         learning_rate: the highest learning rate of that finetuning; the model's own by default.
         blocks: module names of the blocks to calibrate one by one; found by structure by default.
         allow_undo: run even if an earlier stage's constraint is lost; the record says what was lost.
         distill: distill the dense model during finetuning: {weight: 0.5, temperature: 2.0}.
+        batch_norm: "recalibrate" estimates the running statistics of BatchNorm layers again after the compression, on
+            the calibration samples and without labels; "keep" leaves those of the dense model.
     """
 
     source: ClassVar[str] = ""
@@ -95,6 +102,7 @@ class Stage(Callback):
     needs_calibration: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = False
+    changes_before_training: ClassVar[bool] = True
     comparable_layers: ClassVar[bool] = True
 
     def __init__(
@@ -106,10 +114,12 @@ class Stage(Callback):
         blocks: list[str] | None = None,
         allow_undo: bool = False,
         distill: Distillation | None = None,
+        batch_norm: BatchNormStep = "recalibrate",
     ) -> None:
         self.targets, self.ignore = targets, ignore
         self.epochs, self.learning_rate = epochs, learning_rate
         self.blocks, self.allow_undo, self.distill = blocks, allow_undo, distill
+        self.batch_norm = batch_norm
         self.name = type(self).__name__.lower()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -133,6 +143,12 @@ class Stage(Callback):
     def arguments(self) -> dict[str, Any]:
         """The arguments that are attributes of the same name, as plain data for records."""
         return argument_values(self)
+
+    @property
+    def recalibrates_batch_norm(self) -> bool:
+        """Whether BatchNorm statistics are estimated again after :meth:`compress`."""
+        changes = self.compresses and self.changes_before_training and not self.keeps_function
+        return changes and self.batch_norm == "recalibrate"
 
     def find_blocks(self, model: nn.Module) -> Blocks:
         """The blocks of ``model``: this stage's own, the model's ``compression_blocks``, or found by structure."""
@@ -190,12 +206,16 @@ class Stage(Callback):
             if not self.epochs:
                 text = "has no effect with epochs=0"
                 problems.append(Problem("distill", text=text, way_out="Set epochs, or drop it."))
+        if self.batch_norm not in get_args(BatchNormStep):  # Python does not enforce the signature
+            problems.append(Problem("batch_norm", self.batch_norm, "is not one of recalibrate, keep"))
         return problems
 
     def refuse_after(
         self, model: nn.Module, earlier: Sequence[Stage], promises: Sequence[str], reason: str, way_out: str
     ) -> list[Problem]:
         """One problem for each earlier stage whose ``promises`` hold on a layer that this stage acts on.
+
+        And one for each kind of promise that the model itself brought along.
 
         Args:
             model: as in :meth:`check`.
@@ -211,6 +231,13 @@ class Stage(Callback):
             what = " and ".join(p for p in stage.promises if p in promises)
             text = f"{reason}: {shorten(both)} carry the {what} of stage '{stage.name}'"
             problems.append(Problem(text=text, way_out=way_out))
+        # A loaded model, or one with masks of torch.nn.utils.prune, has constraints before the first stage.
+        own = set(self.find_layers(model))
+        for promise in promises:
+            held = [name for name, _, constraints in constrained_layers(model) if constraints.has(promise)]
+            if both := sorted(own & set(held)):
+                text = f"{reason}: {shorten(both)} carry a {promise} that the model had before the run"
+                problems.append(Problem(text=text, way_out="Set allow_undo: true, or add them to ignore."))
         return problems
 
     def overlaps(
@@ -268,12 +295,26 @@ class Stage(Callback):
         """Names of the layers whose weights this stage's finetuning changes."""
         return [name for name, layer in named_layers(model) if layer.weight.requires_grad]
 
+    def refuse_parametrized(self, model: nn.Module, layers: Iterable[str]) -> list[Problem]:
+        """One problem for each kind of computed weight among ``layers``: what a stage writes there would be lost."""
+        computed = parametrized_tensors(model)
+        of_kind: dict[str, list[str]] = {}
+        for name in dict.fromkeys(layers):
+            if kind := computed.get(f"{name}.weight") or computed.get(name):
+                of_kind.setdefault(kind, []).append(name)
+        way_out = "Set trainer.fold_parametrizations: true, which makes plain weights of them, or add them to ignore."
+        problems = []
+        for kind, names in of_kind.items():
+            text = f"{shorten(names)} compute their weights in every forward pass ({kind}): a stage cannot change them"
+            problems.append(Problem(text=text, way_out=way_out))
+        return problems
+
     def _check_targets(self, model: LightningModule) -> list[Problem]:
         candidates = dict(named_layers(model))
         problems = []
         for argument, patterns in (("targets", self.targets or []), ("ignore", self.ignore or [])):
             for pattern in patterns:
-                if not any(matches(name, pattern) for name in candidates):
+                if not any(is_selected(name, layer, [pattern]) for name, layer in candidates.items()):
                     tails = {part for name in candidates for part in (name.rsplit(".", 1)[-1], name)}
                     hint = near_miss(pattern, tails) or f" The model has {shorten(candidates)}."
                     problems.append(Problem(argument, pattern, "matches no layer that stages compress", hint.strip()))
@@ -285,6 +326,7 @@ class Stage(Callback):
             verb = "share their weights" if len(shared) > 1 else "shares its weight"
             text = f"{shorten(shared)} {verb} with another module (a tied embedding)"
             problems.append(Problem(text=text, way_out=f"Add {'them' if len(shared) > 1 else 'it'} to ignore."))
+        problems += self.refuse_parametrized(model, layers)
         if packed := [n for n, layer in layers.items() if is_packed(layer)]:
             kinds = " and ".join(sorted({type(layers[n]).__name__ for n in packed}))
             way_out = "Load the model unquantized and quantize it with a stage (NF4, FP4, INT8), or add them to ignore."

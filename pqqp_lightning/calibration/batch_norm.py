@@ -1,0 +1,195 @@
+"""Running statistics of BatchNorm layers, estimated again on calibration data.
+
+After a stage has changed weights, each BatchNorm still normalizes with the mean and variance that its inputs had in the
+dense network. Here they become those of the compressed network, without labels and without training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import tqdm
+
+from pqqp_lightning.calibration.chain import Call, capture_calls, first_output, is_chain
+from pqqp_lightning.calibration.collect import StopForward, watching_inputs
+from pqqp_lightning.calibration.statistics import sum_over_ranks
+from pqqp_lightning.calibration.walk import Walk, calibrating
+from pqqp_lightning.network.blocks import Blocks
+
+Forward = Callable[[int], object]
+"""Runs the calibration batch of that number, through the model or through one block."""
+
+FEW_VALUES = 64
+"""A variance of fewer values a channel is off by more than a sixth (its standard error); the record says so."""
+
+CONSTANT = 1e-12
+"""A variance below this part of the squared mean is rounding noise: the channel is constant."""
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the BatchNorm layers of ``model`` that normalize with running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+def recalibrate_batch_norms(walk: Walk) -> dict[str, list[str]]:
+    """Set the running statistics of every BatchNorm to those of its inputs on the calibration data, in place.
+
+    The layers are taken in the order of the forward pass, in evaluation mode, so that every layer sees what the new
+    statistics of the earlier ones make of the data. Hence the result does not depend on the batch size or on the number
+    of processes, and is what evaluation mode computes: the exact mean and unbiased variance over all calibration
+    samples. A channel that is constant on them keeps its variance, since dividing by none would blow up the first
+    other value.
+
+    Every layer takes a forward pass that ends there: of its block, if the blocks follow one another, else of the model.
+
+    Args:
+        walk: of the compressed model; it sums over ranks.
+
+    Returns:
+        What was found, with the names of the layers: those that keep their statistics, and those with few values.
+    """
+    norms = batch_norms(walk.model)
+    found: dict[str, list[str]] = {}
+    with calibrating(walk.model):
+        calls = _calls(walk, norms)
+        if uncalled := [name for name in norms if name not in calls]:
+            found["BatchNorm statistics kept: no forward pass reaches them"] = uncalled
+        bar = tqdm(total=len(calls), desc=walk.title, unit="norm", disable=not walk.progress, leave=False)
+        for name, forward in _passes(walk, calls):
+            moments = _collect(name, norms[name], forward, len(walk.batches), stop=calls[name] == 1)
+            if finding := _set_statistics(norms[name], moments):
+                found.setdefault(finding, []).append(name)
+            bar.update()
+        bar.close()
+    return found
+
+
+def _calls(walk: Walk, norms: dict[str, _BatchNorm]) -> Counter[str]:
+    """How often the probe's forward pass calls each of ``norms``, in the order of their first calls."""
+    calls: Counter[str] = Counter()
+    with watching_inputs(norms, lambda name, inputs: calls.update([name])):
+        _run_model(walk, walk.probe)
+    return calls
+
+
+def _passes(walk: Walk, calls: Counter[str]) -> Iterator[tuple[str, Forward]]:
+    """Each layer in the order of ``calls``, with the shortest forward pass that reaches it.
+
+    The consumer sets the layer's statistics before it asks for the next one.
+    """
+
+    def run_model(i: int) -> None:
+        _run_model(walk, walk.batches[i])
+
+    chained = same = False
+    if "" not in walk.blocks and set(calls.values()) == {1}:  # a layer of several blocks cannot be seen in one of them
+        chained, same = is_chain(walk.blocks, partial(_run_model, walk), walk.probe)
+    block_of = {name: _block_of(name, walk.blocks) if chained else None for name in calls}
+    inside = [name for name in calls if block_of[name] is not None]
+    outside = [name for name in calls if block_of[name] is None]
+    order = list(calls)
+    # the blocks are called one after another, so that every other layer comes before all of them or after
+    before = [name for name in outside if not inside or order.index(name) < order.index(inside[0])]
+    for name in before:
+        yield name, run_model
+    if inside:
+        for block, run_block in _block_passes(walk, every_block=not same):
+            for name in inside:
+                if block_of[name] == block:
+                    yield name, run_block
+    for name in outside[len(before) :]:
+        yield name, run_model
+
+
+def _block_of(name: str, blocks: Blocks) -> str | None:
+    return next((block for block in blocks if name.startswith(f"{block}.")), None)
+
+
+def _block_passes(walk: Walk, *, every_block: bool) -> Iterator[tuple[str, Forward]]:
+    """Each block in turn, with the forward pass of that block alone; its outputs become the next one's inputs."""
+    hidden: list[Tensor] = []  # each batch's input of the current block
+    calls: list[list[Call]] = []
+    run = partial(_run_model, walk)
+    for batch_calls in capture_calls(walk.blocks, run, walk.batches, every_block=every_block):
+        state = batch_calls[0].hidden
+        assert state is not None  # is_chain has seen it
+        hidden.append(state)
+        calls.append([call.without_hidden() for call in batch_calls])
+    for position, (name, block) in enumerate(walk.blocks.items()):
+
+        def run_block(i: int, block: nn.Module = block, position: int = position) -> Tensor:
+            call = calls[i][position if every_block else 0].with_hidden(hidden[i])
+            with walk.forward_context():
+                output = first_output(block(*call.args, **call.kwargs))
+            assert output is not None
+            return output
+
+        yield name, run_block
+        if position + 1 < len(walk.blocks):
+            for i in range(len(hidden)):
+                hidden[i] = run_block(i)
+
+
+def _run_model(walk: Walk, batch: Any) -> None:
+    with walk.forward_context():
+        walk.run(batch)
+
+
+def _collect(name: str, norm: _BatchNorm, forward: Forward, batches: int, *, stop: bool) -> Tensor:
+    """The moments [3, C] of the inputs of ``norm``: number of values, their sum, the sum of their squares; float64.
+
+    Args:
+        name: of the layer.
+        norm: the layer.
+        forward: runs a batch of that number through the layer.
+        batches: number of batches.
+        stop: end each forward pass there.
+    """
+    assert norm.running_mean is not None
+    total = torch.zeros(3, norm.num_features, dtype=torch.float64, device=norm.running_mean.device)
+
+    def add(_: str, inputs: Tensor) -> None:
+        dims = [dim for dim in range(inputs.dim()) if dim != 1]  # the channels are the second dimension
+        # centred sums in float32 are exact enough, and need no float64 copy of the activations
+        variance, mean = (part.double() for part in torch.var_mean(inputs.float(), dims, correction=0))
+        count = inputs.numel() // inputs.shape[1]
+        total.add_(torch.stack([torch.ones_like(mean), mean, variance + mean.square()]), alpha=count)
+        if stop:
+            raise StopForward
+
+    with watching_inputs({name: norm}, add):
+        for i in range(batches):
+            with suppress(StopForward):
+                forward(i)
+    return sum_over_ranks(total)
+
+
+def _set_statistics(norm: _BatchNorm, moments: Tensor) -> str | None:
+    """Write the running statistics that follow from ``moments`` [3, C]; returns what is unusual about them."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    values = int(moments[0, 0])
+    if not bool(torch.isfinite(moments).all()):
+        return "BatchNorm statistics kept: their calibration inputs hold NaN or infinite values"
+    if values < 2:
+        return "BatchNorm statistics kept: calibration has one value a channel, which has no variance"
+    mean = moments[1] / values
+    biased = (moments[2] / values - mean.square()).clamp(min=0)
+    varies = biased > CONSTANT * mean.square()
+    variance = torch.where(varies, biased * (values / (values - 1)), norm.running_var.double())
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+    if values < FEW_VALUES:
+        return f"BatchNorm statistics from only {values} values a channel. Use more calibration samples"
+    return None
