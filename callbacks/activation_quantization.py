@@ -10,7 +10,8 @@ from torch import nn
 
 from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.network.activation_hooks import QuantizeHeads, QuantizeInput, transformed_layers
-from pqqp_lightning.stages import Context, Plan, Stage
+from pqqp_lightning.network.layers import is_called
+from pqqp_lightning.stages import Context, Layer, Plan, Stage
 
 CACHED = ("k_proj", "v_proj")
 
@@ -55,6 +56,9 @@ class ActivationQuantization(Stage):
         super().__init__(**kwargs)
         self.bits, self.kv_bits, self.symmetric = bits, kv_bits, symmetric
         self.clip, self.outliers = clip, outliers
+
+    def reason_to_leave(self, layer: Layer) -> str:
+        return "" if is_called(layer) else "rounds the inputs of modules that are called"
 
     def check_arguments(self) -> list[Problem]:
         problems = super().check_arguments()

@@ -72,6 +72,9 @@ class BasisSharing(Stage):
         """The Linear layers among the targets."""
         return {name: layer for name, layer in super().find_layers(model).items() if isinstance(layer, nn.Linear)}
 
+    def reason_to_leave(self, layer: Layer) -> str:
+        return "factorises Linear layers" if super().reason_to_leave(layer) else ""  # Conv2d has a note of its own
+
     def check_arguments(self) -> list[Problem]:
         problems = super().check_arguments()
         if not 0 < self.ratio < 1:

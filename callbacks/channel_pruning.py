@@ -15,13 +15,14 @@ from pqqp_lightning.calibration.channel_scores import mean_squared_inputs, taylo
 from pqqp_lightning.errors import Problem, RecipeError, shorten, suggest
 from pqqp_lightning.network.activation_hooks import RotateInput, transformed_layers
 from pqqp_lightning.network.blocks import is_selected, tied_weights
-from pqqp_lightning.network.layers import LAYER_TYPES, columns_of, is_adapter
+from pqqp_lightning.network.layers import columns_of, is_adapter
 from pqqp_lightning.network.name_patterns import value_for
 from pqqp_lightning.network.structure import weightless_copy
 from pqqp_lightning.stages import Context, Layer, Plan, PruningStage, Stage
 from pqqp_lightning.surgery.coupling import CoupledGroup, Coupling, built_groups, has_attention
 from pqqp_lightning.surgery.dependency import example_input, run_example, traced_groups
 from pqqp_lightning.surgery.narrowing import conflicting_settings, narrow, plan_narrowing, rebuild_narrowed
+from pqqp_lightning.surgery.slicing import SLICED_LAYERS
 
 IMPORTANCES = ("norm", "activation", "taylor")
 
@@ -84,7 +85,7 @@ class ChannelPruning(Stage):
         except RecipeError:  # check reports it
             return {}
         names = {member.name for group in groups for member in group.members}
-        return {n: m for n, m in model.named_modules() if n in names and isinstance(m, LAYER_TYPES)}
+        return {n: m for n, m in model.named_modules() if n in names and isinstance(m, SLICED_LAYERS)}
 
     def check_arguments(self) -> list[Problem]:
         problems = super().check_arguments()
@@ -163,12 +164,12 @@ class ChannelPruning(Stage):
         makers = {
             name
             for name, module in model.named_modules()
-            if isinstance(module, LAYER_TYPES)
+            if isinstance(module, SLICED_LAYERS)
             and id(module.weight) not in tied
             and (self.targets is None or is_selected(name, module, self.targets))
             and not is_selected(name, module, self.ignore or [])
         }
-        layers = {name for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)}
+        layers = {name for name, module in model.named_modules() if isinstance(module, SLICED_LAYERS)}
         return [
             group
             for group in coupling.groups
@@ -221,7 +222,7 @@ class ChannelPruning(Stage):
         """Constraints that cannot be cut, and rotations of a fixed input width."""
         groups = self._chosen(model, coupling)
         modules = dict(model.named_modules())
-        cut = {n: m for g in groups for n in g.inputs() if isinstance(m := modules[n], LAYER_TYPES)}
+        cut = {n: m for g in groups for n in g.inputs() if isinstance(m := modules[n], SLICED_LAYERS)}
         problems = []
         if rotated := [name for name in transformed_layers(model, RotateInput) if name in cut]:
             text = f"the inputs of {shorten(rotated)} are rotated while the model runs"

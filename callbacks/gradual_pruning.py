@@ -166,7 +166,7 @@ class GradualPruning(PruningStage):
     def _hold_mask(self, name: str, layer: Layer) -> None:
         mask = self._mask(name, layer)
         if mask is not None:
-            self._hold.hold(layer.weight, to_weight(~mask, layer.weight.shape))
+            self._hold.hold(layer.weight, to_weight(layer, ~mask))
 
     def _mask(self, name: str, layer: Layer) -> Tensor | None:
         """The current keep-mask [O, I]: of this training, or of earlier stages."""

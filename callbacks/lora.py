@@ -11,7 +11,8 @@ from torch import nn
 
 from pqqp_lightning.algorithms.lora import Merged, merge_low_rank
 from pqqp_lightning.errors import shorten
-from pqqp_lightning.network.layers import columns_of, set_weight_matrix
+from pqqp_lightning.network.layer_kinds import is_transposed_linear
+from pqqp_lightning.network.layers import matrix_shape, set_weight_matrix
 from pqqp_lightning.stages import Context, Layer, Plan, Problem, Stage, constraints_of, weight_matrix
 from pqqp_lightning.surgery.adapters import (
     Adapters,
@@ -116,6 +117,10 @@ class LoRA(Stage):
         shared = _shared(model)
         return {name: layer for name, layer in super().find_layers(model).items() if id(layer) not in shared}
 
+    def reason_to_leave(self, layer: Layer) -> str:
+        known = isinstance(layer, nn.Linear | nn.Conv2d) or is_transposed_linear(layer)
+        return "" if known else "adapts Linear, Conv1D and Conv2d layers"
+
     def compress(self, model: LightningModule, context: Context) -> Plan:
         plan = self._plan(model)
         required = {id(p) for p in model.parameters() if p.requires_grad}
@@ -190,14 +195,14 @@ class LoRA(Stage):
         self, model: LightningModule, layers: dict[str, Layer], earlier: Sequence[Stage]
     ) -> list[Problem]:
         chosen, problems = self.initialization, []
-        if chosen in LINEAR_ONLY and (convolutions := [n for n, x in layers.items() if isinstance(x, nn.Conv2d)]):
+        if chosen in LINEAR_ONLY and (convolutions := [n for n, x in layers.items() if not isinstance(x, nn.Linear)]):
             text = f"is for Linear layers, not for {shorten(convolutions)}"
             way_out = "Use default or gaussian, or add them to ignore."
             problems.append(Problem("initialization", chosen, text, way_out))
         # the other initializations start with B A = 0, so that an earlier mask or grid still holds
         if chosen not in CHANGES_THE_WEIGHT:
             return problems
-        if small := [n for n, x in layers.items() if self.rank > min(x.weight.shape[0], columns_of(x))]:
+        if small := [n for n, x in layers.items() if self.rank > min(matrix_shape(x))]:
             text = f"takes rank={self.rank} directions out of the weight; {shorten(small)} have fewer"
             way_out = "Lower rank, use default, or add them to ignore."
             problems.append(Problem("initialization", chosen, text, way_out))
@@ -247,5 +252,7 @@ def _is_plain(layer: Layer) -> bool:
     """Whether the layer only multiplies with its matrix, in a form that PEFT's adapters support."""
     if isinstance(layer, nn.Linear):
         return type(layer).forward is nn.Linear.forward
+    if not isinstance(layer, nn.Conv2d):
+        return is_transposed_linear(layer)
     plain = type(layer).forward is nn.Conv2d.forward and layer.padding_mode == "zeros"
     return plain and layer.groups == 1 and layer.dilation == (1, 1)

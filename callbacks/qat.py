@@ -9,10 +9,13 @@ from lightning.pytorch import LightningModule, Trainer
 from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.network.held_zeros import trained_weight
+from pqqp_lightning.network.layers import named_layers
+from pqqp_lightning.network.parameter_layers import ParameterLayer
 from pqqp_lightning.stages import (
     Compressed,
     Context,
     GroupSize,
+    Layer,
     Plan,
     Problem,
     QuantizationStage,
@@ -66,6 +69,11 @@ class QAT(QuantizationStage):
             problems.append(Problem("epochs", self.epochs, "leaves no training", way_out))
         return problems
 
+    def reason_to_leave(self, layer: Layer) -> str:
+        # An RNN keeps its parameters in a list as well, and would not compute with the rounded ones.
+        recurrent = isinstance(layer, ParameterLayer) and layer.family == "recurrent"
+        return "cannot round them in every forward pass" if recurrent else super().reason_to_leave(layer)
+
     def moves(self, model: LightningModule) -> list[str]:
         """All trained layers except the stage's own, which end on their grid."""
         own = self.find_layers(model)
@@ -85,9 +93,9 @@ class QAT(QuantizationStage):
 
     @staticmethod
     def restructure(model: LightningModule, plan: Plan) -> None:
-        modules: dict[str, Any] = dict(model.named_modules())
+        layers = dict(named_layers(model))
         for name, (bits, scales, symmetric) in plan.get("layers", {}).items():
-            attach(modules[name], bits, scales, symmetric=symmetric, learn_scale=plan["learn_scales"])
+            attach(layers[name], bits, scales, symmetric=symmetric, learn_scale=plan["learn_scales"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an optimizer without the scales: they would silently stay untrained."""

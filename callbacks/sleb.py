@@ -17,7 +17,7 @@ from pqqp_lightning.calibration.walk import Walk, calibrating
 from pqqp_lightning.errors import Problem, RecipeError, near_miss
 from pqqp_lightning.network.blocks import keep_blocks, model_blocks
 from pqqp_lightning.network.name_patterns import matches, matches_any
-from pqqp_lightning.stages import Context, Plan, Stage
+from pqqp_lightning.stages import Context, Layer, Plan, Stage
 from pqqp_lightning.surgery.removal import (
     Sublayer,
     outside_of_a_list,
@@ -78,6 +78,9 @@ class SLEB(Stage):
     def __init__(self, amount: int | float, granularity: Literal["block", "sublayer"] = "block", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.amount, self.granularity = amount, granularity
+
+    def reason_to_leave(self, layer: Layer) -> str:
+        return ""  # a block is removed with everything in it
 
     def check_arguments(self) -> list[Problem]:
         problems = super().check_arguments()

@@ -355,8 +355,8 @@ def test_a_convolution_s_weight_comes_back_in_plain_strides(shape):
     """A permuted 1x1 kernel counts as contiguous and as channels_last, and oneDNN's backward pass of it with stride 2
     wrote beyond its buffers: the process was aborted some tests later."""
     layer = nn.Conv2d(shape[1], shape[0], shape[2:])
-    weight = to_weight(weight_matrix(layer), layer.weight.shape)
+    weight = to_weight(layer, weight_matrix(layer))
     assert torch.equal(weight, layer.weight)
     assert weight.stride() == layer.weight.stride()
-    rounded = FakeQuantize(4, (shape[0], 1), True, False, torch.device("cpu"))(layer.weight)
+    rounded = FakeQuantize(4, "channels_last", (shape[0], 1), True, False, torch.device("cpu"))(layer.weight)
     assert rounded.stride() == layer.weight.stride()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.calibration.token_mask import TokenMask, positions_of
-from pqqp_lightning.network.layers import Layer, columns_of, geometry, groups_of, input_rows
+from pqqp_lightning.network.layers import Layer, columns_of, geometry, groups_of, input_rows, spatial_dimensions
 
 
 class StopForward(Exception):
@@ -83,7 +83,7 @@ class Collector:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Collect from the forward passes inside the context."""
-        with watching_inputs(self._layers, self._see):
+        with watching_inputs(self._layers, self._see):  # type: ignore[arg-type]
             yield
 
     @contextmanager
@@ -120,7 +120,7 @@ class Collector:
 
     def _rows(self, name: str, inputs: Tensor) -> Tensor:
         """The rows [groups, T, I] of the layer's input that count."""
-        if self._mask is not None and isinstance(self._layers[name], nn.Linear):
+        if self._mask is not None and not spatial_dimensions(self._layers[name]):
             if self._mask.misses(inputs):
                 self.unmasked[name] = None
             inputs = positions_of(inputs, self._mask)

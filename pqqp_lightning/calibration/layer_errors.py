@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from pqqp_lightning.algorithms.interference import mixed_units
@@ -19,7 +20,8 @@ from pqqp_lightning.calibration.walk import Walk, calibrating
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.constraints import constraints_of
-from pqqp_lightning.network.layers import LAYER_TYPES
+from pqqp_lightning.network.layers import is_layer
+from pqqp_lightning.network.parameter_layers import ParameterLayer, parameter_layers
 from pqqp_lightning.storage.disk_tensors import DiskTensors
 
 _BLOCK = "_pqqp_dense_block"
@@ -29,7 +31,11 @@ SAMPLES = 8
 """Default number of calibration samples on which outputs are compared."""
 
 Layers = Mapping[str, nn.Module | None]
-"""A compressed model's layers by their names in the dense model; None for a removed layer."""
+"""A compressed model's layers by their names in the dense model; None for a removed layer.
+
+For a :class:`~pqqp_lightning.network.parameter_layers.ParameterLayer` it is the module that holds the parameter, whose
+outputs are compared instead.
+"""
 
 
 def layer_errors(walk: Walk, variants: Mapping[str, Layers]) -> dict[str, dict[str, float]]:
@@ -53,14 +59,17 @@ def layer_errors(walk: Walk, variants: Mapping[str, Layers]) -> dict[str, dict[s
     squares = torch.zeros(len(names), 1 + len(variants), dtype=torch.float64, device=device)
 
     def compare(name: str, row: Tensor, mask: TokenMask | None) -> Any:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+            output = first_output(outputs)
+            assert output is not None
             row[0] += _square(positions_of(output, mask))
             for i, variant in enumerate(variants.values(), start=1):
                 module = _on_device(variant[name], device)
                 change = output if module is None else _change(name, module, args, kwargs, output)
                 row[i] += _square(positions_of(change, mask))
 
-        return walk.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+        module = walk.model.get_submodule(_module_name(walk.model, name))
+        return module.register_forward_hook(hook, with_kwargs=True)
 
     with calibrating(walk.model), walk.forward_context():
         masks = walk.masks()
@@ -117,8 +126,9 @@ class _Silent(nn.Module):
         super().__init__()
         self._layer = [layer]  # in a list, so that it does not become a submodule
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros_like(self._layer[0](*args, **kwargs))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self._layer[0](*args, **kwargs)
+        return tree_map(lambda x: torch.zeros_like(x) if isinstance(x, Tensor) else x, outputs)
 
 
 def _on_device(module: nn.Module | None, device: torch.device) -> nn.Module | None:
@@ -134,9 +144,10 @@ def _swapped(model: nn.Module, variant: Layers, names: Sequence[str]) -> Iterato
     device = next(model.parameters()).device
     with ExitStack() as stack:
         for name in names:
-            parent, _, child = name.rpartition(".")
+            module_name = _module_name(model, name)
+            parent, _, child = module_name.rpartition(".")
             siblings = model.get_submodule(parent)._modules
-            dense_layer = model.get_submodule(name)
+            dense_layer = model.get_submodule(module_name)
             stack.callback(siblings.__setitem__, child, dense_layer)
             siblings[child] = _on_device(variant[name], device) or _Silent(dense_layer)
         yield
@@ -161,7 +172,8 @@ def _output_of(block: nn.Module, walk: Walk, batch: Any, mask: TokenMask | None)
 
 def _change(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
     """The difference of a compressed layer's output from the dense ``output``."""
-    changed = module(*args, **kwargs)
+    changed = first_output(module(*args, **kwargs))
+    assert changed is not None
     if changed.shape != output.shape:
         raise RecipeError(
             f"{name}: its output has shape {list(changed.shape)} instead of {list(output.shape)} after compression and "
@@ -196,7 +208,7 @@ def layers_of(model: nn.Module, names: Sequence[str], disk: DiskTensors) -> Laye
         block = next((b for b in marked if name.startswith(f"{b}.")), None)
         now = name if block is None else f"{marked[block]}{name.removeprefix(block)}"
         gone = block is None and had_blocks and _is_of_a_marked(model, name)
-        module = None if gone else _submodule(model, now)
+        module = None if gone else _submodule(model, _module_name(model, now))
         found[name] = None if module is None else _on_disk(module, disk)
     return found
 
@@ -205,10 +217,11 @@ def mixed_share(layers: Layers) -> tuple[int, int]:
     """Count the quantization units that hold both pruned and kept weights, and all units of the layers with a grid."""
     mixed_count = 0
     unit_count = 0
-    for layer in layers.values():
-        if not isinstance(layer, LAYER_TYPES):
+    for name, module in layers.items():
+        layer = module if is_layer(module) else _parameter_layer(module, name)
+        if layer is None:
             continue
-        constraints = constraints_of(layer)
+        constraints = constraints_of(layer)  # type: ignore[arg-type]
         if constraints.grid is None:
             continue
         scale = constraints.grid.scale
@@ -227,6 +240,23 @@ def _is_of_a_marked(model: nn.Module, name: str) -> bool:
         if module is None or _BLOCK in vars(module):
             return True
     return False
+
+
+def _parameter_layer(module: nn.Module | None, name: str) -> ParameterLayer | None:
+    """The layer of this name in the module that holds its parameter."""
+    layers = () if module is None else parameter_layers(module)
+    return next((layer for layer in layers if layer.parameter == name.rpartition(".")[2]), None)
+
+
+def _module_name(model: nn.Module, name: str) -> str:
+    """The name of the module whose outputs show what the layer ``name`` computes: its own, or its parameter's owner.
+
+    torch's attention uses the weight of its last projection without a call, so that its own outputs show it.
+    """
+    parent, _, last = name.rpartition(".")
+    owner = _submodule(model, parent)
+    uncalled = isinstance(owner, nn.MultiheadAttention) or _parameter_layer(owner, last) is not None
+    return parent if uncalled else name
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

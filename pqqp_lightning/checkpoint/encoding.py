@@ -11,8 +11,6 @@ from pqqp_lightning.algorithms.packing import packed_bytes, position_bits
 from pqqp_lightning.network.constraints import Constraints
 
 MaskKind = Literal["bits", "positions"]
-_HIDDEN = ".parametrizations.weight.original"
-"""Suffix of the tensor from which torch.nn.utils.parametrize computes a weight."""
 
 
 @dataclass(frozen=True)
@@ -71,24 +69,11 @@ def encode_weight(constraints: Constraints, bits: int) -> Encoding:
     return Encoding(mask, packed_bytes(kept, grid.bits), mask_bytes, scale, zero)
 
 
-def weight_owner(name: str) -> tuple[str, bool]:
-    """Find the layer whose weight a stored tensor is.
-
-    Returns:
-        The layer's name, and whether the tensor is the original of a parametrized weight, from which
-        ``torch.nn.utils.parametrize`` computes the weight.
-    """
-    owner = name.removesuffix(_HIDDEN)
-    if owner != name:
-        return owner, True
-    return name.removesuffix(".weight"), False
-
-
 def stored_constraints(constraints: Constraints, hidden: bool) -> Constraints:
     """Return the constraints of a stored tensor.
 
-    The original of a parametrized weight (``hidden``, see :func:`weight_owner`) keeps the mask, but only the computed
-    weight lies on the grid.
+    The original of a parametrized weight (``hidden``, see :func:`~pqqp_lightning.network.layers.stored_weights`) keeps
+    the mask, but only the computed weight lies on the grid.
     """
     return replace(constraints, grid=None) if hidden else constraints
 

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from pqqp_lightning.checkpoint.encoding import weight_owner
 from pqqp_lightning.checkpoint.format import ORIGIN, Applied, Origin, model_folder, origin_of, read_manifest
 from pqqp_lightning.checkpoint.packing import unpack_weight
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.network.constraints import constrained_layers, set_constraints
+from pqqp_lightning.network.layers import stored_weights
 from pqqp_lightning.storage.run_folder import WEIGHTS
 
 MOVED = {"pqqp_lightning.trainer.Training": "pqqp_lightning.runs.trainer.Training"}
@@ -91,14 +91,14 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
         # Constraints that the module carries from before are replaced by those of the checkpoint.
         for _, layer, _ in list(constrained_layers(module)):
             set_constraints(layer, None)
-        modules = dict(module.named_modules())
+        weights = stored_weights(module)
         with torch.no_grad():
             for name, target in own.items():
                 if name in manifest["aliases"]:
                     continue
                 if name in manifest["packed"]:
                     value, constraints = unpack_weight(manifest["packed"][name], _parts(file, name))
-                    set_constraints(modules[weight_owner(name)[0]], constraints)
+                    set_constraints(weights[name][1], constraints)
                 else:
                     value = file.get(name)
                 if value.shape != target.shape:

@@ -19,17 +19,24 @@ from pqqp_lightning.algorithms.packing import (
 )
 from pqqp_lightning.checkpoint.encoding import encode_weight
 from pqqp_lightning.network.constraints import Constraints
-from pqqp_lightning.network.layers import to_weight
+from pqqp_lightning.network.layouts import Layout, as_matrix, as_weight, default_layout
 
 
-def pack_weight(weight: Tensor, constraints: Constraints) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Pack ``weight``, in any layout, as its constraints allow.
+def pack_weight(
+    weight: Tensor, constraints: Constraints, layout: Layout | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Pack ``weight`` as its constraints allow.
+
+    Args:
+        weight: as the layer holds it.
+        constraints: of its matrix.
+        layout: how it holds the matrix; by default that of a Linear or a convolution.
 
     Returns:
         (parts by name, the manifest entry that :func:`unpack_weight` needs).
     """
-    matrix = weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
-    matrix = matrix.cpu()
+    layout = layout or default_layout(weight.dim())
+    matrix = as_matrix(weight, layout).cpu()
     grid = constraints.grid
     mask = constraints.mask()
     encoding = encode_weight(constraints, 8 * weight.element_size())
@@ -57,6 +64,8 @@ def pack_weight(weight: Tensor, constraints: Constraints) -> tuple[dict[str, Ten
     }
     if grid is not None and grid.codebook is not None:
         entry["codebook"] = grid.codebook
+    if layout != default_layout(weight.dim()):
+        entry["layout"] = layout
     return parts, entry
 
 
@@ -88,7 +97,8 @@ def unpack_weight(entry: dict[str, Any], parts: dict[str, Tensor]) -> tuple[Tens
 
     pattern = None if entry["pattern"] is None else (entry["pattern"][0], entry["pattern"][1])
     packed_mask = None if mask is None else pack_mask(mask)
-    return to_weight(matrix, entry["shape"]), Constraints((rows, columns), packed_mask, pattern, grid)
+    weight = as_weight(matrix, entry["shape"], entry.get("layout", default_layout(len(entry["shape"]))))
+    return weight, Constraints((rows, columns), packed_mask, pattern, grid)
 
 
 def _unpack_mask(entry: dict[str, Any], parts: dict[str, Tensor]) -> Tensor | None:

@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pqqp_lightning.checkpoint.encoding import stored_constraints, stored_tensors, weight_owner
+from pqqp_lightning.checkpoint.encoding import stored_constraints, stored_tensors
 from pqqp_lightning.checkpoint.format import FORMAT, Applied, digest_of_manifest, origin_of, skeleton_of
 from pqqp_lightning.checkpoint.packing import pack_weight
-from pqqp_lightning.network.constraints import constrained_layers
+from pqqp_lightning.network.constraints import constraints_of, is_constrained
+from pqqp_lightning.network.layers import layout_of, stored_weights
 from pqqp_lightning.network.structure import dotted_name
 from pqqp_lightning.storage.disk_tensors import DiskTensors
 from pqqp_lightning.storage.files import checkpoint_bytes, new_folder, sha256_of
@@ -67,13 +68,14 @@ def _contents(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors to store by name, and the manifest entries that describe them."""
     tensors, aliases = stored_tensors(module)
-    constraints = {name: c for name, _, c in constrained_layers(module)}
+    weights = stored_weights(module)
     stored: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}  # of packed weights
     for name, tensor in tensors.items():
-        owner, hidden = weight_owner(name)
-        if owner != name and owner in constraints:
-            parts, entries[name] = pack_weight(tensor, stored_constraints(constraints[owner], hidden))
+        _, layer, hidden = weights.get(name, ("", None, False))
+        if layer is not None and is_constrained(layer):
+            constraints = stored_constraints(constraints_of(layer), hidden)
+            parts, entries[name] = pack_weight(tensor, constraints, layout_of(layer))
             # On disk: the packed weights of a large model do not fit into memory next to the model.
             stored.update({f"{name}:{part}": disk.put(value) for part, value in parts.items()})
         else:

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from pqqp_lightning.checkpoint.encoding import encode_weight, stored_constraints, stored_tensors, weight_owner
+from pqqp_lightning.checkpoint.encoding import encode_weight, stored_constraints, stored_tensors
 from pqqp_lightning.network.constraints import constraints_of
-from pqqp_lightning.network.layers import LAYER_TYPES, is_adapter
+from pqqp_lightning.network.layers import is_adapter, stored_weights
 from pqqp_lightning.storage.reports import SizeNumbers
 
 
@@ -94,16 +94,15 @@ def measure_size(model: nn.Module, targeted: Iterable[str], dense_entries: int |
         dense_entries: number of their weights in the dense model; by default the number in ``model``.
     """
     tensors, _ = stored_tensors(model)
-    modules = dict(model.named_modules())
+    weights = stored_weights(model)
     targeted_names = set(targeted)
     total = 0
     layers = []
     for name, tensor in tensors.items():
-        owner, hidden = weight_owner(name)
-        layer = modules.get(owner)
-        if not isinstance(layer, LAYER_TYPES) or owner == name:
+        if name not in weights:
             total += tensor.numel() * tensor.element_size()
             continue
+        owner, layer, hidden = weights[name]
         constraints = stored_constraints(constraints_of(layer), hidden)
         bits = 8 * tensor.element_size()
         encoding = encode_weight(constraints, bits)

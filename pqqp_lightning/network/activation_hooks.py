@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pqqp_lightning.algorithms.activation import quantize_activation
 from pqqp_lightning.algorithms.hadamard import Rotation
 from pqqp_lightning.algorithms.quarot import rotate_across
+from pqqp_lightning.network.layer_kinds import kind_of
 
 
 class Transform(ABC):
@@ -88,7 +89,7 @@ class RotateInput(Transform):
 
 
 class QuantizeInput(Transform):
-    """Rounds a layer's input: one scale per token for a Linear, one per sample for a Conv2d.
+    """Rounds a layer's input: one scale per token, for convolutions one per sample.
 
     In training the gradient passes straight through.
 
@@ -103,8 +104,9 @@ class QuantizeInput(Transform):
 
     def transform(self, layer: nn.Module, x: Tensor) -> Tensor:
         dimensions: dict[str, Any] = {}
-        if isinstance(getattr(layer, "base_layer", layer), nn.Conv2d):  # also inside an adapter's wrapper
-            dimensions = {"dims": (-3, -2, -1), "column_dim": -3}
+        kind = kind_of(getattr(layer, "base_layer", layer))  # also inside an adapter's wrapper
+        if kind is not None and kind.spatial:
+            dimensions = {"dims": tuple(range(-kind.spatial - 1, 0)), "column_dim": -kind.spatial - 1}
         return _StraightThrough.apply(x, quantize_activation(x.detach(), self.bits, **dimensions, **self.options))
 
 

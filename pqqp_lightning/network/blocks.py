@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pqqp_lightning.errors import Problem, RecipeError, near_miss
-from pqqp_lightning.network.layers import LAYER_TYPES, Layer, is_adapter, is_depthwise
+from pqqp_lightning.network.layers import Layer, is_adapter, is_depthwise, is_layer, named_layers
 from pqqp_lightning.network.name_patterns import matches_any
 
 Blocks = dict[str, nn.Module]
@@ -43,7 +43,7 @@ def find_blocks(model: nn.Module, names: list[str] | None = None) -> Blocks:
             continue
         classes = {type(child) for child in children}
         # A row of plain Linear layers is an MLP, not a row of blocks.
-        if len(classes) > 1 or isinstance(children[0], LAYER_TYPES) or not any(map(_has_layers, children)):
+        if len(classes) > 1 or is_layer(children[0]) or not any(map(_has_layers, children)):
             continue
         for child_name, child in container.named_children():
             candidates[type(child)][f"{name}.{child_name}" if name else child_name] = child
@@ -85,7 +85,7 @@ def _named_blocks(model: nn.Module, names: list[str]) -> Blocks:
 def find_layers(
     model: nn.Module, targets: list[str] | None, ignore: list[str] | None, blocks: Blocks
 ) -> dict[str, Layer]:
-    """Find the Linear and Conv2d layers that a stage acts on, by name. Adapters are never among them.
+    """Find the layers that a stage acts on, by name. Adapters are never among them.
 
     Args:
         model: any module.
@@ -95,20 +95,20 @@ def find_layers(
     """
     tied = tied_weights(model)
     layers = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, LAYER_TYPES) or is_adapter(module) or is_selected(name, module, ignore or []):
+    for name, layer in named_layers(model):
+        if is_adapter(layer) or is_selected(name, layer, ignore or []):
             continue
         if targets is None:
             inside = any(name == block or name.startswith(f"{block}.") or not block for block in blocks)
-            chosen = inside and id(module.weight) not in tied
+            chosen = inside and id(layer.weight) not in tied
         else:
-            chosen = is_selected(name, module, targets)
+            chosen = is_selected(name, layer, targets)
         if chosen:
-            layers[name] = module
+            layers[name] = layer
     return layers
 
 
-def is_selected(name: str, layer: nn.Module, patterns: Sequence[str]) -> bool:
+def is_selected(name: str, layer: Layer | nn.Module, patterns: Sequence[str]) -> bool:
     """Whether one of ``patterns`` selects ``layer``, by its name or, as "depthwise", by its kind."""
     return matches_any(name, patterns) or (DEPTHWISE in patterns and is_depthwise(layer))
 
@@ -119,17 +119,17 @@ def tied_weights(model: nn.Module) -> set[int]:
     tied: set[int] = set()
     for module in model.modules():
         # Read the dict: ``module.weight`` of a parametrized layer would compute the weight.
-        weight = module.__dict__.get("_parameters", {}).get("weight")
-        if weight is None:
-            continue
-        if id(weight) in seen:
-            tied.add(id(weight))
-        seen.add(id(weight))
+        for weight in module.__dict__.get("_parameters", {}).values():
+            if weight is None:
+                continue
+            if id(weight) in seen:
+                tied.add(id(weight))
+            seen.add(id(weight))
     return tied
 
 
 def _has_layers(module: nn.Module) -> bool:
-    return any(isinstance(m, LAYER_TYPES) for m in module.modules())
+    return next(named_layers(module), None) is not None
 
 
 def _count_parameters(blocks: Blocks) -> int:

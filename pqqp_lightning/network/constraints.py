@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pqqp_lightning.algorithms.grid import Grid, round_to_grid
 from pqqp_lightning.algorithms.packing import pack_mask, unpack_mask
 from pqqp_lightning.algorithms.selection import Pattern
-from pqqp_lightning.network.layers import LAYER_TYPES, Layer, columns_of, weight_matrix
+from pqqp_lightning.network.layers import Layer, matrix_shape, named_layers, weight_matrix
 
 _ATTRIBUTE = "_pqqp_constraints"
 
@@ -124,20 +124,24 @@ class Constraints:
 def constraints_of(layer: Layer) -> Constraints:
     """Return the constraints of ``layer``'s weight; without mask and grid for a layer that was never compressed."""
     constraints = getattr(layer, _ATTRIBUTE, None)
-    return constraints if constraints is not None else Constraints((layer.weight.shape[0], columns_of(layer)))
+    return constraints if constraints is not None else Constraints(matrix_shape(layer))
 
 
-def set_constraints(layer: nn.Module, constraints: Constraints | None) -> None:
+def is_constrained(layer: Layer) -> bool:
+    """Whether ``layer`` carries constraints, which may be without mask and grid."""
+    return layer.__dict__.get(_ATTRIBUTE) is not None
+
+
+def set_constraints(layer: Layer | nn.Module, constraints: Constraints | None) -> None:
     """Attach constraints to a layer, or remove them."""
     layer.__dict__[_ATTRIBUTE] = constraints
 
 
 def constrained_layers(model: nn.Module) -> Iterator[tuple[str, Layer, Constraints]]:
     """Yield (name, layer, constraints) of every layer that carries constraints."""
-    for name, module in model.named_modules():
-        constraints = module.__dict__.get(_ATTRIBUTE)
-        if constraints is not None and isinstance(module, LAYER_TYPES):
-            yield name, module, constraints
+    for name, layer in named_layers(model):
+        if is_constrained(layer):
+            yield name, layer, constraints_of(layer)
 
 
 def collect_constraints(model: nn.Module) -> dict[str, Constraints]:
@@ -148,10 +152,10 @@ def collect_constraints(model: nn.Module) -> dict[str, Constraints]:
 def broken_constraints(model: nn.Module, promised: dict[str, Constraints]) -> dict[str, list[str]]:
     """Find the constraints of ``promised`` that the model's weights violate: layer name to descriptions."""
     broken = {}
-    modules = dict(model.named_modules())
+    layers = dict(named_layers(model))
     for name, constraints in promised.items():
-        layer = modules.get(name)
-        if not isinstance(layer, LAYER_TYPES):
+        layer = layers.get(name)
+        if layer is None:
             broken[name] = ["the layer is gone"]
             continue
         violations = constraints.violations(weight_matrix(layer))
@@ -180,7 +184,7 @@ def broken_promises(model: nn.Module, promises: list[Promise]) -> list[tuple[Pro
     A layer that was removed from the model has no constraints to keep. A layer whose shape changed must carry
     constraints of the new shape, as :meth:`Constraints.select` returns them.
     """
-    present = {id(module) for module in model.modules()}
+    present = {id(layer) for _, layer in named_layers(model)}
     broken = []
     for promise in promises:
         if id(promise.layer) not in present:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
+from pqqp_lightning.network.layers import Layer, weight_place
+
 
 class HoldZeros:
     """Keeps chosen entries of weights at exactly zero.
@@ -42,6 +44,10 @@ class HoldZeros:
         self._handles = []
 
 
-def trained_weight(layer: Any) -> Tensor:
+def trained_weight(layer: Layer) -> Tensor:
     """Return the parameter that training moves: the weight, or the original of a parametrized weight."""
-    return layer.parametrizations.weight.original if is_parametrized(layer, "weight") else layer.weight
+    module, name = weight_place(layer)
+    if not is_parametrized(module, name):
+        return layer.weight
+    parametrizations: Any = module.parametrizations
+    return parametrizations[name].original

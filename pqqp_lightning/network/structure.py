@@ -58,9 +58,12 @@ class Skeleton:
                 for name, tensor in tensors.items():
                     if tensor is None or not tensor.is_meta:
                         continue
-                    tensors[name] = torch.empty_like(tensor, device=device)
+                    empty = torch.empty_like(tensor, device=device)
                     if isinstance(tensor, nn.Parameter):
-                        tensors[name] = nn.Parameter(tensors[name], requires_grad=tensor.requires_grad)
+                        # Not into the dict: an LSTM keeps its parameters in a list as well.
+                        setattr(module, name, nn.Parameter(empty, requires_grad=tensor.requires_grad))
+                    else:
+                        tensors[name] = empty
         _tie_again(self._copy, fresh)
         model._modules.clear()
         model._modules.update(fresh._modules)
@@ -72,7 +75,7 @@ def _tie_again(original: nn.Module, fresh: nn.Module) -> None:
     for old, new in zip(original.modules(), fresh.modules(), strict=True):
         for name, parameter in old._parameters.items():
             if parameter is not None:
-                new._parameters[name] = shared.setdefault(id(parameter), new._parameters[name])
+                setattr(new, name, shared.setdefault(id(parameter), new._parameters[name]))
 
 
 def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:

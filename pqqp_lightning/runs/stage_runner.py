@@ -229,6 +229,8 @@ class StageRunner:
         seed_from(run_seed(), len(self.applied))
         context = self._context(stage)
         promised = collect_promises(self.module)
+        for what, layers in stage.left_layers(self.module).items():
+            context.found(what, layers)
         with self.on_device():
             plan = stage.compress(self.module, context) if stage.compresses else {}
             if stage.recalibrates_batch_norm:

@@ -29,7 +29,7 @@ class HoldMasks(Callback):
             weight = trained_weight(layer)
             mask = constraints.mask(weight.device)
             if mask is not None and weight.requires_grad:
-                self._hold.hold(weight, to_weight(~mask, weight.shape))
+                self._hold.hold(weight, to_weight(layer, ~mask))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._hold.zero()

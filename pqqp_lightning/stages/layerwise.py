@@ -15,7 +15,7 @@ from pqqp_lightning.algorithms.selection import Pattern
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.network.constraints import constraints_of, set_constraints
-from pqqp_lightning.network.layers import Layer, row_groups, set_weight_matrix, weight_matrix
+from pqqp_lightning.network.layers import Layer, has_readable_inputs, row_groups, set_weight_matrix, weight_matrix
 from pqqp_lightning.stages.stage import Context, Plan, Stage
 
 Found = Callable[[str], None]
@@ -24,7 +24,7 @@ Found = Callable[[str], None]
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """The inputs of ``compress_layer``: the weight of one layer, or of one group of a grouped convolution.
+    """The inputs of ``compress_layer``: the weight of one layer, or of one group of a grouped one.
 
     Attributes:
         name: the layer's.
@@ -61,8 +61,8 @@ class Compressed:
 class LayerwiseStage(Stage):
     """A stage that compresses layer by layer. A method writes :meth:`compress_layer`.
 
-    ``compress_layer`` gets the whole weight of a layer. With a ``statistic`` it gets a grouped convolution group by
-    group, because each group has its own inputs.
+    ``compress_layer`` gets the whole weight of a layer. With a ``statistic`` it gets a layer with groups (a grouped
+    convolution, experts) group by group, because each group has its own inputs.
 
     Args:
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
@@ -76,6 +76,11 @@ class LayerwiseStage(Stage):
     def needs_calibration(self) -> bool:  # type: ignore[override]
         """Whether the method names a statistic."""
         return self.statistic is not None
+
+    def reason_to_leave(self, layer: Layer) -> str:
+        if self.needs_calibration and not has_readable_inputs(layer):
+            return "cannot read their inputs, which it calibrates on"
+        return ""
 
     def compress_layer(self, inputs: LayerInputs) -> Compressed:
         """The method itself: the new weight, which keeps the mask and the grid in ``inputs``."""

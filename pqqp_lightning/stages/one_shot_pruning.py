@@ -15,7 +15,7 @@ from pqqp_lightning.algorithms.allocation import SparsityOptions, allocate_spars
 from pqqp_lightning.algorithms.selection import keep_by_score, keep_highest
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.network.constraints import constraints_of
-from pqqp_lightning.network.layers import Layer, groups_of, weight_matrix
+from pqqp_lightning.network.layers import Layer, groups_of, rows_of, weight_matrix
 from pqqp_lightning.stages.layerwise import Compressed, LayerInputs
 from pqqp_lightning.stages.pruning import PatternArgument, PruningStage
 from pqqp_lightning.stages.sensitivity import measure_costs
@@ -134,5 +134,5 @@ class OneShotPruning(PruningStage):
     def _parts(self, layer: Layer) -> int:
         """The number of equal parts of the matrix that each lose the same fraction."""
         if self.compared_within == "row":
-            return layer.weight.shape[0]
+            return rows_of(layer)
         return 1 if self.statistic is None else groups_of(layer)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import nn
 
 from pqqp_lightning.algorithms.selection import Pattern
 from pqqp_lightning.errors import Problem, RecipeError, shorten
-from pqqp_lightning.network.layers import columns_of
+from pqqp_lightning.network.layers import channels_of
 from pqqp_lightning.network.name_patterns import value_for, values_of
 from pqqp_lightning.stages.layerwise import LayerwiseStage
 from pqqp_lightning.stages.stage import Stage
@@ -82,7 +81,7 @@ class PruningStage(LayerwiseStage):
         odd: dict[tuple[int, int, int], list[str]] = {}
         for name, layer in layers.items():
             pattern = self.amount(name).get("pattern")
-            width = layer.weight.shape[1] if isinstance(layer, nn.Conv2d) else columns_of(layer)
+            width = channels_of(layer)
             if pattern is not None and width % pattern[1]:
                 odd.setdefault((*pattern, width), []).append(name)
         for (n, m, width), names in odd.items():

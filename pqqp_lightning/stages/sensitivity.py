@@ -18,7 +18,7 @@ from pqqp_lightning.calibration.token_mask import TokenMask, positions_of
 from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept, samples_in
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.blocks import Blocks
-from pqqp_lightning.network.layers import Layer, weight_matrix
+from pqqp_lightning.network.layers import Layer, rows_of, spatial_dimensions, weight_matrix
 from pqqp_lightning.stages.stage import Context
 
 Sensitivity = Literal["loss", "output"]
@@ -73,13 +73,14 @@ def mean_squared_gradients(walk: Walk, layers: dict[str, Layer]) -> dict[str, Te
     memory needed is that of one batch's activations.
     """
     assert walk.loss is not None, "the walk has no loss"
-    sums = {name: torch.zeros(layer.weight.shape[0], device=layer.weight.device) for name, layer in layers.items()}
+    sums = {name: torch.zeros(rows_of(layer), device=layer.weight.device) for name, layer in layers.items()}
     rows = {name: torch.zeros((), device=layer.weight.device) for name, layer in layers.items()}
 
     def add(samples: int, mask: TokenMask | None, name: str, gradient: Tensor) -> None:
-        if isinstance(layers[name], nn.Linear):
+        spatial = spatial_dimensions(layers[name])
+        if not spatial:
             gradient = positions_of(gradient, mask)
-        channels = 1 if isinstance(layers[name], nn.Conv2d) and gradient.dim() == 4 else gradient.dim() - 1
+        channels = gradient.dim() - 1 - spatial
         flat = gradient.float().mul(samples).movedim(channels, -1).flatten(0, -2)  # [T, O]; the loss is a mean
         sums[name] += flat.square().sum(dim=0)
         rows[name] += flat.shape[0]
@@ -123,6 +124,7 @@ def _watching(model: nn.Module, layers: dict[str, Layer], add: Callable[[str, Te
         model.requires_grad_(False)
         handles: list[Any] = []
         for name, layer in layers.items():
+            assert isinstance(layer, nn.Module)
             handles.append(layer.register_forward_pre_hook(before))
             handles.append(layer.register_forward_hook(lambda _, __, output, name=name: after(name, output)))
         try:

@@ -15,7 +15,7 @@ from pqqp_lightning.calibration.walk import Compress, Walk
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten
 from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, is_selected, model_blocks, tied_weights
 from pqqp_lightning.network.constraints import constrained_layers
-from pqqp_lightning.network.layers import LAYER_TYPES, Layer, is_packed
+from pqqp_lightning.network.layers import Layer, is_packed, kind_name, named_layers
 from pqqp_lightning.network.name_patterns import matches, value_for
 from pqqp_lightning.stages.arguments import argument_values
 from pqqp_lightning.stages.distillation import Distillation
@@ -85,8 +85,8 @@ class Stage(Callback):
     compared).
 
     Args:
-        targets: name patterns of the layers to act on, "depthwise" for depthwise convolutions; every Linear and Conv2d
-            inside the blocks by default.
+        targets: name patterns of the layers to act on, "depthwise" for depthwise convolutions; every layer inside the
+            blocks by default.
         ignore: name patterns of layers to skip, "depthwise" for depthwise convolutions.
         epochs: epochs of finetuning after this stage, before the next one.
         learning_rate: the highest learning rate of that finetuning; the model's own by default.
@@ -156,6 +156,26 @@ class Stage(Callback):
 
     def find_layers(self, model: nn.Module) -> dict[str, Layer]:
         """The layers of ``model`` that this stage acts on."""
+        return {name: layer for name, layer in self._chosen_layers(model).items() if not self.reason_to_leave(layer)}
+
+    def reason_to_leave(self, layer: Layer) -> str:
+        """Why this stage cannot act on a layer of this kind, after "it"; empty if it can.
+
+        A stage leaves such layers as they are, and the record says so. This base class acts on Linear and Conv2d.
+        """
+        return "" if isinstance(layer, nn.Linear | nn.Conv2d) else "acts on Linear and Conv2d layers"
+
+    def left_layers(self, model: nn.Module) -> dict[str, list[str]]:
+        """The layers that ``targets`` and ``ignore`` choose and that this stage leaves, by kind and reason."""
+        left: dict[str, list[str]] = {}
+        for name, layer in self._chosen_layers(model).items():
+            if reason := self.reason_to_leave(layer):
+                what = f"{kind_name(layer)}, left as they are: {type(self).__name__} {reason}"
+                left.setdefault(what, []).append(name)
+        return left
+
+    def _chosen_layers(self, model: nn.Module) -> dict[str, Layer]:
+        """The layers of every kind that ``targets`` and ``ignore`` choose."""
         if not self.compresses:
             return {}
         return find_layers(model, self.targets, self.ignore, self.find_blocks(model))
@@ -273,8 +293,7 @@ class Stage(Callback):
 
     def moves(self, model: LightningModule) -> list[str]:
         """Names of the layers whose weights this stage's finetuning changes."""
-        layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LAYER_TYPES))
-        return [name for name, layer in layers if layer.weight.requires_grad]
+        return [name for name, layer in named_layers(model) if layer.weight.requires_grad]
 
     def refuse_parametrized(self, model: nn.Module, layers: Iterable[str]) -> list[Problem]:
         """One problem for each kind of computed weight among ``layers``: what a stage writes there would be lost."""
@@ -291,14 +310,15 @@ class Stage(Callback):
         return problems
 
     def _check_targets(self, model: LightningModule) -> list[Problem]:
-        candidates = {n: m for n, m in model.named_modules() if isinstance(m, LAYER_TYPES)}
+        candidates = dict(named_layers(model))
         problems = []
         for argument, patterns in (("targets", self.targets or []), ("ignore", self.ignore or [])):
             for pattern in patterns:
                 if not any(is_selected(name, layer, [pattern]) for name, layer in candidates.items()):
                     tails = {part for name in candidates for part in (name.rsplit(".", 1)[-1], name)}
                     hint = near_miss(pattern, tails) or f" The model has {shorten(candidates)}."
-                    problems.append(Problem(argument, pattern, "matches no Linear or Conv2d layer", hint.strip()))
+                    problems.append(Problem(argument, pattern, "matches no layer that stages compress", hint.strip()))
+        problems += self._check_target_kinds(candidates)
         # compressing a tied weight would change the other module as well
         tied = tied_weights(model)
         layers = self.find_layers(model)
@@ -313,8 +333,29 @@ class Stage(Callback):
             text = f"{shorten(packed)} hold packed codes instead of weights ({kinds})"
             problems.append(Problem(text=text, way_out=way_out))
         if not layers and not problems:
-            problems.append(self._no_layer(candidates))
+            left = self.left_layers(model)
+            problems.append(self._only_left(left) if left else self._no_layer(candidates))
         return problems
+
+    def _check_target_kinds(self, candidates: dict[str, Layer]) -> list[Problem]:
+        """The problems of ``targets`` that select only layers on which this stage cannot act."""
+        problems = []
+        for pattern in self.targets or []:
+            selected = {name: layer for name, layer in candidates.items() if matches(name, pattern)}
+            reasons = {self.reason_to_leave(layer) for layer in selected.values()}
+            if selected and "" not in reasons:
+                kinds = " and ".join(sorted({kind_name(layer) for layer in selected.values()}))
+                text = f"selects only {kinds} ({shorten(selected)}), and the stage {' and '.join(sorted(reasons))}"
+                way_out = "Take it out, or use another stage for them (Magnitude and RTN act on every kind)."
+                problems.append(Problem("targets", pattern, text, way_out))
+        return problems
+
+    def _only_left(self, left: dict[str, list[str]]) -> Problem:
+        """The problem of a choice that has only layers on which this stage cannot act, see :meth:`left_layers`."""
+        described = "; ".join(f"{shorten(names)}: {reason}" for reason, names in left.items())
+        text = f"leaves no layer that the stage can act on ({described})"
+        way_out = "Set targets to other layers, or use another stage for them (Magnitude and RTN act on every kind)."
+        return Problem("targets", self.targets, text, way_out)
 
     def _no_layer(self, candidates: Iterable[str]) -> Problem:
         """The problem of ``targets`` and ``ignore`` that select none of ``candidates``, the model's layers."""

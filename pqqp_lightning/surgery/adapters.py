@@ -23,6 +23,7 @@ from pqqp_lightning.algorithms.lora import change_through_merge, low_rank_update
 from pqqp_lightning.network.activation_hooks import move_transforms
 from pqqp_lightning.network.constraints import Constraints, constraints_of
 from pqqp_lightning.network.layers import Layer, mark_adapter, to_weight, weight_matrix
+from pqqp_lightning.network.layouts import as_matrix, default_layout
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -161,10 +162,10 @@ class ThroughMerge:
             return result + b(a(x)) * scaling
         update = low_rank_update(_as_matrix(a.weight), _as_matrix(b.weight), scaling)  # type: ignore[arg-type]
         change = change_through_merge(weight_matrix(base), update, mask, grid)
-        weight = to_weight(change.to(x.dtype), base.weight.shape)
+        change = change.to(x.dtype)
         if isinstance(base, nn.Conv2d):
-            return result + F.conv2d(x, weight, None, base.stride, base.padding)
-        return result + F.linear(x, weight)
+            return result + F.conv2d(x, to_weight(base, change), None, base.stride, base.padding)
+        return result + F.linear(x, change)
 
     def _constraints(self, layer: Layer) -> tuple[Tensor | None, Grid | None]:
         """Mask and grid on the layer's device; unpacked again only after the constraints or the device changed."""
@@ -181,7 +182,7 @@ def remove(model: nn.Module, adapters: Adapters) -> None:
     for name, layer in wrappers(model, adapters).items():
         if set(layer.lora_A) == {adapters.name}:
             parent, _, last = name.rpartition(".")
-            model.get_submodule(parent)._modules[last] = base_of(layer)
+            model.get_submodule(parent)._modules[last] = base_of(layer)  # type: ignore[assignment]
             move_transforms(layer, base_of(layer))  # type: ignore[arg-type]
         else:
             # PEFT activates another adapter instead of the deleted one and makes it trainable: restore.
@@ -196,8 +197,8 @@ def _wrappers(model: nn.Module) -> list[Any]:
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
-    """``weight`` as [O, I] like :func:`weight_matrix`, but differentiable."""
-    return weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
+    """The weight of an adapter's Linear or convolution as [O, I] like :func:`weight_matrix`, but differentiable."""
+    return as_matrix(weight, default_layout(weight.dim()))
 
 
 def _parts(layer: LoraLayer, name: str) -> tuple[nn.Module, nn.Module]:
@@ -229,6 +230,7 @@ def _peft_config_hidden(model: nn.Module) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LoRA adapter added to ConvNd layer with groups")
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT sets it for Conv1D
             yield
     finally:
         vars(model).pop("peft_config", None)

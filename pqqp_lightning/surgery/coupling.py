@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from pqqp_lightning.network.blocks import tied_weights
-from pqqp_lightning.network.layers import LAYER_TYPES, Layer
+from pqqp_lightning.network.layers import Layer
 from pqqp_lightning.surgery.factored import Factored
+from pqqp_lightning.surgery.slicing import SLICED_LAYERS
 
 Side = Literal["out", "in"]
 Kind = Literal["channels", "heads"]
@@ -265,7 +266,7 @@ def _rows_of(parent: nn.Module, path: str, child: str) -> tuple[str, int] | None
     if isinstance(module, Factored):
         module = module.coefficients
         name = _join(name, "coefficients")
-    if not isinstance(module, LAYER_TYPES) or not _is_pointwise(module):
+    if not isinstance(module, SLICED_LAYERS) or not _is_pointwise(module):
         return None
     return name, module.weight.shape[0]
 
@@ -277,7 +278,7 @@ def _columns_of(parent: nn.Module, path: str, child: str) -> tuple[str, int] | N
     if isinstance(module, Factored):
         module = module.basis
         name = _join(name, "basis")
-    if not isinstance(module, LAYER_TYPES) or not _is_pointwise(module):
+    if not isinstance(module, SLICED_LAYERS) or not _is_pointwise(module):
         return None
     return name, module.weight.shape[1]
 

@@ -22,10 +22,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.network.blocks import tied_weights
-from pqqp_lightning.network.layers import LAYER_TYPES
 from pqqp_lightning.network.structure import weightless_copy
 from pqqp_lightning.surgery.coupling import CoupledGroup, Coupling, Member, Side
-from pqqp_lightning.surgery.slicing import SLICED_NORMS, is_depthwise
+from pqqp_lightning.surgery.slicing import SLICED_LAYERS, SLICED_NORMS, is_depthwise
 
 IMAGE_SIZE = 224
 """Height and width of the example image in pixels, for a model without ``img_size``."""
@@ -84,7 +83,7 @@ def example_input(model: nn.Module) -> Any:
     given = getattr(model, "example_input_array", None)
     if given is not None:
         return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given)
-    first = next((m for m in model.modules() if isinstance(m, LAYER_TYPES)), None)
+    first = next((m for m in model.modules() if isinstance(m, SLICED_LAYERS)), None)
     if isinstance(first, nn.Linear):
         return torch.zeros(1, first.in_features, device="meta", dtype=first.weight.dtype)
     if isinstance(first, nn.Conv2d):
@@ -119,7 +118,7 @@ class _Groups:
         coupling = Coupling()
         in_groups: set[str] = set()
         for name, module in self._modules.items():
-            if name in in_groups or not isinstance(module, LAYER_TYPES) or module not in self._graph.module2node:
+            if name in in_groups or not isinstance(module, SLICED_LAYERS) or module not in self._graph.module2node:
                 continue
             pruner = self._graph.get_pruner_of_module(module)
             units = list(range(module.weight.shape[0]))
@@ -157,7 +156,7 @@ class _Groups:
         name = self._names.get(module)
         if name is None:
             return "its channels reach a parameter outside of all known layers: they stay"
-        if not isinstance(module, LAYER_TYPES + SLICED_NORMS):
+        if not isinstance(module, SLICED_LAYERS + SLICED_NORMS):
             return f"its channels reach a {type(module).__name__}: they stay"
         if isinstance(module, nn.Conv2d) and module.groups > 1 and not is_depthwise(module):
             return "its channels reach a grouped convolution: they stay"
@@ -166,7 +165,7 @@ class _Groups:
         return ""
 
     def _side(self, module: Any, handler: Any) -> Side:
-        if not isinstance(module, LAYER_TYPES) or (isinstance(module, nn.Conv2d) and is_depthwise(module)):
+        if not isinstance(module, SLICED_LAYERS) or (isinstance(module, nn.Conv2d) and is_depthwise(module)):
             return "out"
         return "out" if handler == self._graph.get_pruner_of_module(module).prune_out_channels else "in"
 

@@ -10,7 +10,8 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 
 from pqqp_lightning.algorithms.grid import Grid
 from pqqp_lightning.algorithms.lsq import fake_quantize, grid_of, scale_from_units, scale_unit, stored_scale
-from pqqp_lightning.network.layers import Layer, columns_of, to_weight
+from pqqp_lightning.network.layers import Layer, columns_of, layout_of, weight_place
+from pqqp_lightning.network.layouts import Layout, as_matrix, as_weight
 
 
 class FakeQuantize(nn.Module):
@@ -18,6 +19,7 @@ class FakeQuantize(nn.Module):
 
     Args:
         bits: 2 to 8.
+        layout: how the weight holds its matrix.
         scales: shape of the scales, [O, G], or [1, 1] for one in total; all start at 1.
         symmetric: use no zero points.
         learn_scale: whether training updates the scales.
@@ -28,19 +30,27 @@ class FakeQuantize(nn.Module):
     unit: Tensor
 
     def __init__(
-        self, bits: int, scales: tuple[int, int], symmetric: bool, learn_scale: bool, device: torch.device
+        self,
+        bits: int,
+        layout: Layout,
+        scales: tuple[int, int],
+        symmetric: bool,
+        learn_scale: bool,
+        device: torch.device,
     ) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.layout = bits, layout
+        self.later_parameters: list[str] = []
+        """The names of the module's parameters behind the weight, in order."""
         self.scale = nn.Parameter(torch.ones(scales, device=device), requires_grad=learn_scale)  # in units of `unit`
         self.register_buffer("unit", torch.ones(scales, device=device))
         self.register_buffer("zero", None if symmetric else torch.zeros(scales, dtype=torch.uint8, device=device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Round ``weight`` [O, I] or [O, C, kh, kw] to the grid, in the same layout."""
-        matrix = weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
+        """Round ``weight`` to the grid, in the same layout."""
+        matrix = as_matrix(weight, self.layout)
         rounded = fake_quantize(matrix, stored_scale(self._scale()), self.zero, self.bits)
-        return to_weight(rounded, weight.shape)
+        return as_weight(rounded, weight.shape, self.layout)
 
     def grid(self, columns: int) -> Grid:
         """Return the current grid for weights with ``columns`` columns."""
@@ -60,23 +70,29 @@ class FakeQuantize(nn.Module):
 
 def attach(layer: Layer, bits: int, scales: tuple[int, int], *, symmetric: bool, learn_scale: bool) -> FakeQuantize:
     """Let ``layer`` compute its weight by fake quantization; ``scales`` is the shape [O, G] of the scales, all 1."""
-    quantizer = FakeQuantize(bits, scales, symmetric, learn_scale, layer.weight.device)
-    register_parametrization(layer, "weight", quantizer)
+    quantizer = FakeQuantize(bits, layout_of(layer), scales, symmetric, learn_scale, layer.weight.device)
+    module, name = weight_place(layer)
+    names = list(module._parameters)
+    quantizer.later_parameters = names[names.index(name) + 1 :]
+    register_parametrization(module, name, quantizer)
     return quantizer
 
 
 def quantizer_of(layer: Layer) -> FakeQuantize:
     """Return the fake quantization that :func:`attach` added to ``layer``."""
-    parametrizations: Any = layer.parametrizations
-    return parametrizations.weight[0]
+    module, name = weight_place(layer)
+    parametrizations: Any = module.parametrizations
+    return parametrizations[name][0]
 
 
 def detach(layer: Layer) -> Grid:
     """Remove the fake quantization and return its grid; the weight keeps its unrounded values."""
-    grid = quantizer_of(layer).grid(columns_of(layer))
-    remove_parametrizations(layer, "weight", leave_parametrized=False)
+    quantizer = quantizer_of(layer)
+    grid = quantizer.grid(columns_of(layer))
+    module, weight = weight_place(layer)
+    remove_parametrizations(module, weight, leave_parametrized=False)
     # That puts the weight behind the bias. Restore the order, since optimizers match their state to it.
-    for name in list(layer._parameters):
-        if name != "weight":
-            layer._parameters[name] = layer._parameters.pop(name)
+    for name in quantizer.later_parameters:
+        if name in module._parameters:  # else it is fake-quantized itself
+            module._parameters[name] = module._parameters.pop(name)
     return grid

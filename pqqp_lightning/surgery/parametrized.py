@@ -21,7 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from pqqp_lightning.network.constraints import Constraints, set_constraints
-from pqqp_lightning.network.layers import LAYER_TYPES, weight_matrix
+from pqqp_lightning.network.layers import is_layer, weight_matrix
 
 _NAMES = {"_WeightNorm": "weight_norm", "_SpectralNorm": "spectral_norm", "_Orthogonal": "orthogonal"}
 """How torch's own parametrizations are called by the functions that register them."""
@@ -101,7 +101,7 @@ def _fold_hook(module: nn.Module, tensor: str, kind: str) -> None:
     if kind == "prune":
         mask: Tensor = module.get_buffer(f"{tensor}_mask")
         remove_prune(module, tensor)
-        if tensor == "weight" and isinstance(module, LAYER_TYPES) and not mask.is_meta:
+        if tensor == "weight" and is_layer(module) and not mask.is_meta:
             _constrain(module, mask)
     elif kind == "weight_norm":
         remove_weight_norm(module, tensor)

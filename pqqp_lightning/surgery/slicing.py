@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pqqp_lightning.network.constraints import Constraints, constraints_of, set_constraints
-from pqqp_lightning.network.layers import LAYER_TYPES
 
+SLICED_LAYERS = (nn.Linear, nn.Conv2d)
 SLICED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm)
 
 
@@ -81,7 +81,7 @@ def _sliced_constraints(
     module: nn.Module, rows: Tensor | None, columns: Tensor | None
 ) -> tuple[Constraints | None, list[str]]:
     """The constraints of the smaller weight (None for none), and descriptions of those that are lost."""
-    if not isinstance(module, LAYER_TYPES):
+    if not isinstance(module, SLICED_LAYERS):
         return None, []
     constraints = constraints_of(module)
     if constraints.mask_bits is None and constraints.grid is None:
