@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pqqp_lightning.calibration.chain import Call, Run, capture_calls, first_output, is_chain
 from pqqp_lightning.calibration.collect import Collector, Reading, check_reading
+from pqqp_lightning.calibration.functional import without_fast_paths
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.blocks import Blocks
@@ -20,6 +21,8 @@ from pqqp_lightning.network.layers import Layer
 from pqqp_lightning.seeding import keep_random_state
 
 Compress = Callable[[Reading], None]
+Unreached = Callable[[dict[str, Layer]], None]
+"""Called with the layers of a block that no calibration row reached, after the block's readings."""
 
 
 @dataclass
@@ -50,11 +53,24 @@ class Walk:
     notes: list[str] = field(default_factory=list)
     loss: Callable[[Any], Tensor] | None = None
 
-    def over(self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
+    def over(
+        self,
+        layers: dict[str, Layer],
+        kind: type[Statistic],
+        compress: Compress,
+        unreached: Unreached | None = None,
+    ) -> None:
         """Collect ``kind`` for each of ``layers`` and hand it to ``compress``, block after block.
 
+        Args:
+            layers: by name.
+            kind: the statistic's class.
+            compress: gets each reading. Some groups of a fused weight may have no row, see ``Statistic.counts``.
+            unreached: gets the layers that no row reached; None refuses them.
+
         Raises:
-            RecipeError: no forward pass reaches a layer, or its statistic is unusable; the message names the layer.
+            RecipeError: a statistic is unusable, or no row reached a layer and ``unreached`` is None; the message
+                names the layer.
         """
         with calibrating(self.model):
             chained = same = False
@@ -65,9 +81,9 @@ class Walk:
             inside = {name: layer for name, layer in layers.items() if chained and self._block_of(name) is not None}
             outside = {name: layer for name, layer in layers.items() if name not in inside}
             if inside:
-                self._blocks_in_turn(inside, kind, compress, every_block=not same)
+                self._blocks_in_turn(inside, kind, compress, unreached, every_block=not same)
             if outside:
-                self._collect(outside, kind, compress, lambda i: self._forward(self.batches[i]))
+                self._collect(outside, kind, compress, unreached, lambda i: self._forward(self.batches[i]))
 
     def first(self, samples: int) -> Walk:
         """A walk over the first batches only, as many as needed for this number of samples."""
@@ -90,7 +106,13 @@ class Walk:
             return self.run(batch)
 
     def _blocks_in_turn(
-        self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, *, every_block: bool
+        self,
+        layers: dict[str, Layer],
+        kind: type[Statistic],
+        compress: Compress,
+        unreached: Unreached | None,
+        *,
+        every_block: bool,
     ) -> None:
         hidden: list[Tensor] = []  # each batch's input of the current block, replaced by its output
         calls: list[list[Call]] = []
@@ -118,24 +140,30 @@ class Walk:
                 return output
 
             if of_block[name]:
-                self._collect(of_block[name], kind, compress, replay)
+                self._collect(of_block[name], kind, compress, unreached, replay)
             if index < last:  # run the compressed block for the next one's inputs
                 for i in range(len(hidden)):
                     hidden[i] = replay(i)
 
     def _collect(
-        self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, forward: Callable[[int], object]
+        self,
+        layers: dict[str, Layer],
+        kind: type[Statistic],
+        compress: Compress,
+        unreached: Unreached | None,
+        forward: Callable[[int], object],
     ) -> None:
         collector = Collector(layers, kind)
         with collector.watching():
             for i in range(len(self.batches)):
                 with collector.forward_pass():
                     forward(i)
-        if missed := collector.uncalled():
-            way_out = "Use more calibration samples, or add them to ignore."
-            raise RecipeError(Problem(text=f"calibration never reached {shorten(missed)}", way_out=way_out))
+        missed = {name: layers[name] for name in collector.uncalled_on_all_ranks()}
         for reading in collector.readings:
             reading.statistic.reduce()
+            if int(reading.statistic.rows) == 0:
+                missed.update(reading.layers)
+                continue
             try:
                 check_reading(reading)
                 compress(reading)
@@ -143,6 +171,11 @@ class Walk:
                 text = f"{shorten(reading.layers)} cannot be calibrated: {error}"
                 way_out = "Check the model and the calibration data, or add the layer to ignore."
                 raise RecipeError(Problem(text=text, way_out=way_out)) from error
+        if missed and unreached is None:
+            way_out = "Use more calibration samples, or add them to ignore."
+            raise RecipeError(Problem(text=f"calibration never reached {shorten(missed)}", way_out=way_out))
+        if missed and unreached is not None:
+            unreached(missed)
 
     def _block_of(self, layer: str) -> str | None:
         return next((b for b in self.blocks if layer.startswith(f"{b}.") or layer == b), None)
@@ -183,7 +216,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     for config in caching.values():
         setattr(config, "use_cache", False)  # noqa: B010
     try:
-        with keep_random_state(), torch.no_grad():
+        with keep_random_state(), torch.no_grad(), without_fast_paths(model):
             yield
     finally:
         for module in model.modules():  # including those that replaced others

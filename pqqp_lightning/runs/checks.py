@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.structure import weightless_copy
+from pqqp_lightning.runs.layer_probe import probe_layers
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.run_folder import RunFolder, check_folder
@@ -25,6 +26,18 @@ def check_recipe(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> No
         RecipeError: with every problem found.
     """
     if problems := check_run(trainer, data, stages) + check_places(stages, data):
+        raise RecipeError(problems)
+
+
+def check_uses(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> None:
+    """Observe how the model uses its layers, and check the stages again if it does not call some of them.
+
+    The data must have been read.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    if probe_layers(trainer, data, stages) and (problems := check_places(stages, data)):
         raise RecipeError(problems)
 
 

@@ -14,7 +14,11 @@ from torchmetrics import Metric
 
 def run_batch(trainer: Trainer, module: LightningModule, batch: Any) -> None:
     """Run the model's forward pass on one batch, by its ``calibration_step`` or else its ``validation_step``."""
-    batch = _transfer(trainer, module, batch)
+    run_step(module, _transfer(trainer, module, batch))
+
+
+def run_step(module: LightningModule, batch: Any) -> None:
+    """Run the model's ``calibration_step`` or else its ``validation_step`` on a batch that is on its device."""
     step = getattr(module, "calibration_step", None)
     if step is not None:
         step(batch, 0)
