@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from pqqp_lightning.errors import Problem, shorten
-from pqqp_lightning.network.activation_hooks import QuantizeHeads, QuantizeInput, transformed_layers
+from pqqp_lightning.network.activation_hooks import QuantizeHeads, QuantizeInput, leave_fast_path, transformed_layers
 from pqqp_lightning.network.layer_uses import use_of
 from pqqp_lightning.network.layers import is_called
 from pqqp_lightning.stages import Context, Layer, Plan, Stage
@@ -111,6 +111,7 @@ class ActivationQuantization(Stage):
         inputs = QuantizeInput(plan["bits"], outliers=plan["outliers"], **options)
         for name in plan["layers"]:
             inputs.attach(model.get_submodule(name))
+            leave_fast_path(model, name)
         for name, head_dim in plan["heads"].items():
             QuantizeHeads(plan["kv_bits"], head_dim, **options).attach(model.get_submodule(name))
 

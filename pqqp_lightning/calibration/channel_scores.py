@@ -75,7 +75,9 @@ def taylor_by_channel(walk: Walk, parts: Iterable[tuple[str, int]]) -> dict[tupl
         sums[name, dim] = weight.new_zeros(weight.shape[dim], dtype=torch.float32)
     with calibrating(walk.model), walk.forward_context(), torch.enable_grad(), _alone_trainable(walk.model, weights):
         for batch in tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False):
-            walk.loss(batch).backward()
+            loss = walk.loss(batch)
+            if loss.requires_grad:
+                loss.backward()
             for name, dim in wanted:
                 gradient = weights[name].grad
                 if gradient is None:  # an expert without a token in this batch

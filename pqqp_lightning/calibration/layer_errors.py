@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from pqqp_lightning.algorithms.interference import mixed_units
 from pqqp_lightning.calibration.chain import first_output
+from pqqp_lightning.calibration.functional import FunctionalReader
 from pqqp_lightning.calibration.statistics import sum_over_ranks
 from pqqp_lightning.calibration.walk import Walk, calibrating
 from pqqp_lightning.errors import RecipeError
@@ -68,14 +69,21 @@ def layer_errors(walk: Walk, variants: Mapping[str, Layers]) -> dict[str, dict[s
 
         return hook
 
-    with calibrating(walk.model), walk.forward_context():
+    layers = {name: walk.model.get_submodule(_module_name(walk.model, name)) for name in names}
+
+    def call(name: str, inputs: Tensor, part: int | None, parts: int) -> None:
+        layers[name](inputs)  # its weight is used functionally: the hook compares what its forward computes
+
+    called: dict[str, Any] = {name: layer for name, layer in layers.items() if is_layer(layer)}
+    reader = FunctionalReader(called, call)
+    with calibrating(walk.model), walk.forward_context(), reader.beside_calls(called):
         handles = []
         for name, row in zip(names, squares, strict=True):
-            layer = walk.model.get_submodule(_module_name(walk.model, name))
-            handles.append(layer.register_forward_hook(compare(name, row), with_kwargs=True))
+            handles.append(layers[name].register_forward_hook(compare(name, row), with_kwargs=True))
         try:
             for batch in tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False):
-                walk.run(batch)
+                with reader:
+                    walk.run(batch)
         finally:
             for handle in handles:
                 handle.remove()

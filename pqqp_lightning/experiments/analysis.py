@@ -28,6 +28,7 @@ from pqqp_lightning.experiments.session import Show, check_store, exclusive_run_
 from pqqp_lightning.report.analysis_numbers import layer_rows, order_key
 from pqqp_lightning.report.pictures import draw_analysis
 from pqqp_lightning.runs.checks import check_places, check_run
+from pqqp_lightning.runs.layer_probe import probe_layers
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
@@ -71,6 +72,8 @@ def analyze_pair(
     data = RunData(module, datamodule=datamodule)
     orders = check_analysis(trainer, data, results, options.samples)
     data.read(trainer)
+    if probe_layers(trainer, data, trainer.stages):  # it shows only now how the model uses its layers
+        orders = check_analysis(trainer, data, results, options.samples)
     with exclusive_run_folder(trainer, results, show):
         Analysis(trainer, data, orders, results, options).run(resume=resume)
 

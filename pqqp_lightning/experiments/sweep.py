@@ -24,6 +24,7 @@ from pqqp_lightning.experiments.sweep_plan import Plan, make_plan
 from pqqp_lightning.report.pictures import draw_sweep
 from pqqp_lightning.report.sweep_numbers import write_tables
 from pqqp_lightning.runs.checks import check_run
+from pqqp_lightning.runs.layer_probe import probe_layers
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.seeding import run_seed
@@ -64,6 +65,8 @@ def sweep_grid(
     data = RunData(module, datamodule=datamodule)
     plan = check_sweep(trainer, data, results, options)
     data.read(trainer)
+    if probe_layers(trainer, data, trainer.stages):  # it shows only now how the model uses its layers
+        plan = check_sweep(trainer, data, results, options)
     with exclusive_run_folder(trainer, results, show):
         Sweep(trainer, data, plan, results, options).run(resume=resume)
 

@@ -11,18 +11,21 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pqqp_lightning.network.layers import Layer
-
 LayerUse = Literal["called", "functional", "unused"]
 """Called as a module; its weight passed to a function, so that its forward and its hooks never run; or not used."""
 
 _USE = "_pqqp_use"
 
 
-def mark_uses(layers: Mapping[str, Layer], uses: Mapping[str, LayerUse]) -> None:
-    """Mark each of ``layers`` with its use."""
+def mark_uses(model: nn.Module, uses: Mapping[str, LayerUse]) -> None:
+    """Mark the layers of ``model`` with their uses, by name."""
     for name, use in uses.items():
-        layers[name].__dict__[_USE] = use
+        model.get_submodule(name).__dict__[_USE] = use
+
+
+def marked_uses(model: nn.Module) -> dict[str, LayerUse]:
+    """Return the marks of a model's layers, by name."""
+    return {name: vars(module)[_USE] for name, module in model.named_modules() if _USE in vars(module)}
 
 
 def use_of(layer: Any) -> LayerUse:

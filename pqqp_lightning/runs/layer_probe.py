@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import move_data_to_device
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from pqqp_lightning.calibration.layer_probe import observe_uses
@@ -40,8 +40,8 @@ def probe_layers(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> bo
     attached = module._trainer
     try:
         with keep_random_state():
-            batch = move_data_to_device(_with_dtype(data.probe_batch(), module.dtype), device)
             module.to(device)
+            batch = _transferred(data, _with_dtype(data.probe_batch(), module.dtype), device)
             module._trainer = trainer
             uses = observe_uses(module, layers, lambda: run_step(module, batch))
     except Exception as error:  # a model that needs what Lightning sets up later: the run itself will tell
@@ -50,8 +50,21 @@ def probe_layers(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> bo
     finally:
         module._trainer = attached
         module.to(home)
-    mark_uses(layers, uses)
+    mark_uses(module, uses)
     return any(use != "called" for use in uses.values())
+
+
+def _transferred(data: RunData, batch: Any, device: torch.device) -> Any:
+    """The batch on ``device``, changed by the hooks of the datamodule or else of the model, as in Lightning's loops."""
+
+    def owner(hook: str) -> Any:
+        datamodule = data.datamodule
+        overridden = datamodule is not None and is_overridden(hook, datamodule, LightningDataModule)
+        return datamodule if overridden else data.module
+
+    batch = owner("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
+    batch = owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, 0)
+    return owner("on_after_batch_transfer").on_after_batch_transfer(batch, 0)
 
 
 def _with_dtype(batch: Any, dtype: Any) -> Any:

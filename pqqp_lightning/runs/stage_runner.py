@@ -30,6 +30,7 @@ from pqqp_lightning.network.constraints import (
     constraints_of,
     set_constraints,
 )
+from pqqp_lightning.network.layer_uses import LayerUse, mark_uses, marked_uses
 from pqqp_lightning.network.layers import Layer, weight_matrix
 from pqqp_lightning.network.structure import Skeleton
 from pqqp_lightning.runs.distillation import make_teacher
@@ -76,6 +77,7 @@ class StageRunner:
     def __post_init__(self) -> None:
         self._build = skeleton_of(self.module)
         self._structure = Skeleton(self.module)
+        self._uses: dict[str, LayerUse] = {}
 
     @property
     def module(self) -> LightningModule:
@@ -105,6 +107,7 @@ class StageRunner:
         """Load the checkpoint in ``folder`` into the model."""
         if any(item.plan for item in self.applied):  # stages changed its structure; a checkpoint's plans start dense
             self._structure.restore(self.module)
+            mark_uses(self.module, self._uses)
         self.applied = restore(self.module, folder)["applied"]
 
     def evaluate(self) -> dict[str, float]:
@@ -163,6 +166,7 @@ class StageRunner:
         for stage in stages:
             layers.update(stage.find_layers(self.module))
         self.targeted = list(layers)
+        self._uses = marked_uses(self.module)
         self.dense_entries = sum(layer.weight.numel() for layer in layers.values())
         if layers:
             self.original_bits = 8 * next(iter(layers.values())).weight.element_size()

@@ -123,7 +123,9 @@ def mean_squared_gradients(walk: Walk, layers: dict[str, Layer]) -> dict[str, Te
         bar = tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
         for batch in bar:
             with _watching(walk.model, layers, partial(add, samples_in(batch))):
-                walk.loss(batch).backward()
+                loss = walk.loss(batch)
+                if loss.requires_grad:
+                    loss.backward()
     for total in (*sums.values(), *rows.values()):
         sum_over_ranks(total)
     measured = [name for name, counts in rows.items() if int(counts.sum())]
