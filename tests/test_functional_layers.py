@@ -36,13 +36,14 @@ from pqqp_lightning.data import TokenData
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM, ImageClassifier
 from pqqp_lightning.network.blocks import find_blocks, find_layers
-from pqqp_lightning.network.layers import LAYER_TYPES, weight_matrix
+from pqqp_lightning.network.layers import named_layers, weight_matrix
+from pqqp_lightning.stages.sensitivity import mean_squared_gradients
 from pqqp_lightning.storage.records import read_records
 
 
 def statistics_of(model, batches, run=None, kind=Hessian, layers=None):
     """The statistic of every layer, collected over ``batches``."""
-    layers = layers or {n: m for n, m in model.named_modules() if isinstance(m, LAYER_TYPES)}
+    layers = layers or dict(named_layers(model))
     collector = Collector(layers, kind)
     with calibrating(model), collector.watching():
         for batch in batches:
@@ -111,13 +112,6 @@ class Attention(nn.Module):
         return (x if self.first else x.transpose(0, 1)), None
 
 
-class InProjection:
-    """The packed projections of torch's attention, as a layer that is no module."""
-
-    def __init__(self, attention):
-        self.weight = attention.in_proj_weight
-
-
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("cross", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -134,13 +128,53 @@ def test_statistics_inside_torchs_attention_equal_those_of_called_layers(first, 
         return lambda batch: model(batch[0], batch[1], batch[1], need_weights=need_weights)
 
     expected = statistics_of(reference, batches, run(reference))
-    layers = {"out_proj": attention.out_proj, "in_proj": InProjection(attention)}
-    found = statistics_of(attention, batches, run(attention), layers=layers)
+    found = statistics_of(attention, batches, run(attention))
     torch.testing.assert_close(found["out_proj"].value(), expected["out_proj"].value(), rtol=1e-5, atol=1e-6)
     projections = [expected[name].value()[0] for name in "qkv"]
     wanted = torch.stack(projections) if cross else projections[0][None]
-    torch.testing.assert_close(found["in_proj"].value(), wanted, rtol=1e-5, atol=1e-6)
-    assert found["out_proj"].rows == found["in_proj"].rows == 30
+    torch.testing.assert_close(found["in_proj_weight"].value(), wanted, rtol=1e-5, atol=1e-6)
+    assert found["out_proj"].rows == found["in_proj_weight"].rows == 30
+
+
+class Attending(LightningModule):
+    def __init__(self, attention, cross):
+        super().__init__()
+        self.attention, self.cross = attention, cross
+        torch.manual_seed(1)
+        self.before, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def training_step(self, batch, batch_idx):
+        x = self.before(batch)
+        context = self.other(batch) if self.cross else x
+        return self.attention(x, context, context)[0].tanh().square().mean()
+
+
+@pytest.mark.parametrize("cross", [True, False])
+@pytest.mark.parametrize("wide", [True, False])
+def test_gradients_inside_torchs_attention_equal_those_of_called_layers(cross, wide):
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    if wide:  # as torch holds the projections of keys and values that are wider than the queries
+        attention._qkv_same_embed_dim = False
+        for name, weight in zip("qkv", attention.in_proj_weight.detach().chunk(3), strict=True):
+            attention.register_parameter(f"{name}_proj_weight", nn.Parameter(weight.clone()))
+    reference = Attention(attention)
+    batches = [torch.randn(3, 5, 8), torch.randn(2, 4, 8)]
+    found = {}
+    for key, inner in (("called", reference), ("functional", attention)):
+        model = Attending(inner, cross)
+        walk = Walk(model, {"": model}, batches, batches[0][:1], model, progress=False)
+        walk.loss = lambda batch, model=model: model.training_step(batch, 0)
+        layers = {n: layer for n, layer in named_layers(model) if not (wide and n.endswith("in_proj_weight"))}
+        found[key] = mean_squared_gradients(walk, layers)
+    called, functional = found["called"], found["functional"]
+    three = [called[f"attention.{name}"] for name in "qkv"]
+    ours = (
+        [functional[f"attention.{n}_proj_weight"] for n in "qkv"] if wide else [functional["attention.in_proj_weight"]]
+    )
+    torch.testing.assert_close(torch.cat(ours), torch.cat(three), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(functional["attention.out_proj"], called["attention.out_proj"], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(functional["before"], called["before"], rtol=1e-4, atol=1e-9)
 
 
 def test_reading_does_not_change_what_attention_computes():
@@ -185,8 +219,9 @@ def test_statistics_inside_torchs_encoder_equal_those_of_called_layers(norm_firs
     enabled = torch.backends.mha.get_fastpath_enabled()
     found = statistics_of(encoder, batches)
     assert torch.backends.mha.get_fastpath_enabled() == enabled
-    assert len(found) == 6
+    assert len(found) == 8
     for name, statistic in found.items():
+        name = name.replace("in_proj_weight", "q")
         torch.testing.assert_close(statistic.value(), expected[name].value(), rtol=1e-4, atol=1e-5)
 
 
@@ -197,6 +232,7 @@ class Experts(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.how, self.dead = how, dead
+        self.num_experts, self.is_transposed = 3, False
         self.fused = nn.Parameter(torch.randn(3, 6, 8))
         self.separate = nn.ModuleList([nn.Linear(8, 6, bias=False) for _ in range(3)])
         for layer, weight in zip(self.separate, self.fused, strict=True):
@@ -223,29 +259,81 @@ class Experts(nn.Module):
         return result
 
 
-class Fused:
-    """The weight [E, O, I] of fused experts as a layer that is no module."""
-
-    def __init__(self, weight):
-        self.weight, self.groups = weight, len(weight)
-
-
 @pytest.mark.parametrize("how", ["linear", "bmm", "chunks"])
-def test_statistics_of_fused_experts_equal_those_of_separate_ones(how, monkeypatch):
-    monkeypatch.setattr("pqqp_lightning.calibration.functional.groups_of", lambda layer: layer.groups)
-    monkeypatch.setattr("pqqp_lightning.calibration.functional.columns_of", lambda layer: layer.weight.shape[-1])
-    monkeypatch.setattr("pqqp_lightning.calibration.collect.columns_of", lambda layer: layer.weight.shape[-1])
+def test_statistics_of_fused_experts_equal_those_of_separate_ones(how):
     batches = [torch.randn(n, 8) for n in (20, 30)]
     separate = Experts("called")
     expected = statistics_of(separate, batches)
     model = Experts(how)
-    found = statistics_of(model, batches, layers={"fused": Fused(model.fused)})["fused"]
+    found = statistics_of(model, batches)["fused"]
     for expert in range(3):
         mine = expected[f"separate.{expert}"]
         parts = [2 * expert, 2 * expert + 1] if how == "chunks" else [expert]
         for part in parts:
             assert int(found.counts[part]) == int(mine.rows)
             torch.testing.assert_close(found.value()[part], mine.value()[0], rtol=1e-5, atol=1e-5)
+
+
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+}
+
+
+def mixture(name):
+    torch.manual_seed(0)
+    return CausalLM(tiny.LLAMA | MIXTURES[name] | {"model_type": name})
+
+
+@pytest.mark.parametrize("name", list(MIXTURES))
+def test_each_expert_of_a_language_model_has_the_statistics_of_its_tokens(name):
+    module = mixture(name)
+    batches = [{"input_ids": tiny.token_rows(3, seed)} for seed in range(2)]
+    expected = {}
+
+    def route(layer_name):
+        def hook(experts, args, kwargs):
+            hidden, chosen = [*args, *kwargs.values()][:2]
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+            for expert in range(4):
+                rows = hidden[(chosen == expert).any(dim=1)]
+                key = f"{layer_name}.gate_up_proj", expert
+                expected[key] = expected.get(key, 0) + rows.T @ rows
+
+        return hook
+
+    for layer_name, experts in module.named_modules():
+        if layer_name.endswith("experts"):
+            experts.register_forward_pre_hook(route(layer_name), with_kwargs=True)
+    kinds = {m.config._experts_implementation for m in module.modules() if hasattr(m, "config")}
+    found = statistics_of(module, batches, lambda batch: module.calibration_step(batch, 0))
+    assert {m.config._experts_implementation for m in module.modules() if hasattr(m, "config")} == kinds
+    assert len(expected) == 8
+    for (layer, expert), gram in expected.items():
+        torch.testing.assert_close(found[layer].value()[expert], gram, rtol=1e-4, atol=1e-4)
+        down = found[layer.replace("gate_up", "down")]
+        assert torch.equal(down.counts, found[layer].counts)
+        assert int(found[layer].counts.sum()) == 2 * 3 * tiny.TOKENS * 2
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "stage", [SparseGPT(0.5), GPTQ(4), Wanda(0.5), MixedPrecision()], ids=lambda stage: type(stage).__name__
+)
+def test_calibrated_stages_compress_fused_experts(tmp_path, name, stage):
+    module, data = mixture(name), TokenData(**tiny.write_tokens(tmp_path))
+    experts = {n: p for n, p in module.named_parameters() if "experts" in n and p.dim() == 3}
+    before = {n: p.detach().clone() for n, p in experts.items()}
+    trainer(tmp_path / "run", stage).fit(module, datamodule=data)
+    assert len(experts) == 4
+    for n, weight in experts.items():
+        assert not torch.equal(before[n], weight)
+        if "mask" in stage.promises:
+            assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    tokens = {"input_ids": tiny.token_rows(2)}
+    loaded = load(tmp_path / "run")
+    assert torch.equal(loaded.calibration_step(tokens, 0), module.eval().calibration_step(tokens, 0))
 
 
 VISION = {"patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -331,7 +419,7 @@ def test_calibrated_stages_compress_the_output_projection_of_torchs_attention(tm
     ids=lambda stage: type(stage).__name__,
 )
 def test_a_stage_on_a_forward_that_is_never_called_is_refused(tmp_path, stage):
-    with pytest.raises(RecipeError, match=r"targets='out_proj' chooses 2 layers .*forward is never called"):
+    with pytest.raises(RecipeError, match=r"targets='out_proj' selects only .*a forward that is called"):
         fit(tmp_path, Net(EncoderBody()), stage)
     assert not (tmp_path / "report.json").exists()
 
@@ -339,7 +427,7 @@ def test_a_stage_on_a_forward_that_is_never_called_is_refused(tmp_path, stage):
 @pytest.mark.parametrize("stage", [ActivationQuantization(2, targets=["qkv"]), LoRA(targets=["qkv"])])
 def test_the_probe_finds_a_forward_that_is_never_called(tmp_path, stage):
     data = tiny.make_data("deit", tmp_path)
-    with pytest.raises(RecipeError, match=r"targets='qkv' chooses 2 layers .*forward is never called"):
+    with pytest.raises(RecipeError, match=r"targets='qkv' selects only Linear layers .*needs a forward that is called"):
         trainer(tmp_path / "run", stage).fit(vision(), datamodule=data)
 
 
@@ -348,7 +436,7 @@ def test_adapters_in_torchs_encoder_layer_count_in_evaluation(tmp_path, merge):
     """Its fused kernel would read the weights below the adapters."""
     module = Net(EncoderBody()).eval()  # as loaded: the kernel is for evaluation mode
     record = fit(tmp_path, module, LoRA(epochs=2, learning_rate=0.05, merge=merge, rank=2))
-    assert any("self_attn.out_proj" in note and "left out" in note for note in record["notes"])
+    assert any("self_attn.out_proj" in note and "needs a forward" in note for note in record["notes"])
     x = torch.randn(4, 8)
     with_gradients = module.eval()(x)
     with torch.no_grad():
@@ -469,12 +557,14 @@ def test_a_head_used_in_training_only_is_left_out_and_named(tmp_path, stage):
     module = Auxiliary()
     before = module.blocks[0].extra.weight.detach().clone()
     record = fit(tmp_path, module, stage)
-    assert any("blocks.0.extra" in note and "no forward pass in evaluation mode" in note for note in record["notes"])
+    assert any("blocks.0.extra" in note and "evaluation mode uses" in note for note in record["notes"])
     assert torch.equal(module.blocks[0].extra.weight, before)
 
 
 def test_a_head_used_in_training_only_is_refused_as_a_target(tmp_path):
-    with pytest.raises(RecipeError, match=r"targets='extra' chooses 1 layer \(blocks.0.extra\): no forward pass"):
+    with pytest.raises(
+        RecipeError, match=r"targets='extra' selects only Linear layers .1 layer .blocks.0.extra.*evaluation mode uses"
+    ):
         fit(tmp_path, Auxiliary(), GPTQ(4, targets=["up", "extra"]))
     assert not (tmp_path / "report.json").exists()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pqqp_lightning.calibration.functional import FunctionalReader
 from pqqp_lightning.calibration.statistics import Statistic
-from pqqp_lightning.network.layers import Layer, columns_of, geometry, groups_of, input_rows
+from pqqp_lightning.network.layers import Layer, columns_of, geometry, input_rows
 
 
 class StopForward(Exception):
@@ -35,7 +35,7 @@ class Reading:
 
 
 @contextmanager
-def watching_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watching_inputs(modules: Mapping[str, nn.Module | Layer], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call ``see`` with name and input whenever one of ``modules`` runs inside the context."""
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
@@ -169,8 +169,9 @@ class Collector:
                 reading.layers[name] = layer
                 self._reading_of[name] = reading
                 return
-        statistic = self._kind(groups_of(layer), columns_of(layer), layer.weight.device)
-        statistic.add(input_rows(layer, inputs))
+        rows = input_rows(layer, inputs)
+        statistic = self._kind(len(rows), columns_of(layer), layer.weight.device)
+        statistic.add(rows)
         self._reading_of[name] = Reading({name: layer}, statistic, inputs)
 
 

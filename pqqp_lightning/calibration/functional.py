@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pqqp_lightning.network.layers import Layer, columns_of, groups_of
+from pqqp_lightning.network.layers import Layer, columns_of, groups_of, layout_of, weight_place
 
 See = Callable[[str, Tensor, int | None, int], None]
 """(layer's name, its input [..., I], the part of the matrix's rows that reads it, the number of parts).
@@ -66,13 +66,15 @@ class FunctionalReader(TorchFunctionMode):
         self._inside: set[str] = set()
         self._places: dict[int, list[_Place]] = {}
         for name, layer in layers.items():
-            weight = _parameter(layer)
-            if weight is None or weight.dim() > 3 or weight.is_meta:
+            module, parameter = weight_place(layer)
+            weight = module._parameters.get(parameter)  # a parametrized weight is computed anew for every use
+            layout = layout_of(layer)
+            if weight is None or layout == "channels_last" or weight.is_meta:
                 continue
             groups = groups_of(layer) if weight.dim() == 3 else 1
-            place = _Place(
-                name, int(weight.storage_offset()), weight.numel(), groups, columns_of(layer), _transposed(layer)
-            )
+            transposed = layout in ("transposed", "stacked_transposed")
+            start = int(weight.storage_offset())
+            place = _Place(name, start, weight.numel(), groups, columns_of(layer), transposed)
             self._places.setdefault(weight.untyped_storage().data_ptr(), []).append(place)
 
     @contextmanager
@@ -154,22 +156,11 @@ class FunctionalReader(TorchFunctionMode):
         """
         call = _ATTENTION.bind(*args, **kwargs)
         given = call.arguments
-        query, key, value = given["query"], given["key"], given["value"]
-        if given.get("use_separate_proj_weight"):
-            weights = [given.get(f"{name}_proj_weight") for name in "qkv"]
-            for inputs, weight in zip((query, key, value), weights, strict=True):
-                self._product(inputs, weight, -1)
-        else:
-            for place, _, _ in self._find(given["in_proj_weight"], -1):
-                if query is key and key is value:
-                    self._see(place.name, query, None, 1)
-                    continue
-                for part, inputs in enumerate((query, key, value)):
-                    self._see(place.name, inputs, part, 3)
+        self._project_inputs(given)
         weight, bias = given["out_proj_weight"], given["out_proj_bias"]
         if not self._find(weight, -1):
-            return F.multi_head_attention_forward(*args, **kwargs)
-        given["out_proj_weight"] = torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
+            return F.multi_head_attention_forward(*call.args, **call.kwargs)
+        given["out_proj_weight"] = _identity(weight)
         given["out_proj_bias"] = None
         attention, shares = F.multi_head_attention_forward(*call.args, **call.kwargs)
         used = self._product(attention, weight, -1)
@@ -177,22 +168,43 @@ class FunctionalReader(TorchFunctionMode):
         self._report_output(used, output)
         return output, shares
 
+    def _project_inputs(self, given: dict[str, Any]) -> None:
+        """Report the projections of queries, keys and values, ``given`` the arguments of the function.
+
+        Where their outputs are asked for, compute them here, and let the function project with identities.
+        """
+        inputs = [given["query"], given["key"], given["value"]]
+        separate = bool(given.get("use_separate_proj_weight"))
+        joint, bias = given["in_proj_weight"], given["in_proj_bias"]
+        weights: list[Any] = [given.get(f"{name}_proj_weight") for name in "qkv"] if separate else [joint]
+        if not separate and not (inputs[0] is inputs[1] and inputs[1] is inputs[2]):
+            weights = list(joint.chunk(3))
+        biases = [bias] if len(weights) == 1 or bias is None else list(bias.chunk(3))
+        outputs: list[Tensor] = []
+        for i, weight in enumerate(weights):
+            used = self._product(inputs[i], weight, -1)
+            if self._made is not None:
+                outputs.append(F.linear(inputs[i], weight, biases[min(i, len(biases) - 1)]))
+                self._report_output(used, outputs[-1])
+        if not outputs:
+            return
+        given["query"], given["key"], given["value"] = outputs if len(outputs) == 3 else outputs[0].chunk(3, dim=-1)
+        identity = _identity(given["out_proj_weight"])
+        given["in_proj_bias"] = None
+        if separate:
+            given["q_proj_weight"] = given["k_proj_weight"] = given["v_proj_weight"] = identity
+        else:
+            given["in_proj_weight"] = identity.repeat(3, 1)
+
     def _report_output(self, used: list[Use], output: Tensor) -> None:
         if self._made is not None:
             for name, part, parts in used:
                 self._made(name, output, part, parts)
 
 
-def _parameter(layer: Layer) -> Tensor | None:
-    """The stored weight; None for a parametrized one, which is computed anew for every use."""
-    if isinstance(layer, nn.Module):
-        return layer._parameters.get("weight")
-    return layer.weight
-
-
-def _transposed(layer: Layer) -> bool:
-    """Whether the weight is stored as [I, O]."""
-    return bool(getattr(layer, "transposed", False))
+def _identity(weight: Tensor) -> Tensor:
+    """The identity, in the shape of a square ``weight``."""
+    return torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
 
 
 def _arguments(args: Any, kwargs: Any, names: tuple[str, str]) -> list[Any]:

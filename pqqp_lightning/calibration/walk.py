@@ -36,6 +36,7 @@ class Walk:
         probe: a batch of one sample, for observing how the blocks follow one another.
         run: runs the model on one batch.
         loss: computes the training loss of one batch, a scalar; the caller sets modes and gradients.
+        evaluate: runs one batch as an evaluation does, where ``run`` computes less.
         forward_context: entered around every forward pass (precision).
         title: text of the progress bar.
         progress: whether to show the progress bar.
@@ -52,6 +53,7 @@ class Walk:
     progress: bool = True
     notes: list[str] = field(default_factory=list)
     loss: Callable[[Any], Tensor] | None = None
+    evaluate: Run | None = None
 
     def over(
         self,
@@ -83,7 +85,7 @@ class Walk:
             if inside:
                 self._blocks_in_turn(inside, kind, compress, unreached, every_block=not same)
             if outside:
-                self._collect(outside, kind, compress, unreached, lambda i: self._forward(self.batches[i]))
+                self._collect_outside(outside, kind, compress, unreached)
 
     def first(self, samples: int) -> Walk:
         """A walk over the first batches only, as many as needed for this number of samples."""
@@ -104,6 +106,22 @@ class Walk:
     def _forward(self, batch: Any) -> object:
         with self.forward_context():
             return self.run(batch)
+
+    def _collect_outside(
+        self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, unreached: Unreached | None
+    ) -> None:
+        """Collect from whole forward passes; layers that these skip (a head), from whole evaluation steps."""
+
+        def evaluate(index: int) -> None:
+            assert self.evaluate is not None
+            with self.forward_context():
+                self.evaluate(self.batches[index])
+
+        def again(missed: dict[str, Layer]) -> None:
+            self._collect(missed, kind, compress, unreached, evaluate)
+
+        rest = unreached if self.evaluate is None else again
+        self._collect(layers, kind, compress, rest, lambda i: self._forward(self.batches[i]))
 
     def _blocks_in_turn(
         self,

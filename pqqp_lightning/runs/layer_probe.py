@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from pqqp_lightning.calibration.layer_probe import observe_uses
 from pqqp_lightning.network.layer_uses import mark_uses
-from pqqp_lightning.network.layers import LAYER_TYPES
+from pqqp_lightning.network.layers import is_called, named_layers
 from pqqp_lightning.runs.run_data import RunData
-from pqqp_lightning.runs.single_steps import run_step
+from pqqp_lightning.runs.single_steps import evaluate_step, has_calibration_step, run_step
 from pqqp_lightning.seeding import keep_random_state
 from pqqp_lightning.stages.stage import Stage
 
@@ -35,7 +36,7 @@ def probe_layers(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> bo
     module = data.module
     if not asked or trainer.world_size > 1 or any(parameter.is_meta for parameter in module.parameters()):
         return False
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LAYER_TYPES)}
+    layers = {name: layer for name, layer in named_layers(module) if is_called(layer)}
     home, device = module.device, trainer.strategy.root_device
     attached = module._trainer
     try:
@@ -43,7 +44,7 @@ def probe_layers(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> bo
             module.to(device)
             batch = _transferred(data, _with_dtype(data.probe_batch(), module.dtype), device)
             module._trainer = trainer
-            uses = observe_uses(module, layers, lambda: run_step(module, batch))
+            uses = observe_uses(module, layers, lambda: _run(module, batch))
     except Exception as error:  # a model that needs what Lightning sets up later: the run itself will tell
         _log.debug("the layers' use is not known: %s", error)
         return False
@@ -52,6 +53,14 @@ def probe_layers(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> bo
         module.to(home)
     mark_uses(module, uses)
     return any(use != "called" for use in uses.values())
+
+
+def _run(module: LightningModule, batch: Any) -> None:
+    """Run the model as calibration does, and then as an evaluation does, which may use further layers (a head)."""
+    run_step(module, batch)
+    if has_calibration_step(module):
+        with suppress(Exception):  # its calibration data may have another form than its evaluation data
+            evaluate_step(module, batch)
 
 
 def _transferred(data: RunData, batch: Any, device: torch.device) -> Any:

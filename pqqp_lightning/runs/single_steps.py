@@ -19,10 +19,24 @@ def run_batch(trainer: Trainer, module: LightningModule, batch: Any) -> None:
 
 def run_step(module: LightningModule, batch: Any) -> None:
     """Run the model's ``calibration_step`` or else its ``validation_step`` on a batch that is on its device."""
-    step = getattr(module, "calibration_step", None)
-    if step is not None:
-        step(batch, 0)
-        return
+    if has_calibration_step(module):
+        getattr(module, "calibration_step")(batch, 0)  # noqa: B009
+    else:
+        evaluate_step(module, batch)
+
+
+def has_calibration_step(module: LightningModule) -> bool:
+    """Whether the model computes less for calibration than in an evaluation."""
+    return getattr(module, "calibration_step", None) is not None
+
+
+def evaluate_batch(trainer: Trainer, module: LightningModule, batch: Any) -> None:
+    """Run the model's ``validation_step`` on one batch, without logging."""
+    evaluate_step(module, _transfer(trainer, module, batch))
+
+
+def evaluate_step(module: LightningModule, batch: Any) -> None:
+    """Run the model's ``validation_step`` on a batch that is on its device, without logging."""
     with _without_logging(module):
         module.validation_step(batch, 0)
 

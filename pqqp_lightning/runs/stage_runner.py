@@ -37,7 +37,7 @@ from pqqp_lightning.runs.distillation import make_teacher
 from pqqp_lightning.runs.finetuning import logged_steps, train_segment
 from pqqp_lightning.runs.peak_memory import peak_memory
 from pqqp_lightning.runs.run_data import RunData
-from pqqp_lightning.runs.single_steps import loss_of, run_batch
+from pqqp_lightning.runs.single_steps import evaluate_batch, has_calibration_step, loss_of, run_batch
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stages.stage import Context, Stage
 from pqqp_lightning.storage.records import make_record
@@ -298,6 +298,7 @@ class StageRunner:
             title,
             self._shows_progress(),
             loss=partial(loss_of, self.trainer, self.module),
+            evaluate=partial(evaluate_batch, self.trainer, self.module) if has_calibration_step(self.module) else None,
         )
 
     @contextmanager

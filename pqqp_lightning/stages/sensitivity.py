@@ -18,7 +18,7 @@ from pqqp_lightning.calibration.statistics import Hessian, sum_over_ranks
 from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept, samples_in
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.blocks import Blocks
-from pqqp_lightning.network.layers import Layer, columns_of, groups_of, rows_of, spatial_dimensions, weight_matrix
+from pqqp_lightning.network.layers import Layer, groups_of, rows_of, spatial_dimensions, weight_matrix
 from pqqp_lightning.stages.stage import Context
 
 Sensitivity = Literal["loss", "output"]
