@@ -6,6 +6,7 @@ import json
 import pytest
 import tiny
 import torch
+from forked import run_forked, start
 from lightning.pytorch import LightningModule
 from tiny import regression_loader, trainer
 from torch import nn
@@ -644,3 +645,37 @@ def test_a_run_with_left_out_layers_resumes_and_reports_them(tmp_path):
         weight_matrix(loaded.body.encoder.layers[0].self_attn.out_proj),
         weight_matrix(module.body.encoder.layers[0].self_attn.out_proj),
     )
+
+
+RANKS = """
+import sys
+import torch
+from torch import distributed, nn
+
+from pqqp_lightning.calibration.collect import Collector
+from pqqp_lightning.calibration.statistics import Hessian
+
+rank = int(sys.argv[1])
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+torch.manual_seed(0)
+layers = {name: nn.Linear(4, 4) for name in ("all", "first", "second", "never")}
+collector = Collector(layers, Hessian)
+with collector.watching(), collector.forward_pass():
+    for name in (("second", "all"), ("all", "first"))[rank]:
+        layers[name](torch.ones(3, 4))
+missed = collector.uncalled_on_all_ranks()
+for reading in collector.readings:
+    reading.statistic.reduce()
+rows = {name: int(reading.statistic.rows) for reading in collector.readings for name in reading.layers}
+print(missed, rows)
+"""
+
+
+def test_an_expert_that_only_one_rank_reached_is_reached(tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    other = start(["ranks.py", "1", str(tmp_path / "meet")], tmp_path, tmp_path / "other.txt")
+    done = run_forked(["ranks.py", "0", str(tmp_path / "meet")], tmp_path)
+    other.join(30)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("['never'] {'second': 3, 'all': 6, 'first': 3}")
+    assert (tmp_path / "other.txt").read_text() == done.stdout
