@@ -41,7 +41,8 @@ def probe_layers(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> bo
     attached = module._trainer
     try:
         with keep_random_state():
-            module.to(device)
+            if home != device:
+                module.to(device)
             batch = _transferred(data, _with_dtype(data.probe_batch(), module.dtype), device)
             module._trainer = trainer
             uses = observe_uses(module, layers, lambda: _run(module, batch))
@@ -50,7 +51,8 @@ def probe_layers(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> bo
         return False
     finally:
         module._trainer = attached
-        module.to(home)
+        if module.device != home:
+            module.to(home)
     mark_uses(module, uses)
     return any(use != "called" for use in uses.values())
 

@@ -23,7 +23,7 @@ from pqqp_lightning.stages.distillation import Distillation
 Plan = dict[str, Any]
 
 FORWARD_NOT_CALLED = "needs a forward that is called, but the model passes their weights to a function"
-NOT_USED = "needs layers that a forward pass in evaluation mode uses"
+NOT_USED = "needs layers that a forward pass in evaluation mode uses (tried on one sample)"
 
 
 @dataclass
