@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.activation_hooks import Transform, transformed_layers
 from pqqp_lightning.network.layers import is_adapter
-from pqqp_lightning.stages import Context, Plan, Stage
+from pqqp_lightning.stages import Context, Layer, Plan, Stage
 from pqqp_lightning.surgery.decoder import describe_decoder
 from pqqp_lightning.surgery.rotation import plan_structure, rotate_decoder, rotate_structure
 
@@ -55,6 +55,9 @@ class QuaRot(Stage):
     ) -> None:
         super().__init__(**kwargs)
         self.online, self.gains, self.seed = online, gains, seed
+
+    def reason_to_leave(self, layer: Layer) -> str:
+        return ""  # a model with a layer that cannot be rotated is refused as a whole
 
     def check_arguments(self) -> list[Problem]:
         problems = super().check_arguments()

@@ -47,7 +47,8 @@ class Sequence(nn.Module):
         if isinstance(self.inner, nn.MultiheadAttention):
             other = steps[..., : self.inner.kdim], steps.repeat(1, 1, 2)[..., : self.inner.vdim]
             return self.inner(steps, *other)[0].mean(1)
-        return self.inner(steps)[0].mean(1)
+        output = self.inner(steps)
+        return (output[0] if isinstance(output, tuple) else output).mean(1)
 
 
 class Image(nn.Module):

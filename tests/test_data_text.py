@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pqqp_lightning.data import TextData
+from pqqp_lightning.data import TextData, tokenizing
 from pqqp_lightning.data import text_sources as corpora
+from pqqp_lightning.data.tokenizing import begins_with_bos, token_ids
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
+from pqqp_lightning.models.loading import load_tokenizer
 
 PQQP_DATA = Path(os.environ.get("PQQP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -23,10 +25,21 @@ def _offline(monkeypatch):
 
 
 class Bytes:
-    """A tokenizer of UTF-8 bytes, which would put 256 in front of a text if special tokens were asked for."""
+    """A tokenizer of UTF-8 bytes, which has no special tokens."""
+
+    bos_token_id = None
 
     def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [256] * add_special_tokens + list(text.encode())}
+        if isinstance(text, list):
+            return {"input_ids": [self(one, add_special_tokens)["input_ids"] for one in text]}
+        first = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
+        return {"input_ids": first + list(text.encode())}
+
+
+class BytesWithBos(Bytes):
+    """Puts 256 in front of a text."""
+
+    bos_token_id = 256
 
 
 class Model:
@@ -250,3 +263,95 @@ def test_all_problems_are_told_at_once(tmp_path):
     assert TextData("python-doc").check()[0].way_out == "Did you mean 'python-docs'?"
     with pytest.raises(RecipeError, match=r"source is an empty list"):
         TextData([]).setup("validate")
+
+
+def small_tokenizer(adds_bos: bool):
+    """A BPE tokenizer trained here, whose post-processor adds the token in front as those of LLaMA and Gemma do."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<bos>"], show_progress=False)
+    backend.train_from_iterator([corpora.read_python_docs(True)], trainer)
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>")
+
+
+@pytest.mark.parametrize(
+    ("bos", "tokenizer", "expected"),
+    [
+        ("auto", "adds", True),
+        ("auto", "has", False),  # as Qwen's and SmolLM2's: the token exists, and the tokenizer does not add it
+        ("auto", "none", False),
+        (True, "adds", True),
+        (True, "has", True),
+        (False, "adds", False),
+    ],
+)
+def test_windows_begin_as_the_tokenizer_begins_a_text(bos, tokenizer, expected):
+    tokenizers = {"adds": lambda: small_tokenizer(True), "has": lambda: small_tokenizer(False), "none": Bytes}
+    model = SimpleNamespace(tokenizer=tokenizers[tokenizer](), vocabulary_size=600, longest_sequence=64)
+    # the class is asked for a tokenizer
+    model = type("Model", (), vars(model))()
+    module = attach(TextData(sequence_length=16, calibration_samples=4, evaluation_samples=4, bos=bos), model)
+    plain = attach(TextData(sequence_length=15, calibration_samples=4, evaluation_samples=4, bos=False), model)
+    for windows, body in (
+        (module.calibration_dataloader(), None),
+        (module.val_dataloader(), gather(plain.val_dataloader())),
+        (module.train_dataloader(), None),
+    ):
+        rows = gather(windows)
+        assert rows.shape[1] == 16
+        begins = model.tokenizer.bos_token_id is not None and bool((rows[:, 0] == model.tokenizer.bos_token_id).all())
+        assert begins == expected
+        if expected:
+            assert not (rows[:, 1:] == model.tokenizer.bos_token_id).any()
+            if body is not None:
+                assert torch.equal(rows[:, 1:], body)
+
+
+def test_a_token_that_the_tokenizer_lacks_is_refused():
+    module = attach(TextData(sequence_length=16, bos=True))
+    with pytest.raises(RecipeError, match="data: bos=True asks for a beginning-of-sequence token"):
+        module.setup("validate")
+    assert [problem.argument for problem in TextData(bos="yes").check()] == ["bos"]
+
+
+def test_smollm2_gets_no_token():
+    assert not begins_with_bos(load_tokenizer("smollm2-135m"))
+    assert begins_with_bos(small_tokenizer(True))
+    assert begins_with_bos(BytesWithBos())
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trained", "smollm2"])
+def test_pieces_give_the_tokens_of_the_whole_text(monkeypatch, kind):
+    monkeypatch.setattr(tokenizing, "PIECE", 500)
+    monkeypatch.setattr(tokenizing, "PIECES", 4)
+    tokenizer = {
+        "bytes": Bytes,
+        "trained": lambda: small_tokenizer(True),
+        "smollm2": lambda: load_tokenizer("smollm2-135m"),
+    }[kind]()
+    text = corpora.read_python_docs(True)[:40_000]
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert token_ids(tokenizer, text).tolist() == whole
+    some = token_ids(tokenizer, text, most=1000).tolist()
+    assert 1000 <= len(some) < len(whole)
+    assert some == whole[: len(some)]
+
+
+class Cumulative(Bytes):
+    """A tokenizer whose tokens depend on everything before them, so that no text can be cut."""
+
+    def __call__(self, text, add_special_tokens=True):
+        if isinstance(text, list):
+            return super().__call__(text, add_special_tokens)
+        return {"input_ids": [(i + byte) % 251 for i, byte in enumerate(text.encode())]}
+
+
+def test_a_text_that_cannot_be_cut_is_tokenised_whole(monkeypatch):
+    monkeypatch.setattr(tokenizing, "PIECE", 100)
+    text = "a line of words\n" * 300
+    assert token_ids(Cumulative(), text).tolist() == Cumulative()(text)["input_ids"]

@@ -7,12 +7,14 @@ import pickle
 import pytest
 import tiny
 import torch
-from kinds import NETWORKS, Experts, KindModule
+from kinds import NETWORKS, Experts, KindModule, Sequence
+from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pqqp_lightning import load
+from pqqp_lightning.calibration.chain import first_output
 from pqqp_lightning.callbacks import (
     GPTQ,
     NF4,
@@ -28,6 +30,7 @@ from pqqp_lightning.callbacks import (
 )
 from pqqp_lightning.checkpoint.size import measure_size
 from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.experiments import AnalysisOptions, analyze_pair
 from pqqp_lightning.network.constraints import broken_constraints, collect_constraints, constraints_of
 from pqqp_lightning.network.layers import (
     columns_of,
@@ -39,6 +42,7 @@ from pqqp_lightning.network.layers import (
     set_weight_matrix,
     weight_matrix,
 )
+from pqqp_lightning.network.parameter_layers import ParameterLayer
 from pqqp_lightning.network.structure import Skeleton
 
 KINDS = list(NETWORKS)
@@ -54,6 +58,19 @@ def fit(folder, kind, *stages, **options):
     trainer = tiny.trainer(folder, *stages, **options)
     trainer.fit(module, tiny.regression_loader(24), tiny.regression_loader(16, seed=1))
     return module
+
+
+class LoaderData(LightningDataModule):
+    """Gives the same loader for training, calibration and evaluation."""
+
+    def __init__(self, loader):
+        super().__init__()
+        self.loader = loader
+
+    def train_dataloader(self):
+        return self.loader
+
+    val_dataloader = train_dataloader
 
 
 def products(layer, inputs):
@@ -294,3 +311,44 @@ def test_targets_of_a_kind_that_the_stage_cannot_do_are_refused_with_the_way_out
     assert tiny.blamed(caught.value)[0] == ("targets", "network")
     assert "another stage" in caught.value.problems[0].way_out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["attention", "lstm", "experts", "transposed"])
+def test_analysis_compares_the_outputs_of_the_module_that_holds_a_parameter(tmp_path, kind):
+    stages = [Magnitude(0.5), RTN(3)]
+    data = tiny.regression_loader(24)
+    module, options = KindModule(kind), AnalysisOptions(samples=8)
+    analyze_pair(tiny.trainer(tmp_path, *stages), module, LoaderData(data), options)
+    report = json.loads((tmp_path / "analysis.json").read_text())
+    assert not any(report["gone"].values())
+    found = {layer["name"]: layer["errors"] for layer in report["layers"]}
+    assert set(own_layers(module)) <= set(found)
+    pruned = fit(tmp_path / "alone", kind, Magnitude(0.5))
+    dense = KindModule(kind).eval()
+    for name, layer in own_layers(dense).items():
+        held = isinstance(layer, ParameterLayer) or name.endswith("out_proj")
+        path = name.rpartition(".")[0] if held else name
+        inputs = {}
+        handle = dense.get_submodule(path).register_forward_pre_hook(lambda _, args, i=inputs: i.update(args=args))
+        with torch.no_grad():
+            dense(next(iter(data))[0])
+        handle.remove()
+        with torch.no_grad():
+            both = [first_output(m.eval().get_submodule(path)(*inputs["args"])) for m in (dense, pruned)]
+        expected = float((both[1] - both[0]).square().sum() / both[0].square().sum())
+        assert found[name]["magnitude"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_blocks_of_attention_are_swapped_whole(tmp_path):
+    """Interference between blocks needs each block's layers in the dense model, parameters among them."""
+
+    class Encoder(KindModule):
+        def __init__(self):
+            super().__init__("transposed")
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.network = Sequence(nn.TransformerEncoder(layer, 2))
+
+    analyze_pair(tiny.trainer(tmp_path, Magnitude(0.5), RTN(3)), Encoder(), LoaderData(tiny.regression_loader(24)))
+    report = json.loads((tmp_path / "analysis.json").read_text())
+    assert report["additivity"] is not None
+    assert sum(layer["name"].endswith("in_proj_weight") for layer in report["layers"]) == 2

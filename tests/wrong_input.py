@@ -372,8 +372,13 @@ WRONG = [
     ),
     Wrong(
         "nothing to go on with",
-        "recipe.yaml ~ run: there is no run to resume",
+        "command line: ckpt_path ~ run: there is no run to resume",
         "--ckpt_path last",
+    ),
+    Wrong(
+        "bos",
+        "recipe.yaml: data.bos ~ 'start'",
+        recipe={RECIPE_DATA: "  class_path: TextData\n  init_args: {bos: start}\n"},
     ),
     # values
     Wrong(
@@ -388,7 +393,7 @@ WRONG = [
     ),
     Wrong(
         "both sparsity and pattern",
-        "recipe.yaml: stages.prune ~ both of sparsity and pattern given",
+        "command line: stages.prune.pattern='2:4' ~ cannot stand beside sparsity=0.5",
         "--stages.prune.pattern 2:4",
     ),
     Wrong(

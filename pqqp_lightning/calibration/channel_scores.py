@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pqqp_lightning.algorithms.channels import sum_by_channel, taylor_terms
 from pqqp_lightning.calibration.collect import watching_inputs
 from pqqp_lightning.calibration.functional import FunctionalReader
 from pqqp_lightning.calibration.statistics import sum_over_ranks
+from pqqp_lightning.calibration.token_mask import TokenMask, positions_of
 from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 
@@ -33,18 +35,24 @@ def mean_squared_inputs(walk: Walk, layers: Iterable[str]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
 
-    def add(name: str, inputs: Tensor, part: int | None = None, parts: int = 1) -> None:
+    def add(mask: TokenMask | None, name: str, inputs: Tensor, part: int | None = None, parts: int = 1) -> None:
+        if isinstance(modules[name], nn.Linear):
+            inputs = positions_of(inputs, mask)
         dim = inputs.dim() - 3 if isinstance(modules[name], nn.Conv2d) else inputs.dim() - 1
         total = sum_by_channel(inputs.detach().float().square(), dim)
         rows = torch.tensor(inputs.numel() // inputs.shape[dim], device=total.device)
         sums[name] = sums[name] + total if name in sums else total
         counts[name] = counts[name] + rows if name in counts else rows
 
-    reader = FunctionalReader(modules, add)
-    hooks = reader.beside_calls(modules)
-    with calibrating(walk.model), walk.forward_context(), hooks, watching_inputs(modules, add), reader:
-        for batch in tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False):
-            walk.run(batch)
+    with calibrating(walk.model), walk.forward_context():
+        masks = walk.masks()
+        pairs = zip(walk.batches, masks, strict=True)
+        bar = tqdm(pairs, total=len(masks), desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
+        for batch, mask in bar:
+            see = partial(add, mask)
+            reader = FunctionalReader(modules, see)
+            with reader.beside_calls(modules), watching_inputs(modules, see), reader:
+                walk.run(batch)
     means = {}
     for name, module in modules.items():
         width = module.in_channels if isinstance(module, nn.Conv2d) else module.weight.shape[-1]

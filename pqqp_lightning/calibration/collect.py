@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pqqp_lightning.calibration.functional import FunctionalReader
 from pqqp_lightning.calibration.statistics import Statistic
-from pqqp_lightning.network.layers import Layer, columns_of, geometry, input_rows
+from pqqp_lightning.calibration.token_mask import TokenMask, positions_of
+from pqqp_lightning.network.layers import Layer, columns_of, geometry, input_rows, spatial_dimensions
 
 
 class StopForward(Exception):
@@ -62,6 +63,10 @@ class Collector:
     Args:
         layers: name to layer.
         kind: the statistic's class.
+
+    Attributes:
+        unmasked: names of the layers whose inputs did not have the positions of a batch with padding, so that padded
+            ones may have been counted.
     """
 
     def __init__(self, layers: dict[str, Layer], kind: type[Statistic]) -> None:
@@ -71,6 +76,8 @@ class Collector:
         self._may_stop = False
         self._reader = FunctionalReader(layers, self._see_use)
         self._any_used = False
+        self._mask: TokenMask | None = None  # of the current forward pass
+        self.unmasked: dict[str, None] = {}
 
     @property
     def readings(self) -> list[Reading]:
@@ -111,9 +118,14 @@ class Collector:
             yield
 
     @contextmanager
-    def forward_pass(self) -> Iterator[None]:
-        """Wrap one forward pass: end it early where possible, and forget its inputs afterwards."""
+    def forward_pass(self, mask: TokenMask | None = None) -> Iterator[None]:
+        """Wrap one forward pass: end it early where possible, and forget its inputs afterwards.
+
+        Args:
+            mask: the positions of the batch that count.
+        """
         self._calls.clear()
+        self._mask = mask
         # Looking at every function costs time, which a block whose layers are all called as modules does not need.
         look = self._any_used or bool(self.uncalled())
         with suppress(StopForward), self._reader if look else nullcontext():
@@ -130,7 +142,7 @@ class Collector:
             self._add_layer(name, inputs)
         elif next(iter(reading.layers)) == name:  # the reading's first layer counts for all of them
             reading.latest = inputs
-            reading.statistic.add(input_rows(self._layers[name], inputs))
+            reading.statistic.add(self._rows(name, inputs))
         elif reading.latest is not inputs:
             first_name = next(iter(reading.layers))
             raise RuntimeError(
@@ -154,11 +166,24 @@ class Collector:
         if len(reading.statistic.counts) != parts:
             raise RuntimeError(f"{name} is used whole in one calibration batch and in parts in another")
         if part is not None:
+            inputs = self._that_count(name, inputs)
             reading.statistic.add_to(part, inputs.reshape(-1, inputs.shape[-1]))
             return
         for number, rows in enumerate(inputs):
             # Where every expert gets all tokens, those of the others are zeroed.
             reading.statistic.add_to(number, rows[rows.ne(0).any(dim=1)])
+
+    def _rows(self, name: str, inputs: Tensor) -> Tensor:
+        """The rows [groups, T, I] of the layer's input that count."""
+        return input_rows(self._layers[name], self._that_count(name, inputs))
+
+    def _that_count(self, name: str, inputs: Tensor) -> Tensor:
+        """The positions of the layer's input that count."""
+        if self._mask is None or spatial_dimensions(self._layers[name]):
+            return inputs
+        if self._mask.misses(inputs):
+            self.unmasked[name] = None
+        return positions_of(inputs, self._mask)
 
     def _add_layer(self, name: str, inputs: Tensor) -> None:
         """Add a layer to the reading that has the same input, or start a new reading."""
@@ -169,7 +194,7 @@ class Collector:
                 reading.layers[name] = layer
                 self._reading_of[name] = reading
                 return
-        rows = input_rows(layer, inputs)
+        rows = self._rows(name, inputs)
         statistic = self._kind(len(rows), columns_of(layer), layer.weight.device)
         statistic.add(rows)
         self._reading_of[name] = Reading({name: layer}, statistic, inputs)

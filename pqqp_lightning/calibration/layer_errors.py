@@ -16,6 +16,7 @@ from pqqp_lightning.algorithms.interference import mixed_units
 from pqqp_lightning.calibration.chain import first_output
 from pqqp_lightning.calibration.functional import FunctionalReader
 from pqqp_lightning.calibration.statistics import sum_over_ranks
+from pqqp_lightning.calibration.token_mask import TokenMask, positions_of
 from pqqp_lightning.calibration.walk import Walk, calibrating
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.blocks import Blocks
@@ -58,16 +59,18 @@ def layer_errors(walk: Walk, variants: Mapping[str, Layers]) -> dict[str, dict[s
     # One row per layer: the dense layer's squared output, then the squared error of each variant.
     squares = torch.zeros(len(names), 1 + len(variants), dtype=torch.float64, device=device)
 
-    def compare(name: str, row: Tensor) -> Any:
+    def compare(name: str, row: Tensor, mask: TokenMask | None) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
             output = first_output(outputs)
             assert output is not None
-            row[0] += _square(output)
+            row[0] += _square(positions_of(output, mask))
             for i, variant in enumerate(variants.values(), start=1):
                 module = _on_device(variant[name], device)
-                row[i] += _square(output if module is None else _change(name, module, args, kwargs, output))
+                change = output if module is None else _change(name, module, args, kwargs, output)
+                row[i] += _square(positions_of(change, mask))
 
-        return hook
+        module = walk.model.get_submodule(_module_name(walk.model, name))
+        return module.register_forward_hook(hook, with_kwargs=True)
 
     layers = {name: walk.model.get_submodule(_module_name(walk.model, name)) for name in names}
 
@@ -77,16 +80,17 @@ def layer_errors(walk: Walk, variants: Mapping[str, Layers]) -> dict[str, dict[s
     called: dict[str, Any] = {name: layer for name, layer in layers.items() if is_layer(layer)}
     reader = FunctionalReader(called, call)
     with calibrating(walk.model), walk.forward_context(), reader.beside_calls(called):
-        handles = []
-        for name, row in zip(names, squares, strict=True):
-            handles.append(layers[name].register_forward_hook(compare(name, row), with_kwargs=True))
-        try:
-            for batch in tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False):
+        masks = walk.masks()
+        pairs = zip(walk.batches, masks, strict=True)
+        bar = tqdm(pairs, total=len(masks), desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
+        for batch, mask in bar:
+            handles = [compare(name, row, mask) for name, row in zip(names, squares, strict=True)]
+            try:
                 with reader:
                     walk.run(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+            finally:
+                for handle in handles:
+                    handle.remove()
     sum_over_ranks(squares)
     relative = squares[:, 1:] / squares[:, :1].clamp(min=torch.finfo(torch.float64).tiny)
     errors = {}
@@ -112,11 +116,13 @@ def block_changes(walk: Walk, variant: Layers) -> tuple[list[Tensor], Tensor]:
         all_names += inside
     groups.append(all_names)
     with calibrating(walk.model), walk.forward_context():
+        masks = walk.masks()
         bar = tqdm(groups, desc=f"{walk.title}, block by block", unit="pass", disable=not walk.progress, leave=False)
         outputs = []
         for names in bar:
             with _swapped(walk.model, variant, names):
-                outputs.append(torch.cat([_output_of(last_block, walk, batch) for batch in walk.batches]))
+                pairs = zip(walk.batches, masks, strict=True)
+                outputs.append(torch.cat([_output_of(last_block, walk, batch, mask) for batch, mask in pairs]))
     dense, *compressed = outputs
     changes = [output - dense for output in compressed]
     return changes[:-1], changes[-1]
@@ -156,14 +162,14 @@ def _swapped(model: nn.Module, variant: Layers, names: Sequence[str]) -> Iterato
         yield
 
 
-def _output_of(block: nn.Module, walk: Walk, batch: Any) -> Tensor:
-    """The outputs of ``block`` on one batch, flattened: [N]."""
+def _output_of(block: nn.Module, walk: Walk, batch: Any, mask: TokenMask | None) -> Tensor:
+    """The outputs of ``block`` on one batch at the positions that count, flattened: [N]."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         hidden = first_output(output)
         if hidden is not None:
-            outputs.append(hidden.detach().float().flatten().cpu())
+            outputs.append(positions_of(hidden.detach(), mask).float().flatten().cpu())
 
     handle = block.register_forward_hook(keep)
     try:
@@ -252,10 +258,14 @@ def _parameter_layer(module: nn.Module | None, name: str) -> ParameterLayer | No
 
 
 def _module_name(model: nn.Module, name: str) -> str:
-    """The name of the module whose outputs show what the layer ``name`` computes: its own, or its parameter's owner."""
+    """The name of the module whose outputs show what the layer ``name`` computes: its own, or its parameter's owner.
+
+    torch's attention uses the weight of its last projection without a call, so that its own outputs show it.
+    """
     parent, _, last = name.rpartition(".")
     owner = _submodule(model, parent)
-    return parent if owner is not None and _parameter_layer(owner, last) is not None else name
+    uncalled = isinstance(owner, nn.MultiheadAttention) or _parameter_layer(owner, last) is not None
+    return parent if uncalled else name
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

@@ -15,6 +15,7 @@ from pqqp_lightning.calibration.chain import Call, Run, capture_calls, first_out
 from pqqp_lightning.calibration.collect import Collector, Reading, check_reading
 from pqqp_lightning.calibration.functional import without_fast_paths
 from pqqp_lightning.calibration.statistics import Statistic
+from pqqp_lightning.calibration.token_mask import TokenMask, token_masks
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.layers import Layer
@@ -54,6 +55,7 @@ class Walk:
     notes: list[str] = field(default_factory=list)
     loss: Callable[[Any], Tensor] | None = None
     evaluate: Run | None = None
+    _masks: list[TokenMask | None] | None = field(default=None, init=False)
 
     def over(
         self,
@@ -86,6 +88,12 @@ class Walk:
                 self._blocks_in_turn(inside, kind, compress, unreached, every_block=not same)
             if outside:
                 self._collect_outside(outside, kind, compress, unreached)
+
+    def masks(self) -> list[TokenMask | None]:
+        """The positions of each batch that count, for every sum over positions. Call it in ``calibrating()``."""
+        if self._masks is None:
+            self._masks = token_masks(self.model, self.batches, self.probe, self._forward)
+        return self._masks
 
     def first(self, samples: int) -> Walk:
         """A walk over the first batches only, as many as needed for this number of samples."""
@@ -172,11 +180,15 @@ class Walk:
         forward: Callable[[int], object],
     ) -> None:
         collector = Collector(layers, kind)
+        masks = self.masks()
         with collector.watching():
-            for i in range(len(self.batches)):
-                with collector.forward_pass():
+            for i, mask in enumerate(masks):
+                with collector.forward_pass(mask):
                     forward(i)
         missed = {name: layers[name] for name in collector.uncalled_on_all_ranks()}
+        if collector.unmasked:
+            what = "padded positions may count, since the inputs do not have the positions of the batch"
+            self.notes.append(f"{shorten(collector.unmasked)}: {what}")
         for reading in collector.readings:
             reading.statistic.reduce()
             if int(reading.statistic.rows) == 0:

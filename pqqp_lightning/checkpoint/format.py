@@ -26,9 +26,10 @@ from pqqp_lightning.network.structure import class_path
 from pqqp_lightning.storage.files import sha256_of
 from pqqp_lightning.storage.run_folder import MANIFEST, WEIGHTS, RunFolder
 
-FORMAT = 2
-READABLE_FORMATS = (1, 2)
-"""Format 1 kept small tensors together in one tensor."""
+FORMAT = 3
+READABLE_FORMATS = (1, 2, 3)
+"""Format 1 kept small tensors together in one tensor. Formats before 3 had no weights that hold a matrix in another
+layout than a Linear or a convolution."""
 ORIGIN = "_pqqp_origin"
 """The attribute of a loaded module that holds its :class:`Origin`."""
 

@@ -1,6 +1,7 @@
 """The LightningDataModules that recipes name; each is imported when it is first asked for.
 
 - ``text``, ``tokens``, ``images``: the datamodules. ``questions``: multiple-choice questions beside a text.
+- ``tokenizing``: token ids of a long text.
 - ``text_sources``, ``image_sources``, ``hub_tables``: read the raw data from a file, a folder or the hub.
 - ``augmentation``: image transforms by name.
 - ``loaders``, ``samplers``: DataLoaders whose order depends on the seed and the epoch only.

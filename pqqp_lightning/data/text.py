@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -22,14 +22,22 @@ from pqqp_lightning.data.loaders import (
     train_loader,
 )
 from pqqp_lightning.data.questions import Question, Questions
+from pqqp_lightning.data.tokenizing import begins_with_bos, token_ids
 from pqqp_lightning.data.tokens import check_vocabulary
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.models.loading import Tokenizer, load_tokenizer
 from pqqp_lightning.models.transformers_bridge import quiet_transformers
 
+Bos = Literal["auto"] | bool
+
 
 class TextData(LightningDataModule):
-    """Non-overlapping windows of one long text, without special tokens; batches are ``{"input_ids": [B, T]}``.
+    """Non-overlapping windows of one long text; batches are ``{"input_ids": [B, T]}``.
+
+    With ``bos`` each window begins with the beginning-of-sequence token, as the model's texts did in training. Without
+    it, Gemma 3 is a broken model: its perplexity is more than twice as high. The token is never a target, so that
+    perplexity counts T - 1 tokens of a window either way. The code of GPTQ, SparseGPT and Wanda tokenises WikiText-2 as
+    a whole, so that only its first window has the token; ``bos: false`` comes nearest to the papers' figures.
 
     Sample YAML::
 
@@ -43,7 +51,7 @@ class TextData(LightningDataModule):
         config_name: the data set's configuration on the hub, or the subfolder of a local folder.
         text_column: the column that holds the text; its rows are joined by blank lines.
         tokenizer: a hub id, folder or .gguf file; null takes the model's tokenizer.
-        sequence_length: tokens per window.
+        sequence_length: tokens per window, the beginning-of-sequence token included.
         calibration_samples: windows for calibration, drawn from the train split by ``seed``.
         evaluation_samples: windows of the evaluation split to use, from the first on; null for all.
         batch_size: windows per batch in training and evaluation.
@@ -52,6 +60,8 @@ class TextData(LightningDataModule):
         evaluation_split: split for validation and test.
         seed: decides which calibration windows are drawn, and the order of training.
         num_workers: processes that load batches.
+        bos: begin each window with the tokenizer's beginning-of-sequence token; "auto" does what the tokenizer does
+            with a text (LLaMA, Mistral and Gemma add the token, Qwen and SmolLM2 do not).
         questions: multiple-choice questions to evaluate on as well: {source: allenai/ai2_arc, config_name:
             ARC-Challenge}; see :class:`Questions`.
 
@@ -75,6 +85,7 @@ class TextData(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         questions: Questions | None = None,
+        bos: Bos = "auto",
     ) -> None:
         super().__init__()
         self.source: str | list[str]
@@ -94,6 +105,7 @@ class TextData(LightningDataModule):
         self.calibration_seed = seed  # repeated measurements draw other calibration windows, all else unchanged
         self.num_workers = num_workers
         self.questions = questions
+        self.bos = bos
         self._windows: dict[bool, Tensor] = {}  # token ids [N, T], by whether they are for evaluation
         self._encoded: list[Question] | None = None
 
@@ -117,6 +129,9 @@ class TextData(LightningDataModule):
                 text = "is a folder; a list is for text files"
                 problems.append(Problem("source", source, text, "Give it alone.").within("data"))
             problems += sources.check_builtin(source, corpora.PYTHON_DOCS)
+        if self.bos not in (True, False, "auto"):
+            text, way_out = "is not one of auto, true, false", "auto follows the tokenizer."
+            problems.append(Problem("bos", self.bos, text, way_out).within("data"))
         return problems + (self.questions.check() if self.questions else [])
 
     def prepare_data(self) -> None:
@@ -176,7 +191,8 @@ class TextData(LightningDataModule):
         """The windows of one part [N, T], tokenised once."""
         if evaluation not in self._windows:
             part = "evaluation" if evaluation else "training"
-            self._windows[evaluation] = self._cut_windows(self._read_text(evaluation), part)
+            most = self.evaluation_samples if evaluation else None  # calibration draws from all windows
+            self._windows[evaluation] = self._cut_windows(self._read_text(evaluation), part, most)
         # Checked on every call: the windows are kept, but a later trainer may bring another model.
         check_vocabulary(self._windows[evaluation], self._model(), "tokenizer")
         return self._windows[evaluation]
@@ -200,20 +216,40 @@ class TextData(LightningDataModule):
         split = self.evaluation_split if evaluation else self.train_split
         return corpora.read_rows(self.source, self.config_name, split, self.text_column)
 
-    def _cut_windows(self, text: str, part: str) -> Tensor:
-        """Tokenise ``text`` and cut it into windows, int32 [N, T]; the incomplete last window is dropped."""
+    def _cut_windows(self, text: str, part: str, most: int | None) -> Tensor:
+        """Tokenise ``text`` and cut it into windows, int32 [N, T]; the incomplete last window is dropped.
+
+        Args:
+            text: of one part.
+            part: its name, for messages.
+            most: number of windows that are needed; None for all.
+        """
         length = self.sequence_length
         longest = getattr(self._model(), "longest_sequence", None)
         if longest is not None and length > longest:
             problem = Problem("sequence_length", length, f"is more than the model takes ({longest})", "Lower it.")
             raise RecipeError(problem.within("data"))
-        with quiet_transformers():  # it warns that the text as a whole exceeds the model's context
-            ids = self._find_tokenizer()(text, add_special_tokens=False)["input_ids"]
-        count = len(ids) // length
+        tokenizer = self._find_tokenizer()
+        first = self._first_tokens(tokenizer)
+        body = length - len(first)
+        with quiet_transformers():  # it warns that the text exceeds the model's context
+            ids = token_ids(tokenizer, text, None if most is None else most * body, f"tokenise the {part} text")
+        count = len(ids) // body
         if count == 0:
-            problem_text = f"is more than the {part} text of {self.source!r} has ({len(ids)} tokens)"
+            problem_text = f"is more than the {part} text of {self.source!r} has ({len(ids) + len(first)} tokens)"
             raise RecipeError(Problem("sequence_length", length, problem_text, "Lower it.").within("data"))
-        return torch.tensor(ids[: count * length], dtype=torch.int32).view(count, length)
+        windows = torch.from_numpy(ids[: count * body]).view(count, body)
+        return torch.cat([torch.tensor(first, dtype=torch.int32).expand(count, -1), windows], dim=1)
+
+    def _first_tokens(self, tokenizer: Tokenizer) -> list[int]:
+        """What every window begins with: the beginning-of-sequence token, or nothing."""
+        if self.bos is False or (self.bos == "auto" and not begins_with_bos(tokenizer)):
+            return []
+        token = getattr(tokenizer, "bos_token_id", None)
+        if token is None:
+            text = "asks for a beginning-of-sequence token, and the tokenizer has none"
+            raise RecipeError(Problem("bos", self.bos, text, "Use bos: auto.").within("data"))
+        return [token]
 
     def _find_tokenizer(self) -> Tokenizer:
         if self.tokenizer is not None:

@@ -26,6 +26,8 @@ from pqqp_lightning.models.transformers_bridge import third_party_errors
 class TokenData(LightningDataModule):
     """Integer arrays [N, T] of token ids (.npy); batches are ``{"input_ids": [B, T]}``.
 
+    The windows are taken as they are: put the beginning-of-sequence token in front if the model expects one.
+
     Sample YAML::
 
         data:

@@ -34,7 +34,7 @@ Found = Callable[[str], None]
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """The inputs of ``compress_layer``: the weight of one layer, or of one group of a grouped convolution.
+    """The inputs of ``compress_layer``: the weight of one layer, or of one group of a grouped one.
 
     Attributes:
         name: the layer's.
@@ -71,8 +71,8 @@ class Compressed:
 class LayerwiseStage(Stage):
     """A stage that compresses layer by layer. A method writes :meth:`compress_layer`.
 
-    ``compress_layer`` gets the whole weight of a layer. With a ``statistic`` it gets a grouped convolution group by
-    group, because each group has its own inputs.
+    ``compress_layer`` gets the whole weight of a layer. With a ``statistic`` it gets a layer with groups (a grouped
+    convolution, experts) group by group, because each group has its own inputs.
 
     Args:
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.

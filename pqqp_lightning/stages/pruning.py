@@ -65,10 +65,12 @@ class PruningStage(LayerwiseStage):
 
     def check_arguments(self) -> list[Problem]:
         problems = super().check_arguments()
-        if (self.sparsity is None) == (self.pattern is None):
-            given = "neither" if self.sparsity is None else "both"
-            text = f"{given} of sparsity and pattern given"
-            problems.append(Problem(text=text, way_out="Set one: sparsity: 0.5, or pattern: '2:4'."))
+        way_out = "Set one: sparsity: 0.5, or pattern: '2:4'."
+        if self.sparsity is None and self.pattern is None:
+            problems.append(Problem(text="neither of sparsity and pattern given", way_out=way_out))
+        elif self.sparsity is not None and self.pattern is not None:
+            text = f"cannot stand beside sparsity={self.sparsity!r}"
+            problems.append(Problem("pattern", self.pattern, text, way_out))
         return problems + self._check_amounts()
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:

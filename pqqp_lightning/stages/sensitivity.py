@@ -15,6 +15,7 @@ from pqqp_lightning.algorithms.allocation import output_error
 from pqqp_lightning.calibration.collect import Reading, watching_inputs
 from pqqp_lightning.calibration.functional import FunctionalReader
 from pqqp_lightning.calibration.statistics import Hessian, sum_over_ranks
+from pqqp_lightning.calibration.token_mask import TokenMask, positions_of
 from pqqp_lightning.calibration.walk import Walk, calibrating, gradients_kept, samples_in
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.blocks import Blocks
@@ -106,8 +107,11 @@ def mean_squared_gradients(walk: Walk, layers: dict[str, Layer]) -> dict[str, Te
         sums[name] = torch.zeros(rows_of(layer), device=layer.weight.device)
         rows[name] = torch.zeros(rows_of(layer), device=layer.weight.device)
 
-    def add(samples: int, name: str, gradient: Tensor, part: int | None, parts: int) -> None:
-        channels = gradient.dim() - 1 - spatial_dimensions(layers[name])
+    def add(samples: int, mask: TokenMask | None, name: str, gradient: Tensor, part: int | None, parts: int) -> None:
+        spatial = spatial_dimensions(layers[name])
+        if not spatial:
+            gradient = positions_of(gradient, mask)
+        channels = gradient.dim() - 1 - spatial
         flat = gradient.float().mul(samples).movedim(channels, -1)  # the loss is a mean
         if parts > 1 and part is None:  # [parts, T, O / parts]
             sums[name] += flat.square().sum(dim=1).flatten()
@@ -120,9 +124,12 @@ def mean_squared_gradients(walk: Walk, layers: dict[str, Layer]) -> dict[str, Te
         rows[name][chosen] += flat.shape[0]
 
     with calibrating(walk.model), walk.forward_context(), torch.enable_grad():
-        bar = tqdm(walk.batches, desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
-        for batch in bar:
-            with _watching(walk.model, layers, partial(add, samples_in(batch))):
+        with torch.no_grad():
+            masks = walk.masks()
+        pairs = zip(walk.batches, masks, strict=True)
+        bar = tqdm(pairs, total=len(masks), desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
+        for batch, mask in bar:
+            with _watching(walk.model, layers, partial(add, samples_in(batch), mask)):
                 loss = walk.loss(batch)
                 if loss.requires_grad:
                     loss.backward()

@@ -121,7 +121,8 @@ class RunFolder:
         """
         if not self.run.is_file():
             text = f"{self.path}: there is no run to resume"
-            raise RecipeError(Problem(text=text, way_out="Leave --ckpt_path out to start one."))
+            way_out = "Leave --ckpt_path out to start one."
+            raise RecipeError(Problem("ckpt_path", text=text, way_out=way_out, complete=True))
         earlier = read_json(self.run, "stages")
         if differing := _differences(earlier, identity):
             text = f"{self.path}: holds a run of another recipe: {'; '.join(differing)}"
