@@ -9,9 +9,11 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from pqqp_lightning.errors import Problem, shorten
-from pqqp_lightning.network.activation_hooks import QuantizeHeads, QuantizeInput, transformed_layers
+from pqqp_lightning.network.activation_hooks import QuantizeHeads, QuantizeInput, leave_fast_path, transformed_layers
+from pqqp_lightning.network.layer_uses import use_of
 from pqqp_lightning.network.layers import is_called
 from pqqp_lightning.stages import Context, Layer, Plan, Stage
+from pqqp_lightning.stages.stage import NOT_USED
 
 CACHED = ("k_proj", "v_proj")
 
@@ -43,6 +45,7 @@ class ActivationQuantization(Stage):
 
     source = "per-token dynamic quantization; outliers as in Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339"
     compresses = True
+    needs_forward = True
 
     def __init__(
         self,
@@ -108,6 +111,7 @@ class ActivationQuantization(Stage):
         inputs = QuantizeInput(plan["bits"], outliers=plan["outliers"], **options)
         for name in plan["layers"]:
             inputs.attach(model.get_submodule(name))
+            leave_fast_path(model, name)
         for name, head_dim in plan["heads"].items():
             QuantizeHeads(plan["kv_bits"], head_dim, **options).attach(model.get_submodule(name))
 
@@ -115,6 +119,9 @@ class ActivationQuantization(Stage):
         plan = self.expected_plan(model)
         self.restructure(model, plan)
         return plan
+
+    def reason_by_use(self, layer: Layer) -> str:
+        return super().reason_by_use(layer) or (NOT_USED if use_of(layer) == "unused" else "")
 
     def _cached(self, model: nn.Module) -> dict[str, int]:
         """The modules that compute keys and values, with the width of a head."""

@@ -55,6 +55,7 @@ class BasisSharing(Stage):
 
     source = "Wang et al. 2024, Basis Sharing, arXiv 2410.03765"
     compresses = True
+    needs_forward = True
     needs_calibration = True
 
     def __init__(
@@ -118,7 +119,7 @@ class BasisSharing(Stage):
         self._note_undone(layers, context)
         self._note_structure(model, plan, context)
         group_of = {name: group for group in plan["groups"] for name in group["layers"]}
-        grams: dict[str, Tensor] = {}  # of layers whose group is not complete yet
+        grams: dict[str, Tensor | None] = {}  # of layers whose group is not complete yet; None without a token
 
         def factorise(reading: Reading) -> None:
             gram = reading.statistic.value()[0]
@@ -127,13 +128,23 @@ class BasisSharing(Stage):
                 if all(member in grams for member in group["layers"]):  # this was the last layer of the group
                     self._factorise(model, group, [grams.pop(member) for member in group["layers"]], context)
 
-        context.calibrate(self.find_blocks(model), layers, Hessian, factorise)
+        def unreached(missed: dict[str, Layer]) -> None:
+            context.found("factorised as if all inputs were alike, since no calibration token reached it", missed)
+            for name in missed:
+                group, grams[name] = group_of[name], None
+                if all(member in grams for member in group["layers"]):
+                    self._factorise(model, group, [grams.pop(member) for member in group["layers"]], context)
+
+        context.calibrate(self.find_blocks(model), layers, Hessian, factorise, unreached)
         return plan
 
-    def _factorise(self, model: LightningModule, group: dict[str, Any], grams: list[Tensor], context: Context) -> None:
+    def _factorise(
+        self, model: LightningModule, group: dict[str, Any], grams: list[Tensor | None], context: Context
+    ) -> None:
         # the group's layers have different inputs, and the error counts on all of them
-        names, gram = group["layers"], torch.stack(grams).sum(0)
+        names, known = group["layers"], [gram for gram in grams if gram is not None]
         weights = [model.get_parameter(f"{name}.weight").detach() for name in names]
+        gram = torch.stack(known).sum(0) if known else torch.eye(weights[0].shape[1], device=weights[0].device)
         shared = share_basis(weights, gram, group["rank"], damping=self.damping)
         modules = factor_layers(model, names, group["rank"])
         with torch.no_grad():

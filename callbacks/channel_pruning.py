@@ -87,6 +87,10 @@ class ChannelPruning(Stage):
         names = {member.name for group in groups for member in group.members}
         return {n: m for n, m in model.named_modules() if n in names and isinstance(m, SLICED_LAYERS)}
 
+    def reason_by_use(self, layer: Layer) -> str:
+        """None: channels go from every layer of a coupled group, used or not."""
+        return ""
+
     def check_arguments(self) -> list[Problem]:
         problems = super().check_arguments()
         if not 0 <= self.ratio < 1:
@@ -184,13 +188,31 @@ class ChannelPruning(Stage):
         try:
             if self.importance == "activation":
                 squares = mean_squared_inputs(walk, dict.fromkeys(name for g in groups for name in g.inputs()))
-                return [_mean_by_unit(group, squares) for group in groups]
+                return [self._by_activation(model, group, squares, context) for group in groups]
             members = [member for group in groups for member in group.members if _has_weight(model, member.name)]
             parts = {(member.name, int(member.side == "in")): None for member in members}
             terms = taylor_by_channel(walk, parts)
         except RecipeError as error:
             raise RecipeError([problem.within(f"stages.{context.title}") for problem in error.problems]) from error
-        return [_sum_over(group, terms) for group in groups]
+        return [self._by_gradient(model, group, terms, context) for group in groups]
+
+    def _by_activation(
+        self, model: LightningModule, group: CoupledGroup, squares: dict[str, Tensor], context: Context
+    ) -> Tensor:
+        """The mean squared activation of each unit, or its norm if calibration does not reach the group."""
+        if all(name in squares for name in group.inputs()):
+            return _mean_by_unit(group, squares)
+        context.found("ranked by norm, since no calibration token reached it", [group.name])
+        return group_norm(_squares(model, group))
+
+    def _by_gradient(
+        self, model: LightningModule, group: CoupledGroup, terms: dict[tuple[str, int], Tensor], context: Context
+    ) -> Tensor:
+        """The first-order terms of each unit, or its norm if the loss does not depend on the group."""
+        if any((member.name, int(member.side == "in")) in terms for member in group.members):
+            return _sum_over(group, terms)
+        context.found("ranked by norm, since the loss has no gradient for it", [group.name])
+        return group_norm(_squares(model, group))
 
     def _no_layer(self, candidates: Iterable[str]) -> Problem:
         text = (

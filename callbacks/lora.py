@@ -67,6 +67,7 @@ class LoRA(Stage):
     source = "Hu et al. 2021, LoRA, arXiv 2106.09685"
     compresses = True
     changes_before_training = False  # an adapter starts as zero
+    needs_forward = True
 
     def __init__(
         self,
@@ -103,11 +104,10 @@ class LoRA(Stage):
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems, layers = super().check(model, data, earlier), self.find_layers(model)
-        inside = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-        if odd := [name for name, layer in layers.items() if id(layer) in inside or not _is_plain(layer)]:
+        if odd := [name for name, layer in layers.items() if not _is_plain(layer)]:
             text = (
-                f"{shorten(odd)} cannot carry an adapter: grouped, dilated or specially padded convolutions, layers "
-                "with a forward of their own, and the projection inside torch's MultiheadAttention"
+                f"{shorten(odd)} cannot carry an adapter: grouped, dilated or specially padded convolutions, and "
+                "layers with a forward of their own"
             )
             problems.append(Problem(text=text, way_out="Add them to ignore."))
         return problems + self._check_initialization(model, layers, earlier)

@@ -92,6 +92,10 @@ class SLEB(Stage):
             problems.append(Problem("amount", self.amount, wrong, "Use 3 for three of them, or 0.1 for a tenth."))
         return problems
 
+    def reason_by_use(self, layer: Layer) -> str:
+        """None: a block goes with all its layers, used or not."""
+        return ""
+
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         if not is_overridden("training_step", model):

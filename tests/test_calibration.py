@@ -530,7 +530,7 @@ def test_a_layer_that_gets_no_rows_is_named():
 
     model = nn.Sequential(Routed(), Routed())
     walk = walk_of(model, model, [torch.randn(4, 8)])
-    with pytest.raises(RecipeError, match=r"1 layer \(0.up\) cannot be calibrated: no calibration token reached it"):
+    with pytest.raises(RecipeError, match=r"calibration never reached 2 layers \(0.up, 0.down\)"):
         walk.over(find_layers(model, None, None, walk.blocks), Hessian, lambda reading: None)
 
 
@@ -589,8 +589,8 @@ def test_calibration_takes_plain_dataloaders_in_their_batches_and_order(tmp_path
 
     loader = regression_loader(24, batch_size=8, shuffle=True)
     trainer(tmp_path, Wanda(0.5)).fit(Watching(), loader, regression_loader(16))
-    assert [len(batch) for batch in seen] == [1, 8, 8, 8]
-    assert torch.equal(torch.cat(seen[1:]), torch.stack([x for x, _ in loader.dataset]))
+    assert [len(batch) for batch in seen] == [1, 1, 8, 8, 8]  # first the probes: of the layers, and of the blocks
+    assert torch.equal(torch.cat(seen[2:]), torch.stack([x for x, _ in loader.dataset]))
 
 
 def test_calibration_needs_one_dataloader(tmp_path):
@@ -631,5 +631,5 @@ def test_calibration_sees_what_transfer_hooks_make_of_a_batch(tmp_path):
             return self(batch[0])
 
     trainer(tmp_path, Wanda(0.5)).fit(Normalizing(), regression_loader(), regression_loader(16))
-    assert len(seen) == 4
+    assert len(seen) == 5
     assert all(bool((x == 7).all()) for x in seen)

@@ -148,9 +148,15 @@ class Cut(tiny.Regressor):
 
 
 def test_layers_without_a_gradient_or_with_an_infinite_one_are_named(tmp_path):
-    stage = lambda: Wanda(0.5, allocation="sensitivity")  # noqa: E731
+    stage = Wanda(0.5, allocation="sensitivity")
+    tiny.trainer(tmp_path / "a", stage).fit(Cut(), datamodule=tiny.RegressionData())
+    record = read_records(tmp_path / "a")[-1]
+    assert any("2 layers (blocks.1.up, blocks.1.down): assumed" in note for note in record["notes"])
+    assert record["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+    none = Wanda(0.5, allocation="sensitivity", ignore=["blocks.0"])
     with pytest.raises(RecipeError, match=r"the loss has no gradient for 2 layers \(blocks.1.up, blocks.1.down\)"):
-        tiny.trainer(tmp_path / "a", stage()).fit(Cut(), datamodule=tiny.RegressionData())
+        tiny.trainer(tmp_path / "c", none).fit(Cut(), datamodule=tiny.RegressionData())
     module = Cut()
     module.factor = float("nan")
     partly = Wanda(0.5, allocation="sensitivity", ignore=["blocks.1"])

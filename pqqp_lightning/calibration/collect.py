@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pqqp_lightning.calibration.functional import FunctionalReader
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.calibration.token_mask import TokenMask, positions_of
-from pqqp_lightning.network.layers import Layer, columns_of, geometry, groups_of, input_rows, spatial_dimensions
+from pqqp_lightning.network.layers import Layer, columns_of, geometry, input_rows, spatial_dimensions
 
 
 class StopForward(Exception):
@@ -34,11 +36,12 @@ class Reading:
 
 
 @contextmanager
-def watching_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watching_inputs(modules: Mapping[str, nn.Module | Layer], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call ``see`` with name and input whenever one of ``modules`` runs inside the context."""
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
         for name, module in modules.items()
+        if isinstance(module, nn.Module)  # the others are read where they are used
     ]
     try:
         yield
@@ -54,6 +57,9 @@ class Collector:
     layers, and every later pass checks that they still share their input. From the second pass on, the forward pass
     ends as soon as every layer has been called, so that the rest of the block is not computed.
 
+    The weights of layers that were not called are looked for in the products of torch functions. A fused weight has a
+    statistic for each of its parts (experts), which each see rows of their own.
+
     Args:
         layers: name to layer.
         kind: the statistic's class.
@@ -68,6 +74,8 @@ class Collector:
         self._reading_of: dict[str, Reading] = {}
         self._calls: list[str] = []
         self._may_stop = False
+        self._reader = FunctionalReader(layers, self._see_use)
+        self._any_used = False
         self._mask: TokenMask | None = None  # of the current forward pass
         self.unmasked: dict[str, None] = {}
 
@@ -80,10 +88,33 @@ class Collector:
         """Return the layers that no forward pass has reached."""
         return [name for name in self._layers if name not in self._reading_of]
 
+    def uncalled_on_all_ranks(self) -> list[str]:
+        """Return the layers that no rank's forward pass has reached.
+
+        In a distributed run, afterwards every rank has the same readings in the same order, with zeros where only
+        other ranks had rows.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            own = [(list(reading.layers), len(reading.statistic.counts)) for reading in self.readings]
+            every: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(every, own)
+            known = self._reading_of
+            self._reading_of = {}
+            for names, groups in (item for rank in every for item in rank):
+                if names[0] in self._reading_of:
+                    continue
+                reading = known.get(names[0])
+                if reading is None:
+                    first = self._layers[names[0]]
+                    statistic = self._kind(groups, columns_of(first), first.weight.device)
+                    reading = Reading({name: self._layers[name] for name in names}, statistic)
+                self._reading_of.update(dict.fromkeys(names, reading))
+        return self.uncalled()
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Collect from the forward passes inside the context."""
-        with watching_inputs(self._layers, self._see):  # type: ignore[arg-type]
+        with self._reader.beside_calls(self._layers), watching_inputs(self._layers, self._see):
             yield
 
     @contextmanager
@@ -95,7 +126,9 @@ class Collector:
         """
         self._calls.clear()
         self._mask = mask
-        with suppress(StopForward):
+        # Looking at every function costs time, which a block whose layers are all called as modules does not need.
+        look = self._any_used or bool(self.uncalled())
+        with suppress(StopForward), self._reader if look else nullcontext():
             yield
         for reading in self.readings:
             reading.latest = None
@@ -118,13 +151,39 @@ class Collector:
         if self._may_stop and len(self._calls) == len(self._layers):
             raise StopForward
 
+    def _see_use(self, name: str, inputs: Tensor, part: int | None, parts: int) -> None:
+        """Collect the input of a weight that is used functionally, or of one part of it."""
+        self._any_used = True
+        if parts == 1:
+            self._see(name, inputs)
+            return
+        self._calls.append(name)
+        reading = self._reading_of.get(name)
+        if reading is None:
+            layer = self._layers[name]
+            statistic = self._kind(parts, columns_of(layer), layer.weight.device)
+            reading = self._reading_of[name] = Reading({name: layer}, statistic)
+        if len(reading.statistic.counts) != parts:
+            raise RuntimeError(f"{name} is used whole in one calibration batch and in parts in another")
+        if part is not None:
+            inputs = self._that_count(name, inputs)
+            reading.statistic.add_to(part, inputs.reshape(-1, inputs.shape[-1]))
+            return
+        for number, rows in enumerate(inputs):
+            # Where every expert gets all tokens, those of the others are zeroed.
+            reading.statistic.add_to(number, rows[rows.ne(0).any(dim=1)])
+
     def _rows(self, name: str, inputs: Tensor) -> Tensor:
         """The rows [groups, T, I] of the layer's input that count."""
-        if self._mask is not None and not spatial_dimensions(self._layers[name]):
-            if self._mask.misses(inputs):
-                self.unmasked[name] = None
-            inputs = positions_of(inputs, self._mask)
-        return input_rows(self._layers[name], inputs)
+        return input_rows(self._layers[name], self._that_count(name, inputs))
+
+    def _that_count(self, name: str, inputs: Tensor) -> Tensor:
+        """The positions of the layer's input that count."""
+        if self._mask is None or spatial_dimensions(self._layers[name]):
+            return inputs
+        if self._mask.misses(inputs):
+            self.unmasked[name] = None
+        return positions_of(inputs, self._mask)
 
     def _add_layer(self, name: str, inputs: Tensor) -> None:
         """Add a layer to the reading that has the same input, or start a new reading."""
@@ -135,8 +194,9 @@ class Collector:
                 reading.layers[name] = layer
                 self._reading_of[name] = reading
                 return
-        statistic = self._kind(groups_of(layer), columns_of(layer), layer.weight.device)
-        statistic.add(self._rows(name, inputs))
+        rows = self._rows(name, inputs)
+        statistic = self._kind(len(rows), columns_of(layer), layer.weight.device)
+        statistic.add(rows)
         self._reading_of[name] = Reading({name: layer}, statistic, inputs)
 
 
@@ -144,9 +204,7 @@ def check_reading(reading: Reading) -> None:
     """Check that a statistic is usable.
 
     Raises:
-        ArithmeticError: it has no row, or the activations are NaN or infinite.
+        ArithmeticError: the activations are NaN or infinite.
     """
-    if int(reading.statistic.rows) == 0:
-        raise ArithmeticError("no calibration token reached it")
     if not bool(torch.isfinite(reading.statistic.total).all()):
         raise ArithmeticError("its calibration inputs hold NaN or infinite values")

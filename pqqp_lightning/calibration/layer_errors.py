@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from pqqp_lightning.algorithms.interference import mixed_units
 from pqqp_lightning.calibration.chain import first_output
+from pqqp_lightning.calibration.functional import FunctionalReader
 from pqqp_lightning.calibration.statistics import sum_over_ranks
 from pqqp_lightning.calibration.token_mask import TokenMask, positions_of
 from pqqp_lightning.calibration.walk import Walk, calibrating
@@ -71,14 +72,22 @@ def layer_errors(walk: Walk, variants: Mapping[str, Layers]) -> dict[str, dict[s
         module = walk.model.get_submodule(_module_name(walk.model, name))
         return module.register_forward_hook(hook, with_kwargs=True)
 
-    with calibrating(walk.model), walk.forward_context():
+    layers = {name: walk.model.get_submodule(_module_name(walk.model, name)) for name in names}
+
+    def call(name: str, inputs: Tensor, part: int | None, parts: int) -> None:
+        layers[name](inputs)  # its weight is used functionally: the hook compares what its forward computes
+
+    called: dict[str, Any] = {name: layer for name, layer in layers.items() if is_layer(layer)}
+    reader = FunctionalReader(called, call)
+    with calibrating(walk.model), walk.forward_context(), reader.beside_calls(called):
         masks = walk.masks()
         pairs = zip(walk.batches, masks, strict=True)
         bar = tqdm(pairs, total=len(masks), desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
         for batch, mask in bar:
             handles = [compare(name, row, mask) for name, row in zip(names, squares, strict=True)]
             try:
-                walk.run(batch)
+                with reader:
+                    walk.run(batch)
             finally:
                 for handle in handles:
                     handle.remove()

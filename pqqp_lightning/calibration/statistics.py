@@ -20,14 +20,18 @@ def sum_over_ranks(total: Tensor) -> Tensor:
 class Statistic(ABC):
     """A sum over the input rows of a layer, separately for each group of the layer.
 
+    Attributes:
+        counts: the rows that each group has seen, [groups].
+        total: the sum.
+
     Args:
-        groups: a grouped convolution's groups, else 1.
+        groups: a grouped convolution's groups, the experts of a fused weight, else 1.
         columns: I, the columns of the weight matrix.
         device: where to accumulate.
     """
 
     def __init__(self, groups: int, columns: int, device: torch.device) -> None:
-        self.rows = torch.zeros((), dtype=torch.int64, device=device)
+        self.counts = torch.zeros(groups, dtype=torch.int64, device=device)
         self.total = self.empty(groups, columns, device)
 
     @abstractmethod
@@ -51,15 +55,29 @@ class Statistic(ABC):
         """
         raise NotImplementedError(f"{cls.__name__} defines no of_hessian, which allocation: sensitivity needs")
 
+    @property
+    def rows(self) -> Tensor:
+        """The rows that the groups have seen; where they see different ones, the most of any."""
+        return self.counts.max()
+
     def add(self, rows: Tensor) -> None:
         """Add ``rows`` [groups, T, I] and count them."""
-        self.rows += rows.shape[1]
+        self.counts += rows.shape[1]
         self.accumulate(rows)
+
+    def add_to(self, group: int, rows: Tensor) -> None:
+        """Add ``rows`` [T, I] to one group and count them."""
+        self.counts[group] += rows.shape[0]
+        whole = self.total
+        self.total = whole[group : group + 1]
+        self.accumulate(rows[None])
+        whole[group : group + 1] = self.total
+        self.total = whole
 
     def reduce(self) -> None:
         """Sum over the ranks of a distributed run."""
         sum_over_ranks(self.total)
-        sum_over_ranks(self.rows)
+        sum_over_ranks(self.counts)
 
 
 class Hessian(Statistic):

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pqqp_lightning.calibration.chain import Call, Run, capture_calls, first_output, is_chain
 from pqqp_lightning.calibration.collect import Collector, Reading, check_reading
+from pqqp_lightning.calibration.functional import without_fast_paths
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.calibration.token_mask import TokenMask, token_masks
 from pqqp_lightning.errors import Problem, RecipeError, shorten
@@ -21,6 +22,8 @@ from pqqp_lightning.network.layers import Layer
 from pqqp_lightning.seeding import keep_random_state
 
 Compress = Callable[[Reading], None]
+Unreached = Callable[[dict[str, Layer]], None]
+"""Called with the layers of a block that no calibration row reached, after the block's readings."""
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Walk:
         probe: a batch of one sample, for observing how the blocks follow one another.
         run: runs the model on one batch.
         loss: computes the training loss of one batch, a scalar; the caller sets modes and gradients.
+        evaluate: runs one batch as an evaluation does, where ``run`` computes less.
         forward_context: entered around every forward pass (precision).
         title: text of the progress bar.
         progress: whether to show the progress bar.
@@ -50,13 +54,27 @@ class Walk:
     progress: bool = True
     notes: list[str] = field(default_factory=list)
     loss: Callable[[Any], Tensor] | None = None
+    evaluate: Run | None = None
     _masks: list[TokenMask | None] | None = field(default=None, init=False)
 
-    def over(self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
+    def over(
+        self,
+        layers: dict[str, Layer],
+        kind: type[Statistic],
+        compress: Compress,
+        unreached: Unreached | None = None,
+    ) -> None:
         """Collect ``kind`` for each of ``layers`` and hand it to ``compress``, block after block.
 
+        Args:
+            layers: by name.
+            kind: the statistic's class.
+            compress: gets each reading. Some groups of a fused weight may have no row, see ``Statistic.counts``.
+            unreached: gets the layers that no row reached; None refuses them.
+
         Raises:
-            RecipeError: no forward pass reaches a layer, or its statistic is unusable; the message names the layer.
+            RecipeError: a statistic is unusable, or no row reached a layer and ``unreached`` is None; the message
+                names the layer.
         """
         with calibrating(self.model):
             chained = same = False
@@ -67,9 +85,9 @@ class Walk:
             inside = {name: layer for name, layer in layers.items() if chained and self._block_of(name) is not None}
             outside = {name: layer for name, layer in layers.items() if name not in inside}
             if inside:
-                self._blocks_in_turn(inside, kind, compress, every_block=not same)
+                self._blocks_in_turn(inside, kind, compress, unreached, every_block=not same)
             if outside:
-                self._collect(outside, kind, compress, lambda i: self._forward(self.batches[i]))
+                self._collect_outside(outside, kind, compress, unreached)
 
     def masks(self) -> list[TokenMask | None]:
         """The positions of each batch that count, for every sum over positions. Call it in ``calibrating()``."""
@@ -97,8 +115,30 @@ class Walk:
         with self.forward_context():
             return self.run(batch)
 
+    def _collect_outside(
+        self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, unreached: Unreached | None
+    ) -> None:
+        """Collect from whole forward passes; layers that these skip (a head), from whole evaluation steps."""
+
+        def evaluate(index: int) -> None:
+            assert self.evaluate is not None
+            with self.forward_context():
+                self.evaluate(self.batches[index])
+
+        def again(missed: dict[str, Layer]) -> None:
+            self._collect(missed, kind, compress, unreached, evaluate)
+
+        rest = unreached if self.evaluate is None else again
+        self._collect(layers, kind, compress, rest, lambda i: self._forward(self.batches[i]))
+
     def _blocks_in_turn(
-        self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, *, every_block: bool
+        self,
+        layers: dict[str, Layer],
+        kind: type[Statistic],
+        compress: Compress,
+        unreached: Unreached | None,
+        *,
+        every_block: bool,
     ) -> None:
         hidden: list[Tensor] = []  # each batch's input of the current block, replaced by its output
         calls: list[list[Call]] = []
@@ -126,13 +166,18 @@ class Walk:
                 return output
 
             if of_block[name]:
-                self._collect(of_block[name], kind, compress, replay)
+                self._collect(of_block[name], kind, compress, unreached, replay)
             if index < last:  # run the compressed block for the next one's inputs
                 for i in range(len(hidden)):
                     hidden[i] = replay(i)
 
     def _collect(
-        self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, forward: Callable[[int], object]
+        self,
+        layers: dict[str, Layer],
+        kind: type[Statistic],
+        compress: Compress,
+        unreached: Unreached | None,
+        forward: Callable[[int], object],
     ) -> None:
         collector = Collector(layers, kind)
         masks = self.masks()
@@ -140,14 +185,15 @@ class Walk:
             for i, mask in enumerate(masks):
                 with collector.forward_pass(mask):
                     forward(i)
+        missed = {name: layers[name] for name in collector.uncalled_on_all_ranks()}
         if collector.unmasked:
             what = "padded positions may count, since the inputs do not have the positions of the batch"
             self.notes.append(f"{shorten(collector.unmasked)}: {what}")
-        if missed := collector.uncalled():
-            way_out = "Use more calibration samples, or add them to ignore."
-            raise RecipeError(Problem(text=f"calibration never reached {shorten(missed)}", way_out=way_out))
         for reading in collector.readings:
             reading.statistic.reduce()
+            if int(reading.statistic.rows) == 0:
+                missed.update(reading.layers)
+                continue
             try:
                 check_reading(reading)
                 compress(reading)
@@ -155,6 +201,11 @@ class Walk:
                 text = f"{shorten(reading.layers)} cannot be calibrated: {error}"
                 way_out = "Check the model and the calibration data, or add the layer to ignore."
                 raise RecipeError(Problem(text=text, way_out=way_out)) from error
+        if missed and unreached is None:
+            way_out = "Use more calibration samples, or add them to ignore."
+            raise RecipeError(Problem(text=f"calibration never reached {shorten(missed)}", way_out=way_out))
+        if missed and unreached is not None:
+            unreached(missed)
 
     def _block_of(self, layer: str) -> str | None:
         return next((b for b in self.blocks if layer.startswith(f"{b}.") or layer == b), None)
@@ -195,7 +246,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     for config in caching.values():
         setattr(config, "use_cache", False)  # noqa: B010
     try:
-        with keep_random_state(), torch.no_grad():
+        with keep_random_state(), torch.no_grad(), without_fast_paths(model):
             yield
     finally:
         for module in model.modules():  # including those that replaced others

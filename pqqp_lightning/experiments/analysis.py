@@ -28,6 +28,7 @@ from pqqp_lightning.experiments.session import Show, check_store, exclusive_run_
 from pqqp_lightning.report.analysis_numbers import layer_rows, order_key
 from pqqp_lightning.report.pictures import draw_analysis
 from pqqp_lightning.runs.checks import check_places, check_run, read_data
+from pqqp_lightning.runs.layer_probe import probe_layers
 from pqqp_lightning.runs.preparation import prepare
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
@@ -73,6 +74,8 @@ def analyze_pair(
     prepare(trainer, data)
     orders = check_analysis(trainer, data, results, options.samples)
     read_data(trainer, data, trainer.stages)
+    if probe_layers(trainer, data, trainer.stages):  # it shows only now how the model uses its layers
+        orders = check_analysis(trainer, data, results, options.samples)
     with exclusive_run_folder(trainer, results, show):
         Analysis(trainer, data, orders, results, options).run(resume=resume)
 

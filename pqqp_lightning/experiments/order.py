@@ -27,6 +27,7 @@ from pqqp_lightning.experiments.session import (
     store_of,
 )
 from pqqp_lightning.runs.checks import check_places, check_run, read_data
+from pqqp_lightning.runs.layer_probe import probe_layers
 from pqqp_lightning.runs.preparation import prepare
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
@@ -120,20 +121,27 @@ class OrderSearch:
         if not 2 <= len(self._stages) <= MOST_STAGES:
             text = f"order needs 2 to {MOST_STAGES} stages, but the recipe has {len(self._stages)}"
             problems.append(Problem(text=text, way_out="Change the stages.").within("stages"))
+        problems += self._check_orders()
+        if problems:
+            raise RecipeError(problems)
+        read_data(self._trainer, self._data, stages)
+        # how the model uses its layers shows only once there is data to run it on
+        if probe_layers(self._trainer, self._data, stages) and (problems := self._check_orders()):
+            raise RecipeError(problems)
+        # draws can be compared only once the data is read
+        if self._trainer.is_global_zero and (problems := check_draws(self._data, options.repeats)):
+            raise RecipeError(problems)
+
+    def _check_orders(self) -> list[Problem]:
+        """Find the allowed and the refused orders; the problems of all if none is allowed."""
+        self._refused, self._allowed = {}, []
         for names in permutations(self._stages) if len(self._stages) <= MOST_STAGES else ():
             if found := check_places([self._stages[name] for name in names], self._data):
                 self._refused[names] = found
             else:
                 self._allowed.append(names)
         # order.json reports refused orders; they are an error only if no order is left
-        if not self._allowed:
-            problems += [problem for found in self._refused.values() for problem in found]
-        if problems:
-            raise RecipeError(problems)
-        read_data(self._trainer, self._data, stages)
-        # draws can be compared only once the data is read
-        if self._trainer.is_global_zero and (problems := check_draws(self._data, options.repeats)):
-            raise RecipeError(problems)
+        return [] if self._allowed else [problem for found in self._refused.values() for problem in found]
 
     def _check_strategy(self) -> list[Problem]:
         """The problems of the strategy, and of options that it does not use."""

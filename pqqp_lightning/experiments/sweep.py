@@ -24,6 +24,7 @@ from pqqp_lightning.experiments.sweep_plan import Plan, make_plan
 from pqqp_lightning.report.pictures import draw_sweep
 from pqqp_lightning.report.sweep_numbers import write_tables
 from pqqp_lightning.runs.checks import check_run, read_data
+from pqqp_lightning.runs.layer_probe import probe_layers
 from pqqp_lightning.runs.preparation import prepare
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
@@ -66,6 +67,8 @@ def sweep_grid(
     prepare(trainer, data)
     plan = check_sweep(trainer, data, results, options)
     read_data(trainer, data, trainer.stages)
+    if probe_layers(trainer, data, trainer.stages):  # it shows only now how the model uses its layers
+        plan = check_sweep(trainer, data, results, options)
     with exclusive_run_folder(trainer, results, show):
         Sweep(trainer, data, plan, results, options).run(resume=resume)
 

@@ -162,6 +162,25 @@ class ProjectedEmbedding(nn.Embedding):
         return (rows - along[..., None] * direction).to(rows.dtype)
 
 
+def leave_fast_path(model: nn.Module, name: str) -> None:
+    """Make torch call the layer ``name``, where it would pass its weight to the fused kernel of an encoder layer.
+
+    The kernel is not used for layers with hooks, nor is the layout of tensors that only the kernel reads.
+    """
+    parents = name.split(".")[:-1]
+    chain = [model.get_submodule(".".join(parents[:length])) for length in range(len(parents) + 1)]
+    if not isinstance(chain[-1], nn.TransformerEncoderLayer):
+        return
+    model.get_submodule(name).register_forward_pre_hook(_change_nothing)
+    for module in chain:
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def _change_nothing(layer: nn.Module, args: Any) -> None:
+    pass
+
+
 def transforms_of(layer: nn.Module) -> list[Transform | QuantizeHeads]:
     """Return the transforms of a layer's input and output."""
     hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]

@@ -106,9 +106,9 @@ KINDS = (
     _convolution("Conv2d layers", nn.Conv2d, 2),
     _convolution("Conv3d layers", nn.Conv3d, 3),
     LayerKind("Conv1D layers", is_transposed_linear, layout=lambda layer: "transposed"),
-    _parameters("projections of nn.MultiheadAttention", "attention", readable=False),
+    _parameters("projections of nn.MultiheadAttention", "attention", readable=True),
     _parameters("recurrent weights", "recurrent", readable=False),
-    _parameters("3-D expert weights", "experts", readable=False),
+    _parameters("3-D expert weights", "experts", readable=True),
 )
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.structure import weightless_copy
+from pqqp_lightning.runs.layer_probe import probe_layers
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.training_checks import check_training
 from pqqp_lightning.stages.stage import Stage
@@ -39,6 +40,18 @@ def read_data(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> None:
     data.read(trainer)
     calibrates = any(stage.needs_calibration for stage in stages)
     if problems := data.check_read(calibrates=calibrates, trains=any(stage.epochs > 0 for stage in stages)):
+        raise RecipeError(problems)
+
+
+def check_uses(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> None:
+    """Observe how the model uses its layers, and check the stages again if it does not call some of them.
+
+    The data must have been read.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    if probe_layers(trainer, data, stages) and (problems := check_places(stages, data)):
         raise RecipeError(problems)
 
 

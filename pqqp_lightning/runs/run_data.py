@@ -125,6 +125,13 @@ class RunData:
         batches = list(islice(_plain_loader(share, loader), limit))
         return batches, next(iter(_plain_loader(share, loader, batch_size=1)))
 
+    def probe_batch(self) -> Any:
+        """One sample of the calibration data; without such data, the first evaluation batch."""
+        if self.has_calibration_data():
+            return self.calibration_batches(0, 1, 1)[1]
+        loaders = self.evaluation_loaders()
+        return next(iter(loaders[0] if isinstance(loaders, list | tuple) else loaders))
+
     def evaluation_loaders(self) -> Any:
         """The loaders of the validation data, as the user gave them."""
         return self.validation if self.validation is not None else self.owner.val_dataloader()

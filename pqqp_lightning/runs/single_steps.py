@@ -15,11 +15,29 @@ from torchmetrics import Metric
 
 def run_batch(trainer: Trainer, module: LightningModule, batch: Any) -> None:
     """Run the model's forward pass on one batch, by its ``calibration_step`` or else its ``validation_step``."""
-    batch = _transfer(trainer, module, batch)
-    step = getattr(module, "calibration_step", None)
-    if step is not None:
-        step(batch, 0)
-        return
+    run_step(module, _transfer(trainer, module, batch))
+
+
+def run_step(module: LightningModule, batch: Any) -> None:
+    """Run the model's ``calibration_step`` or else its ``validation_step`` on a batch that is on its device."""
+    if has_calibration_step(module):
+        getattr(module, "calibration_step")(batch, 0)  # noqa: B009
+    else:
+        evaluate_step(module, batch)
+
+
+def has_calibration_step(module: LightningModule) -> bool:
+    """Whether the model computes less for calibration than in an evaluation."""
+    return getattr(module, "calibration_step", None) is not None
+
+
+def evaluate_batch(trainer: Trainer, module: LightningModule, batch: Any) -> None:
+    """Run the model's ``validation_step`` on one batch, without logging."""
+    evaluate_step(module, _transfer(trainer, module, batch))
+
+
+def evaluate_step(module: LightningModule, batch: Any) -> None:
+    """Run the model's ``validation_step`` on a batch that is on its device, without logging."""
     with without_logging(module):
         call_step(module.validation_step, batch)
 

@@ -31,6 +31,7 @@ from pqqp_lightning.network.constraints import (
     constraints_of,
     set_constraints,
 )
+from pqqp_lightning.network.layer_uses import LayerUse, mark_uses, marked_uses
 from pqqp_lightning.network.layers import Layer, weight_matrix
 from pqqp_lightning.network.structure import Skeleton
 from pqqp_lightning.runs.distillation import make_teacher
@@ -38,7 +39,7 @@ from pqqp_lightning.runs.finetuning import logged_steps, train_segment
 from pqqp_lightning.runs.peak_memory import peak_memory
 from pqqp_lightning.runs.preparation import preparation_notes
 from pqqp_lightning.runs.run_data import RunData
-from pqqp_lightning.runs.single_steps import loss_of, run_batch
+from pqqp_lightning.runs.single_steps import evaluate_batch, has_calibration_step, loss_of, run_batch
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stages.stage import Context, Stage
 from pqqp_lightning.storage.records import make_record
@@ -78,6 +79,7 @@ class StageRunner:
     def __post_init__(self) -> None:
         self._build = skeleton_of(self.module)
         self._structure = Skeleton(self.module)
+        self._uses: dict[str, LayerUse] = {}
 
     @property
     def module(self) -> LightningModule:
@@ -124,6 +126,7 @@ class StageRunner:
         """Load the checkpoint in ``folder`` into the model."""
         if any(item.plan for item in self.applied):  # stages changed its structure; a checkpoint's plans start dense
             self._structure.restore(self.module)
+            mark_uses(self.module, self._uses)
         self.applied = restore(self.module, folder)["applied"]
 
     def evaluate(self) -> dict[str, float]:
@@ -183,6 +186,7 @@ class StageRunner:
         for stage in stages:
             layers.update(stage.find_layers(self.module))
         self.targeted = list(layers)
+        self._uses = marked_uses(self.module)
         self.dense_entries = sum(layer.weight.numel() for layer in layers.values())
         if layers:
             self.original_bits = 8 * next(iter(layers.values())).weight.element_size()
@@ -338,6 +342,7 @@ class StageRunner:
             title,
             self._shows_progress(),
             loss=partial(loss_of, self.trainer, self.module),
+            evaluate=partial(evaluate_batch, self.trainer, self.module) if has_calibration_step(self.module) else None,
         )
 
     @contextmanager

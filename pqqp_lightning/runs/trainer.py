@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from pqqp_lightning.checkpoint.format import model_folder
 from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.errors import Problem, RecipeError
-from pqqp_lightning.runs.checks import check_recipe, read_data
+from pqqp_lightning.runs.checks import check_recipe, check_uses, read_data
 from pqqp_lightning.runs.preparation import attach, prepare
 from pqqp_lightning.runs.run import Run
 from pqqp_lightning.runs.run_data import RunData
@@ -125,6 +125,7 @@ class Trainer(pl.Trainer):
             stages = [Training(epochs=self.fit_loop.max_epochs)]
         check_recipe(self, data, stages)
         read_data(self, data, stages)
+        check_uses(self, data, stages)
         if self.fast_dev_run:  # leaves nothing behind, so it must not write over the run folder
             folder = Path(tempfile.mkdtemp(prefix="pqqp-fast-dev-run-"))
             try:

@@ -15,8 +15,18 @@ from pqqp_lightning.algorithms.selection import Pattern
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.network.constraints import constraints_of, set_constraints
-from pqqp_lightning.network.layers import Layer, has_readable_inputs, row_groups, set_weight_matrix, weight_matrix
+from pqqp_lightning.network.layers import (
+    Layer,
+    groups_of,
+    has_readable_inputs,
+    row_groups,
+    set_weight_matrix,
+    weight_matrix,
+)
 from pqqp_lightning.stages.stage import Context, Plan, Stage
+
+UNREACHED = object()
+"""In place of the statistic of a layer or an expert that no calibration row reached."""
 
 Found = Callable[[str], None]
 """Adds a finding about the current layers to the stage's record."""
@@ -72,6 +82,9 @@ class LayerwiseStage(Stage):
     statistic: ClassVar[type[Statistic] | None] = None
     """The statistic of each layer's calibration inputs to collect: ``SquaredNorm``, ``Hessian`` or None."""
 
+    without_statistics: ClassVar[str] = "left as it was, since no calibration token reached it"
+    """What the record says about a layer or an expert that no calibration row reached."""
+
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
         """Whether the method names a statistic."""
@@ -85,6 +98,13 @@ class LayerwiseStage(Stage):
     def compress_layer(self, inputs: LayerInputs) -> Compressed:
         """The method itself: the new weight, which keeps the mask and the grid in ``inputs``."""
         raise NotImplementedError(f"{type(self).__name__} defines no compress_layer")
+
+    def compress_unreached(self, inputs: LayerInputs) -> Compressed:
+        """The method for a layer or an expert that no calibration row reached, without a statistic.
+
+        Pruning stages remove the smallest weights, quantization stages round to nearest; others leave the weight alone.
+        """
+        return Compressed(inputs.weight)
 
     def prepare(self, statistic: Tensor, found: Found) -> Sequence[Any]:
         """The statistic that ``compress_layer`` gets for each group, computed once for all layers that share an input.
@@ -107,11 +127,23 @@ class LayerwiseStage(Stage):
             return
 
         def compress(reading: Reading) -> None:
-            prepared = self.prepare(reading.statistic.value(), lambda what: context.found(what, reading.layers))
+            reached = reading.statistic.counts.ne(0)
+            value = reading.statistic.value()
+            value = value if bool(reached.all()) else value[reached]
+            prepared = iter(self.prepare(value, lambda what: context.found(what, reading.layers)))
+            statistics = [next(prepared) if own else UNREACHED for own in reached.tolist()]
             for name, layer in reading.layers.items():
-                self._compress_groups(name, layer, prepared)
+                self._compress_groups(name, layer, statistics)
+                for number, own in enumerate(reached.tolist()):
+                    if not own:
+                        context.found(self.without_statistics, [f"{name}[{number}]"])
 
-        context.calibrate(self.find_blocks(model), layers, self.statistic, compress)
+        def unreached(missed: dict[str, Layer]) -> None:
+            for name, layer in missed.items():
+                self._compress_groups(name, layer, [UNREACHED] * groups_of(layer))
+            context.found(self.without_statistics, missed)
+
+        context.calibrate(self.find_blocks(model), layers, self.statistic, compress, unreached)
 
     def _compress_groups(self, name: str, layer: Layer, statistics: Sequence[Any]) -> None:
         """Compress one layer in one row group for each statistic."""
@@ -123,7 +155,10 @@ class LayerwiseStage(Stage):
         groups = row_groups(matrix, constraints.mask(matrix.device), groups=count)
         parts = []
         for (weight, mask), statistic, grid in zip(groups, statistics, grids, strict=True):
-            parts.append(self.compress_layer(LayerInputs(name, weight, statistic, mask, grid)))
+            if statistic is UNREACHED:
+                parts.append(self.compress_unreached(LayerInputs(name, weight, None, mask, grid)))
+            else:
+                parts.append(self.compress_layer(LayerInputs(name, weight, statistic, mask, grid)))
         write_back(layer, _joined(parts))
 
 

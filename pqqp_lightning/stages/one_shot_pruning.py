@@ -42,6 +42,8 @@ class OneShotPruning(PruningStage):
     compared_within: ClassVar[Literal["row", "matrix"]] = "row"
     """Where scores compete: within each output row, or within the matrix (each group of a grouped convolution)."""
 
+    without_statistics = "pruned by magnitude, since no calibration token reached it"
+
     def __init__(
         self,
         sparsity: float | dict[str, float] | None = None,
@@ -70,6 +72,11 @@ class OneShotPruning(PruningStage):
     def compress_layer(self, inputs: LayerInputs) -> Compressed:
         amount, scores = self.amount(inputs.name), self.scores(inputs.weight.float(), inputs.statistic)
         mask = keep_highest(scores, within=self.compared_within, mask=inputs.mask, **amount)
+        return Compressed(inputs.weight, mask=mask, pattern=amount.get("pattern"))
+
+    def compress_unreached(self, inputs: LayerInputs) -> Compressed:
+        amount = self.amount(inputs.name)
+        mask = keep_highest(inputs.weight.float().abs(), within=self.compared_within, mask=inputs.mask, **amount)
         return Compressed(inputs.weight, mask=mask, pattern=amount.get("pattern"))
 
     def amount(self, name: str) -> dict[str, Any]:

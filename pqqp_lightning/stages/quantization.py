@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.algorithms.codebook import Codebook
-from pqqp_lightning.algorithms.rtn import quantize_codebook
+from pqqp_lightning.algorithms.rtn import quantize_codebook, quantize_rtn
 from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import Layer, columns_of, is_depthwise
@@ -89,6 +89,8 @@ class QuantizationStage(GridStage):
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
+    without_statistics = "rounded to nearest, since no calibration token reached it"
+
     def __init__(
         self,
         bits: int | dict[str, int] = 4,
@@ -99,6 +101,10 @@ class QuantizationStage(GridStage):
     ) -> None:
         super().__init__(**kwargs)
         self.bits, self.group_size, self.symmetric, self.clip = bits, group_size, symmetric, clip
+
+    def compress_unreached(self, inputs: LayerInputs) -> Compressed:
+        quantized = quantize_rtn(inputs.weight, **self.grid_options(inputs.name))
+        return Compressed(quantized.weight, grid=quantized.grid)
 
     def grid_options(self, name: str) -> dict[str, Any]:
         """Bits and granularity for one layer, as the algorithms take them."""

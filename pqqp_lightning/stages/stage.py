@@ -11,10 +11,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from pqqp_lightning.calibration.statistics import Statistic
-from pqqp_lightning.calibration.walk import Compress, Walk
+from pqqp_lightning.calibration.walk import Compress, Unreached, Walk
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten
 from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, is_selected, model_blocks, tied_weights
 from pqqp_lightning.network.constraints import constrained_layers
+from pqqp_lightning.network.layer_uses import use_of
 from pqqp_lightning.network.layers import Layer, is_packed, kind_name, named_layers
 from pqqp_lightning.network.name_patterns import matches, value_for
 from pqqp_lightning.stages.arguments import argument_values
@@ -23,6 +24,9 @@ from pqqp_lightning.surgery.parametrized import parametrized_tensors
 
 Plan = dict[str, Any]
 BatchNormStep = Literal["recalibrate", "keep"]
+
+FORWARD_NOT_CALLED = "needs a forward that is called, but the model passes their weights to a function"
+NOT_USED = "needs layers that a forward pass in evaluation mode uses (tried on one sample)"
 
 
 @dataclass
@@ -53,11 +57,21 @@ class Context:
         """All notes, with one for each kind of finding."""
         return [*self.notes, *(f"{shorten(layers)}: {what}" for what, layers in self.findings.items())]
 
-    def calibrate(self, blocks: Blocks, layers: dict[str, Layer], kind: type[Statistic], compress: Compress) -> None:
-        """Walk over ``blocks``: collect ``kind`` for ``layers`` and call ``compress`` with each reading."""
+    def calibrate(
+        self,
+        blocks: Blocks,
+        layers: dict[str, Layer],
+        kind: type[Statistic],
+        compress: Compress,
+        unreached: Unreached | None = None,
+    ) -> None:
+        """Walk over ``blocks``: collect ``kind`` for ``layers`` and call ``compress`` with each reading.
+
+        ``unreached`` gets the layers that no calibration row reached; without it they end the run.
+        """
         walk = self.walk(blocks)
         try:
-            walk.over(layers, kind, compress)
+            walk.over(layers, kind, compress, unreached)
         except RecipeError as error:
             raise RecipeError([problem.within(f"stages.{self.title}") for problem in error.problems]) from error
         self.notes.extend(walk.notes)
@@ -79,8 +93,9 @@ class Stage(Callback):
     :class:`~pqqp_lightning.stages.LayerwiseStage` instead.
 
     Class attributes describe a stage: ``promises`` (the constraints that its weights satisfy, "mask" or "grid"),
-    ``needs_calibration``, ``compresses``, ``keeps_function`` (the model's outputs do not change),
-    ``changes_before_training`` (``compress`` changes the outputs, not only the training after it), and
+    ``needs_calibration``, ``compresses``, ``needs_forward`` (it changes what its layers' modules compute, so that a
+    weight that is passed to a function instead cannot take part), ``keeps_function`` (the model's outputs do not
+    change), ``changes_before_training`` (``compress`` changes the outputs, not only the training after it), and
     ``comparable_layers`` (a layer has the same inputs and outputs as in the dense model, so that its outputs can be
     compared).
 
@@ -101,6 +116,7 @@ class Stage(Callback):
     promises: ClassVar[tuple[str, ...]] = ()
     needs_calibration: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
+    needs_forward: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = False
     changes_before_training: ClassVar[bool] = True
     comparable_layers: ClassVar[bool] = True
@@ -156,7 +172,7 @@ class Stage(Callback):
 
     def find_layers(self, model: nn.Module) -> dict[str, Layer]:
         """The layers of ``model`` that this stage acts on."""
-        return {name: layer for name, layer in self._chosen_layers(model).items() if not self.reason_to_leave(layer)}
+        return {name: layer for name, layer in self._chosen_layers(model).items() if not self._why_left(layer)}
 
     def reason_to_leave(self, layer: Layer) -> str:
         """Why this stage cannot act on a layer of this kind, after "it"; empty if it can.
@@ -165,11 +181,21 @@ class Stage(Callback):
         """
         return "" if isinstance(layer, nn.Linear | nn.Conv2d) else "acts on Linear and Conv2d layers"
 
+    def reason_by_use(self, layer: Layer) -> str:
+        """As :meth:`reason_to_leave`, given how the forward pass uses the layer."""
+        use = use_of(layer)
+        if use == "functional" and self.needs_forward:
+            return FORWARD_NOT_CALLED
+        return NOT_USED if use == "unused" and self.needs_calibration else ""
+
+    def _why_left(self, layer: Layer) -> str:
+        return self.reason_to_leave(layer) or self.reason_by_use(layer)
+
     def left_layers(self, model: nn.Module) -> dict[str, list[str]]:
         """The layers that ``targets`` and ``ignore`` choose and that this stage leaves, by kind and reason."""
         left: dict[str, list[str]] = {}
         for name, layer in self._chosen_layers(model).items():
-            if reason := self.reason_to_leave(layer):
+            if reason := self._why_left(layer):
                 what = f"{kind_name(layer)}, left as they are: {type(self).__name__} {reason}"
                 left.setdefault(what, []).append(name)
         return left
@@ -342,7 +368,7 @@ class Stage(Callback):
         problems = []
         for pattern in self.targets or []:
             selected = {name: layer for name, layer in candidates.items() if matches(name, pattern)}
-            reasons = {self.reason_to_leave(layer) for layer in selected.values()}
+            reasons = {self._why_left(layer) for layer in selected.values()}
             if selected and "" not in reasons:
                 kinds = " and ".join(sorted({kind_name(layer) for layer in selected.values()}))
                 text = f"selects only {kinds} ({shorten(selected)}), and the stage {' and '.join(sorted(reasons))}"

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from pqqp_lightning.algorithms.grid import Grid
 from pqqp_lightning.algorithms.lora import change_through_merge, low_rank_update
-from pqqp_lightning.network.activation_hooks import move_transforms
+from pqqp_lightning.network.activation_hooks import leave_fast_path, move_transforms
 from pqqp_lightning.network.constraints import Constraints, constraints_of
 from pqqp_lightning.network.layers import Layer, mark_adapter, to_weight, weight_matrix
 from pqqp_lightning.network.layouts import as_matrix, default_layout
@@ -107,8 +107,9 @@ def inject(model: nn.Module, adapters: Adapters, initialization: str | bool | No
         module.set_adapter(active)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
-    for layer in wrappers(model, adapters).values():
+    for name, layer in wrappers(model, adapters).items():
         _set_up(layer, adapters.name, empty)
+        leave_fast_path(model, name)
 
 
 def wrappers(model: nn.Module, adapters: Adapters) -> dict[str, LoraLayer]:

@@ -36,6 +36,16 @@ class Factored(nn.Module):
         """O."""
         return self.coefficients.out_features
 
+    @property
+    def weight(self) -> Tensor:
+        """The product [O, I], for code that reads a layer's weight (torch's fused encoder kernel)."""
+        return self.coefficients.weight @ self.basis.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias [O], or None."""
+        return self.coefficients.bias
+
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
         return self.coefficients(self.basis(inputs))
