@@ -18,6 +18,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
 
 
+def pytest_make_parametrize_id(config, val, argname):
+    """Name a stage by its class: its address would give the workers different names of one test."""
+    return type(val).__name__ if type(val).__module__.startswith("pqqp_lightning.callbacks") else None
+
+
 @pytest.fixture(autouse=True)
 def _fresh_seed():
     """``seed_everything`` of one test must not decide the next one's run."""

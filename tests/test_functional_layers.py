@@ -399,7 +399,7 @@ def fit(folder, module, *stages):
     return read_records(folder)[-1]
 
 
-@pytest.mark.parametrize("stage", [Wanda(0.5), SparseGPT(0.5), GPTQ(4), MixedPrecision(), QAT(4, epochs=1)], ids=str)
+@pytest.mark.parametrize("stage", [Wanda(0.5), SparseGPT(0.5), GPTQ(4), MixedPrecision(), QAT(4, epochs=1)])
 def test_calibrated_stages_compress_the_output_projection_of_torchs_attention(tmp_path, stage):
     module = Net(EncoderBody())
     before = module.body.encoder.layers[0].self_attn.out_proj.weight.detach().clone()
