@@ -109,8 +109,14 @@ class _Remember(Callback):
         self._start: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"start": self._start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._start = state_dict["start"]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if _averages(trainer):
+        if _averages(trainer) and not self._start:  # a resumed segment has those of its start
             self._start = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -199,4 +205,5 @@ class _WeightCheck(Callback):
 
 
 def _weight_sums(module: LightningModule) -> Tensor:
-    return torch.stack([parameter.detach().double().sum().cpu() for parameter in module.parameters()])
+    sums = [parameter.detach().double().sum().cpu() for parameter in module.parameters()]
+    return torch.stack(sums) if sums else torch.zeros(0)
