@@ -96,9 +96,7 @@ def test_help_of_fit_names_the_methods_and_their_arguments(folder, capsys):
     run("fit", "--help")
     printed = " ".join(capsys.readouterr().out.split())
     assert "SparseGPT (sparsity, pattern, block_size, damping, allocation)" in printed
-    assert (
-        "Shared arguments: targets, ignore, epochs, learning_rate, blocks, allow_undo, distill, batch_norm." in printed
-    )
+    assert "Shared arguments: targets, ignore, epochs, learning_rate, blocks, allow_undo, distill, batch_norm." in printed
     for option in ("--model", "--data", "--trainer.precision", "--stage_order", "--run_dir", "--ckpt_path"):
         assert option in printed
 
