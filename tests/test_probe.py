@@ -301,8 +301,9 @@ def test_large_batches_and_outputs_are_kept_small(tmp_path):
     assert probe["input.0"].dtype == torch.float16
     assert max(t.numel() for name, t in probe.items() if name.startswith("output")) <= 4096
     load(tmp_path)
-    large = take_probe(Wide(), (torch.rand(1, 900, 900, 3),))
-    assert "a sample takes 4.9 MB" in large.missing
+    larger = take_probe(Wide(), (torch.rand(1, 900, 900, 3),))  # the call of the model in the step is small
+    assert larger.form["run"] == "call"
+    assert larger.outputs
 
 
 def test_long_texts_are_cut(tmp_path):
