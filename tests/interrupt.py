@@ -32,12 +32,15 @@ class DieAt(Callback):
             raise Died
 
 
-def undisturbed_and_resumed(folder: Path, stages, make_module, at, **options):
-    """The modules of two runs: one undisturbed, one that died ``at`` (segment, epoch, batch) and was resumed."""
+def undisturbed_and_resumed(folder: Path, stages, make_module, at, more=list, **options):
+    """The modules of two runs: one undisturbed, one that died ``at`` (segment, epoch, batch) and was resumed.
+
+    ``more`` makes further callbacks.
+    """
 
     def fit(name, callbacks, ckpt_path=None):
         module = make_module()
-        engine = trainer(folder / name, *stages(), callbacks=callbacks, **options)
+        engine = trainer(folder / name, *stages(), callbacks=[*more(), *callbacks], **options)
         engine.fit(module, regression_loader(), regression_loader(16, seed=1), ckpt_path=ckpt_path)
         return module
 

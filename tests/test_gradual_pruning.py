@@ -18,7 +18,7 @@ from pqqp_lightning.callbacks.finetune import Finetune
 from pqqp_lightning.callbacks.gradual_pruning import GradualPruning
 from pqqp_lightning.callbacks.magnitude import Magnitude
 from pqqp_lightning.callbacks.rtn import RTN
-from pqqp_lightning.errors import NOT_GIVEN, RecipeError
+from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.constraints import collect_constraints
 from pqqp_lightning.network.layers import weight_matrix
 from pqqp_lightning.storage.records import read_records
@@ -235,7 +235,7 @@ def test_training_data_without_a_length_needs_a_limit(tmp_path):
         ({"initial_sparsity": 0.5}, ("initial_sparsity", 0.5)),
         ({"sparsity": {"up": 0.3, "*": 0.6}, "initial_sparsity": 0.4}, ("initial_sparsity", 0.4)),
         ({"sparsity": None, "pattern": "3:4", "initial_sparsity": 0.25}, ("initial_sparsity", 0.25)),
-        ({"pattern": "2:4"}, ("", NOT_GIVEN)),  # both are given: neither is to blame
+        ({"pattern": "2:4"}, ("pattern", "2:4")),
         ({"sparsity": 1.5}, ("sparsity", 1.5)),
     ],
 )

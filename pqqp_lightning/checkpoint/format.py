@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import inspect
 import json
 import zlib
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.errors import RecipeError
-from pqqp_lightning.network.structure import class_path
 from pqqp_lightning.storage.files import sha256_of
 from pqqp_lightning.storage.run_folder import MANIFEST, WEIGHTS, RunFolder
 
@@ -52,7 +50,8 @@ class Origin:
     """How a loaded model was built, so that it can be saved again after further stages.
 
     Attributes:
-        skeleton: how to build its dense module, from :func:`skeleton_of`.
+        skeleton: how to build its dense module, from
+            :func:`~pqqp_lightning.checkpoint.construction.skeleton_of`.
         applied: the stages that gave it its structure.
     """
 
@@ -101,32 +100,6 @@ def origin_of(module: LightningModule) -> Origin | None:
 def model_folder(run: Path) -> Path:
     """The checkpoint folder of a run: ``model/`` in it, or itself."""
     return run if (run / MANIFEST).is_file() else RunFolder(run).model
-
-
-def skeleton_of(module: LightningModule) -> dict[str, Any] | None:
-    """Describe how to build a module of this structure, without weights.
-
-    Returns:
-        Class path and arguments as plain data, or None if the module does not reveal them.
-    """
-    describe = getattr(module, "skeleton", None)
-    if callable(describe):
-        return describe()
-    if not module.hparams and _has_required_arguments(module):
-        return None
-    arguments = dict(module.hparams)
-    try:
-        json.dumps(arguments)
-    except TypeError:
-        return None
-    return {"class_path": class_path(module), "init_args": arguments}
-
-
-def _has_required_arguments(module: LightningModule) -> bool:
-    parameters = inspect.signature(type(module).__init__).parameters.values()
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    required = [p for p in parameters if p.default is p.empty and p.kind not in variadic]
-    return len(required) > 1  # one is self
 
 
 def digest_of_manifest(manifest: dict[str, Any]) -> str:

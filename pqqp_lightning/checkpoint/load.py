@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from pqqp_lightning.checkpoint.construction import arguments_for, unknown_arguments
 from pqqp_lightning.checkpoint.format import ORIGIN, Applied, Origin, model_folder, origin_of, read_manifest
 from pqqp_lightning.checkpoint.packing import unpack_weight
+from pqqp_lightning.checkpoint.probe import compare, read_probe, tolerance
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.network.constraints import constrained_layers, set_constraints
 from pqqp_lightning.network.layers import stored_weights
@@ -57,18 +60,21 @@ class StoredTensors:
         return self._small[name] if name in self._small else self._file.get_tensor(name)
 
 
-def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
-    """Load the structure, weights and constraints of a checkpoint into ``module``.
+def restore(module: LightningModule, folder: Path, doubt: str | None = None) -> dict[str, Any]:
+    """Load the structure, weights and constraints of a checkpoint into ``module``, and compare what it computes.
 
     Args:
         module: built from the same skeleton, or loaded from an earlier checkpoint of the same run.
         folder: the checkpoint folder.
+        doubt: of a module that was built from the checkpoint: what is not known of its construction, or empty. None for
+            a module of the user's.
 
     Returns:
         The manifest; its "applied" lists the stages that had not been applied to ``module`` before.
 
     Raises:
-        RecipeError: the checkpoint cannot be read, or belongs to another model.
+        RecipeError: the checkpoint cannot be read, or belongs to another model, or ``module`` computes something else
+            than the saved model.
     """
     manifest = read_manifest(folder)
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
@@ -107,7 +113,42 @@ def restore(module: LightningModule, folder: Path) -> dict[str, Any]:
                         "it is of another model. Use the recipe that made it."
                     )
                 _assign(target, value)
+    _require_same_outputs(module, folder, doubt)
     return manifest
+
+
+def _require_same_outputs(module: LightningModule, folder: Path, doubt: str | None) -> None:
+    """Compare what a loaded module computes with the checkpoint's probe.
+
+    Warns where nothing can be compared; a checkpoint of earlier versions has no probe.
+
+    Raises:
+        RecipeError: the module computes something else.
+    """
+    probe = read_probe(folder)
+    distance, failure = 0.0, ""
+    if probe is None:
+        failure = f"it has no outputs to compare with. {doubt}" if doubt else ""
+    elif probe.missing:
+        failure = f"its outputs could not be recorded ({probe.missing})"
+    else:
+        distance, failure = compare(module, probe)
+    if failure:
+        rank_zero_warn(f"{folder}: whether the module computes the same as the saved one is not known: {failure}")
+    if probe is None or distance <= tolerance(module, probe.device):
+        return
+    how_far = "other outputs" if distance == float("inf") else f"largest difference {distance:.1%} of the output"
+    if doubt is None:
+        made = "module that was passed"
+        way_out = "Construct it as in the run: the recipe that made it, the same arguments."
+    else:
+        made = "module that was built"
+        way_out = "Pass module=...: load(run, module=...), constructed as in the run."
+        if doubt:
+            way_out = f"{doubt}. {way_out} A constructor that calls save_hyperparameters() needs none in later runs."
+        else:
+            way_out = f"Attributes may have been set after construction, or its code has changed. {way_out}"
+    raise RecipeError(f"{folder}: the {made} computes something else than the saved one ({how_far}). {way_out}")
 
 
 def _applied(manifest: dict[str, Any], file: StoredTensors) -> list[Applied]:
@@ -142,38 +183,56 @@ def load(run: str | Path, module: LightningModule | None = None) -> LightningMod
     Args:
         run: a run folder, or the checkpoint folder in it.
         module: the module to load into; needed only if the checkpoint cannot build it (a class of your own that does
-            not call ``save_hyperparameters``).
+            not record all its arguments with ``save_hyperparameters``, or whose attributes are set afterwards).
 
     Returns:
         The module in evaluation mode, with its constraints.
 
     Raises:
-        RecipeError: the checkpoint is missing, truncated or altered, or cannot build the module.
+        RecipeError: the checkpoint is missing, truncated or altered, or cannot build the module, or the module computes
+            something else than the saved one.
     """
     folder = model_folder(Path(run))
     manifest = read_manifest(folder)
+    doubt = None
     if module is None:
-        module = build(manifest["model"], folder)
+        module = build(manifest["model"], folder, manifest.get("not_described", ""))
+        doubt = unknown_arguments(type(module), manifest["model"]["init_args"])
     earlier = origin_of(module)
-    applied = [*(earlier.applied if earlier else []), *restore(module, folder)["applied"]]
+    applied = [*(earlier.applied if earlier else []), *restore(module, folder, doubt)["applied"]]
     vars(module)[ORIGIN] = Origin(manifest["model"], applied)
     return module.eval()
 
 
-def build(skeleton: dict[str, Any] | None, folder: Path) -> LightningModule:
+def build(skeleton: dict[str, Any] | None, folder: Path, reason: str = "") -> LightningModule:
     """Build the dense module of a checkpoint, with its initial weights.
+
+    Args:
+        skeleton: its class and arguments, if the checkpoint knows them.
+        folder: of the checkpoint.
+        reason: why it does not know them, a sentence.
 
     Raises:
         RecipeError: the checkpoint does not describe the module, or its class cannot be imported.
     """
     if skeleton is None:
-        raise RecipeError(f"{folder}: does not say how to build its module. Pass one: load(run, module=...).")
-    module_class = _import(skeleton["class_path"])
+        text = f"{folder}: does not say how to build its module. Pass one: load(run, module=...). {reason}"
+        raise RecipeError(text.rstrip())
+    try:
+        module_class = _import(skeleton["class_path"])
+    except RecipeError as error:
+        raise RecipeError(f"{folder}: {error} Or pass a module: load(run, module=...).") from error
     if not (isinstance(module_class, type) and issubclass(module_class, LightningModule)):
         raise RecipeError(
             f"{folder}: {skeleton['class_path']} is not a LightningModule. Pass one: load(run, module=...)."
         )
-    return module_class(**skeleton["init_args"])
+    try:
+        return module_class(**arguments_for(module_class, skeleton["init_args"]))
+    except TypeError as error:
+        raise RecipeError(
+            f"{folder}: {skeleton['class_path']} cannot be built from its arguments ({error}). "
+            "Pass one: load(run, module=...)."
+        ) from error
 
 
 def _stage_class(path: str) -> type[Any]:

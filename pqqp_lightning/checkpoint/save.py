@@ -14,15 +14,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pqqp_lightning.checkpoint.construction import skeleton_of, why_not_described
 from pqqp_lightning.checkpoint.encoding import stored_constraints, stored_tensors
-from pqqp_lightning.checkpoint.format import FORMAT, Applied, digest_of_manifest, origin_of, skeleton_of
+from pqqp_lightning.checkpoint.format import FORMAT, Applied, digest_of_manifest, origin_of
 from pqqp_lightning.checkpoint.packing import pack_weight
+from pqqp_lightning.checkpoint.probe import Probe
 from pqqp_lightning.network.constraints import constraints_of, is_constrained
 from pqqp_lightning.network.layers import layout_of, stored_weights
 from pqqp_lightning.network.structure import dotted_name
 from pqqp_lightning.storage.disk_tensors import DiskTensors
-from pqqp_lightning.storage.files import checkpoint_bytes, new_folder, sha256_of
-from pqqp_lightning.storage.run_folder import MANIFEST, WEIGHTS
+from pqqp_lightning.storage.files import new_folder, sha256_of
+from pqqp_lightning.storage.run_folder import MANIFEST, WEIGHTS, checkpoint_bytes
 
 
 def save_checkpoint(
@@ -31,6 +33,7 @@ def save_checkpoint(
     applied: Sequence[Applied] = (),
     extra: dict[str, Any] | None = None,
     skeleton: dict[str, Any] | None = None,
+    probe: Probe | None = None,
 ) -> int:
     """Write the packed checkpoint of ``module`` into ``folder`` atomically, and return its bytes.
 
@@ -40,7 +43,10 @@ def save_checkpoint(
         applied: the stages that made it, in order. If ``module`` was loaded from a checkpoint, the stages of that
             checkpoint are added in front.
         extra: plain data to add to the manifest (records).
-        skeleton: how to build the dense module, from :func:`skeleton_of`; by default that of ``module`` itself.
+        skeleton: how to build the dense module, from
+            :func:`~pqqp_lightning.checkpoint.construction.skeleton_of`; by default that of ``module`` itself.
+        probe: what ``module`` computes, from :func:`~pqqp_lightning.checkpoint.probe.take_probe`; without one,
+            nothing is compared after loading.
     """
     origin = origin_of(module)
     if origin is not None:
@@ -57,9 +63,13 @@ def save_checkpoint(
             raise OSError(None, str(error)) from error
         # The manifest comes after the weights, whose checksum it holds; then its own checksum covers both.
         manifest = {"format": FORMAT, "model": skeleton, **described, **(extra or {})}
+        if skeleton is None:
+            manifest["not_described"] = why_not_described(module)
         manifest["weights"] = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
         manifest["sha256"] = digest_of_manifest(manifest)
         (temporary / MANIFEST).write_bytes(gzip.compress(json.dumps(manifest).encode(), mtime=0))
+        if probe is not None:
+            probe.write(temporary)
     return checkpoint_bytes(folder)
 
 

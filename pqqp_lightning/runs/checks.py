@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.structure import weightless_copy
+from pqqp_lightning.runs.callback_state import check_callbacks
 from pqqp_lightning.runs.layer_probe import probe_layers
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.training_checks import check_training
@@ -60,7 +61,8 @@ def check_run(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> list[
     run_folder = RunFolder(Path(trainer.default_root_dir))
     folder = [] if trainer.fast_dev_run else check_folder(run_folder.path, run_folder.marks)
     problems = folder + data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
-    return problems + _check_strategy(trainer) + _check_teacher(stages) + check_training(trainer, data.module, stages)
+    problems += _check_strategy(trainer) + _check_teacher(stages) + check_training(trainer, data.module, stages)
+    return problems + check_callbacks(trainer.callbacks)
 
 
 def check_places(stages: Sequence[Stage], data: RunData) -> list[Problem]:
@@ -93,6 +95,12 @@ def _check_stage(stage: Stage, data: RunData, earlier: Sequence[Stage], model: L
         problems = stage.check(model, data.datamodule, earlier)
     except RecipeError as error:
         return error.problems
+    if any(not isinstance(problem, Problem) for problem in problems):
+        kinds = sorted({type(problem).__name__ for problem in problems if not isinstance(problem, Problem)})
+        text = f"check must return a list of Problem (pqqp_lightning.errors), but it holds {', '.join(kinds)}"
+        way_out = 'Return [Problem("bits", self.bits, "is not ...", "Use ...")], or raise RecipeError("...").'
+        problems = [problem for problem in problems if isinstance(problem, Problem)]
+        problems.append(Problem(text=text, way_out=way_out))
     if stage.needs_calibration and not data.has_calibration_data():
         way_out = "Give training data, or a datamodule with calibration_dataloader()."
         problems.append(Problem(text="needs calibration data", way_out=way_out))

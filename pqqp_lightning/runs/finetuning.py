@@ -7,14 +7,12 @@ running fit would train stale parameters.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.core.optimizer import (
     _configure_optimizers,
     _configure_schedulers_automatic_opt,
@@ -24,6 +22,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from pqqp_lightning.errors import Problem, RecipeError, shorten
+from pqqp_lightning.runs.callback_state import KeepUnaveraged, drop_averages, start_anew
 from pqqp_lightning.runs.distillation import Distill
 from pqqp_lightning.runs.run_data import RunData, no_training_batch
 from pqqp_lightning.runs.training_callbacks import HoldMasks, ResumePoint, SeedSteps
@@ -43,7 +42,7 @@ def train_segment(
     """Train ``data.module`` for ``stage.epochs``.
 
     Args:
-        trainer: runs the fit; its callbacks take part, except other stages.
+        trainer: runs the fit; its callbacks take part, except other stages, and start anew (:mod:`callback_state`).
         data: the model, training and evaluation data.
         stage: the stage that was just applied.
         segment: number of stages applied so far; part of the seed.
@@ -55,13 +54,16 @@ def train_segment(
     """
     seed_from(run_seed(), segment, -1)
     max_epochs = trainer.fit_loop.max_epochs
+    accumulated = trainer.accumulate_grad_batches
     _reset_loops(trainer, stage)
     # HoldMasks comes first: callbacks of the user must see pruned weights at zero.
     first: list[Callback] = [HoldMasks(), SeedSteps(run_seed(), segment)]
     if stage.distill is not None and teacher is not None:
         first.append(Distill(teacher, stage.distill))
     # ResumePoint comes last: it saves what the other callbacks have decided at the epoch's end.
-    last = [] if trainer.fast_dev_run else [ResumePoint(resume_point)]
+    last: list[Callback] = [] if trainer.fast_dev_run else [ResumePoint(resume_point)]
+    keep = KeepUnaveraged()
+    first, last = [*first, keep.before], [keep.after, *last]
     callbacks = list(trainer.callbacks)
     taking_part = [c for c in callbacks if c is stage or not isinstance(c, Stage)]
     trainer.callbacks = [*first, *taking_part, *last]
@@ -79,6 +81,8 @@ def train_segment(
     finally:
         trainer.callbacks = callbacks
         trainer.fit_loop.max_epochs = max_epochs  # the user may fit again with this trainer
+        trainer.accumulate_grad_batches = accumulated  # GradientAccumulationScheduler leaves its last one
+        drop_averages(callbacks)
     if trainer.is_global_zero:
         resume_point.unlink(missing_ok=True)
     trainer.strategy.barrier("segment")
@@ -114,7 +118,7 @@ def continue_steps(trainer: Trainer, steps: int) -> None:
 
 
 def _reset_loops(trainer: Trainer, stage: Stage) -> None:
-    """Give the trainer new loops for the stage's epochs, and reset early stopping; the logger step continues."""
+    """Give the trainer new loops for the stage's epochs, and reset callbacks; the logger step continues."""
     old = trainer.fit_loop
     epochs = 1 if trainer.fast_dev_run else stage.epochs
     loop = _FitLoop(trainer, min_epochs=old.min_epochs, max_epochs=epochs)
@@ -125,18 +129,7 @@ def _reset_loops(trainer: Trainer, stage: Stage) -> None:
     trainer.fit_loop = loop
     continue_steps(trainer, steps)
     trainer.should_stop = False
-    for callback in trainer.callbacks:
-        if isinstance(callback, EarlyStopping | ModelCheckpoint):
-            _restore_first_state(callback, Path(trainer.default_root_dir) / "checkpoints" / stage.name)
-
-
-def _restore_first_state(callback: EarlyStopping | ModelCheckpoint, folder: Path) -> None:
-    """Restore the callback as the user made it: the previous segment's best score must not judge this one."""
-    # On the callback itself, so that the copy lives exactly as long as the user's object, over several fits.
-    first: dict[str, Any] = callback.__dict__.setdefault("_pqqp_first_state", copy.deepcopy(vars(callback)))
-    vars(callback).update(copy.deepcopy({k: v for k, v in first.items() if k != "_pqqp_first_state"}))
-    if isinstance(callback, ModelCheckpoint):  # one folder per segment: file names repeat
-        callback.dirpath = str(folder if callback.dirpath is None else Path(callback.dirpath) / folder.name)
+    start_anew(trainer.callbacks, Path(trainer.default_root_dir) / "checkpoints" / stage.name)
 
 
 @contextmanager

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.calibration.walk import calibrating
-from pqqp_lightning.checkpoint.format import ORIGIN, Applied, Origin, origin_of, skeleton_of
+from pqqp_lightning.checkpoint.construction import skeleton_of
+from pqqp_lightning.checkpoint.format import ORIGIN, Applied, Origin, origin_of
 from pqqp_lightning.errors import Problem, RecipeError, shorten
+from pqqp_lightning.network.single_step import call_step, without_logging
 from pqqp_lightning.runs.run_data import RunData
-from pqqp_lightning.runs.single_steps import call_step, without_logging
 from pqqp_lightning.surgery.parametrized import fold, parametrized_tensors
 from pqqp_lightning.surgery.preparation import (
     Prepared,

@@ -120,6 +120,7 @@ class Run:
 
     def _finish(self) -> None:
         """Move the last stage's checkpoint to its final place, and write the finished report."""
+        probe = None if self._stages else self._runner.probe()
         if not self._trainer.is_global_zero:
             return
         last = self._stage_folder(len(self._stages) - 1) if self._stages else None
@@ -129,7 +130,8 @@ class Run:
             last.replace(model)
             shutil.rmtree(self._folder.stages, ignore_errors=True)
         elif not model.is_dir():  # no stages: the model is dense or loaded
-            save_checkpoint(self._runner.module, model, self._runner.applied, {"record": self._records[-1]})
+            extra = {"record": self._records[-1]}
+            save_checkpoint(self._runner.module, model, self._runner.applied, extra, probe=probe)
         self._report("finished")
 
     def _add(self, record: Record) -> None:

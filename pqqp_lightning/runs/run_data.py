@@ -13,10 +13,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from pqqp_lightning.calibration.walk import samples_in
+from pqqp_lightning.checkpoint.nested import tensors_in
 from pqqp_lightning.errors import Problem, RecipeError
 
 FALLBACK_SAMPLES = 128
 """Calibration samples taken from the training data if the datamodule has no ``calibration_dataloader``."""
+PROBE_SAMPLES, PROBE_BYTES = 8, 1 << 16
+"""Evaluation samples on which a checkpoint's model is compared after loading, and the bytes up to which several are."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +143,30 @@ class RunData:
         """The loaders of the training data, as the user gave them."""
         return self.train if self.train is not None else self.owner.train_dataloader()
 
+    def probe_batch(self) -> Any:
+        """A batch of the first evaluation samples: one, or up to ``PROBE_SAMPLES`` if they are small."""
+        loader = self._first_evaluation_loader()
+        dataset = _indexed_dataset(loader)
+        if dataset is None or _gives_batches(loader):
+            return next(iter(loader))
+        batch: Any = None
+        for samples in (1, min(PROBE_SAMPLES, len(dataset))):
+            larger = next(iter(_plain_loader(Subset(dataset, range(samples)), loader, samples)))
+            if batch is None or sum(tensor.nbytes for tensor in tensors_in(larger)) <= PROBE_BYTES:
+                batch = larger
+        return batch
+
     def first_evaluation_batch(self) -> Any:
         """The first batch of the first evaluation loader, as it comes from there."""
+        return next(iter(self._first_evaluation_loader()))
+
+    def _first_evaluation_loader(self) -> Any:
         loaders = self.evaluation_loaders()
         while isinstance(loaders, Mapping | list | tuple | CombinedLoader):
             if isinstance(loaders, CombinedLoader):
                 loaders = loaders.flattened
             loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
-        return next(iter(loaders))
+        return loaders
 
     def _calibration_loader(self) -> Any:
         """The loader to calibrate from; of training data, its first samples only.

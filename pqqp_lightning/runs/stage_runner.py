@@ -17,8 +17,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from pqqp_lightning.calibration.batch_norm import batch_norms, recalibrate_batch_norms
 from pqqp_lightning.calibration.walk import Walk
-from pqqp_lightning.checkpoint.format import Applied, skeleton_of
+from pqqp_lightning.checkpoint.construction import skeleton_of
+from pqqp_lightning.checkpoint.format import Applied
 from pqqp_lightning.checkpoint.load import restore
+from pqqp_lightning.checkpoint.probe import Probe, take_probe
 from pqqp_lightning.checkpoint.save import save_checkpoint
 from pqqp_lightning.checkpoint.size import ModelSize, measure_size, size_numbers
 from pqqp_lightning.errors import Problem, RecipeError, shorten
@@ -34,12 +36,13 @@ from pqqp_lightning.network.constraints import (
 from pqqp_lightning.network.layer_uses import LayerUse, mark_uses, marked_uses
 from pqqp_lightning.network.layers import Layer, weight_matrix
 from pqqp_lightning.network.structure import Skeleton
+from pqqp_lightning.runs.callback_state import SameWeights
 from pqqp_lightning.runs.distillation import make_teacher
 from pqqp_lightning.runs.finetuning import logged_steps, train_segment
 from pqqp_lightning.runs.peak_memory import peak_memory
 from pqqp_lightning.runs.preparation import preparation_notes
 from pqqp_lightning.runs.run_data import RunData
-from pqqp_lightning.runs.single_steps import evaluate_batch, has_calibration_step, loss_of, run_batch
+from pqqp_lightning.runs.single_steps import evaluate_batch, has_calibration_step, loss_of, run_batch, transfer
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stages.stage import Context, Stage
 from pqqp_lightning.storage.records import make_record
@@ -130,12 +133,23 @@ class StageRunner:
         self.applied = restore(self.module, folder)["applied"]
 
     def evaluate(self) -> dict[str, float]:
-        """Run Lightning's validation and return its metrics; the random state is restored."""
+        """Run Lightning's validation and return its metrics; the random state is restored.
+
+        Raises:
+            RecipeError: a callback exchanged the weights for the evaluation.
+        """
         watching = recording(self.module) if self.keep_samples else nullcontext({})
-        with keep_random_state(), watching as found:
-            results = self.trainer.validate(
-                self.module, dataloaders=self.data.validation, datamodule=self.data.datamodule, verbose=False
-            )
+        callbacks = list(self.trainer.callbacks)
+        weights = SameWeights(callbacks)
+        self.trainer.callbacks = weights.callbacks
+        try:
+            with keep_random_state(), watching as found:
+                results = self.trainer.validate(
+                    self.module, dataloaders=self.data.validation, datamodule=self.data.datamodule, verbose=False
+                )
+        finally:
+            self.trainer.callbacks = callbacks
+        weights.require()
         metrics: dict[str, float] = {}
         for result in results:
             metrics.update({name: float(value) for name, value in result.items()})
@@ -302,9 +316,20 @@ class StageRunner:
 
     def save(self, folder: Path, record: Record) -> None:
         """Save the model with its record, on the first rank."""
+        probe = self.probe()  # on every rank: the user's step may wait for the others
         if self.trainer.is_global_zero:
-            save_checkpoint(self.module, folder, self.applied, {"record": record}, self._build)
+            save_checkpoint(self.module, folder, self.applied, {"record": record}, self._build, probe)
         self.trainer.strategy.barrier("saved")
+
+    def probe(self) -> Probe:
+        """What the model computes on a few evaluation samples, to compare with after loading."""
+        with self.on_device():
+            try:
+                with keep_random_state():
+                    batch = transfer(self.trainer, self.module, self.data.probe_batch())
+            except Exception as error:  # the data is the user's, and the run shall go on without a probe
+                return Probe(missing=f"{type(error).__name__}: {error}")
+            return take_probe(self.module, batch)
 
     def size(self) -> ModelSize:
         """Count the model's size."""

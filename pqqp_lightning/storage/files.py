@@ -157,8 +157,3 @@ def _worded(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RecipeError(not_written(path, error)) from error
-
-
-def checkpoint_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's files."""
-    return sum(file.stat().st_size for file in folder.iterdir())

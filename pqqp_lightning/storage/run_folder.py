@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pqqp_lightning.errors import Problem, RecipeError
-from pqqp_lightning.storage.files import checkpoint_bytes, read_json, write_json, write_text
+from pqqp_lightning.storage.files import read_json, write_json, write_text
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json.gz"
-"""The files of a checkpoint."""
+"""The files of a checkpoint that are its size."""
+PROBE = "probe.safetensors"
+"""What the saved model computes on a few samples, to compare with after loading."""
 
 
 class _File:
@@ -132,6 +134,11 @@ class RunFolder:
     def model_bytes(self) -> int | None:
         """Bytes of the finished run's checkpoint; None without a checkpoint."""
         return checkpoint_bytes(self.model) if self.model.is_dir() else None
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's weights and manifest; its probe is not part of the model."""
+    return sum((folder / name).stat().st_size for name in (WEIGHTS, MANIFEST))
 
 
 def check_folder(path: Path, marks: Sequence[str]) -> list[Problem]:

@@ -22,7 +22,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from torch import Tensor, nn
 
 import pqqp_lightning
-from pqqp_lightning.checkpoint.format import origin_of, skeleton_of
+from pqqp_lightning.checkpoint.construction import skeleton_of
+from pqqp_lightning.checkpoint.format import origin_of
 from pqqp_lightning.data.loaders import undivided_loader
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.structure import class_path
