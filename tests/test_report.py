@@ -145,8 +145,9 @@ def searched(report: dict, lead: tuple | None = None, pairs: tuple | None = None
 def test_the_page_of_a_fit_holds_the_records(fit):
     page, markdown = written(fit)
     assert "2.44x smaller, perplexity from 306.63 to 307.66." in page.text
-    assert "quantize (RTN) 307.66 50.0% 3.22 16.00x 184.6 kB 2.44x" in page.text
-    assert "| quantize (RTN) | 307.66 | 50.0% | 3.22 | 16.00x | 184.6 kB | 2.44x |" in markdown
+    assert "quantize (RTN) 307.66 50.0% (32.8%) 3.22 (13.13) 16.00x 184.6 kB 2.44x" in page.text
+    assert "| quantize (RTN) | 307.66 | 50.0% (32.8%) | 3.22 (13.13) | 16.00x | 184.6 kB | 2.44x |" in markdown
+    assert "cover 66% of the parameters; left: embeddings 17%, output head 17%." in page.text
     on_disk = human_bytes(RunFolder(fit).model_bytes())
     for text in (page.text, markdown):
         assert "CausalLM, TokenData" in text
@@ -373,7 +374,7 @@ def test_the_terminal_shows_the_summary_and_the_verdict_last(fit, order, capsys)
     print_page(read_page(fit))
     shown = capsys.readouterr().out.splitlines()
     assert [cell.strip() for cell in shown[1].strip("┃").split("┃")] == [
-        *("stage", "perplexity", "zeros", "bits/weight", "nominal C", "size", "C", "seconds"),
+        *("stage", "perplexity", "zeros (model)", "bits/weight (model)", "nominal C", "size", "C", "seconds"),
     ]
     assert shown[-1] == "2.44x smaller, perplexity from 306.63 to 307.66."
     print_page(read_page(order))

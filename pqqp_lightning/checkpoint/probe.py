@@ -45,9 +45,9 @@ MOST_OUTPUTS = 16
 TOLERANCES = {"same": 1e-3, "other device": 1e-2, "16 bits": 3e-2, "rounded activations": 5e-2}
 """Largest accepted difference, relative to the largest number of an output.
 
-Other kernels of one CPU change a ResNet-50 by 4e-7, DeiT-tiny by 9e-7 and a LLaMA in bfloat16 by 8e-3 (random weights).
-Not measured: TF32 convolutions of a GPU, which keep 11 bits of each factor, and a rounded activation that lies between two
-values of its grid and falls either way. Theirs are estimates.
+Other kernels of one CPU change a ResNet-50 by 4e-7, DeiT-tiny by 9e-7 and a LLaMA in bfloat16 by 8e-3 (random
+weights). Not measured, and estimates: TF32 convolutions of a GPU, which keep 11 bits of each factor, and a rounded
+activation that lies between two values of its grid and falls either way.
 """
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from pqqp_lightning.checkpoint.encoding import encode_weight, stored_constraints, stored_tensors
 from pqqp_lightning.network.constraints import constraints_of
+from pqqp_lightning.network.coverage import count_parameters
 from pqqp_lightning.network.layers import is_adapter, stored_weights
 from pqqp_lightning.storage.reports import SizeNumbers
 
@@ -53,11 +54,15 @@ class ModelSize:
         size_bytes: the whole model.
         layers: the targeted layers, or the layers that replaced them.
         entries: number of targeted weights of the dense model, to which fractions refer.
+        parameters: number of all parameters of the dense model.
+        parameter_bytes: bytes stored for all parameters, without buffers.
     """
 
     size_bytes: int
     layers: list[LayerSize]
     entries: int
+    parameters: int = 0
+    parameter_bytes: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -78,13 +83,27 @@ class ModelSize:
         """Stored bits (codes, scales, zero points, masks, adapters) for each targeted weight of the dense model."""
         return 8 * sum(layer.size_bytes for layer in self.layers) / max(1, self.entries)
 
+    def model_sparsity(self, nonzero: int) -> float:
+        """Compute the fraction of the dense model's parameters that are zero or removed when ``nonzero`` are not."""
+        return max(0.0, 1 - nonzero / self.parameters) if self.parameters else 0.0
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        """Stored bits of all parameters (with adapters) for each parameter of the dense model."""
+        return 8 * self.parameter_bytes / max(1, self.parameters)
+
     def nominal_rate(self, original_bits: int) -> float:
         """Compute nominal C = B_orig / (B_Q * (1 - p)) over the targeted weights, without scales and masks."""
         stored = sum(layer.bits * (layer.entries - layer.pruned) for layer in self.layers)
         return original_bits * self.entries / stored if stored else 1.0
 
 
-def measure_size(model: nn.Module, targeted: Iterable[str], dense_entries: int | None = None) -> ModelSize:
+def measure_size(
+    model: nn.Module,
+    targeted: Iterable[str],
+    dense_entries: int | None = None,
+    dense_parameters: int | None = None,
+) -> ModelSize:
     """Count the size of ``model``.
 
     Args:
@@ -92,6 +111,7 @@ def measure_size(model: nn.Module, targeted: Iterable[str], dense_entries: int |
         targeted: names of the layers that sparsity and bits per weight refer to, with all layers below these names (the
             base layer and the adapter of ``q_proj``).
         dense_entries: number of their weights in the dense model; by default the number in ``model``.
+        dense_parameters: number of all parameters of the dense model; by default the number in ``model``.
     """
     tensors, _ = stored_tensors(model)
     weights = stored_weights(model)
@@ -122,7 +142,12 @@ def measure_size(model: nn.Module, targeted: Iterable[str], dense_entries: int |
             )
     if dense_entries is None:
         dense_entries = sum(layer.entries for layer in layers)
-    return ModelSize(total, layers, dense_entries)
+    if dense_parameters is None:
+        dense_parameters = count_parameters(model)
+    parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = [tensor for name, tensor in tensors.items() if name not in parameter_names]
+    buffer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in buffers)
+    return ModelSize(total, layers, dense_entries, dense_parameters, total - buffer_bytes)
 
 
 def _is_within(name: str, parents: set[str]) -> bool:
@@ -131,12 +156,13 @@ def _is_within(name: str, parents: set[str]) -> bool:
     return any(".".join(parts[:end]) in parents for end in range(len(parts), 0, -1))
 
 
-def size_numbers(size: ModelSize, original_bits: int) -> SizeNumbers:
+def size_numbers(size: ModelSize, original_bits: int, nonzero: int) -> SizeNumbers:
     """What a record keeps of a size.
 
     Args:
         size: of the model.
         original_bits: bits of a dense weight.
+        nonzero: number of parameters of the model that are not zero, without adapters.
     """
     return {
         "size_bytes": size.size_bytes,
@@ -144,6 +170,8 @@ def size_numbers(size: ModelSize, original_bits: int) -> SizeNumbers:
         "sparsity": size.sparsity,
         "pruned": size.pruned,
         "bits_per_weight": size.bits_per_weight if size.layers else float(original_bits),
+        "model_sparsity": size.model_sparsity(nonzero),
+        "model_bits_per_weight": size.model_bits_per_weight,
     }
 
 

@@ -7,14 +7,8 @@ from typing import cast
 
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.report.blocks import Block, Notes, Page, Section, Table, Words
-from pqqp_lightning.report.formatting import (
-    SIZE_COLUMNS,
-    human_bytes,
-    metric_names,
-    number_text,
-    size_columns,
-    stage_label,
-)
+from pqqp_lightning.report.coverage import EXPLANATION, coverage_notes, shows_whole_model, size_cells, size_head
+from pqqp_lightning.report.formatting import human_bytes, metric_names, number_text, stage_label
 from pqqp_lightning.report.sections import build_page, size_figure, walk_blocks
 from pqqp_lightning.storage.files import read_json
 from pqqp_lightning.storage.reports import FitReport, Record
@@ -88,14 +82,17 @@ def stage_notes(record: Record) -> list[str]:
 
 def _stage_blocks(records: Sequence[Record]) -> list[Block]:
     metrics = metric_names(records)
+    whole_model = shows_whole_model(records)
     rows = []
-    notes = []
+    notes = coverage_notes(records)
     for record in records:
         values = [number_text(record["metrics"].get(name)) for name in metrics]
-        rows.append([stage_label(record), *values, *size_columns(record), f"{record['elapsed_s']:.1f}"])
+        rows.append([stage_label(record), *values, *size_cells(record, whole_model), f"{record['elapsed_s']:.1f}"])
         notes += [(record["name"], note) for note in stage_notes(record)]
-    head = ["stage", *metrics, *SIZE_COLUMNS, "seconds"]
+    head = ["stage", *metrics, *size_head(whole_model), "seconds"]
     blocks: list[Block] = [Table("After each stage", head, rows, in_summary=True)]
+    if whole_model:
+        blocks.append(Words([EXPLANATION]))
     if notes:
         blocks.append(Notes(notes, in_summary=True))
     return blocks

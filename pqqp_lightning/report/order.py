@@ -9,16 +9,15 @@ from typing import cast
 
 from pqqp_lightning.algorithms.rank_statistics import leaves_zero_out
 from pqqp_lightning.report.blocks import Block, Figure, Notes, Page, Section, Table, Words
+from pqqp_lightning.report.coverage import EXPLANATION, coverage_notes, shows_whole_model, size_cells, size_head
 from pqqp_lightning.report.fit import stage_notes
 from pqqp_lightning.report.formatting import (
-    SIZE_COLUMNS,
     bounds,
     difference_text,
     human_bytes,
     interval_text,
     metric_names,
     number_text,
-    size_columns,
 )
 from pqqp_lightning.report.plots import Dot, DotPlot
 from pqqp_lightning.report.sections import (
@@ -67,7 +66,17 @@ def _order_blocks(report: OrderReport) -> list[Block]:
         caption += " Bars are 95% intervals of each order alone."
     if any(dot.remark for dot in dots):
         caption += " Hollow dots cannot be compared with the others; the reason is below their names."
-    return [Figure(caption, DotPlot(dots)), *_behind_figure(report), _order_table(report)]
+    return [Figure(caption, DotPlot(dots)), *_behind_figure(report), _order_table(report), *_coverage_blocks(report)]
+
+
+def _coverage_blocks(report: OrderReport) -> list[Block]:
+    """What the stages leave of the model in the best order, and which columns are of the whole model."""
+    blocks: list[Block] = []
+    if shows_whole_model([order["stages"][-1] for order in report["orders"]]):
+        blocks.append(Words([EXPLANATION]))
+    if notes := coverage_notes(report["orders"][_best_index(report)]["stages"]):
+        blocks.append(Notes(notes, in_summary=True))
+    return blocks
 
 
 def _behind_figure(report: OrderReport) -> list[Block]:
@@ -95,6 +104,7 @@ def _order_table(report: OrderReport) -> Table:
     intervals = any(bounds(order.get("interval"))[0] is not None for order in orders)
     compared = any(order.get("behind") for order in orders)
     marked = any(order.get("marks") for order in orders)
+    whole_model = shows_whole_model([order["stages"][-1] for order in orders])
     of_which = f" of {report['metric']}" if len(metrics) > 1 else ""
     head: list[str] = []
     rows = []
@@ -107,7 +117,7 @@ def _order_table(report: OrderReport) -> Table:
             cells.append((f"95% interval{of_which}", interval_text(low, high) or "-"))
         if compared:
             cells.append(("behind the best", difference_text(order.get("behind"))))
-        cells += zip(SIZE_COLUMNS, size_columns(order["stages"][-1]), strict=True)
+        cells += zip(size_head(whole_model), size_cells(order["stages"][-1], whole_model), strict=True)
         cells.append(("seconds", f"{sum(stage['elapsed_s'] for stage in order['stages']):.1f}"))
         if marked:
             cells.append(("remark", "; ".join(order.get("marks") or [])))

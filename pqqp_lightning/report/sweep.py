@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from pqqp_lightning.report.blocks import Block, Figure, Notes, Page, Section, Table, Words
+from pqqp_lightning.report.coverage import coverage_notes
 from pqqp_lightning.report.formatting import number_text
 from pqqp_lightning.report.plots import AdvantagePlot, CurvePlot, Dot, DotPlot
 from pqqp_lightning.report.sections import build_page, dots_note
@@ -97,6 +98,7 @@ def _note_blocks(report: SweepReport) -> list[Block]:
     for point in report["points"]:
         items += [(point_name(point), mark) for mark in point_marks(point)]
     items += [(order, f"cannot run: {problem}") for order, problem in refusals(report)]
+    items += coverage_notes([alone["record"] for alone in report["alone"]])
     return [Notes(items, in_summary=True)] if items else []
 
 

@@ -43,7 +43,7 @@ def probe_layers(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> bo
         with keep_random_state():
             if home != device:
                 module.to(device)
-            batch = _transferred(data, _with_dtype(data.probe_batch(), module.dtype), device)
+            batch = _transferred(data, _with_dtype(data.calibration_probe(), module.dtype), device)
             module._trainer = trainer
             uses = observe_uses(module, layers, lambda: _run(module, batch))
     except Exception as error:  # a model that needs what Lightning sets up later: the run itself will tell

@@ -128,7 +128,7 @@ class RunData:
         batches = list(islice(_plain_loader(share, loader), limit))
         return batches, next(iter(_plain_loader(share, loader, batch_size=1)))
 
-    def probe_batch(self) -> Any:
+    def calibration_probe(self) -> Any:
         """One sample of the calibration data; without such data, the first evaluation batch."""
         if self.has_calibration_data():
             return self.calibration_batches(0, 1, 1)[1]

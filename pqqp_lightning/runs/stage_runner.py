@@ -33,6 +33,7 @@ from pqqp_lightning.network.constraints import (
     constraints_of,
     set_constraints,
 )
+from pqqp_lightning.network.coverage import count_nonzero_parameters, count_parameters, measure_coverage
 from pqqp_lightning.network.layer_uses import LayerUse, mark_uses, marked_uses
 from pqqp_lightning.network.layers import Layer, weight_matrix
 from pqqp_lightning.network.structure import Skeleton
@@ -46,7 +47,7 @@ from pqqp_lightning.runs.single_steps import evaluate_batch, has_calibration_ste
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stages.stage import Context, Stage
 from pqqp_lightning.storage.records import make_record
-from pqqp_lightning.storage.reports import Record
+from pqqp_lightning.storage.reports import CoverageNumbers, Record, SizeNumbers
 
 RESUME_POINT = "training.ckpt"
 
@@ -61,6 +62,7 @@ class StageRunner:
         targeted: names of the layers that at least one stage acts on.
         original_bits: bits per weight of these layers in the dense model.
         dense_entries: number of weights of these layers in the dense model.
+        dense_parameters: number of all parameters of the dense model.
         applied: the stages applied so far, with their plans.
         dense: the baseline's record.
         teacher: a frozen copy of the dense model, if a stage distils from it.
@@ -73,6 +75,7 @@ class StageRunner:
     targeted: list[str] = field(default_factory=list)
     original_bits: int = 32
     dense_entries: int = 0
+    dense_parameters: int = 0
     applied: list[Applied] = field(default_factory=list)
     dense: Record | None = None
     teacher: LightningModule | None = None
@@ -179,13 +182,12 @@ class StageRunner:
             metrics = self.evaluate()
         self._require_metrics(metrics)
         self.describe_dense(stages)
-        size = size_numbers(self.size(), self.original_bits)
         self.dense = make_record(
             name="dense",
             method="",
             options={},
             metrics=metrics,
-            size=size,
+            size=self._size_numbers(),
             dense=None,
             elapsed_s=0.0,
             peak_memory_bytes=peak.size_bytes,
@@ -202,6 +204,7 @@ class StageRunner:
         self.targeted = list(layers)
         self._uses = marked_uses(self.module)
         self.dense_entries = sum(layer.weight.numel() for layer in layers.values())
+        self.dense_parameters = count_parameters(self.module)
         if layers:
             self.original_bits = 8 * next(iter(layers.values())).weight.element_size()
         distillations = [stage.distill for stage in stages if stage.distill is not None and stage.epochs]
@@ -219,11 +222,14 @@ class StageRunner:
         Raises:
             RecipeError: the stage fails, or broke an earlier stage's constraint.
         """
+        coverage = self._coverage(stage)  # before the stage changes the model's structure
         start = time.perf_counter()
         with peak_memory(self.trainer.strategy.root_device) as peak:
             context = self.compress(stage)
         elapsed = time.perf_counter() - start
         record = self._record(stage, elapsed, peak.size_bytes, context.all_notes(), context.undone)
+        if coverage is not None:
+            record["coverage"] = coverage
         if half or not stage.epochs:
             self.save(folder, record)
         if stage.epochs:
@@ -296,6 +302,8 @@ class StageRunner:
         notes = [*compressed["notes"], *context.all_notes()]
         undone = compressed.get("undone", False) or context.undone  # runs of earlier versions did not record it
         record = self._record(stage, elapsed, peak_bytes, notes, undone)
+        if "coverage" in compressed:
+            record["coverage"] = compressed["coverage"]
         record["metrics_before_finetuning"] = compressed["metrics"]
         record["logged_steps"] = logged_steps(self.trainer)
         self.save(folder, record)
@@ -333,7 +341,17 @@ class StageRunner:
 
     def size(self) -> ModelSize:
         """Count the model's size."""
-        return measure_size(self.module, self.targeted, self.dense_entries)
+        return measure_size(self.module, self.targeted, self.dense_entries, self.dense_parameters)
+
+    def _size_numbers(self) -> SizeNumbers:
+        return size_numbers(self.size(), self.original_bits, count_nonzero_parameters(self.module))
+
+    def _coverage(self, stage: Stage) -> CoverageNumbers | None:
+        """What ``stage`` covers of the model as it is now; None for a stage that only trains."""
+        if not stage.compresses:
+            return None
+        coverage = measure_coverage(self.module, stage.find_layers(self.module).values())
+        return {"parameters": coverage.parameters, "covered": coverage.covered, "left": coverage.left}
 
     def _context(self, stage: Stage) -> Context:
         return Context(partial(self.walk, stage.name), title=stage.name, progress=self._shows_progress())
@@ -344,7 +362,7 @@ class StageRunner:
             method=type(stage).__name__,
             options=stage.arguments(),
             metrics=self.evaluate(),
-            size=size_numbers(self.size(), self.original_bits),
+            size=self._size_numbers(),
             dense=self.dense,
             elapsed_s=elapsed_s,
             peak_memory_bytes=peak_bytes,

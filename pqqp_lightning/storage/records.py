@@ -64,6 +64,8 @@ def make_record(
         "sparsity": size["sparsity"],
         "pruned": size["pruned"],
         "bits_per_weight": size["bits_per_weight"],
+        "model_sparsity": size["model_sparsity"],
+        "model_bits_per_weight": size["model_bits_per_weight"],
         "elapsed_s": round(elapsed_s, 3),
         "peak_memory_bytes": peak_memory_bytes,
         "constraints_verified": constraints_verified,

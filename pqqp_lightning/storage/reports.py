@@ -17,6 +17,8 @@ class SizeNumbers(TypedDict):
         sparsity: the fraction of the targeted weights that are zero or gone.
         pruned: the fraction that masks or smaller shapes remove.
         bits_per_weight: stored bits for each targeted weight of the dense model.
+        model_sparsity: the fraction of all parameters of the dense model that are zero or gone.
+        model_bits_per_weight: stored bits of all parameters for each parameter of the dense model.
     """
 
     size_bytes: int
@@ -24,6 +26,16 @@ class SizeNumbers(TypedDict):
     sparsity: float
     pruned: float
     bits_per_weight: float
+    model_sparsity: NotRequired[float]
+    model_bits_per_weight: NotRequired[float]
+
+
+class CoverageNumbers(TypedDict):
+    """What a stage covers of the model at its turn, see :class:`pqqp_lightning.network.coverage.Coverage`."""
+
+    parameters: int
+    covered: int
+    left: dict[str, int]
 
 
 class Record(SizeNumbers):
@@ -35,6 +47,7 @@ class Record(SizeNumbers):
         undone: missing in runs of older versions.
         metrics_before_finetuning: only of a stage that trains.
         logged_steps: logger step at the stage's end.
+        coverage: missing for the dense model, for a stage that only trains, and in runs of older versions.
     """
 
     name: str
@@ -49,6 +62,7 @@ class Record(SizeNumbers):
     undone: NotRequired[bool]
     metrics_before_finetuning: NotRequired[dict[str, float | None]]
     logged_steps: NotRequired[int]
+    coverage: NotRequired[CoverageNumbers]
 
 
 class LayerNumbers(TypedDict):
