@@ -451,7 +451,7 @@ class Untrained(CausalLM):
         ),
         (SLEB(1, "layer"), "llama", r"granularity='layer' is unknown\. Use block or sublayer\."),
         (SLEB(1, targets=["q_proj"]), "llama", r"targets='q_proj' matches no block \(model\.model\.layers\.0, "),
-        (SLEB(1, ignore=["layers.9"]), "llama", r"ignore='layers\.9' matches no Linear or Conv2d layer"),
+        (SLEB(1, ignore=["layers.9"]), "llama", r"ignore='layers\.9' matches no layer that stages compress"),
         (
             SLEB(1, blocks=["self_attn"]),
             "llama",
@@ -478,7 +478,7 @@ def test_a_model_without_a_loss_or_without_blocks_is_refused():
 
 
 def test_later_stages_are_checked_against_fewer_blocks(tmp_path):
-    with pytest.raises(RecipeError, match=r"targets='layers\.3' matches no Linear or Conv2d layer"):
+    with pytest.raises(RecipeError, match=r"targets='layers\.3' matches no layer that stages compress"):
         fit(tmp_path, "llama", SLEB(1), RTN(4, targets=["layers.3"]))
     with pytest.raises(RecipeError, match=r"amount=3 would remove 3 of 3 blocks"):
         fit(tmp_path, "llama", SLEB(1), SLEB(3))
