@@ -447,8 +447,8 @@ def test_stopping_a_pass_early_does_not_change_the_statistics():
     replayed = passes * layers  # the last block is only collected, the first also passed on
     full, stopped = 1, passes - 1
     collected = full * layers + stopped * (layers - 1)
-    probes = 3  # how the blocks follow one another (two), and whether a call has a token mask
-    assert len(calls) == probes * layers + 2 * collected + replayed
+    probes = 2 * 2 * layers  # both blocks: how they follow one another, and whether a call has a token mask
+    assert len(calls) == probes + 2 * collected + replayed
 
 
 class Died(Exception):
@@ -590,8 +590,9 @@ def test_calibration_takes_plain_dataloaders_in_their_batches_and_order(tmp_path
 
     loader = regression_loader(24, batch_size=8, shuffle=True)
     trainer(tmp_path, Wanda(0.5)).fit(Watching(), loader, regression_loader(16))
-    assert [len(batch) for batch in seen] == [1, 1, 8, 8, 8]  # first the probes: of the layers, and of the blocks
-    assert torch.equal(torch.cat(seen[2:]), torch.stack([x for x, _ in loader.dataset]))
+    # the probes: of the layers and of the blocks, and after the first block's inputs of a token mask among the calls
+    assert [len(batch) for batch in seen] == [1, 1, 8, 8, 8, 1]
+    assert torch.equal(torch.cat(seen[2:5]), torch.stack([x for x, _ in loader.dataset]))
 
 
 def test_calibration_needs_one_dataloader(tmp_path):
@@ -632,5 +633,5 @@ def test_calibration_sees_what_transfer_hooks_make_of_a_batch(tmp_path):
             return self(batch[0])
 
     trainer(tmp_path, Wanda(0.5)).fit(Normalizing(), regression_loader(), regression_loader(16))
-    assert len(seen) == 5
+    assert len(seen) == 6
     assert all(bool((x == 7).all()) for x in seen)

@@ -628,7 +628,11 @@ def test_adapters_kept_apart_must_be_merged_first():
         ("llama", {"head_ratio": 1.5}, r"head_ratio=1.5 is not in \(0, 1\)"),
         ("llama", {"importance": "taylr"}, r"importance='taylr' is not one of .*Did you mean 'taylor'"),
         ("llama", {"head_ratio": 0.01}, r"head_ratio=0.01 removes none of the 4 \(key and value\) heads of 2 layers"),
-        ("llama", {"targets": ["q_prj"]}, r"targets='q_prj' matches no layer that stages compress. Did you mean 'q_proj'"),
+        (
+            "llama",
+            {"targets": ["q_prj"]},
+            r"targets='q_prj' matches no layer .* Did you mean 'q_proj'",
+        ),
         ("llama", {"ignore": ["*"]}, r"leave no layer whose channels can be removed"),
         (
             "llama",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from functools import partial
 
 import pytest
@@ -44,7 +45,7 @@ def collate(rows: list[torch.Tensor], length: int | None, left: bool, mask_name:
     return {"input_ids": ids, mask_name: mask}
 
 
-MASK_NAMES = {"batch": "attention_mask", "call": "shown", "module": "present"}
+MASK_NAMES = {"batch": "attention_mask", "call": "shown", "position": "shown", "module": "present"}
 """Where the mask comes from, and its name in the batch: the engine knows the first one only."""
 
 
@@ -80,7 +81,14 @@ class Reader(LightningModule):
     def forward(self, batch):
         present = batch[MASK_NAMES[self.source]]
         positions = (present.cumsum(1) - 1).clamp(min=0)  # the same positions with padding on either side
-        states = self.net(input_ids=batch["input_ids"], attention_mask=present, position_ids=positions)[0]
+        ids = batch["input_ids"]
+        if self.source == "position":
+            states = self.net(ids, present, None, positions)[0]
+        elif self.source == "module":  # additive, as a user's own model may take it
+            additive = (1.0 - present[:, None, None].float()) * torch.finfo(torch.float32).min
+            states = self.net(ids, attention_mask=additive, position_ids=positions)[0]
+        else:
+            states = self.net(input_ids=ids, attention_mask=present, position_ids=positions)[0]
         return (self.head(states)[..., 0] * present).sum(1) / present.sum(1)
 
     def training_step(self, batch, index):
@@ -105,7 +113,7 @@ def compress(tmp_path, stage, padding: str, source: str = "batch") -> tuple[Read
     return module, read_records(folder)
 
 
-@pytest.mark.parametrize("source", ["batch", "call", "module"])
+@pytest.mark.parametrize("source", MASK_NAMES)
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_a_mask_does_not_depend_on_padding(tmp_path, padding, source):
     tight, _ = compress(tmp_path, Wanda(0.5), "tight", source)
@@ -178,5 +186,7 @@ def test_only_two_dimensional_masks_of_integers_count():
     (mask,) = token_masks(model, [padding], padding, run)
     assert mask is not None
     assert mask.counts.tolist() == [[True, True, False], [True, False, False]]
+    tokenized = UserDict(padding)  # as a tokenizer's BatchEncoding
+    assert token_masks(model, [tokenized], tokenized, run)[0] is not None
     whole = {"attention_mask": torch.ones(2, 3, dtype=torch.long)}
     assert token_masks(model, [whole], whole, run) == [None]

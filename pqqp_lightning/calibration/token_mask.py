@@ -6,7 +6,8 @@ mask in the batch or among the arguments of a module that the forward pass calls
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,11 +89,11 @@ def positions_of(x: Tensor, mask: TokenMask | None) -> Tensor:
 
 
 def _masks_in(values: Any) -> Iterator[Tensor]:
-    """The token masks [B, T] in nested dicts, tuples and lists, as True for a position that counts."""
+    """The token masks [B, T] in nested mappings, tuples and lists, as True for a position that counts."""
     if isinstance(values, tuple | list):
         for value in values:
             yield from _masks_in(value)
-    if not isinstance(values, dict):
+    if not isinstance(values, Mapping):
         return
     for name, value in values.items():
         # Masks of other shapes or dtypes say which positions see which others, not which positions are data.
@@ -113,10 +114,10 @@ class _MaskFound(Exception):
 
 
 def _mask_of_calls(model: nn.Module, batch: Any, run: Callable[[Any], object]) -> Tensor | None:
-    """The mask among the keyword arguments of a module that the forward pass calls; the pass ends there."""
+    """The mask among the arguments of a module that the forward pass calls; the pass ends there."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for counts in _masks_in(kwargs):
+        for counts in _masks_in(_named_arguments(module, args, kwargs)):
             raise _MaskFound(counts)
 
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
@@ -128,3 +129,11 @@ def _mask_of_calls(model: nn.Module, batch: Any, run: Callable[[Any], object]) -
         for handle in handles:
             handle.remove()
     return None
+
+
+def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, also those given by position."""
+    if not any(isinstance(value, Tensor | Mapping) for value in args[1:]):
+        return kwargs  # most calls: the first argument is the input
+    names = list(inspect.signature(module.forward).parameters)
+    return dict(zip(names, args, strict=False)) | kwargs

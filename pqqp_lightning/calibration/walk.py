@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -215,10 +215,10 @@ def samples_in(batch: Any) -> int:
     """Samples in a batch: the first dimension of the first tensor in it."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
-    if not isinstance(batch, dict | tuple | list):
+    if not isinstance(batch, Mapping | tuple | list):  # a tokenizer gives a mapping that is no dict
         return 1
-    values = batch.values() if isinstance(batch, dict) else batch
-    return next((samples_in(v) for v in values if isinstance(v, Tensor | dict | tuple | list)), 1)
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return next((samples_in(v) for v in values if isinstance(v, Tensor | Mapping | tuple | list)), 1)
 
 
 @contextmanager
