@@ -93,7 +93,7 @@ def test_what_decides_the_training_counts_where_something_is_trained(folder, cha
     change = {name: value() if callable(value) else value for name, value in change.items()}
     plain, tuned = [Magnitude(0.5)], [Magnitude(0.5), Finetune(epochs=1)]
     assert keys(folder, tuned)[1] != keys(folder, tuned, **change)[1]
-    if "loader" not in change:  # it is calibrated on
+    if not {"loader", "module"} & change.keys():  # calibrated on; and a number of the model may decide what it computes
         assert keys(folder, tuned)[0] == keys(folder, tuned, **change)[0]
         assert keys(folder, plain) == keys(folder, plain, **change)
 
@@ -118,6 +118,26 @@ def test_the_code_of_a_network_inside_counts(folder):
     first, second = (module.state_dict() for module in modules)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert found[0] != found[1]
+
+
+SLOPE = """\
+import torch
+from tiny import Regressor
+
+class Leaky(Regressor):
+    def __init__(self, slope=0.01, path="/somewhere"):
+        super().__init__()
+        self.slope, self.path = slope, path
+
+    def forward(self, x):
+        return torch.nn.functional.leaky_relu(super().forward(x), self.slope)
+"""
+
+
+def test_a_number_that_no_hyperparameter_records_counts(folder):
+    leaky = defined(folder, SLOPE, "Leaky")
+    assert keys(folder, [RTN()], leaky()) != keys(folder, [RTN()], leaky(slope=0.3))
+    assert keys(folder, [RTN()], leaky()) == keys(folder, [RTN()], leaky(path="/elsewhere"))
 
 
 def test_an_argument_that_is_kept_under_another_name_counts(folder):

@@ -46,8 +46,8 @@ TOLERANCES = {"same": 1e-3, "other device": 1e-2, "16 bits": 3e-2, "rounded acti
 """Largest accepted difference, relative to the largest number of an output.
 
 Other kernels of one CPU change a ResNet-50 by 4e-7, DeiT-tiny by 9e-7 and a LLaMA in bfloat16 by 8e-3 (random
-weights). The others are estimates: TF32 convolutions of a GPU keep 11 bits of each factor, and a rounded activation that
-lies between two values of its grid falls either way.
+weights). The others are estimates: TF32 convolutions of a GPU keep 11 bits of each factor, and a rounded activation
+that lies between two values of its grid falls either way.
 """
 
 

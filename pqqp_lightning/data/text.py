@@ -61,7 +61,7 @@ class TextData(LightningDataModule):
         seed: decides which calibration windows are drawn, and the order of training.
         num_workers: processes that load batches.
         bos: begin each window with the tokenizer's beginning-of-sequence token; "auto" does what the tokenizer does
-            with a text (LLaMA, Mistral and Gemma add the token, Qwen and SmolLM2 do not).
+            with a text (LLaMA, Mistral and Gemma add the token, Qwen and SmolLM2 do not). Questions always follow it.
         questions: multiple-choice questions to evaluate on as well: {source: allenai/ai2_arc, config_name:
             ARC-Challenge}; see :class:`Questions`.
 

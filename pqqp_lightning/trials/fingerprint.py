@@ -128,7 +128,25 @@ def _digest_model(module: LightningModule) -> str:
         digest.update(item.stage.__qualname__.encode())
         digest.update(digest_of(item.plan).encode())
     digest.update(str(origin.skeleton if origin else skeleton_of(module)).encode())
+    digest.update(digest_of(_plain_attributes(module)).encode())
     return digest.hexdigest()
+
+
+def _plain_attributes(model: nn.Module) -> dict[str, Any]:
+    """The numbers, flags and words that the modules of ``model`` hold.
+
+    They may decide what it computes (a slope, a residual connection), and hyperparameters record only some of them. A
+    word that is a path says where something lies on this machine; it must not tell machines apart.
+    """
+    plain: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            parts = value if isinstance(value, tuple | list) else [value]
+            is_plain = all(part is None or isinstance(part, bool | int | float | str) for part in parts)
+            is_path = any(isinstance(part, str) and ("/" in part or "\\" in part) for part in parts)
+            if is_plain and not is_path and attribute != "training" and not attribute.startswith("_"):
+                plain[f"{name}.{attribute}"] = value
+    return plain
 
 
 def _digest_samples(parts: Iterable[Any]) -> str:
