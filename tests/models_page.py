@@ -127,6 +127,63 @@ LIGHTNING = (
             "samples:metrics_of_a_collection_have_their_samples_although_one_is_updated_for_all",
         ),
     ),
+    Feature(
+        "manual optimization",
+        "the stage's learning rate, zeros stay zero",
+        ("training_checks:training_by_hand_gets_the_stages_learning_rate_and_keeps_zeros",),
+    ),
+    Feature(
+        "IterableDataset, batch_size=None, samplers of one's own",
+        "calibration reads the same samples",
+        ("training_checks:calibration_reads_the_same_samples_from_every_kind_of_loader",),
+    ),
+    Feature(
+        "several dataloaders",
+        "refused where a stage calibrates",
+        ("training_checks:several_loaders_are_refused_before_any_work_where_a_stage_calibrates",),
+    ),
+    Feature(
+        "configure_model, layers made in setup, lazy layers",
+        "built first; compressed, saved and loaded",
+        (
+            "late_layers:late_layers_are_compressed_saved_loaded_and_measured_as_early_ones",
+            "late_layers:a_run_of_late_layers_resumes",
+            "late_layers:layers_that_cannot_be_made_once_are_refused_before_any_stage",
+        ),
+    ),
+    Feature(
+        "no configure_optimizers, no validation_step",
+        "refused before any work where it is needed",
+        ("training_checks:is_refused_before_any_work", "training_checks:is_not_needed_without_training"),
+    ),
+    Feature(
+        "a validation that logs nothing",
+        "refused",
+        ("training_checks:a_validation_that_logs_nothing_is_refused_before_the_first_stage",),
+    ),
+    Feature(
+        "precision 16-true with training",
+        "refused where AdamW's eps rounds to 0",
+        ("training_checks:an_epsilon_that_float16_rounds_to_zero_is_refused_before_any_work",),
+    ),
+    Feature(
+        "weight_norm, spectral_norm, orthogonal, torch prune",
+        "folded if asked, else refused",
+        (
+            "parametrized:folding_keeps_the_outputs_bit_for_bit",
+            "parametrized:a_stage_on_parametrized_layers_is_refused_before_any_work",
+        ),
+    ),
+    Feature(
+        "batches with an attention mask",
+        "padding counts in no statistic",
+        ("token_mask:weights_do_not_depend_on_padding", "token_mask:positions_are_found_in_every_layout"),
+    ),
+    Feature(
+        "BatchNorm",
+        "statistics estimated again after compression",
+        ("batch_norm:a_stage_estimates_them_before_it_is_measured",),
+    ),
 )
 
 

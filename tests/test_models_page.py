@@ -55,5 +55,5 @@ def test_the_page_is_current():
         *written, written_zeros, written_bits = page[name]
         assert written == words, OUT_OF_DATE
         if zeros != "-":  # rounding may differ in the last digit between processors
-            assert float(zeros.rstrip("%")) == pytest.approx(float(written_zeros.rstrip("%")), abs=1.01), OUT_OF_DATE
+            assert float(zeros.rstrip("%")) == pytest.approx(float(written_zeros.rstrip("%")), abs=2.01), OUT_OF_DATE
             assert float(bits) == pytest.approx(float(written_bits), abs=0.11), OUT_OF_DATE
