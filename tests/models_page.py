@@ -1,4 +1,4 @@
-"""Which architectures and which of Lightning's features are covered, as runs of small models show: ``docs/models.md``.
+"""Which layers, architectures and features of Lightning are covered, as small models show: ``docs/models.md``.
 
 python tests/models_page.py > docs/models.md
 """
@@ -15,15 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import architectures
+import composition
+import kinds
 import tiny
 import torch
+from lightning.pytorch import LightningModule
 
-from pqqp_lightning import load
+from pqqp_lightning import Stage, load
 from pqqp_lightning.callbacks import GPTQ, SparseGPT
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.coverage import measure_coverage
 from pqqp_lightning.report.coverage import left_text
+from pqqp_lightning.runs.checks import check_stages
+from pqqp_lightning.runs.run_data import RunData
 
+WHOLE_MODEL = ("ChannelPruning", "QuaRot", "SLEB")
+"""Stages that change a decoder, its blocks or coupled channels as a whole."""
 TESTS = Path(__file__).parent
 HEAD = """\
 # What is covered
@@ -40,6 +47,22 @@ to 4 bits, saved, loaded and compared bit for bit on random inputs. Zeros and bi
 say more about its sizes than about the architecture: embeddings and heads are a larger share of a small model.
 
 """
+KINDS = """\
+Which stage acts on which kind of layer, with default arguments: "left" says that the stage runs, leaves such layers as
+they are, and says so in its record.
+
+"""
+TITLES = {
+    "conv1d": "Conv1d",
+    "conv2d": "Conv2d, grouped",
+    "conv3d": "Conv3d",
+    "transposed": "Conv1D of GPT-2",
+    "attention": "MultiheadAttention",
+    "lstm": "LSTM",
+    "gru": "GRU",
+    "experts": "fused experts",
+}
+"""The kinds of ``kinds.NETWORKS`` that the page shows, beside Linear."""
 FEATURES = """\
 Everything here is tried by a test, on one process unless it says otherwise.
 
@@ -77,6 +100,36 @@ LIGHTNING = (
         "learning-rate schedules",
         "start anew in each segment",
         ("training:a_schedule_depends_on_the_segments_own_epochs",),
+    ),
+    Feature(
+        "EMAWeightAveraging, StochasticWeightAveraging",
+        "the averaged model is measured, saved and compressed further; averages start anew in each segment",
+        (
+            "callback_state:the_averaged_model_is_measured_saved_and_compressed_further",
+            "callback_state:a_second_segment_averages_its_own_weights",
+        ),
+    ),
+    Feature(
+        "Timer, GradientAccumulationScheduler, LearningRateFinder",
+        "start anew in each segment",
+        (
+            "callback_state:a_time_budget_is_of_each_segment",
+            "callback_state:gradient_accumulation_starts_anew_in_every_segment",
+            "callback_state:the_learning_rate_is_searched_in_every_segment",
+        ),
+    ),
+    Feature(
+        "BatchSizeFinder, ModelPruning",
+        "refused",
+        ("callback_state:callbacks_that_would_undo_a_run_are_refused_before_any_work",),
+    ),
+    Feature(
+        "no save_hyperparameters, or attributes set afterwards",
+        "a loaded model that computes something else is refused",
+        (
+            "probe:a_module_that_is_built_with_other_arguments_is_refused",
+            "probe:attributes_set_after_construction_are_found",
+        ),
     ),
     Feature("LearningRateMonitor", "logs every segment", ("training:learning_rate_monitor_logs_every_segment",)),
     Feature(
@@ -240,6 +293,28 @@ def architecture_lines(names: Iterable[str], folder: Path, reasons: dict[str, in
     return lines
 
 
+def kind_lines(reasons: dict[str, int]) -> list[str]:
+    """A table with a row for each stage that acts on layers, and a column for each kind of layer."""
+    lines = [f"| stage | Linear | {' | '.join(TITLES.values())} |", f"| --- |{' --- |' * (len(TITLES) + 1)}"]
+    for name, cls in composition.STAGES.items():
+        if not cls.compresses or name in WHOLE_MODEL:
+            continue
+        cells = [_kind_cell(cls, tiny.Regressor(), "blocks", reasons)]
+        cells += [_kind_cell(cls, kinds.KindModule(kind), "network", reasons) for kind in TITLES]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return lines
+
+
+def _kind_cell(cls: type[Stage], model: LightningModule, where: str, reasons: dict[str, int]) -> str:
+    """What a stage does with the layers below ``where``."""
+    stage = tiny.make_stage(cls)
+    if problems := check_stages([stage], RunData(model, datamodule=tiny.RegressionData()))[0]:
+        text = composition.reason_of(str(problems[0]))
+        return f"no [{reasons.setdefault(text, len(reasons) + 1)}]"
+    inside = any(f"{name}.".startswith(f"{where}.") for name in stage.find_layers(model))
+    return "yes" if inside else "left"
+
+
 def feature_lines() -> list[str]:
     """A table of Lightning's features, each with the tests that hold it."""
     lines = ["| feature | what happens | held by |", "| --- | --- | --- |"]
@@ -260,7 +335,8 @@ def render() -> str:
             (Path(folder) / kind).mkdir()
         language = architecture_lines(architectures.LANGUAGE, Path(folder, "language"), reasons)
         vision = architecture_lines(architectures.VISION, Path(folder, "vision"), reasons)
-    lines = [HEAD + "## Architectures", "", ARCHITECTURES + "### Language models", "", *language]
+    lines = [HEAD + "## Layers", "", KINDS + "\n".join(kind_lines(reasons)), ""]
+    lines += ["## Architectures", "", ARCHITECTURES + "### Language models", "", *language]
     lines += ["", "### Vision models", "", *vision, ""]
     lines += [f"{number}. {reason}" for reason, number in reasons.items()]
     lines += ["", "## Lightning", "", FEATURES.rstrip("\n"), "", *feature_lines()]

@@ -26,6 +26,12 @@ def test_coverage_in_full_size_is_current(name):
     assert rows(PAGE.read_text())[first][: len(cells)] == cells, OUT_OF_DATE
 
 
+def test_kinds_of_layers_are_current():
+    page = PAGE.read_text()
+    reasons = {text: int(number) for number, text in re.findall(r"^(\d+)\. (.*)$", page, re.M)}
+    assert "\n".join(models_page.kind_lines(reasons)) in page, OUT_OF_DATE
+
+
 def test_lightnings_features_are_current():
     assert "\n".join(models_page.feature_lines()) in PAGE.read_text(), OUT_OF_DATE
 

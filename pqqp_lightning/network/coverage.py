@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from pqqp_lightning.network.layers import Layer, is_adapter
+from pqqp_lightning.network.layers import Layer, is_adapter, weight_place
 
 KINDS_OF_MODULES: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Embedding, "embeddings"),
@@ -88,9 +89,10 @@ def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.
 
 def _weight_parameters(layer: Layer) -> list[Tensor]:
     """The parameters that hold a layer's weight: several for a parametrized one."""
-    parametrizations = getattr(layer, "parametrizations", {})
-    if "weight" in parametrizations:
-        return list(parametrizations["weight"].parameters())
+    module, name = weight_place(layer)
+    if is_parametrized(module, name):
+        lists: Any = module.parametrizations
+        return list(lists[name].parameters())
     return [layer.weight]
 
 
