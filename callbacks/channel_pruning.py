@@ -15,7 +15,7 @@ from pqqp_lightning.calibration.channel_scores import mean_squared_inputs, taylo
 from pqqp_lightning.errors import Problem, RecipeError, shorten, suggest
 from pqqp_lightning.network.activation_hooks import RotateInput, transformed_layers
 from pqqp_lightning.network.blocks import is_selected, tied_weights
-from pqqp_lightning.network.layers import columns_of, is_adapter
+from pqqp_lightning.network.layers import columns_of, is_adapter, layout_of, named_layers
 from pqqp_lightning.network.name_patterns import value_for
 from pqqp_lightning.network.structure import weightless_copy
 from pqqp_lightning.stages import Context, Layer, Plan, PruningStage, Stage
@@ -114,6 +114,11 @@ class ChannelPruning(Stage):
         if adapters := [name for name, module in model.named_modules() if is_adapter(module)]:
             text = f"{shorten(adapters)} are adapters kept apart"
             return [*problems, Problem(text=text, way_out="Merge them first, or put this stage first.")]
+        # torch-pruning's graph of products with fused weights never ends, so it must not be asked.
+        if fused := [name for name, layer in named_layers(model) if layout_of(layer).startswith("stacked")]:
+            text = f"cannot trace the channels of fused experts: {shorten(fused)}"
+            way_out = "Remove single weights (SparseGPT, Wanda) or whole blocks (SLEB) instead."
+            return [*problems, Problem(text=text, way_out=way_out)]
         try:
             coupling = _find_groups(model)
         except RecipeError as error:

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 
+import kinds
 import numpy as np
 import pytest
 import tiny
@@ -693,3 +694,10 @@ def test_calibration_data_is_asked_for_where_it_is_needed():
     assert not ChannelPruning(0.5).needs_calibration
     assert ChannelPruning(0.5, "activation").needs_calibration
     assert ChannelPruning(0.5, "taylor").needs_calibration
+
+
+@pytest.mark.parametrize("kind", ["experts", "transposed experts"])
+def test_fused_experts_are_refused_before_their_graph_is_traced(kind):
+    (problem,) = ChannelPruning(0.25).check(kinds.KindModule(kind), None, [])
+    assert "cannot trace the channels of fused experts" in problem.text
+    assert "SLEB" in problem.way_out
