@@ -27,6 +27,10 @@ RUNS: dict[str, Any] = {
     "rtn8-asymmetric": lambda: [c.RTN(8, symmetric=False)],
     "pruned-rtn4": lambda: [c.Magnitude(0.5), c.RTN(4, group_size=32)],
     "mixed": lambda: [c.RTN(3, targets=["*q_proj", "*up_proj"]), c.RTN(5, targets=["*v_proj"])],
+    "mixed-asymmetric": lambda: [
+        c.RTN(4, symmetric=False, group_size=16, targets=["*mlp*"]),
+        c.RTN(5, targets=["*self_attn*"]),
+    ],
     "nf4": lambda: [c.NF4()],
     "sparse": lambda: [c.Magnitude(0.5)],
     "sleb": lambda: [c.SLEB(1)],
