@@ -67,7 +67,7 @@ def run_of(name: str, kind: str = "llama", tied: bool = False) -> Path:
     return folder
 
 
-def _run_here(runtime: Any, arguments: list[str]) -> str:
+def run_here(runtime: Any, arguments: list[str]) -> str:
     """A script of ``runtimes/`` in this process, where importing its libraries costs nothing."""
     script = runpy.run_path(str(runtime_check.SCRIPTS / runtime.script))
     return script["main"](*arguments)
@@ -76,5 +76,5 @@ def _run_here(runtime: Any, arguments: list[str]) -> str:
 @pytest.fixture
 def checks_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the scripts of checks in this process."""
-    monkeypatch.setattr(runtime_check, "_run_script", _run_here)
+    monkeypatch.setattr(runtime_check, "_run_script", run_here)
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -40,7 +40,7 @@ def run_export(arguments: Sequence[str]) -> None:
     except CheckFailed as error:
         print(error, file=sys.stderr)
         sys.exit(1)
-    for line in _report(done, known_targets()[options["to"]]):
+    for line in _report(done, known_targets()[options["to"]]()):
         print(line)
 
 
@@ -104,12 +104,11 @@ def _missing(name: str) -> str:
     return f"Choose one of {', '.join(known_targets())}." if name == "to" else f"Run {USAGE}."
 
 
-def _report(done: Export, target: type[Target]) -> list[str]:
+def _report(done: Export, target: Target) -> list[str]:
     """What was written, what to know about it, what was checked, and how to load it."""
-    out = str(done.out)
-    lines = [f"{out}: {human_bytes(done.size_bytes)} (the run's own checkpoint: {human_bytes(done.own_bytes)})."]
+    lines = [f"{done.out}: {human_bytes(done.size_bytes)} (the run's own checkpoint: {human_bytes(done.own_bytes)})."]
     lines += [*done.remarks, *done.checks]
-    lines += [f"{program}: {words.format(out=out)}" for program, words in target.loading.items()]
+    lines += [f"{program}: {words}" for program, words in target.loading_words(done.out).items()]
     return lines
 
 

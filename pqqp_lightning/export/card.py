@@ -47,8 +47,8 @@ def write_card(
         lines += ["## About these files", "", *[f"- {remark}" for remark in remarks], ""]
     lines += ["## Checked", "", *[f"- {check}" for check in checks], ""]
     lines += ["## Loading", ""]
-    for program, words in target.loading.items():
-        lines += [f"{program}:", "", "```", words.format(out=name), "```", ""]
+    for program, words in target.loading_words(Path(name)).items():
+        lines += [f"{program}:", "", "```", words, "```", ""]
     if source.recipe:
         lines += ["## Recipe", "", "```yaml", source.recipe.strip(), "```", ""]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")

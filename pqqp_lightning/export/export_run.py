@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -68,7 +71,7 @@ def export_run(
     Args:
         run: the run folder.
         to: the target, such as hf.
-        out: the folder to write; it may exist if it is empty.
+        out: the folder to write, which may exist if it is empty; or the file, as in model.gguf.
         dtype: of everything that is not stored as codes: float16, bfloat16 or float32.
         widen: store codes in more bits where the target has no such width. No value changes.
         pad: write zeros in place of channels, heads or sublayers that were removed unevenly. This is exact.
@@ -85,7 +88,7 @@ def export_run(
     done.remarks = [*model.stock.rewritten, *_zeros_remark(model), *target.remarks(model)]
     if model.source.tokenizer is None:
         done.remarks.append("The run has no tokenizer; copy one into the folder.")
-    with new_folder(out, WAY_OUT) as folder:
+    with _destination(out, target, done) as folder:
         target.write(model, folder)
         done.size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         if check:
@@ -99,8 +102,28 @@ def export_run(
             (folder / FAILED).write_text("\n".join(done.failures) + "\n", encoding="utf-8")
     if done.failures:
         shown = " ".join(done.failures[:3]) + (f" And {len(done.failures) - 3} more." if done.failures[3:] else "")
-        raise CheckFailed(f"{out}: the check failed: {shown} The folder is marked with {FAILED}.")
+        where = f"The file is {failed_name(out)}." if target.is_file(out) else f"The folder is marked with {FAILED}."
+        raise CheckFailed(f"{out}: the check failed: {shown} {where}")
     return done
+
+
+@contextmanager
+def _destination(out: Path, target: Target, done: Export) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on success it becomes ``out`` as a whole, or its one file does."""
+    if not target.is_file(out):
+        with new_folder(out, WAY_OUT) as folder:
+            yield folder
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(out.with_name(f".{out.name}.files"), WAY_OUT) as folder:
+        yield folder
+        (folder / target.file).replace(failed_name(out) if done.failures else out)
+    shutil.rmtree(out.with_name(f".{out.name}.files"))
+
+
+def failed_name(out: Path) -> Path:
+    """The name of a file whose check failed."""
+    return out.with_name(f"{out.name}.failed")
 
 
 def _prepare(run: Path, to: str, out: Path, dtype: DType, widen: bool, pad: bool) -> tuple[Target, ExportedModel]:

@@ -78,7 +78,7 @@ class Target(ABC):
         summary: what it is, in a few words.
         loading: how to load the result, by program: one line of code or a command each; ``{out}`` stands for the path.
         requires: the modules that writing and decoding need besides this package's own dependencies.
-        suffix: of ``--out`` if the format may be one file; empty for a folder.
+        file: the one file that the format consists of; ``--out`` may name it. Empty for a folder.
         runtime: the program that the check loads the result with, or None.
     """
 
@@ -86,7 +86,7 @@ class Target(ABC):
     summary: ClassVar[str] = ""
     loading: ClassVar[dict[str, str]] = {}
     requires: ClassVar[tuple[str, ...]] = ()
-    suffix: ClassVar[str] = ""
+    file: ClassVar[str] = ""
     runtime: ClassVar[Runtime | None] = None
 
     def check_installed(self) -> list[Problem]:
@@ -96,6 +96,15 @@ class Target(ABC):
             return []
         text = f"needs {', '.join(missing).replace('_', '-')}, which is not installed"
         return [Problem("to", self.name, text, f"Install it: {EXTRA}.")]
+
+    def is_file(self, out: Path) -> bool:
+        """Whether ``out`` names the format's one file, not a folder to put it into."""
+        return bool(self.file) and out.suffix == Path(self.file).suffix
+
+    def loading_words(self, out: Path) -> dict[str, str]:
+        """:attr:`loading` for an export at ``out``."""
+        path = out if self.is_file(out) or not self.file else out / self.file
+        return {program: words.format(out=path) for program, words in self.loading.items()}
 
     @abstractmethod
     def problems(self, model: ExportedModel) -> list[Problem]:
