@@ -1,6 +1,7 @@
 """The compressed-tensors target: codes go over as they are, and transformers computes what the run does."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ from exports import checks_here, run_of  # noqa: F401  # a fixture
 from safetensors.torch import load_file
 
 from pqqp_lightning import load
-from pqqp_lightning.algorithms.grid import Grid, decode
+from pqqp_lightning.algorithms.grid import Grid, decode, encode, fit_grid
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.export.export_run import FAILED, CheckFailed, export_run
-from pqqp_lightning.export.grids import Codes, codes_of, wider_bits
+from pqqp_lightning.export.grids import in_groups, in_rows, wider_bits, with_zero_points
 from pqqp_lightning.export.targets import compressed_tensors as target_file
 from pqqp_lightning.network.constraints import constraints_of
 
@@ -62,7 +63,7 @@ def test_codes_and_scales_are_those_of_the_run(name, bits, tmp_path):
     for layer in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         module = network.get_submodule(layer)
         grid = constraints_of(module).grid
-        assert torch.equal(codes_in(tmp_path / "model", layer, bits), codes_of(module.weight, grid).codes)
+        assert torch.equal(codes_in(tmp_path / "model", layer, bits), encode(module.weight, grid))
         assert torch.equal(written[f"{layer}.weight_scale"], grid.scale.expand(len(module.weight), -1))
 
 
@@ -108,12 +109,12 @@ def test_scales_that_bfloat16_would_change_are_refused(tmp_path):
 
 def test_a_writer_that_rounds_again_fails_its_check(tmp_path, monkeypatch):
     """A grid fitted to the rounded weights has other scales: what quantizers do that start from dense weights."""
-    from pqqp_lightning.algorithms.grid import fit_grid
+    original = target_file._packed
 
-    def requantize(weight, grid):
-        return codes_of(weight, fit_grid(weight, grid.bits, group_size=grid.group_size))
+    def requantized(weight, grid, dtype):
+        return original(weight, in_rows(fit_grid(weight, grid.bits, group_size=grid.group_size), len(weight)), dtype)
 
-    monkeypatch.setattr(target_file, "codes_of", requantize)
+    monkeypatch.setattr(target_file, "_packed", requantized)
     with pytest.raises(CheckFailed, match="entries differ"):
         export(tmp_path, "pruned-rtn4")
     assert (tmp_path / "model" / FAILED).exists()
@@ -134,10 +135,10 @@ def test_wider_codes_stand_for_the_same_values(bits, symmetric):
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 2**bits, (6, 8), generator=generator).to(torch.uint8)
     zero = None if symmetric else torch.randint(0, 2**bits, (6, 2), generator=generator).to(torch.uint8)
-    narrow = Codes(codes, Grid(bits, torch.rand(6, 2, generator=generator) + 0.1, zero, 8))
-    values = decode(narrow.codes, narrow.grid)
-    for same in (narrow.in_bits(8), narrow.in_groups(4), narrow.with_zero_points(), narrow.in_rows()):
-        assert torch.equal(decode(same.codes, same.grid), values)
+    grid = Grid(bits, torch.rand(6, 2, generator=generator) + 0.1, zero, 8)
+    weight = decode(codes, grid)
+    for wider in (replace(grid, bits=8), in_groups(grid, 4), with_zero_points(grid), in_rows(grid, 6)):
+        assert torch.equal(decode(encode(weight, wider), wider), weight)
 
 
 def test_the_width_is_that_of_the_widest_joined_layer():

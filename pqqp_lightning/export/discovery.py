@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
@@ -21,7 +22,8 @@ def known_targets() -> dict[str, type[Target]]:
         try:
             entry.load()
         except Exception as error:  # a broken third-party package must not end the command
-            print(f"the targets of '{entry.value}' cannot be imported: {type(error).__name__}: {error}")
+            words = f"the targets of '{entry.value}' cannot be imported: {type(error).__name__}: {error}"
+            print(words, file=sys.stderr)
     found: dict[str, type[Target]] = {}
     pending = list(Target.__subclasses__())
     while pending:

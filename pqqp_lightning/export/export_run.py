@@ -18,7 +18,7 @@ from pqqp_lightning.export.source import read_source
 from pqqp_lightning.export.stock import stock_model
 from pqqp_lightning.export.target import DType, ExportedModel, Target
 from pqqp_lightning.export.tensor_check import compare_tensors
-from pqqp_lightning.storage.files import new_folder
+from pqqp_lightning.storage.files import new_folder, sync
 
 FAILED = "CHECK_FAILED.txt"
 """Marks a folder whose check failed, and says why."""
@@ -117,6 +117,7 @@ def _destination(out: Path, target: Target, done: Export) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(out.with_name(f".{out.name}.files"), WAY_OUT) as folder:
         yield folder
+        sync(folder / target.file)
         (folder / target.file).replace(failed_name(out) if done.failures else out)
     shutil.rmtree(out.with_name(f".{out.name}.files"))
 

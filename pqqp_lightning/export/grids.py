@@ -1,62 +1,40 @@
-"""The codes of quantized weights as they are, and the same weights in wider codes. No value changes here."""
+"""The grids of quantized weights, rewritten as a format needs them. The weights stay the points that they are.
+
+Codes follow from a weight and its grid (``encode``), exactly, since the weight is one of the grid's points. A grid with
+more bits, smaller groups or explicit zero points has all the points of the old one, so that no value changes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from pqqp_lightning.algorithms.grid import Grid, encode
+from pqqp_lightning.algorithms.grid import Grid
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that servers join into one: they need one kind of codes."""
 
 
-@dataclass(frozen=True)
-class Codes:
-    """A quantized weight.
-
-    Attributes:
-        codes: uint8 [O, I].
-        grid: what they stand for.
-    """
-
-    codes: Tensor
-    grid: Grid
-
-    def in_bits(self, bits: int) -> Codes:
-        """The same values in codes of ``bits`` bits: a symmetric grid moves its middle, an asymmetric one stays."""
-        if self.grid.zero is not None:
-            return Codes(self.codes, replace(self.grid, bits=bits))
-        moved = self.codes.to(torch.int16) + (1 << (bits - 1)) - (1 << (self.grid.bits - 1))
-        return Codes(moved.to(torch.uint8), replace(self.grid, bits=bits))
-
-    def in_groups(self, groups: int) -> Codes:
-        """The same values with ``groups`` groups a row: scales and zero points are repeated."""
-        times = groups // self.grid.scale.shape[1]
-        scale = self.grid.scale.repeat_interleave(times, dim=1)
-        zero = None if self.grid.zero is None else self.grid.zero.repeat_interleave(times, dim=1)
-        return Codes(self.codes, replace(self.grid, scale=scale, zero=zero))
-
-    def with_zero_points(self) -> Codes:
-        """The same values with explicit zero points."""
-        if self.grid.zero is not None:
-            return self
-        zero = torch.full_like(self.grid.scale, self.grid.middle, dtype=torch.uint8)
-        return Codes(self.codes, replace(self.grid, zero=zero))
-
-    def in_rows(self) -> Codes:
-        """The same values with scales and zero points for each row."""
-        rows = len(self.codes)
-        zero = None if self.grid.zero is None else self.grid.zero.expand(rows, -1)
-        return Codes(self.codes, replace(self.grid, scale=self.grid.scale.expand(rows, -1), zero=zero))
+def in_groups(grid: Grid, groups: int) -> Grid:
+    """The grid with ``groups`` groups a row: scales and zero points are repeated."""
+    times = groups // grid.scale.shape[1]
+    zero = None if grid.zero is None else grid.zero.repeat_interleave(times, dim=1)
+    return replace(grid, scale=grid.scale.repeat_interleave(times, dim=1), zero=zero)
 
 
-def codes_of(weight: Tensor, grid: Grid) -> Codes:
-    """The codes of a weight [O, I] that lies on ``grid``; exact, since the weight is one of the grid's points."""
-    return Codes(encode(weight, grid), grid)
+def with_zero_points(grid: Grid) -> Grid:
+    """The grid with explicit zero points."""
+    if grid.zero is not None:
+        return grid
+    return replace(grid, zero=torch.full_like(grid.scale, grid.middle, dtype=torch.uint8))
+
+
+def in_rows(grid: Grid, rows: int) -> Grid:
+    """The grid with scales and zero points for each of ``rows`` rows."""
+    zero = None if grid.zero is None else grid.zero.expand(rows, -1)
+    return replace(grid, scale=grid.scale.expand(rows, -1), zero=zero)
 
 
 def fused_with(name: str, names: Sequence[str]) -> list[str]:
@@ -71,8 +49,9 @@ def fused_with(name: str, names: Sequence[str]) -> list[str]:
 
 def wider_bits(grids: Mapping[str, Grid], allowed: Sequence[int]) -> dict[str, int]:
     """The fewest allowed bits for each layer that hold its codes and those of the layers that it is joined with."""
+    names = list(grids)
     bits = {}
-    for name in grids:
-        needed = max(grids[other].bits for other in fused_with(name, list(grids)))
+    for name in names:
+        needed = max(grids[other].bits for other in fused_with(name, names))
         bits[name] = min(width for width in allowed if width >= needed)
     return bits

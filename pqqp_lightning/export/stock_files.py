@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pqqp_lightning.export.target import ExportedModel
@@ -37,7 +37,10 @@ def write_stock_folder(
         skeleton.config.quantization_config = quantization
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with quiet_transformers():
-        skeleton.save_pretrained(folder, state_dict=contiguous, max_shard_size=SHARD)
+        try:
+            skeleton.save_pretrained(folder, state_dict=contiguous, max_shard_size=SHARD)
+        except SafetensorError as error:  # safetensors reports a full disk this way
+            raise OSError(None, str(error)) from error
     tokenizer = model.source.tokenizer
     if tokenizer is not None:
         for file in tokenizer.iterdir():

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pqqp_lightning.algorithms.grid import Grid
+from pqqp_lightning.algorithms.grid import Grid, encode
 from pqqp_lightning.errors import Problem, shorten
-from pqqp_lightning.export.grids import Codes, codes_of, fused_with, wider_bits
+from pqqp_lightning.export.grids import fused_with, in_groups, in_rows, wider_bits, with_zero_points
 from pqqp_lightning.export.stock_files import read_config, read_tensors, write_stock_folder
 from pqqp_lightning.export.target import ExportedModel, Runtime, Target
 from pqqp_lightning.export.targets.hf import TRANSFORMERS
@@ -57,7 +58,7 @@ class CompressedTensors(Target):
         if not grids:
             changed = f" left ({' '.join(model.stock.rewritten)})" if model.stock.rewritten else ""
             problems.append(Problem("run", run, f"has no quantized layer{changed}", "Use --to hf."))
-        elif not problems and _needs_one_setting(self._codes(model)):
+        elif not problems and _needs_one_setting(_stored_grids(model)):
             text = "keeps zero points in several settings, of which transformers loads only one"
             problems.append(Problem("widen", False, text, "Use --widen true."))
         return problems
@@ -65,10 +66,11 @@ class CompressedTensors(Target):
     def write(self, model: ExportedModel, folder: Path) -> None:
         tensors = {name: model.in_dtype(tensor) for name, tensor in model.stock.stored().items()}
         schemes: dict[str, tuple[dict[str, Any], list[str]]] = {}
-        for name, codes in self._codes(model).items():
+        for name, grid in _stored_grids(model).items():
             del tensors[f"{name}.weight"]
-            tensors.update({f"{name}.{part}": tensor for part, tensor in _packed(codes, model.torch_dtype).items()})
-            arguments = _arguments(codes.grid)
+            parts = _packed(model.stock.weights[f"{name}.weight"], grid, model.torch_dtype)
+            tensors.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
+            arguments = _arguments(grid)
             schemes.setdefault(str(arguments), (arguments, []))[1].append(name)
         write_stock_folder(model, tensors, folder, self._config(model, list(schemes.values())))
 
@@ -93,33 +95,20 @@ class CompressedTensors(Target):
 
     def remarks(self, model: ExportedModel) -> list[str]:
         grids = model.stock.grids
-        codes = self._codes(model)
+        stored = _stored_grids(model)
         remarks = []
-        if wider := [name for name, grid in grids.items() if codes[name].grid.bits != grid.bits]:
+        if wider := [name for name, grid in grids.items() if stored[name].bits != grid.bits]:
             remarks.append(f"The codes of {shorten(wider)} are stored in more bits; no value changes.")
-        if finer := [name for name, grid in grids.items() if codes[name].grid.scale.shape[1] != grid.scale.shape[1]]:
+        if finer := [name for name, grid in grids.items() if stored[name].scale.shape[1] != grid.scale.shape[1]]:
             remarks.append(f"The scales of {shorten(finer)} are repeated for smaller groups; no value changes.")
         linear = _linear_layers(model)
         if dense := [name for name in linear if name not in grids and name != "lm_head"]:
             remarks.append(f"{shorten(dense)} without codes stay dense ({model.dtype}).")
-        if half := _half_joined(codes, linear):
+        if half := _half_joined(stored, linear):
             remarks.append(f"vLLM joins {shorten(half)} with quantized layers, so that it does not load this folder.")
-        other_bits = [name for name, c in codes.items() if c.grid.bits not in WIDTHS]
-        groups = {name: c.grid.group_size for name, c in codes.items() if c.grid.scale.shape[1] > 1}
-        other_groups = [name for name, size in groups.items() if size not in FAST_GROUPS]
-        if slow := [name for name in codes if name in other_bits or name in other_groups]:
+        if slow := [name for name, grid in stored.items() if not _has_kernel(grid)]:
             remarks.append(f"vLLM has no kernel for the bits or groups of {shorten(slow)}; transformers loads them.")
         return remarks
-
-    def _codes(self, model: ExportedModel) -> dict[str, Codes]:
-        """What is stored for each quantized layer."""
-        grids = model.stock.grids
-        codes = {name: codes_of(model.stock.weights[f"{name}.weight"], grid) for name, grid in grids.items()}
-        if model.widen:
-            bits = wider_bits(grids, WIDTHS)
-            codes = {name: c.in_bits(bits[name]) for name, c in codes.items()}
-            codes = _alike(codes)
-        return {name: c.in_rows() for name, c in codes.items()}
 
     def _config(self, model: ExportedModel, schemes: list[tuple[dict[str, Any], list[str]]]) -> dict[str, Any]:
         """The ``quantization_config`` of config.json."""
@@ -150,46 +139,58 @@ class CompressedTensors(Target):
         return settings
 
 
-def _alike(codes: dict[str, Codes]) -> dict[str, Codes]:
-    """The same codes in one setting for all layers, if there are zero points.
+def _stored_grids(model: ExportedModel) -> dict[str, Grid]:
+    """The grid that is written for each quantized layer: as it is, or widened."""
+    grids = dict(model.stock.grids)
+    if model.widen:
+        bits = wider_bits(grids, WIDTHS)
+        grids = _alike({name: replace(grid, bits=bits[name]) for name, grid in grids.items()})
+    return {name: in_rows(grid, len(model.stock.weights[f"{name}.weight"])) for name, grid in grids.items()}
+
+
+def _alike(grids: dict[str, Grid]) -> dict[str, Grid]:
+    """The grids in one setting for all layers, if there are zero points.
 
     transformers reads zero points with one setting for all layers alone: the most bits, the smallest groups.
     """
-    if all(c.grid.zero is None for c in codes.values()):
-        return codes
-    bits = max(c.grid.bits for c in codes.values())
-    sizes = [c.grid.group_size for c in codes.values()]
-    size = math.gcd(*sizes)  # equals the columns if all layers have whole rows and one width
-    per_row = all(c.grid.scale.shape[1] == 1 for c in codes.values())
+    if all(grid.zero is None for grid in grids.values()):
+        return grids
+    bits = max(grid.bits for grid in grids.values())
+    size = math.gcd(*(grid.group_size for grid in grids.values()))
+    per_row = all(grid.scale.shape[1] == 1 for grid in grids.values())
     alike = {}
-    for name, c in codes.items():
-        repeated = c if per_row else c.in_groups(c.grid.columns // size)
-        alike[name] = repeated.with_zero_points().in_bits(bits)
+    for name, grid in grids.items():
+        repeated = grid if per_row else in_groups(grid, grid.columns // size)
+        alike[name] = with_zero_points(replace(repeated, bits=bits))
     return alike
 
 
-def _needs_one_setting(codes: dict[str, Codes]) -> bool:
+def _needs_one_setting(grids: dict[str, Grid]) -> bool:
     """Whether there are zero points and several settings."""
-    settings = {str(_arguments(c.grid)) for c in codes.values()}
-    return len(settings) > 1 and any(c.grid.zero is not None for c in codes.values())
+    settings = {str(_arguments(grid)) for grid in grids.values()}
+    return len(settings) > 1 and any(grid.zero is not None for grid in grids.values())
 
 
-def _half_joined(codes: dict[str, Codes], linear: list[str]) -> list[str]:
+def _half_joined(grids: dict[str, Grid], linear: list[str]) -> list[str]:
     """The dense layers that servers join with quantized ones."""
-    return [name for name in linear if name not in codes and any(n in codes for n in fused_with(name, linear))]
+    return [name for name in linear if name not in grids and any(n in grids for n in fused_with(name, linear))]
 
 
-def _packed(codes: Codes, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one layer."""
+def _has_kernel(grid: Grid) -> bool:
+    """Whether vLLM's kernels read it."""
+    return grid.bits in WIDTHS and (grid.scale.shape[1] == 1 or grid.group_size in FAST_GROUPS)
+
+
+def _packed(weight: Tensor, grid: Grid, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one layer; ``weight`` lies on ``grid``."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    grid = codes.grid
     middle = 1 << (grid.bits - 1)
-    signed = (codes.codes.to(torch.int16) - middle).to(torch.int8)
+    signed = (encode(weight, grid).to(torch.int16) - middle).to(torch.int8)
     parts = {
         "weight_packed": pack_to_int32(signed, grid.bits),
         "weight_scale": grid.scale.to(dtype),
-        "weight_shape": torch.tensor(codes.codes.shape),
+        "weight_shape": torch.tensor(weight.shape),
     }
     if grid.zero is not None:
         zero = (grid.zero.to(torch.int16) - middle).to(torch.int8)

@@ -61,6 +61,9 @@ class GGUF(Target):
         largest_divergence={"float32": 5e-2, "float16": 5e-2, "bfloat16": 5e-2},
     )
 
+    def __init__(self) -> None:
+        self._kinds: dict[str, BlockType | None] = {}
+
     def problems(self, model: ExportedModel) -> list[Problem]:
         run = str(model.source.folder)
         config = model.stock.config
@@ -74,7 +77,7 @@ class GGUF(Target):
                 reason = f"with groups or widths that are not multiples of {BLOCK}", f"Use groups of {BLOCK} or more."
             elif not torch.equal(grid.scale.half().float(), grid.scale.float()):
                 reason = "with scales that float16 changes", "Use --to compressed-tensors --dtype float32."
-            elif (kind := _block_type(_levels(model, name))) is None:
+            elif (kind := self._kind(model, name)) is None:
                 reason = "with levels beyond 8 signed bits", "Quantize with symmetric: true, or fewer bits."
             elif not model.widen and kind.bits > grid.bits:
                 reason = f"whose codes GGUF has only with {kind.bits} bits", "Use --widen true."
@@ -118,11 +121,21 @@ class GGUF(Target):
         remarks = []
         if coarse := [name for name, grid in grids.items() if grid.group_size > BLOCK]:
             remarks.append(f"The scales of {shorten(coarse)} are repeated for blocks of {BLOCK}; no value changes.")
-        wider = [name for name, grid in grids.items() if _kind_of(model, name).bits > grid.bits]
-        if wider:
+        if wider := [name for name, grid in grids.items() if self._kind_of(model, name).bits > grid.bits]:
             remarks.append(f"The codes of {shorten(wider)} are stored in more bits; no value changes.")
         remarks.append(f"Embedding and dense layers are stored as {model.dtype}, norms as float32.")
         return remarks
+
+    def _kind(self, model: ExportedModel, layer: str) -> BlockType | None:
+        """The smallest type that holds a layer's levels, which are looked at once."""
+        if layer not in self._kinds:
+            self._kinds[layer] = _block_type(_levels(model, layer))
+        return self._kinds[layer]
+
+    def _kind_of(self, model: ExportedModel, layer: str) -> BlockType:
+        kind = self._kind(model, layer)
+        assert kind is not None  # problems() has refused it
+        return kind
 
     def _stored(
         self, model: ExportedModel, name: str, tensor: Tensor
@@ -133,7 +146,7 @@ class GGUF(Target):
 
         layer = name.removesuffix(".weight")
         if layer in model.stock.grids and name != layer:
-            kind = _kind_of(model, layer)
+            kind = self._kind_of(model, layer)
             rows = _blocks(_levels(model, layer), _scales(model, layer), kind)
             return _permuted(model, name, rows), GGMLQuantizationType[kind.name]
         values = _permuted(model, name, tensor.float().numpy())
@@ -233,12 +246,6 @@ def _permuted(model: ExportedModel, name: str, rows: np.ndarray) -> np.ndarray:
         return rows
     halves = rows.reshape(-1, 2, _head_dim(config) // 2, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def _kind_of(model: ExportedModel, layer: str) -> BlockType:
-    kind = _block_type(_levels(model, layer))
-    assert kind is not None  # problems() has refused it
-    return kind
 
 
 def _block_type(levels: np.ndarray) -> BlockType | None:
