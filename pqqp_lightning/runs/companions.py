@@ -34,7 +34,7 @@ def keep_companions(folder: RunFolder, data: RunData) -> None:
 
 
 def _first_samples(data: RunData) -> Tensor | None:
-    """Token ids [samples, T] of the first evaluation samples; None if these are not rows of tokens."""
+    """Token ids [samples, T] of the first evaluation samples without padding; None if these are not rows of tokens."""
     loaders: Any = data.evaluation_loaders()
     loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
     rows: list[Tensor] = []
@@ -42,6 +42,9 @@ def _first_samples(data: RunData) -> Tensor | None:
         ids = batch.get("input_ids") if isinstance(batch, dict) else None
         if not isinstance(ids, Tensor) or ids.dim() != 2 or (rows and len(rows[0]) != ids.shape[1]):
             break
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            ids = ids[mask.bool().all(1)]
         rows += ids.cpu().unbind(0)
         if len(rows) >= SAMPLES:
             break
