@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name not in COMMANDS:
             way_out = suggest(name, COMMANDS).strip()
             raise RecipeError(Problem(value=name, text=f"Unknown command '{name}'", way_out=way_out, complete=True))
-        if not COMMANDS[name].takes_recipe and arguments[1:] in (["-h"], ["--help"]):
+        command = COMMANDS[name]
+        if not (command.takes_recipe or command.has_options) and arguments[1:] in (["-h"], ["--help"]):
             print(general_help(), end="")
             return
         from pqqp_lightning.cli.light_torchmetrics import import_torchmetrics_lightly

@@ -99,8 +99,8 @@ def near_miss(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f" Did you mean '{lowered[near[0]]}'?" if near else ""
 
 
-def shorten(names: Iterable[str], most: int = 3) -> str:
-    """``"12 layers (a, b, c, ...)"``: how far a problem reaches, without a page of names."""
+def shorten(names: Iterable[str], most: int = 3, what: str = "layer") -> str:
+    """``"12 layers (a, b, c, ...)"``: how far a problem reaches, without a page of names; ``what`` is one of them."""
     names = list(names)
     listed = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-    return f"{len(names)} layer{'s' if len(names) != 1 else ''} ({listed})"
+    return f"{len(names)} {what}{'s' if len(names) != 1 else ''} ({listed})"

@@ -21,6 +21,7 @@ FLOORS = {
     "data": 6,
     "stages": 5,
     "models": 5,
+    "export": 4,
     "surgery": 3,
     "calibration": 3,
     "checkpoint": 3,

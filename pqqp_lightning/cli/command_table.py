@@ -33,6 +33,7 @@ class Command:
         summary: what it does, in a few words.
         example: the words after the command's name, one entry for each line.
         takes_recipe: whether it takes a recipe and its options.
+        has_options: whether it has options of its own instead, which its own ``--help`` lists.
         resumable: whether ``--ckpt_path last`` resumes it after a kill.
         is_experiment: whether it runs the stages many times; its run folder is then ``runs/RECIPE-COMMAND``.
     """
@@ -40,6 +41,7 @@ class Command:
     summary: str
     example: tuple[str, ...] = ()
     takes_recipe: bool = True
+    has_options: bool = False
     resumable: bool = False
     is_experiment: bool = False
 
@@ -58,6 +60,12 @@ COMMANDS = {
     "validate": Command("measure a model, or a run's checkpoint", ("--run_dir runs/quickstart",)),
     "test": Command("the same on the test data", ("--run_dir runs/quickstart",)),
     "report": Command("show a run's table and page again", ("runs/quickstart",), takes_recipe=False),
+    "export": Command(
+        "write a run's model for other programs",
+        ("runs/quickstart --to hf --out model",),
+        takes_recipe=False,
+        has_options=True,
+    ),
     "methods": Command("list the stages that can be used", takes_recipe=False),
 }
 

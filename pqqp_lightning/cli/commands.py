@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pqqp_lightning.cli.diagnosis import check_sections, diagnose, refuse_nulls
+from pqqp_lightning.cli.export_command import run_export
 from pqqp_lightning.cli.methods import print_methods
 from pqqp_lightning.cli.parser import CommandLine, NotStarted, problems_behind
 from pqqp_lightning.cli.saved_recipe import packaged, with_saved_recipe
@@ -68,6 +69,8 @@ def run_command(arguments: Sequence[str]) -> None:
             way_out = "Run pqqp-lightning report RUN, as in pqqp-lightning report runs/quickstart."
             raise RecipeError(Problem(text="report needs one run folder", way_out=way_out, source=COMMAND_LINE))
         show_run(Path(rest[0]))
+    elif command == "export":
+        run_export(rest)
     else:
         with with_saved_recipe(command, [packaged(argument) for argument in rest]) as complete:
             _run_recipe(command, complete)

@@ -65,7 +65,7 @@ def read_settings(command: str, arguments: Sequence[str]) -> tuple[list[Setting]
     """The settings of the environment, the recipes and the command line, in this order, and what cannot be read."""
     problems: list[Problem] = []
     settings = list(_settings_of_environment(command))
-    for key, value in _pairs(arguments):
+    for key, value in word_pairs(arguments):
         if key in ("config", "c") and value is not None:
             settings += _settings_of_file(Path(value), problems)
         elif key == "" and value is not None:
@@ -90,7 +90,7 @@ def load_yaml(text: str) -> Any:
 
 def option(arguments: Sequence[str], name: str) -> str | None:
     """The last value of ``--name`` on the command line."""
-    found = [value for key, value in _pairs(arguments) if key == name or (name == "config" and key == "c")]
+    found = [value for key, value in word_pairs(arguments) if key == name or (name == "config" and key == "c")]
     return found[-1] if found else None
 
 
@@ -116,7 +116,7 @@ def without_section(arguments: Sequence[str], section: str) -> list[str]:
     kept, pending = list[str](), list(arguments)
     while pending:
         words = [pending.pop(0)]
-        key, value = next(_pairs([*words, *pending[:1]]))
+        key, value = next(word_pairs([*words, *pending[:1]]))
         if words[0].startswith("-") and "=" not in words[0] and value is not None:
             words.append(pending.pop(0))
         if key.split(".")[0] != section or value is None:
@@ -167,7 +167,7 @@ def _source_of(key: str, settings: Sequence[Setting]) -> str | None:
     return None
 
 
-def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+def word_pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """(option without dashes, value) pairs of a command line; the option is empty for a word without one."""
     pending = list(arguments)
     while pending:

@@ -26,7 +26,7 @@ from pqqp_lightning.data.tokenizing import begins_with_bos, token_ids
 from pqqp_lightning.data.tokens import check_vocabulary
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.models.loading import Tokenizer, load_tokenizer
-from pqqp_lightning.models.transformers_bridge import quiet_transformers
+from pqqp_lightning.network.quiet import quiet_transformers
 
 Bos = Literal["auto"] | bool
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -61,6 +62,7 @@ class CausalLM(LightningModule):
             raise RecipeError(Problem("dtype", dtype, text, way_out).within("model"))
         self._tokenizer: loading.Tokenizer | None = None
         self._tokenizer_source: str | None = None
+        self._source = model if isinstance(model, str) else None
         if isinstance(model, str):
             self._tokenizer_source = loading.resolve_source(model)
             self.model: Any = loading.load_model(self._tokenizer_source, DTYPES[dtype])
@@ -82,6 +84,17 @@ class CausalLM(LightningModule):
         if self._tokenizer is None:
             self._tokenizer = loading.load_tokenizer(self._tokenizer_source)
         return self._tokenizer
+
+    def save_tokenizer(self, folder: Path, source: str | None = None) -> None:
+        """Write the tokenizer and the generation config into ``folder``, as exports need them.
+
+        Args:
+            folder: stays empty if the model has no tokenizer.
+            source: of the tokenizer, if it is not the model's own.
+        """
+        loading.save_tokenizer(source or self._source, folder)
+        if any(folder.iterdir()):
+            self.model.generation_config.save_pretrained(folder)
 
     @property
     def vocabulary_size(self) -> int:

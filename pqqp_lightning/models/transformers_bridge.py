@@ -1,4 +1,4 @@
-"""Builds language models through transformers, words its errors, and keeps its log quiet."""
+"""Builds language models through transformers, and words its errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten, suggest
+from pqqp_lightning.network.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -30,23 +31,6 @@ def third_party_errors(problem: Problem) -> Iterator[None]:
             first = " ".join(lines[:2])
         reason = first.split(". ")[0].rstrip(". :")
         raise RecipeError(replace(problem, text=f"{problem.text} ({reason})")) from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings inside; this module checks what matters and raises."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def check_loading(source: str, info: dict[str, Any]) -> None:

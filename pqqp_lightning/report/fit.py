@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import cast
 
@@ -108,7 +109,12 @@ def _size_blocks(folder: RunFolder, report: FitReport) -> list[Block]:
         on_disk = human_bytes(checkpoint["file_bytes"])
         counted = human_bytes(records[-1]["size_bytes"])
         loading = f"Load it with pqqp_lightning.load({str(folder.path)!r})."
-        blocks.append(Words([f"{where}: {on_disk} on disk ({counted} counted). {loading}"], in_summary=True))
+        lines = [f"{where}: {on_disk} on disk ({counted} counted). {loading}"]
+        if folder.samples.is_file():  # a language model, which exports write
+            run = shlex.quote(str(folder.path))
+            out = shlex.quote(f"{folder.path.name}-hf")
+            lines.append(f"For other programs: pqqp-lightning export {run} --to hf --out {out} (--help lists more).")
+        blocks.append(Words(lines, in_summary=True))
     if layers:
         rows = []
         for layer in layers:

@@ -13,6 +13,7 @@ from pqqp_lightning.checkpoint.save import save_checkpoint
 from pqqp_lightning.checkpoint.size import layer_table
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.structure import class_path
+from pqqp_lightning.runs.companions import keep_companions
 from pqqp_lightning.runs.finetuning import continue_steps
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.stage_runner import StageRunner
@@ -40,6 +41,7 @@ class Run:
         self._stages = stages
         self._folder = RunFolder(folder)
         self._trainer = trainer
+        self._data = data
         self._runner = StageRunner(trainer, data)
         self._records: list[Record] = []
         self._identity = run_identity(trainer, data, stages)
@@ -132,6 +134,7 @@ class Run:
         elif not model.is_dir():  # no stages: the model is dense or loaded
             extra = {"record": self._records[-1]}
             save_checkpoint(self._runner.module, model, self._runner.applied, extra, probe=probe)
+        keep_companions(self._folder, self._data)
         self._report("finished")
 
     def _add(self, record: Record) -> None:

@@ -89,12 +89,21 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
         return content
 
 
+RESUME = "Finished stages are kept: free some space and resume with --ckpt_path last, or choose another --run_dir."
+"""The way out where a run's file cannot be written."""
+
+
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; on success it replaces ``path`` as a whole."""
+def new_folder(path: Path, way_out: str = RESUME) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on success it replaces ``path`` as a whole.
+
+    Args:
+        path: of the folder.
+        way_out: what to do if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
-    with _worded(path):
+    with _worded(path, way_out):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
         temporary.mkdir()
@@ -111,12 +120,9 @@ def new_folder(path: Path) -> Iterator[Path]:
             clear_leftovers(path)
 
 
-def not_written(path: object, error: OSError) -> str:
+def not_written(path: object, error: OSError, way_out: str = RESUME) -> str:
     """The message for a file that cannot be written."""
-    return (
-        f"{path}: cannot be written: {error.strerror or error}. Finished stages are kept: free some space and resume "
-        "with --ckpt_path last, or choose another --run_dir."
-    )
+    return f"{path}: cannot be written: {error.strerror or error}. {way_out}"
 
 
 def clear_leftovers(path: Path) -> None:
@@ -152,8 +158,8 @@ def _undamaged(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _worded(path: Path) -> Iterator[None]:
+def _worded(path: Path, way_out: str = RESUME) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RecipeError(not_written(path, error)) from error
+        raise RecipeError(not_written(path, error, way_out)) from error

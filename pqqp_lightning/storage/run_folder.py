@@ -47,6 +47,10 @@ class RunFolder:
     """The checkpoint of the finished run."""
     stages = _File("stages")
     """The checkpoints of an unfinished run."""
+    tokenizer = _File("tokenizer")
+    """The model's tokenizer and generation config, for exports; not every run has them."""
+    samples = _File("samples.safetensors")
+    """A few evaluation samples (token ids), for the checks of exports; not every run has them."""
     logs = _File("logs")
     """The output of Lightning's loggers."""
     report = _File("report.json")

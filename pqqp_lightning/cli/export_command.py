@@ -1,0 +1,127 @@
+"""``pqqp-lightning export``: reads its options from the signature of ``export_run``, and prints what was done."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import docstring_parser
+
+from pqqp_lightning.cli.settings import COMMAND_LINE, word_pairs
+from pqqp_lightning.errors import Problem, RecipeError, near_miss
+from pqqp_lightning.export.discovery import known_targets
+from pqqp_lightning.export.export_run import CheckFailed, Export, export_run
+from pqqp_lightning.export.target import Target
+from pqqp_lightning.report.formatting import human_bytes
+
+USAGE = "pqqp-lightning export RUN --to TARGET --out PATH"
+BOOLEANS = {"true": True, "false": False}
+
+
+def run_export(arguments: Sequence[str]) -> None:
+    """Export a run as the command line says. Exits with code 1 if the result's check fails.
+
+    Raises:
+        RecipeError: with every problem of the command line or the run.
+    """
+    if list(arguments) in (["-h"], ["--help"]):
+        print(_help(), end="")
+        return
+    options = _read_options(arguments)
+    try:
+        done = export_run(**options)
+    except RecipeError as error:
+        named = [replace(p, source=COMMAND_LINE) if p.key and not p.source else p for p in error.problems]
+        raise RecipeError(named) from error
+    except CheckFailed as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    for line in _report(done, known_targets()[options["to"]]()):
+        print(line)
+
+
+def _parameters() -> dict[str, inspect.Parameter]:
+    """The options by name; ``run`` is the only word without one."""
+    return {name: p for name, p in inspect.signature(export_run).parameters.items() if name != "run"}
+
+
+def _read_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """The arguments of ``export_run``.
+
+    Raises:
+        RecipeError: an option is unknown, has no value or the wrong one, or is missing.
+    """
+    parameters = _parameters()
+    options: dict[str, Any] = {}
+    problems = []
+    for name, value in word_pairs(arguments):
+        if name == "" and "run" not in options:
+            options["run"] = value
+        elif problem := _wrong_word(name, value):
+            problems.append(problem)
+        else:
+            options[name] = BOOLEANS[str(value)] if _is_switch(name) else value
+    if "run" not in options:
+        problems.append(_whole("export needs a run folder", f"Run {USAGE}."))
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in options:
+            problems.append(_whole(f"export needs --{name}", _missing(name)))
+    if problems:
+        raise RecipeError(problems)
+    return options
+
+
+def _wrong_word(name: str, value: str | None) -> Problem | None:
+    """The problem of an option and its value, or of a word without an option."""
+    parameters = _parameters()
+    if name == "":
+        return _whole(f"Unexpected argument '{value}'", "Options start with --.")
+    if name not in parameters:
+        known = [f"--{known}" for known in parameters]
+        near = near_miss(f"--{name}", known).strip()
+        return _whole(f"Unknown option '--{name}'", near or f"Known: {', '.join(known)}.")
+    if value is None:
+        return Problem(name, text="has no value", way_out=f"Write --{name} VALUE.", source=COMMAND_LINE)
+    if _is_switch(name) and value not in BOOLEANS:
+        text = "is neither true nor false"
+        return Problem(name, value, text, f"Write --{name} true.", source=COMMAND_LINE)
+    return None
+
+
+def _is_switch(name: str) -> bool:
+    return typing.get_type_hints(export_run)[name] is bool
+
+
+def _whole(sentence: str, way_out: str) -> Problem:
+    return Problem(text=sentence, way_out=way_out, source=COMMAND_LINE, complete=True)
+
+
+def _missing(name: str) -> str:
+    return f"Choose one of {', '.join(known_targets())}." if name == "to" else f"Run {USAGE}."
+
+
+def _report(done: Export, target: Target) -> list[str]:
+    """What was written, what to know about it, what was checked, and how to load it."""
+    lines = [f"{done.out}: {human_bytes(done.size_bytes)} (the run's own checkpoint: {human_bytes(done.own_bytes)})."]
+    lines += [*done.remarks, *done.checks]
+    lines += [f"{program}: {words}" for program, words in target.loading_words(done.out).items()]
+    return lines
+
+
+def _help() -> str:
+    """Every target and every option, from their docstrings."""
+    documented = docstring_parser.parse(inspect.getdoc(export_run) or "")
+    meaning = {entry.arg_name: " ".join((entry.description or "").split()) for entry in documented.params}
+    lines = [f"usage: {USAGE} [options]", "", documented.short_description or "", "", "targets:"]
+    for name, target in known_targets().items():
+        lines.append(f"  {name:<20} {target.summary}")
+    lines += ["", "options:"]
+    for name, parameter in _parameters().items():
+        default = "" if parameter.default is parameter.empty else f" [{str(parameter.default).lower()}]"
+        lines.append(f"  --{name:<8} {meaning[name]}{default}")
+    lines += ["", "example: pqqp-lightning export runs/quickstart --to hf --out model", ""]
+    return "\n".join(lines)

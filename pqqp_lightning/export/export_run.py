@@ -1,0 +1,228 @@
+"""One export: read the run, refuse what the format cannot hold, write, check, move into place, report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from pqqp_lightning.errors import Problem, RecipeError, shorten
+from pqqp_lightning.export.card import CARD, write_card
+from pqqp_lightning.export.discovery import find_target
+from pqqp_lightning.export.runtime_check import Agreement, RuntimeFailed, compare_outputs
+from pqqp_lightning.export.source import read_source
+from pqqp_lightning.export.stock import stock_model
+from pqqp_lightning.export.target import DType, ExportedModel, Target
+from pqqp_lightning.export.tensor_check import compare_tensors
+from pqqp_lightning.storage.files import new_folder, sync
+
+FAILED = "CHECK_FAILED.txt"
+"""Marks a folder whose check failed, and says why."""
+WAY_OUT = "Free some space, or choose another --out."
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+class CheckFailed(Exception):
+    """The written model is not the run's. The folder is marked with :data:`FAILED`."""
+
+
+@dataclass
+class Export:
+    """What an export did.
+
+    Attributes:
+        out: the folder or file that was written.
+        size_bytes: of everything in it.
+        own_bytes: of the run's own checkpoint.
+        remarks: what was rewritten, and what the format loses or makes larger.
+        checks: what was compared, in whole sentences.
+        agreement: with the run's outputs, where the format's program was run.
+        failures: what differs; empty for a good export.
+    """
+
+    out: Path
+    size_bytes: int = 0
+    own_bytes: int = 0
+    remarks: list[str] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)
+    agreement: Agreement | None = None
+    failures: list[str] = field(default_factory=list)
+
+
+def export_run(
+    run: str | Path,
+    *,
+    to: str,
+    out: str | Path,
+    dtype: DType = "float16",
+    widen: bool = True,
+    pad: bool = False,
+    check: bool = True,
+) -> Export:
+    """Write the model of a run in a format that other programs load.
+
+    Nothing is quantized again: codes, scales and zero points are written as they are. The result appears at ``out`` as
+    a whole, after its checks.
+
+    Args:
+        run: the run folder.
+        to: the target, such as hf.
+        out: the folder to write, which may exist if it is empty; or the file, as in model.gguf.
+        dtype: of everything that is not stored as codes: float16, bfloat16 or float32.
+        widen: store codes in more bits where the target has no such width. No value changes.
+        pad: write zeros in place of channels, heads or sublayers that were removed unevenly. This is exact.
+        check: compare every written tensor with the run's, and load the result in another process where its program is
+            installed.
+
+    Raises:
+        RecipeError: with everything that stands against the export, before anything is written.
+        CheckFailed: the result differs from the run; its folder is marked.
+    """
+    run, out = Path(run), Path(out)
+    target, model = _prepare(run, to, out, dtype, widen, pad)
+    done = Export(out, own_bytes=model.source.checkpoint_bytes)
+    done.remarks = [*model.stock.rewritten, *_zeros_remark(model), *target.remarks(model)]
+    if model.source.tokenizer is None:
+        done.remarks.append("The run has no tokenizer; copy one into the folder.")
+    with _destination(out, target, done) as folder:
+        target.write(model, folder)
+        done.size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if check:
+            _check(target, model, folder, done)
+        else:
+            done.checks.append("Not checked (--check false).")
+        write_card(folder, target, model, done.remarks, done.checks, out.name)
+        for file in folder.iterdir():
+            file.chmod((folder / CARD).stat().st_mode)  # safetensors writes files that only their owner may read
+        if done.failures:
+            (folder / FAILED).write_text("\n".join(done.failures) + "\n", encoding="utf-8")
+    if done.failures:
+        shown = " ".join(done.failures[:3]) + (f" And {len(done.failures) - 3} more." if done.failures[3:] else "")
+        where = f"The file is {failed_name(out)}." if target.is_file(out) else f"The folder is marked with {FAILED}."
+        raise CheckFailed(f"{out}: the check failed: {shown} {where}")
+    return done
+
+
+@contextmanager
+def _destination(out: Path, target: Target, done: Export) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on success it becomes ``out`` as a whole, or its one file does."""
+    if not target.is_file(out):
+        with new_folder(out, WAY_OUT) as folder:
+            yield folder
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(out.with_name(f".{out.name}.files"), WAY_OUT) as folder:
+        yield folder
+        sync(folder / target.file)
+        (folder / target.file).replace(failed_name(out) if done.failures else out)
+    shutil.rmtree(out.with_name(f".{out.name}.files"))
+
+
+def failed_name(out: Path) -> Path:
+    """The name of a file whose check failed."""
+    return out.with_name(f"{out.name}.failed")
+
+
+def _prepare(run: Path, to: str, out: Path, dtype: DType, widen: bool, pad: bool) -> tuple[Target, ExportedModel]:
+    """The target and what it writes.
+
+    Raises:
+        RecipeError: with all problems of the arguments, or all of the model.
+    """
+    problems = [*_check_out(out), *_check_dtype(dtype)]
+    target = None
+    try:
+        target = find_target(to)
+    except RecipeError as error:
+        problems += error.problems
+    try:
+        source = read_source(run)
+    except RecipeError as error:
+        raise RecipeError([*problems, *error.problems]) from error
+    if problems or target is None:
+        raise RecipeError(problems)
+    stock = stock_model(source.network, source.dense_config, pad=pad)
+    model = ExportedModel(source, stock, dtype, widen)
+    named = [replace(problem, value=str(run)) for problem in stock.problems]
+    problems = [*named, *_check_range(model), *target.problems(model)]
+    if problems:
+        raise RecipeError(problems)
+    return target, model
+
+
+def _check_out(out: Path) -> list[Problem]:
+    """The problem if something is at ``out`` already, or nothing can be written there."""
+    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
+        return [Problem("out", str(out), "exists already", "Choose another --out, or delete it.")]
+    nearest = next(folder for folder in out.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        return [Problem("out", str(out), f"cannot be written: {nearest} is a file", "Choose another --out.")]
+    return []
+
+
+def _check_dtype(dtype: str) -> list[Problem]:
+    if dtype in DTYPES:
+        return []
+    return [Problem("dtype", dtype, f"is not one of {', '.join(DTYPES)}", "Use float16.")]
+
+
+def _check_range(model: ExportedModel) -> list[Problem]:
+    """The problem if values are too large for the exported dtype."""
+    largest = torch.finfo(model.torch_dtype).max
+    too_large = [
+        name
+        for name, tensor in model.stock.weights.items()
+        if tensor.is_floating_point() and float(tensor.abs().max()) > largest
+    ]
+    if not too_large:
+        return []
+    text = f"cannot hold the values of {shorten(too_large, what='weight')}"
+    return [Problem("dtype", model.dtype, text, "Use --dtype bfloat16 or float32.")]
+
+
+def _zeros_remark(model: ExportedModel) -> list[str]:
+    """What happens to pruned entries, if there are many."""
+    entries = zeros = 0
+    for name, tensor in model.stock.weights.items():
+        if tensor.dim() == 2 and name.endswith("proj.weight"):
+            entries += tensor.numel()
+            zeros += int((tensor == 0).sum())
+    if not entries or zeros / entries < 0.2:
+        return []
+    return [f"{zeros / entries:.0%} zeros are kept as values: this format does not store them compactly."]
+
+
+def _check(target: Target, model: ExportedModel, folder: Path, done: Export) -> None:
+    """Compare the tensors, then the outputs."""
+    count, done.failures = compare_tensors(target, model, folder)
+    if done.failures:
+        return
+    done.checks.append(f"{count} tensors, decoded from the files, equal the run's.")
+    runtime = target.runtime
+    if runtime is None:
+        return
+    if runtime.missing():
+        done.checks.append(f"Not checked in {runtime.name}: pip install {runtime.package}.")
+        return
+    try:
+        agreement = compare_outputs(model, runtime, folder)
+    except RuntimeFailed as error:
+        done.failures.append(f"{runtime.name} does not load it: {error}.")
+        return
+    done.agreement = agreement
+    samples, tokens = agreement.shape
+    kind = "evaluation" if model.source.has_samples() else "random"
+    words = (
+        f"{runtime.name} {agreement.version} in a process of its own: perplexity {agreement.perplexity:.4f} "
+        f"(this run: {agreement.own_perplexity:.4f}), largest logit difference {agreement.largest_difference:.3g}, "
+        f"KL {agreement.divergence:.1e}, same top {agreement.same_top:.1%} ({samples} x {tokens} {kind} tokens)."
+    )
+    if agreement.agrees(runtime, model.dtype):
+        done.checks.append(words)
+    else:
+        limit = runtime.largest_divergence[model.dtype]
+        done.failures.append(f"Outputs differ too much (KL above {limit:g}): {words}")

@@ -1,0 +1,122 @@
+"""What an export reads: the run folder, and nothing outside of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pqqp_lightning.checkpoint.format import model_folder, origin_of
+from pqqp_lightning.checkpoint.load import load
+from pqqp_lightning.errors import Problem, RecipeError
+from pqqp_lightning.storage.files import read_json
+from pqqp_lightning.storage.run_folder import RunFolder, checkpoint_bytes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+SAMPLES = 4
+"""Evaluation samples on which outputs are compared."""
+TOKENS = 256
+"""Tokens of each."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder, or the checkpoint folder in it.
+        network: the transformers model with the run's weights, structure and constraints.
+        dense_config: the configuration of the model before any stage.
+        checkpoint_bytes: of the run's own checkpoint.
+        report: ``report.json``, or an empty dict.
+        recipe: the text of the recipe; empty for a run that was started from Python.
+    """
+
+    folder: Path
+    network: PreTrainedModel
+    dense_config: PretrainedConfig
+    checkpoint_bytes: int
+    report: dict[str, Any]
+    recipe: str
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder with the tokenizer and the generation config; None if the run has none."""
+        folder = RunFolder(self.folder).tokenizer
+        return folder if folder.is_dir() else None
+
+    @property
+    def base_model(self) -> str | None:
+        """The hub id or path that the run started from, if its recipe names one."""
+        model = (self.report.get("recipe") or {}).get("model") or {}
+        name = (model.get("init_args") or {}).get("model") if isinstance(model, dict) else None
+        return name if isinstance(name, str) else None
+
+    def samples(self) -> Tensor:
+        """Token ids [samples, tokens] to compare outputs on: the run's evaluation samples, else random ones."""
+        file = RunFolder(self.folder).samples
+        if file.is_file():
+            ids = load_file(file)["input_ids"]
+        else:
+            vocabulary = len(self.network.get_input_embeddings().weight)  # type: ignore[arg-type]
+            ids = torch.randint(0, vocabulary, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0))
+        longest = getattr(self.network.config, "max_position_embeddings", None) or TOKENS
+        return ids[:SAMPLES, : min(TOKENS, longest)]
+
+    def has_samples(self) -> bool:
+        """Whether the run kept evaluation samples."""
+        return RunFolder(self.folder).samples.is_file()
+
+
+def read_source(run: Path) -> Source:
+    """Load a finished run.
+
+    Raises:
+        RecipeError: the folder is not a finished run's, is damaged, or holds another kind of model.
+    """
+    if not run.is_dir():
+        raise RecipeError(Problem("run", str(run), "is not a folder", "Name a run folder, such as runs/quickstart."))
+    files = RunFolder(run)
+    if files.holds_run and not files.model.is_dir():
+        way_out = "Finish it (fit with --ckpt_path last), or name a run of fit."
+        raise RecipeError(Problem("run", str(run), "has no finished model", way_out))
+    module = load(run)
+    network = network_of(module, run)
+    return Source(
+        folder=run,
+        network=network,
+        dense_config=_dense_config(module, network),
+        checkpoint_bytes=checkpoint_bytes(model_folder(run)),
+        report=read_json(files.report) if files.report.is_file() else {},
+        recipe=files.recipe.read_text(encoding="utf-8") if files.recipe.is_file() else "",
+    )
+
+
+def network_of(module: LightningModule, run: Path) -> PreTrainedModel:
+    """The language model inside a loaded module.
+
+    Raises:
+        RecipeError: the module holds none.
+    """
+    from transformers import PreTrainedModel
+
+    network = getattr(module, "model", None)
+    if isinstance(network, PreTrainedModel) and network.can_generate():
+        return network
+    text = f"holds a {type(module).__name__}, which is not a language model of transformers"
+    way_out = "Use pqqp_lightning.load(RUN) for it: no target writes other models."
+    raise RecipeError(Problem("run", str(run), text, way_out))
+
+
+def _dense_config(module: LightningModule, network: PreTrainedModel) -> PretrainedConfig:
+    """The configuration in the checkpoint, which describes the model before its stages."""
+    origin = origin_of(module)
+    settings = ((origin.skeleton or {}).get("init_args") or {}).get("model") if origin else None
+    return type(network.config).from_dict(dict(settings)) if isinstance(settings, dict) else network.config

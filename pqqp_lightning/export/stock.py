@@ -1,0 +1,358 @@
+"""A compressed network as the model that plain transformers builds from a configuration.
+
+What other programs load is an architecture's own structure, described by ``config.json``. This file rewrites what can
+be rewritten without changing the function: merged adapters, multiplied factors, folded rotations, zeros in place of
+removed parts. Everything else becomes a problem.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pqqp_lightning.algorithms.grid import Grid
+from pqqp_lightning.errors import Problem, shorten
+from pqqp_lightning.network.activation_hooks import QuantizeHeads, QuantizeInput, RotateInput, transforms_of
+from pqqp_lightning.network.constraints import constrained_layers
+from pqqp_lightning.network.layers import is_packed
+from pqqp_lightning.surgery.adapters import BASE, is_wrapper, update_of
+from pqqp_lightning.surgery.factored import Factored
+from pqqp_lightning.surgery.removal import Removed
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+ROWS_AT_ONCE = 4096
+"""Rows of a head that are multiplied in float64 at a time."""
+
+LOAD_HERE = "Use pqqp_lightning.load(RUN) for it."
+RUN_TIME = {
+    RotateInput: (
+        "rotate their inputs while the model runs",
+        "Set online: false and gains: fold in QuaRot, and run it",
+    ),
+    QuantizeInput: ("round their inputs while the model runs", "Leave ActivationQuantization out, and run"),
+    QuantizeHeads: ("round keys or values while the model runs", "Leave kv_bits out, and run"),
+}
+"""What transforms do that no stock model does, and the way out."""
+
+
+@dataclass
+class StockModel:
+    """An ordinary transformers model, as tensors.
+
+    Attributes:
+        model_class: of transformers.
+        config: which builds its structure.
+        weights: every tensor of its state dict, in the dtype of the run.
+        grids: the grids of its quantized Linear layers, by layer name.
+        tied: whether the head is the embedding.
+        rewritten: what was changed to make it stock, in whole sentences.
+        problems: why it cannot be made stock; then the rest is incomplete.
+    """
+
+    model_class: type[PreTrainedModel]
+    config: PretrainedConfig
+    weights: dict[str, Tensor]
+    grids: dict[str, Grid]
+    tied: bool
+    rewritten: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors that files hold: a tied head is not stored."""
+        return {name: tensor for name, tensor in self.weights.items() if not (self.tied and name == self.head_weight)}
+
+    def build(self) -> PreTrainedModel:
+        """The model on the meta device: its structure without weights."""
+        return build_on_meta(self.model_class, self.config)
+
+    @property
+    def head_weight(self) -> str:
+        """The name of the weight that computes the logits."""
+        return "lm_head.weight"
+
+
+def stock_model(network: PreTrainedModel, dense_config: PretrainedConfig, *, pad: bool) -> StockModel:
+    """Rewrite a network as a stock one.
+
+    Args:
+        network: a run's; it is not changed.
+        dense_config: of the model before any stage.
+        pad: whether zeros may take the place of what was removed.
+    """
+    weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    grids = {name: constraints.grid for name, _, constraints in constrained_layers(network) if constraints.grid}
+    head = network.get_output_embeddings()
+    embedding: Any = network.get_input_embeddings()
+    tied = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
+    stock = StockModel(type(network), copy_config(network.config), weights, grids, tied)
+    stock.problems += _run_time_problems(network)
+    _merge_adapters(network, stock)
+    _multiply_factors(network, stock)
+    _fold_norms(network, stock)
+    if not stock.problems:
+        _fit_structure(network, stock, dense_config, pad)
+    return stock
+
+
+def copy_config(config: PretrainedConfig) -> PretrainedConfig:
+    """An independent copy, as a file would hold it."""
+    return type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
+
+
+def build_on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """The structure that a configuration describes."""
+    with torch.device("meta"):
+        return model_class(copy_config(config))
+
+
+def _run_time_problems(network: nn.Module) -> list[Problem]:
+    """What layers do besides their weights: no configuration describes it."""
+    problems = []
+    for kind, (what, way_out) in RUN_TIME.items():
+        layers = [name for name, module in network.named_modules() if _has(module, kind)]
+        if layers:
+            problems.append(Problem("run", text=f"has {shorten(layers)} that {what}", way_out=f"{way_out} it again."))
+    packed = [name for name, m in network.named_modules() if isinstance(m, nn.Linear) and is_packed(m)]
+    if packed:
+        text = f"has {shorten(packed)} whose weights only their own kernels read"
+        problems.append(Problem("run", text=text, way_out=LOAD_HERE))
+    return problems
+
+
+def _has(module: nn.Module, kind: type) -> bool:
+    return any(isinstance(transform, kind) for transform in transforms_of(module))
+
+
+def _merge_adapters(network: nn.Module, stock: StockModel) -> None:
+    """Add adapters that were kept apart to their layers' weights; the sum lies on no grid."""
+    merged = []
+    for name, module in network.named_modules():
+        if not is_wrapper(module):
+            continue
+        layer: Any = module
+        weight = stock.weights[f"{name}.{BASE}.weight"]
+        if not (weight.is_floating_point() and weight.dim() == 2):
+            continue
+        total = weight.double()
+        for adapter in layer.active_adapters:
+            total = total + update_of(layer, adapter).double()
+        bias = stock.weights.get(f"{name}.{BASE}.bias")
+        _replace_module(stock, name, total.to(weight.dtype), bias)
+        merged.append(name)
+    if merged:
+        stock.rewritten.append(f"Adapters were merged into {shorten(merged)}, which are dense here.")
+
+
+def _multiply_factors(network: nn.Module, stock: StockModel) -> None:
+    """Multiply a shared basis with each layer's coefficients."""
+    multiplied = []
+    for name, module in network.named_modules():
+        if not isinstance(module, Factored):
+            continue
+        coefficients = stock.weights[f"{name}.coefficients.weight"]  # [O, k]
+        basis = stock.weights[f"{name}.basis.weight"]  # [k, I]
+        product = (coefficients.double() @ basis.double()).to(coefficients.dtype)
+        _replace_module(stock, name, product, stock.weights.get(f"{name}.coefficients.bias"))
+        multiplied.append(name)
+    if multiplied:
+        text = f"Factors were multiplied out in {shorten(multiplied)}, which are dense and unshared here."
+        stock.rewritten.append(text)
+
+
+def _replace_module(stock: StockModel, name: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Put one weight in place of everything that a module holds."""
+    for key in [key for key in stock.weights if key.startswith(f"{name}.")]:
+        del stock.weights[key]
+    for key in [key for key in stock.grids if key.startswith(f"{name}.")]:
+        del stock.grids[key]
+    stock.weights[f"{name}.weight"] = weight
+    if bias is not None:
+        stock.weights[f"{name}.bias"] = bias
+
+
+def _fold_norms(network: PreTrainedModel, stock: StockModel) -> None:
+    """Give norms without gains gains of 1, and fold the matrix behind the last norm into the head (QuaRot)."""
+    norms = [name for name, module in network.named_modules() if isinstance(module, nn.RMSNorm)]
+    if not norms:
+        return
+    plain: dict[str, nn.Module] = {}
+    for name in norms:
+        parent, _, child = name.rpartition(".")
+        folded = isinstance(network.get_submodule(parent), nn.Sequential) and child == "norm"
+        plain[parent if folded else name] = network.get_submodule(name)
+    fresh = dict(build_on_meta(stock.model_class, stock.config).named_modules())
+    unlike = [name for name, norm in plain.items() if not _is_rms_norm(fresh.get(name), norm)]
+    if unlike:
+        text = f"has {shorten(unlike, what='rotated norm')} that no model of type {stock.config.model_type} has"
+        stock.problems.append(Problem("run", text=text, way_out=f"Leave QuaRot out, and run it again. {LOAD_HERE}"))
+        return
+    for name, norm in plain.items():
+        gain = stock.weights.pop(f"{name}.gain.weight", None)
+        size: Any = norm.normalized_shape[0]  # type: ignore[union-attr,index]
+        embedding = stock.weights[f"{_name_of(network, network.get_input_embeddings())}.weight"]
+        stock.weights[f"{name}.weight"] = torch.ones(size, dtype=embedding.dtype)
+        if gain is not None:
+            rows = [(part.double() @ gain.double()).to(embedding.dtype) for part in embedding.split(ROWS_AT_ONCE)]
+            stock.weights[stock.head_weight] = torch.cat(rows)
+            stock.tied = False
+            stock.config.tie_word_embeddings = False
+            stock.rewritten.append("The rotation is folded into a head of its own; the embedding was tied before.")
+
+
+def _is_rms_norm(fresh: Any, norm: Any) -> bool:
+    """Whether the stock norm with gains of 1 computes what ``norm`` does, tried on random numbers."""
+    if fresh is None or [name for name, _ in fresh.named_parameters()] != ["weight"]:
+        return False
+    size = norm.normalized_shape[0]
+    epsilon = getattr(fresh, "variance_epsilon", None)
+    if epsilon != norm.eps:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, size, generator=generator)
+    tried = type(fresh)(size, eps=epsilon)
+    nn.init.ones_(tried.weight)
+    return torch.allclose(tried(x), norm(x), atol=1e-5)
+
+
+def _fit_structure(network: nn.Module, stock: StockModel, dense_config: PretrainedConfig, pad: bool) -> None:
+    """Compare the tensors with those that the configuration describes; with ``pad`` fill in zeros."""
+    expected = _described(stock.model_class, stock.config)
+    if expected is None or _differences(stock.weights, expected):
+        # A stage that leaves layers of several widths may have changed the configuration; the dense one has room.
+        wide = copy_config(dense_config)
+        wide.tie_word_embeddings = stock.config.tie_word_embeddings
+        layers = getattr(stock.config, "num_hidden_layers", None)
+        if layers == getattr(wide, "num_hidden_layers", None):
+            stock.config = wide
+            expected = _described(stock.model_class, wide)
+    if expected is None:
+        text = f"has a structure that no configuration of {stock.config.model_type} describes"
+        stock.problems.append(Problem("run", text=text, way_out=LOAD_HERE))
+        return
+    differing = _differences(stock.weights, expected)
+    if not differing:
+        _check_classes(network, stock)
+        return
+    if not _can_pad(network, stock.weights, expected):
+        text = (
+            f"has a structure that no model of type {stock.config.model_type} has: {shorten(differing, what='weight')}"
+        )
+        stock.problems.append(Problem("run", text=text, way_out=LOAD_HERE))
+    elif not pad:
+        text = f"has layers of uneven widths or without sublayers: {shorten(differing, what='weight')}"
+        way_out = "Set --pad true: zeros take their place, which is exact and takes the dense model's room."
+        stock.problems.append(Problem("run", text=text, way_out=way_out))
+    else:
+        _pad(stock, expected)
+        stock.rewritten.append(f"Zeros fill what was removed from {shorten(differing, what='weight')}.")
+
+
+def _described(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, Tensor] | None:
+    """The state dict on the meta device that ``config`` describes; None if it describes none."""
+    try:
+        return dict(build_on_meta(model_class, config).state_dict())
+    except (ValueError, RuntimeError, AssertionError):
+        return None
+
+
+def _differences(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """The names that only one of the two has, and those of different shapes."""
+    names = sorted(weights.keys() ^ expected.keys())
+    return names + [name for name in weights if name in expected and weights[name].shape != expected[name].shape]
+
+
+def _check_classes(network: nn.Module, stock: StockModel) -> None:
+    """Refuse modules of another class than the stock model's, except for those that were rewritten."""
+    foreign = []
+    for name, module in stock.build().named_modules():
+        try:
+            own = network.get_submodule(name)
+        except AttributeError:
+            continue  # inside of a module that was rewritten
+        rewritten = isinstance(own, Factored | nn.RMSNorm | nn.Sequential) or is_wrapper(own)
+        if type(own) is not type(module) and not rewritten:
+            foreign.append(f"{name} ({type(own).__name__})")
+    if foreign:
+        text = f"has {shorten(foreign, what='module')} that no model of type {stock.config.model_type} has"
+        stock.problems.append(Problem("run", text=text, way_out=LOAD_HERE))
+
+
+def _can_pad(network: nn.Module, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Whether zeros can take the place of all that is missing: removed sublayers, and narrower Linear layers."""
+    removed = [name for name, module in network.named_modules() if isinstance(module, Removed | nn.Identity)]
+    for name in _differences(weights, expected):
+        owner = name.rpartition(".")[0]
+        if name not in expected:
+            return False
+        if name not in weights:
+            if not any(name.startswith(f"{part}.") for part in removed):
+                return False
+        elif not (isinstance(_submodule(network, owner), nn.Linear) and _fits(weights[name], expected[name])):
+            return False
+    return True
+
+
+def _fits(weight: Tensor, target: Tensor) -> bool:
+    """Whether ``weight`` is nowhere larger than ``target``."""
+    return all(have <= want for have, want in zip(weight.shape, target.shape, strict=True))
+
+
+def _submodule(network: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _pad(stock: StockModel, expected: dict[str, Tensor]) -> None:
+    """Append zeros to narrow weights, and write zeros for removed ones.
+
+    This is exact: a row of zeros computes 0, which SiLU, GELU and ReLU keep, and a column of zeros ignores it. Heads
+    that were removed come last, so that each key head keeps its query heads.
+    """
+    dtype = next(iter(stock.weights.values())).dtype
+    for name, target in expected.items():
+        weight = stock.weights.get(name)
+        if weight is not None and weight.shape == target.shape:
+            continue
+        padded = torch.zeros(target.shape, dtype=dtype if weight is None else weight.dtype)
+        if weight is not None:
+            padded[tuple(slice(size) for size in weight.shape)] = weight
+        stock.weights[name] = padded
+        layer = name.removesuffix(".weight")
+        if layer in stock.grids and name.endswith(".weight"):
+            grid = _padded_grid(stock.grids.pop(layer), weight, padded)
+            if grid is not None:
+                stock.grids[layer] = grid
+
+
+def _padded_grid(grid: Grid, weight: Tensor | None, padded: Tensor) -> Grid | None:
+    """The grid with rows and groups for the zeros; None if the added columns are not whole groups."""
+    assert weight is not None
+    rows, columns = padded.shape
+    added = columns - grid.columns
+    scale = grid.scale.expand(len(weight), -1)
+    zero = None if grid.zero is None else grid.zero.expand(len(weight), -1)
+    grouped = scale.shape[1] > 1
+    if grouped and added % grid.group_size:
+        return None
+    groups = scale.shape[1] + (added // grid.group_size if grouped else 0)
+    filled_zero = None if zero is None else _filled(zero, rows, groups)
+    return replace(grid, scale=_filled(scale, rows, groups), zero=filled_zero, columns=columns)
+
+
+def _filled(values: Tensor, rows: int, groups: int) -> Tensor:
+    """``values`` [O, G] in the corner of ones [rows, groups]: 0 is on a grid of any scale and zero point."""
+    larger = values.new_ones(rows, groups)
+    larger[: values.shape[0], : values.shape[1]] = values
+    return larger
+
+
+def _name_of(network: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in network.named_modules() if module is wanted)

@@ -1,0 +1,80 @@
+"""What the tests of exports share: tiny runs, made once a process, and checks that stay in this process."""
+
+from __future__ import annotations
+
+import functools
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import pqqp_lightning.callbacks as c
+from pqqp_lightning.export import runtime_check
+from pqqp_lightning.models import CausalLM
+
+RUNS: dict[str, Any] = {
+    "dense": lambda: [],
+    "rtn4": lambda: [c.RTN(4, group_size=32)],
+    "rtn3-asymmetric": lambda: [c.RTN(3, symmetric=False)],
+    "rtn4-asymmetric": lambda: [c.RTN(4, symmetric=False)],
+    "rtn5": lambda: [c.RTN(5)],
+    "rtn8": lambda: [c.RTN(8)],
+    "rtn8-asymmetric": lambda: [c.RTN(8, symmetric=False)],
+    "pruned-rtn4": lambda: [c.Magnitude(0.5), c.RTN(4, group_size=32)],
+    "mixed": lambda: [c.RTN(3, targets=["*q_proj", "*up_proj"]), c.RTN(5, targets=["*v_proj"])],
+    "mixed-asymmetric": lambda: [
+        c.RTN(4, symmetric=False, group_size=16, targets=["*mlp*"]),
+        c.RTN(5, targets=["*self_attn*"]),
+    ],
+    "nf4": lambda: [c.NF4()],
+    "sparse": lambda: [c.Magnitude(0.5)],
+    "sleb": lambda: [c.SLEB(1)],
+    "sublayer": lambda: [c.SLEB(1, granularity="sublayer")],
+    "channels": lambda: [c.ChannelPruning(0.5, head_ratio=0.5)],
+    "uneven": lambda: [c.ChannelPruning(0.5, targets=["*.0.mlp.*"]), c.RTN(4)],
+    "basis": lambda: [c.BasisSharing(0.2), c.RTN(4)],
+    "quarot": lambda: [c.QuaRot(), c.RTN(4)],
+    "online": lambda: [c.QuaRot(online=True)],
+    "kept-gains": lambda: [c.QuaRot(gains="keep")],
+    "activations": lambda: [c.ActivationQuantization(kv_bits=4)],
+    "adapters": lambda: [c.RTN(4), c.LoRA(merge=False, learning_rate=0.05)],
+}
+"""The stages of each run by name."""
+
+
+@functools.cache
+def run_of(name: str, kind: str = "llama", tied: bool = False) -> Path:
+    """The folder of a finished run of a tiny model."""
+    folder = Path(tempfile.mkdtemp(prefix="exports-")) / f"a run {name}"
+    torch.manual_seed(0)
+    settings = (tiny.LLAMA if kind == "llama" else tiny.OPT) | {"tie_word_embeddings": tied}
+    module = tiny.make_model(kind) if kind in ("deit", "resnet") else CausalLM(settings)
+    with torch.no_grad():
+        for layer, parameter in module.named_parameters():
+            if "norm" in layer:
+                parameter.add_(0.1 * torch.randn_like(parameter))  # gains and biases as in trained models
+            elif tied:
+                parameter.mul_(5)
+    data = tiny.make_data(kind, Path(tempfile.mkdtemp(prefix="exports-data-")))
+    stages = RUNS[name]()
+    trainer = tiny.trainer(folder, *stages, **({} if stages else {"max_epochs": 0}))
+    trainer.fit(module, datamodule=data)
+    return folder
+
+
+def run_here(runtime: Any, arguments: list[str]) -> str:
+    """A script of ``runtimes/`` in this process, where importing its libraries costs nothing."""
+    script = runpy.run_path(str(runtime_check.SCRIPTS / runtime.script))
+    return script["main"](*arguments)
+
+
+@pytest.fixture
+def checks_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the scripts of checks in this process."""
+    monkeypatch.setattr(runtime_check, "_run_script", run_here)
+    monkeypatch.setattr(sys, "path", [*sys.path])
