@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 
 import pqqp_lightning
 from pqqp_lightning import load
+from pqqp_lightning.callbacks import LoRA
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.export import runtime_check
 from pqqp_lightning.export.discovery import known_targets
 from pqqp_lightning.export.export_run import FAILED, CheckFailed, export_run
 from pqqp_lightning.export.runtime_check import RuntimeFailed
 from pqqp_lightning.export.targets.hf import HuggingFace
+from pqqp_lightning.models import CausalLM
 from pqqp_lightning.storage.run_folder import RunFolder
 
 STOCK = ["dense", "rtn4", "rtn3-asymmetric", "pruned-rtn4", "nf4", "sparse", "sleb", "channels", "basis", "quarot"]
@@ -97,6 +99,14 @@ def test_a_tied_head_is_stored_once(tmp_path, checks_here):  # noqa: F811
 def test_a_model_with_layernorm_is_not_rotated_silently(tmp_path):
     with pytest.raises(RecipeError, match="rotated norm"):
         export_run(run_of("quarot", "opt"), to="hf", out=tmp_path / "model")
+
+
+def test_adapters_on_transposed_weights_are_refused(tmp_path):
+    settings = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    data = tiny.make_data("llama", tmp_path)
+    tiny.trainer(tmp_path / "run", LoRA(merge=False)).fit(CausalLM(settings), datamodule=data)
+    with pytest.raises(RecipeError, match=r"keeps adapters apart on .* not Linear.*Set merge: true"):
+        export_run(tmp_path / "run", to="hf", out=tmp_path / "model")
 
 
 def test_an_image_model_is_refused_by_name(tmp_path):

@@ -4,16 +4,19 @@ import json
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from exports import checks_here, run_of  # noqa: F401  # a fixture
 from safetensors.torch import load_file
 
 from pqqp_lightning import load
 from pqqp_lightning.algorithms.grid import Grid, decode, encode, fit_grid
+from pqqp_lightning.callbacks import RTN
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.export.export_run import FAILED, CheckFailed, export_run
 from pqqp_lightning.export.grids import in_groups, in_rows, wider_bits, with_zero_points
 from pqqp_lightning.export.targets import compressed_tensors as target_file
+from pqqp_lightning.models import CausalLM
 from pqqp_lightning.network.constraints import constraints_of
 
 pytest.importorskip("compressed_tensors")
@@ -147,3 +150,14 @@ def test_the_width_is_that_of_the_widest_joined_layer():
 
     grids = {"a.q_proj": grid(3), "a.k_proj": grid(5), "a.v_proj": grid(2), "a.o_proj": grid(2), "b.q_proj": grid(3)}
     assert wider_bits(grids, (4, 8)) == {"a.q_proj": 8, "a.k_proj": 8, "a.v_proj": 8, "a.o_proj": 4, "b.q_proj": 4}
+
+
+def test_quantized_layers_that_are_not_linear_are_written_as_values(tmp_path, checks_here):  # noqa: F811
+    """GPT-2's Conv1D holds its weight transposed: codes of it would be another matrix."""
+    settings = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    data = tiny.make_data("llama", tmp_path)
+    tiny.trainer(tmp_path / "run", RTN(4)).fit(CausalLM(settings), datamodule=data)
+    with pytest.raises(RecipeError, match=r"no quantized layer left .The codes of .* not Linear"):
+        export_run(tmp_path / "run", to="compressed-tensors", out=tmp_path / "model")
+    done = export_run(tmp_path / "run", to="hf", out=tmp_path / "model", dtype="float32")
+    assert done.agreement.largest_difference < 1e-5

@@ -86,11 +86,19 @@ def stock_model(network: PreTrainedModel, dense_config: PretrainedConfig, *, pad
         pad: whether zeros may take the place of what was removed.
     """
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
-    grids = {name: constraints.grid for name, _, constraints in constrained_layers(network) if constraints.grid}
+    grids: dict[str, Grid] = {}
+    other = []  # GPT-2's Conv1D and fused experts: their weights are laid out in another way
+    for name, layer, constraints in constrained_layers(network):
+        if constraints.grid is not None and isinstance(layer, nn.Linear):
+            grids[name] = constraints.grid
+        elif constraints.grid is not None:
+            other.append(name)
     head = network.get_output_embeddings()
     embedding: Any = network.get_input_embeddings()
     tied = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
     stock = StockModel(type(network), copy_config(network.config), weights, grids, tied)
+    if other:
+        stock.rewritten.append(f"The codes of {shorten(other)}, which are not Linear, are written as values.")
     stock.problems += _run_time_problems(network)
     _merge_adapters(network, stock)
     _multiply_factors(network, stock)
@@ -132,19 +140,24 @@ def _has(module: nn.Module, kind: type) -> bool:
 def _merge_adapters(network: nn.Module, stock: StockModel) -> None:
     """Add adapters that were kept apart to their layers' weights; the sum lies on no grid."""
     merged = []
+    unmerged = []
     for name, module in network.named_modules():
         if not is_wrapper(module):
             continue
         layer: Any = module
-        weight = stock.weights[f"{name}.{BASE}.weight"]
-        if not (weight.is_floating_point() and weight.dim() == 2):
+        if not isinstance(layer.get_base_layer(), nn.Linear):  # GPT-2's Conv1D holds its weight transposed
+            unmerged.append(name)
             continue
+        weight = stock.weights[f"{name}.{BASE}.weight"]
         total = weight.double()
         for adapter in layer.active_adapters:
             total = total + update_of(layer, adapter).double()
         bias = stock.weights.get(f"{name}.{BASE}.bias")
         _replace_module(stock, name, total.to(weight.dtype), bias)
         merged.append(name)
+    if unmerged:
+        text = f"keeps adapters apart on {shorten(unmerged)} that are not Linear"
+        stock.problems.append(Problem("run", text=text, way_out="Set merge: true in LoRA, and run it again."))
     if merged:
         stock.rewritten.append(f"Adapters were merged into {shorten(merged)}, which are dense here.")
 
