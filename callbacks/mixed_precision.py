@@ -89,7 +89,7 @@ class MixedPrecision(QuantizationStage):
         **kwargs: Any,
     ) -> None:
         super().__init__(group_size=group_size, symmetric=symmetric, clip=clip, **kwargs)
-        self.bits = list(bits)  # type: ignore[assignment]
+        self.bits = [bits] if isinstance(bits, int) else list(bits)  # type: ignore[assignment]
         self.average_bits = average_bits
         self.size_bytes, self.schedule, self.method, self.sensitivity = size_bytes, schedule, method, sensitivity
         self.block_size, self.damping, self.activation_order = block_size, damping, activation_order

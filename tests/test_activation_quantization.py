@@ -110,7 +110,8 @@ def test_the_dtype_is_kept(dtype):
 def test_every_kind_of_model_computes_with_rounded_inputs_and_its_checkpoint_loads(tmp_path, kind):
     kv_bits = 8 if kind in ("llama", "opt") else None
     dense = outputs(tiny.make_model(kind).eval())
-    stage = ActivationQuantization(8, kv_bits=kv_bits)
+    # kept, because new statistics would change an untrained ResNet by more than the rounding
+    stage = ActivationQuantization(8, kv_bits=kv_bits, batch_norm="keep")
     module = run(tmp_path, kind, stage)
     layers = stage.find_layers(module)
     assert list(transformed_layers(module, QuantizeInput)) == list(layers)

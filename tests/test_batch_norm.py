@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from sklearn.datasets import load_digits
 from timm.layers import BatchNormAct2d
-from tiny import blamed, make_data, make_model, trainer
+from tiny import Regressor, blamed, make_data, make_model, regression_loader, trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,6 +27,7 @@ from pqqp_lightning.callbacks.qat import QAT
 from pqqp_lightning.callbacks.qlora import QLoRA
 from pqqp_lightning.callbacks.quarot import QuaRot
 from pqqp_lightning.callbacks.rtn import RTN
+from pqqp_lightning.callbacks.sparsegpt import SparseGPT
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.blocks import find_blocks
 from pqqp_lightning.storage.records import read_records
@@ -302,3 +303,19 @@ def test_a_trained_network_keeps_more_of_its_accuracy():
     recalibrate_batch_norms(walk_of(model, images[:128].split(50)))
     assert dense > 0.8
     assert accuracy() > kept + 0.1
+
+
+def test_a_norm_without_running_statistics_does_not_stop_a_calibrated_stage(tmp_path):
+    """It refuses the probe of one sample in evaluation mode too."""
+
+    class Untracked(Regressor):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8, track_running_stats=False)
+
+        def forward(self, x):
+            return super().forward(self.norm(x))
+
+    engine = trainer(tmp_path / "run", SparseGPT(0.5))
+    engine.fit(Untracked(), regression_loader(), regression_loader(16, seed=1))
+    assert read_records(tmp_path / "run")[1]["sparsity"] == 0.5

@@ -191,3 +191,22 @@ def test_a_check_that_returns_text_breaks_its_contract_in_words(tmp_path):
     with pytest.raises(RecipeError, match=r"stages.wordy \(Wordy\): check must return a list of Problem .* holds str"):
         fit(tmp_path / "run", Wordy())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("averaging", "epochs"),
+    [
+        (lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=5), 3),
+        (lambda: EMAWeightAveraging(update_starting_at_step=1000), 2),
+    ],
+)
+def test_training_that_an_average_never_saw_is_not_lost_in_silence(tmp_path, averaging, epochs):
+    with pytest.raises(RecipeError, match=r"stages\.finetune \(Finetune\): .* averaged nothing in this training"):
+        fit(tmp_path / "run", Finetune(epochs), callbacks=[averaging()])
+
+
+def test_two_averages_are_refused(tmp_path):
+    both = [make()[0] for make in AVERAGING.values()]
+    with pytest.raises(RecipeError, match="would each replace the weights"):
+        fit(tmp_path / "run", Finetune(2), callbacks=both)
+    assert not (tmp_path / "run" / "run.json").exists()

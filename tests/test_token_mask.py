@@ -19,6 +19,7 @@ from pqqp_lightning.calibration.layer_errors import layer_errors
 from pqqp_lightning.calibration.token_mask import TokenMask, token_masks
 from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.callbacks import MixedPrecision, SparseGPT, Wanda
+from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.blocks import model_blocks
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.storage.records import read_records
@@ -190,3 +191,19 @@ def test_only_two_dimensional_masks_of_integers_count():
     assert token_masks(model, [tokenized], tokenized, run)[0] is not None
     whole = {"attention_mask": torch.ones(2, 3, dtype=torch.long)}
     assert token_masks(model, [whole], whole, run) == [None]
+
+
+@pytest.mark.parametrize("wrong", [[True], torch.ones(4), torch.tensor([[0.0, -1e9]]), "mask"])
+def test_a_calibration_mask_of_another_form_is_refused(wrong):
+    model = nn.Identity()
+    model.calibration_mask = lambda batch: wrong
+    with pytest.raises(RecipeError, match=r"calibration_mask returned .* instead of a bool tensor"):
+        token_masks(model, [{}], {}, model)
+
+
+def test_a_mask_of_floats_counts_if_it_says_yes_or_no():
+    model = nn.Identity()
+    floats = {"attention_mask": torch.tensor([[1.0, 1.0, 0.0]])}
+    (mask,) = token_masks(model, [floats], floats, model)
+    assert mask is not None
+    assert mask.counts.tolist() == [[True, True, False]]

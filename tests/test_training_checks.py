@@ -308,3 +308,17 @@ def test_calibration_calls_validation_step_as_lightning_does(tmp_path):
     several = [tiny.regression_loader(16, 1)] * 2
     for cls, validation in ((BatchAlone, several[0]), (LoaderIndex, several)):
         fit(tmp_path / cls.__name__, cls(), Wanda(0.5), validation=validation)
+
+
+@pytest.mark.parametrize("what", ["training", "evaluation"])
+def test_data_that_can_be_iterated_only_once_is_refused(tmp_path, what):
+    loaders = {"training": tiny.regression_loader(), "evaluation": tiny.regression_loader(16, seed=1)}
+    loaders[what] = (batch for batch in loaders[what])
+    with pytest.raises(RecipeError, match=rf"the {what} data can be iterated only once \(generator\)"):
+        tiny.trainer(tmp_path / "run", Magnitude(0.5)).fit(tiny.Regressor(), loaders["training"], loaders["evaluation"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_option_of_the_trainer_that_is_no_flag_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="fold_parametrizations='false' is not true or false"):
+        tiny.trainer(tmp_path / "run", fold_parametrizations="false")

@@ -74,7 +74,7 @@ class Collector:
         self._reading_of: dict[str, Reading] = {}
         self._calls: list[str] = []
         self._may_stop = False
-        self._reader = FunctionalReader(layers, self._see_use)
+        self._reader: FunctionalReader | None = None
         self._any_used = False
         self._mask: TokenMask | None = None  # of the current forward pass
         self.unmasked: dict[str, None] = {}
@@ -114,8 +114,12 @@ class Collector:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Collect from the forward passes inside the context."""
-        with self._reader.beside_calls(self._layers), watching_inputs(self._layers, self._see):
-            yield
+        self._reader = FunctionalReader(self._layers, self._see_use)
+        try:
+            with self._reader.beside_calls(self._layers), watching_inputs(self._layers, self._see):
+                yield
+        finally:
+            self._reader = None  # it refers back to this object, and statistics must be freed with their block
 
     @contextmanager
     def forward_pass(self, mask: TokenMask | None = None) -> Iterator[None]:
@@ -128,7 +132,7 @@ class Collector:
         self._mask = mask
         # Looking at every function costs time, which a block whose layers are all called as modules does not need.
         look = self._any_used or bool(self.uncalled())
-        with suppress(StopForward), self._reader if look else nullcontext():
+        with suppress(StopForward), self._reader if look and self._reader is not None else nullcontext():
             yield
         for reading in self.readings:
             reading.latest = None

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pqqp_lightning.errors import Problem, RecipeError
+
 _TRUE_COUNTS = ("attention_mask",)
 _TRUE_IS_PADDING = ("key_padding_mask", "src_key_padding_mask")
 
@@ -69,7 +71,7 @@ def token_masks(
     """
     define = getattr(model, "calibration_mask", None)
     if callable(define):
-        counts = [define(batch) for batch in batches]
+        counts = [_checked(define(batch)) for batch in batches]
     elif next(_masks_in(probe), None) is not None:
         counts = [next(_masks_in(batch), None) for batch in batches]
     elif _mask_of_calls(model, probe, run) is not None:
@@ -78,9 +80,26 @@ def token_masks(
         return [None] * len(batches)
     masks: list[TokenMask | None] = []
     for mask in counts:
-        whole = mask is None or bool(mask.all())  # then the statistics need no selection, which would copy
-        masks.append(None if whole else TokenMask(mask.bool()))
+        if mask is None or bool(mask.all()):  # then the statistics need no selection, which would copy
+            masks.append(None)
+        else:
+            masks.append(TokenMask(mask.bool()))
     return masks
+
+
+def _checked(counts: Any) -> Tensor | None:
+    """What ``calibration_mask`` returned, if it is a mask or None.
+
+    Raises:
+        RecipeError: it is something else.
+    """
+    if counts is None:
+        return None
+    if isinstance(counts, Tensor) and counts.dim() == 2 and _is_choice(counts):
+        return counts.bool()
+    given = f"{counts.dtype} {list(counts.shape)}" if isinstance(counts, Tensor) else type(counts).__name__
+    text = f"calibration_mask returned {given} instead of a bool tensor [batch, positions]"
+    raise RecipeError(Problem(text=text, way_out="Return True for each position that counts.").within("model"))
 
 
 def positions_of(x: Tensor, mask: TokenMask | None) -> Tensor:
@@ -96,14 +115,21 @@ def _masks_in(values: Any) -> Iterator[Tensor]:
     if not isinstance(values, Mapping):
         return
     for name, value in values.items():
-        # Masks of other shapes or dtypes say which positions see which others, not which positions are data.
-        is_mask = isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+        is_mask = isinstance(value, Tensor) and value.dim() == 2 and _is_choice(value)
         if is_mask and name in _TRUE_COUNTS:
             yield value.bool()
         elif is_mask and name in _TRUE_IS_PADDING:
             yield ~value.bool()
         else:
             yield from _masks_in(value)
+
+
+def _is_choice(mask: Tensor) -> bool:
+    """Whether a mask says yes or no of each position: numbers other than 0 and 1 are added to attention scores."""
+    if not mask.is_floating_point():
+        return True
+    ones = mask == 1
+    return bool((ones | (mask == 0)).all()) and bool(ones.any())
 
 
 class _MaskFound(Exception):

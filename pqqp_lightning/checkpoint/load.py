@@ -194,6 +194,8 @@ def load(run: str | Path, module: LightningModule | None = None) -> LightningMod
     """
     folder = model_folder(Path(run))
     manifest = read_manifest(folder)
+    if module is not None and not isinstance(module, LightningModule):
+        raise RecipeError(f"module={module!r} is not a LightningModule. Pass an instance, as in module=MyModule(...).")
     doubt = None
     if module is None:
         module = build(manifest["model"], folder, manifest.get("not_described", ""))

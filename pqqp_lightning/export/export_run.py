@@ -19,6 +19,7 @@ from pqqp_lightning.export.stock import stock_model
 from pqqp_lightning.export.target import DType, ExportedModel, Target
 from pqqp_lightning.export.tensor_check import compare_tensors
 from pqqp_lightning.storage.files import new_folder, sync
+from pqqp_lightning.storage.run_folder import RunFolder
 
 FAILED = "CHECK_FAILED.txt"
 """Marks a folder whose check failed, and says why."""
@@ -133,7 +134,7 @@ def _prepare(run: Path, to: str, out: Path, dtype: DType, widen: bool, pad: bool
     Raises:
         RecipeError: with all problems of the arguments, or all of the model.
     """
-    problems = [*_check_out(out), *_check_dtype(dtype)]
+    problems = [*_check_out(out, run), *_check_dtype(dtype)]
     target = None
     try:
         target = find_target(to)
@@ -154,8 +155,11 @@ def _prepare(run: Path, to: str, out: Path, dtype: DType, widen: bool, pad: bool
     return target, model
 
 
-def _check_out(out: Path) -> list[Problem]:
+def _check_out(out: Path, run: Path) -> list[Problem]:
     """The problem if something is at ``out`` already, or nothing can be written there."""
+    if out.absolute().is_relative_to(RunFolder(run).model.absolute()):
+        text = "lies in the run's own checkpoint"
+        return [Problem("out", str(out), text, "Choose a folder beside it.")]
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         return [Problem("out", str(out), "exists already", "Choose another --out, or delete it.")]
     nearest = next(folder for folder in out.absolute().parents if folder.exists())
@@ -201,7 +205,7 @@ def _check(target: Target, model: ExportedModel, folder: Path, done: Export) -> 
     count, done.failures = compare_tensors(target, model, folder)
     if done.failures:
         return
-    done.checks.append(f"{count} tensors, decoded from the files, equal the run's.")
+    done.checks.append(f"{count} tensors, decoded from the files, equal the run's in {model.dtype}.")
     runtime = target.runtime
     if runtime is None:
         return

@@ -36,7 +36,7 @@ _FIRST_STATE = "_pqqp_first_state"
 _AVERAGE = "_average_model"
 
 
-def check_callbacks(callbacks: Iterable[Callback]) -> list[Problem]:
+def check_callbacks(callbacks: Sequence[Callback]) -> list[Problem]:
     """The problems of callbacks that would undo what stages promise, or that no resumed run could repeat."""
     problems = []
     for callback in callbacks:
@@ -49,6 +49,11 @@ def check_callbacks(callbacks: Iterable[Callback]) -> list[Problem]:
             way_out = "Use a stage: Magnitude, or GradualPruning to prune while the model trains."
         else:
             continue
+        problems.append(Problem("callbacks", text=text, way_out=way_out, complete=True).within("trainer"))
+    averaging = [type(callback).__name__ for callback in callbacks if isinstance(callback, AVERAGING)]
+    if len(averaging) > 1:
+        text = f"{' and '.join(averaging)} would each replace the weights at the end of training, and the last one wins"
+        way_out = "Keep one of them."
         problems.append(Problem("callbacks", text=text, way_out=way_out, complete=True).within("trainer"))
     return problems
 
@@ -86,6 +91,33 @@ def drop_averages(callbacks: Iterable[Callback]) -> None:
     for callback in callbacks:
         if isinstance(callback, AVERAGING):
             vars(callback)[_AVERAGE] = None
+
+
+def trained_values(module: LightningModule) -> dict[str, Tensor]:
+    """Copies of the weights that training may change."""
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def refuse_lost_training(callbacks: Iterable[Callback], module: LightningModule, start: dict[str, Tensor]) -> None:
+    """Refuse a segment whose average is the model that it started from: its training is lost.
+
+    Lightning's averages hold the first weights until their first update, which a short segment may not reach.
+
+    Args:
+        callbacks: of the trainer.
+        module: after the segment.
+        start: its weights before, from :func:`trained_values`; empty if nothing averages.
+
+    Raises:
+        RecipeError: no weight changed.
+    """
+    now = trained_values(module)
+    if not start or any(not torch.equal(now[name], value) for name, value in start.items()):
+        return
+    names = [type(callback).__name__ for callback in callbacks if isinstance(callback, AVERAGING)]
+    text = f"{' and '.join(names)} averaged nothing in this training, so that its result is lost"
+    way_out = "Train for more epochs, let the averaging start earlier, or leave it out."
+    raise RecipeError(Problem(text=text, way_out=way_out))
 
 
 class KeepUnaveraged:

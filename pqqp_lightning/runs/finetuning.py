@@ -22,7 +22,14 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from pqqp_lightning.errors import Problem, RecipeError, shorten
-from pqqp_lightning.runs.callback_state import KeepUnaveraged, drop_averages, start_anew
+from pqqp_lightning.runs.callback_state import (
+    AVERAGING,
+    KeepUnaveraged,
+    drop_averages,
+    refuse_lost_training,
+    start_anew,
+    trained_values,
+)
 from pqqp_lightning.runs.distillation import Distill
 from pqqp_lightning.runs.run_data import RunData, no_training_batch
 from pqqp_lightning.runs.training_callbacks import HoldMasks, ResumePoint, SeedSteps
@@ -67,6 +74,8 @@ def train_segment(
     callbacks = list(trainer.callbacks)
     taking_part = [c for c in callbacks if c is stage or not isinstance(c, Stage)]
     trainer.callbacks = [*first, *taking_part, *last]
+    averages = any(isinstance(callback, AVERAGING) for callback in taking_part) and not resume_point.is_file()
+    start = trained_values(data.module) if averages and not trainer.fast_dev_run else {}
     try:
         with _segment_learning_rate(data.module, stage.learning_rate):
             Trainer.fit(  # Lightning's: our own fit would start a run
@@ -89,6 +98,11 @@ def train_segment(
     if not trainer.num_training_batches:
         raise RecipeError(no_training_batch())
     _refuse_divergence(trainer, data.module, stage)
+    try:
+        refuse_lost_training(taking_part, data.module, start)
+    except RecipeError as error:
+        place = (f"stages.{stage.name}", type(stage).__name__)
+        raise RecipeError([problem.within(*place) for problem in error.problems]) from error
 
 
 def _refuse_divergence(trainer: Trainer, module: LightningModule, stage: Stage) -> None:

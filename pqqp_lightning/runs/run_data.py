@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from pqqp_lightning.calibration.walk import samples_in
@@ -66,6 +67,10 @@ class RunData:
         if not self.has("val_dataloader"):
             way_out = "Add data: {class_path: TextData}, a datamodule or val_dataloaders."
             problems.append(Problem(text="there is no evaluation data", way_out=way_out).within("data"))
+        for what, given in (("training", self.train), ("evaluation", self.validation)):
+            if isinstance(given, Iterator):  # the run reads its data many times
+                text = f"the {what} data can be iterated only once ({type(given).__name__})"
+                problems.append(Problem(text=text, way_out="Give a DataLoader.").within("data"))
         check = getattr(self.datamodule, "check", None)
         return problems + (list(check()) if callable(check) else [])
 
@@ -126,7 +131,10 @@ class RunData:
             raise RecipeError(Problem(text=text, way_out="Use more samples.").within("data"))
         share = Subset(dataset, range(rank, len(dataset), ranks))
         batches = list(islice(_plain_loader(share, loader), limit))
-        return batches, next(iter(_plain_loader(share, loader, batch_size=1)))
+        # BatchNorm without running statistics computes with those of the batch, and refuses a single sample.
+        norms = [module for module in self.module.modules() if isinstance(module, _BatchNorm)]
+        samples = 2 if any(norm.running_mean is None for norm in norms) else 1
+        return batches, next(iter(_plain_loader(share, loader, batch_size=samples)))
 
     def calibration_probe(self) -> Any:
         """One sample of the calibration data; without such data, the first evaluation batch."""

@@ -63,6 +63,9 @@ class Trainer(pl.Trainer):
     recipe_text: str
 
     def __init__(self, *args: Any, fold_parametrizations: bool = False, **kwargs: Any) -> None:
+        if not isinstance(fold_parametrizations, bool):
+            text = "is not true or false"
+            raise RecipeError(Problem("fold_parametrizations", fold_parametrizations, text).within("trainer"))
         self.fold_parametrizations = fold_parametrizations
         callbacks = kwargs.get("callbacks") or []
         callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
