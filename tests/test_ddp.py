@@ -197,6 +197,7 @@ def test_processes_end_with_equal_weights_also_after_finetuning(folder):
         "report.json",
         "report.md",
         "run.json",
+        "samples.safetensors",
     ]
     assert not (folder / "trained.1").exists()
     assert load_file(folder / "trained" / "model" / "model.safetensors")
