@@ -50,7 +50,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> list[Problem]:
         else:
             continue
         problems.append(Problem("callbacks", text=text, way_out=way_out, complete=True).within("trainer"))
-    averaging = [type(callback).__name__ for callback in callbacks if isinstance(callback, AVERAGING)]
+    averaging = averaging_names(callbacks)
     if len(averaging) > 1:
         text = f"{' and '.join(averaging)} would each replace the weights at the end of training, and the last one wins"
         way_out = "Keep one of them."
@@ -98,8 +98,8 @@ def trained_values(module: LightningModule) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
-def refuse_lost_training(callbacks: Iterable[Callback], module: LightningModule, start: dict[str, Tensor]) -> None:
-    """Refuse a segment whose average is the model that it started from: its training is lost.
+def lost_training(callbacks: Iterable[Callback], module: LightningModule, start: dict[str, Tensor]) -> Problem | None:
+    """The problem of a segment whose average is the model that it started from: its training is lost.
 
     Lightning's averages hold the first weights until their first update, which a short segment may not reach.
 
@@ -107,17 +107,18 @@ def refuse_lost_training(callbacks: Iterable[Callback], module: LightningModule,
         callbacks: of the trainer.
         module: after the segment.
         start: its weights before, from :func:`trained_values`; empty if nothing averages.
-
-    Raises:
-        RecipeError: no weight changed.
     """
     now = trained_values(module)
     if not start or any(not torch.equal(now[name], value) for name, value in start.items()):
-        return
-    names = [type(callback).__name__ for callback in callbacks if isinstance(callback, AVERAGING)]
-    text = f"{' and '.join(names)} averaged nothing in this training, so that its result is lost"
+        return None
+    text = f"{' and '.join(averaging_names(callbacks))} averaged nothing in this training, so that its result is lost"
     way_out = "Train for more epochs, let the averaging start earlier, or leave it out."
-    raise RecipeError(Problem(text=text, way_out=way_out))
+    return Problem(text=text, way_out=way_out)
+
+
+def averaging_names(callbacks: Iterable[Callback]) -> list[str]:
+    """The classes of the callbacks that average weights."""
+    return [type(callback).__name__ for callback in callbacks if isinstance(callback, AVERAGING)]
 
 
 class KeepUnaveraged:
@@ -164,7 +165,7 @@ class _Remember(Callback):
 
 
 def _averages(trainer: Any) -> bool:
-    return any(isinstance(callback, AVERAGING) for callback in trainer.callbacks)
+    return bool(averaging_names(trainer.callbacks))
 
 
 class _Restore(Callback):

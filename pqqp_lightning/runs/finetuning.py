@@ -23,10 +23,10 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.runs.callback_state import (
-    AVERAGING,
     KeepUnaveraged,
+    averaging_names,
     drop_averages,
-    refuse_lost_training,
+    lost_training,
     start_anew,
     trained_values,
 )
@@ -74,8 +74,8 @@ def train_segment(
     callbacks = list(trainer.callbacks)
     taking_part = [c for c in callbacks if c is stage or not isinstance(c, Stage)]
     trainer.callbacks = [*first, *taking_part, *last]
-    averages = any(isinstance(callback, AVERAGING) for callback in taking_part) and not resume_point.is_file()
-    start = trained_values(data.module) if averages and not trainer.fast_dev_run else {}
+    compares = averaging_names(taking_part) and not resume_point.is_file() and not trainer.fast_dev_run
+    start = trained_values(data.module) if compares else {}
     try:
         with _segment_learning_rate(data.module, stage.learning_rate):
             Trainer.fit(  # Lightning's: our own fit would start a run
@@ -98,11 +98,8 @@ def train_segment(
     if not trainer.num_training_batches:
         raise RecipeError(no_training_batch())
     _refuse_divergence(trainer, data.module, stage)
-    try:
-        refuse_lost_training(taking_part, data.module, start)
-    except RecipeError as error:
-        place = (f"stages.{stage.name}", type(stage).__name__)
-        raise RecipeError([problem.within(*place) for problem in error.problems]) from error
+    if problem := lost_training(taking_part, data.module, start):
+        raise RecipeError(problem.within(f"stages.{stage.name}", type(stage).__name__))
 
 
 def _refuse_divergence(trainer: Trainer, module: LightningModule, stage: Stage) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from pqqp_lightning.algorithms.codebook import levels_of
 from pqqp_lightning.algorithms.grid import Grid, encode
 from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.export.stock_files import read_tensors, write_stock_folder
-from pqqp_lightning.export.target import ExportedModel, Runtime, Target
+from pqqp_lightning.export.target import ExportedModel, Target
 from pqqp_lightning.export.targets.hf import TRANSFORMERS
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -33,11 +34,10 @@ class BitsAndBytes(Target):
         "transformers": 'AutoModelForCausalLM.from_pretrained("{out}")  # needs pip install bitsandbytes',
     }
     requires = ("bitsandbytes",)
-    runtime = Runtime(
-        name="transformers",
+    runtime = replace(
+        TRANSFORMERS,
         package="bitsandbytes",
         modules=("transformers", "bitsandbytes"),
-        script=TRANSFORMERS.script,
         # its kernel for processors computes in bfloat16, whatever the dtype
         largest_divergence=dict.fromkeys(TRANSFORMERS.largest_divergence, TRANSFORMERS.largest_divergence["bfloat16"]),
     )

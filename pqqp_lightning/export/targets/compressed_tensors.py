@@ -15,7 +15,7 @@ from pqqp_lightning.algorithms.grid import Grid, encode
 from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.export.grids import fused_with, in_groups, in_rows, wider_bits, with_zero_points
 from pqqp_lightning.export.stock_files import read_config, read_tensors, write_stock_folder
-from pqqp_lightning.export.target import ExportedModel, Runtime, Target
+from pqqp_lightning.export.target import ExportedModel, Target
 from pqqp_lightning.export.targets.hf import TRANSFORMERS
 
 FORMAT = "pack-quantized"
@@ -36,13 +36,7 @@ class CompressedTensors(Target):
         "vLLM": 'vllm serve "{out}"',
     }
     requires = ("compressed_tensors",)
-    runtime = Runtime(
-        name="transformers",
-        package="compressed-tensors",
-        modules=("transformers", "compressed_tensors"),
-        script=TRANSFORMERS.script,
-        largest_divergence=TRANSFORMERS.largest_divergence,
-    )
+    runtime = replace(TRANSFORMERS, package="compressed-tensors", modules=("transformers", "compressed_tensors"))
 
     def problems(self, model: ExportedModel) -> list[Problem]:
         grids = model.stock.grids
