@@ -176,6 +176,12 @@ WRONG = [
         "--stages.mine NeverLoaded",  # a name that no other test gives a stage
         files={"mine.py": "import nothing\n\nclass NeverLoaded:\n    pass\n"},
     ),
+    Wrong(
+        "file named like a library",
+        "json.py ~ Python has a module 'json' already",
+        "--stages.mine NeverLoaded",
+        files={"json.py": "class NeverLoaded:\n    pass\n"},
+    ),
     # shapes and types
     Wrong(
         "text for a number",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -44,14 +43,19 @@ def import_from_working_folder(name: str) -> bool:
         if not definition.search(text):
             continue
         module = ".".join(file.with_suffix("").parts)
-        if module in sys.modules:
-            return True
         try:
-            import_module(module)
+            imported = import_module(module)
         except Exception as error:
             raise RecipeError(
                 f"{file}: cannot be imported: {type(error).__name__}: {error}. Fix it: it defines {name}."
             ) from error
+        # a library's module of this name, or the file of a folder that was the working folder before
+        elsewhere = getattr(imported, "__file__", None)
+        if elsewhere is None or Path(elsewhere).resolve() != file.resolve():
+            raise RecipeError(
+                f"{file}: cannot be imported: Python has a module '{module}' already"
+                f" ({elsewhere or 'built in'}). Rename the file: it defines {name}."
+            )
         return True
     return False
 
