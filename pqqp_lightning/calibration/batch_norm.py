@@ -7,24 +7,18 @@ dense network. Here they become those of the compressed network, without labels 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from pqqp_lightning.calibration.chain import Call, capture_calls, first_output, is_chain
+from pqqp_lightning.calibration.chain import is_chain
 from pqqp_lightning.calibration.collect import StopForward, watching_inputs
 from pqqp_lightning.calibration.statistics import sum_over_ranks
-from pqqp_lightning.calibration.walk import Walk, calibrating
-from pqqp_lightning.network.blocks import Blocks
-
-Forward = Callable[[int], object]
-"""Runs the calibration batch of that number, through the model or through one block."""
+from pqqp_lightning.calibration.walk import Forward, Walk, calibrating
 
 FEW_VALUES = 64
 """A variance of fewer values a channel is off by more than a sixth (its standard error); the record says so."""
@@ -79,7 +73,7 @@ def _calls(walk: Walk, norms: dict[str, _BatchNorm]) -> Counter[str]:
     """How often the probe's forward pass calls each of ``norms``, in the order of their first calls."""
     calls: Counter[str] = Counter()
     with watching_inputs(norms, lambda name, inputs: calls.update([name])):
-        _run_model(walk, walk.probe)
+        walk.forward(walk.probe)
     return calls
 
 
@@ -90,12 +84,12 @@ def _passes(walk: Walk, calls: Counter[str]) -> Iterator[tuple[str, Forward]]:
     """
 
     def run_model(i: int) -> None:
-        _run_model(walk, walk.batches[i])
+        walk.forward(walk.batches[i])
 
     chained = same = False
     if "" not in walk.blocks and set(calls.values()) == {1}:  # a layer of several blocks cannot be seen in one of them
-        chained, same = is_chain(walk.blocks, partial(_run_model, walk), walk.probe)
-    block_of = {name: _block_of(name, walk.blocks) if chained else None for name in calls}
+        chained, same = is_chain(walk.blocks, walk.forward, walk.probe)
+    block_of = {name: walk.block_of(name) if chained else None for name in calls}
     inside = [name for name in calls if block_of[name] is not None]
     outside = [name for name in calls if block_of[name] is None]
     order = list(calls)
@@ -104,46 +98,12 @@ def _passes(walk: Walk, calls: Counter[str]) -> Iterator[tuple[str, Forward]]:
     for name in before:
         yield name, run_model
     if inside:
-        for block, run_block in _block_passes(walk, every_block=not same):
+        for block, run_block in walk.block_passes(every_block=not same):
             for name in inside:
                 if block_of[name] == block:
                     yield name, run_block
     for name in outside[len(before) :]:
         yield name, run_model
-
-
-def _block_of(name: str, blocks: Blocks) -> str | None:
-    return next((block for block in blocks if name.startswith(f"{block}.")), None)
-
-
-def _block_passes(walk: Walk, *, every_block: bool) -> Iterator[tuple[str, Forward]]:
-    """Each block in turn, with the forward pass of that block alone; its outputs become the next one's inputs."""
-    hidden: list[Tensor] = []  # each batch's input of the current block
-    calls: list[list[Call]] = []
-    run = partial(_run_model, walk)
-    for batch_calls in capture_calls(walk.blocks, run, walk.batches, every_block=every_block):
-        state = batch_calls[0].hidden
-        assert state is not None  # is_chain has seen it
-        hidden.append(state)
-        calls.append([call.without_hidden() for call in batch_calls])
-    for position, (name, block) in enumerate(walk.blocks.items()):
-
-        def run_block(i: int, block: nn.Module = block, position: int = position) -> Tensor:
-            call = calls[i][position if every_block else 0].with_hidden(hidden[i])
-            with walk.forward_context():
-                output = first_output(block(*call.args, **call.kwargs))
-            assert output is not None
-            return output
-
-        yield name, run_block
-        if position + 1 < len(walk.blocks):
-            for i in range(len(hidden)):
-                hidden[i] = run_block(i)
-
-
-def _run_model(walk: Walk, batch: Any) -> None:
-    with walk.forward_context():
-        walk.run(batch)
 
 
 def _collect(name: str, norm: _BatchNorm, forward: Forward, batches: int, *, stop: bool) -> Tensor:

@@ -45,10 +45,7 @@ def mean_squared_inputs(walk: Walk, layers: Iterable[str]) -> dict[str, Tensor]:
         counts[name] = counts[name] + rows if name in counts else rows
 
     with calibrating(walk.model), walk.forward_context():
-        masks = walk.masks()
-        pairs = zip(walk.batches, masks, strict=True)
-        bar = tqdm(pairs, total=len(masks), desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
-        for batch, mask in bar:
+        for batch, mask in walk.masked_batches():
             see = partial(add, mask)
             reader = FunctionalReader(modules, see)
             with reader.beside_calls(modules), watching_inputs(modules, see), reader:

@@ -80,10 +80,7 @@ def layer_errors(walk: Walk, variants: Mapping[str, Layers]) -> dict[str, dict[s
     called: dict[str, Any] = {name: layer for name, layer in layers.items() if is_layer(layer)}
     reader = FunctionalReader(called, call)
     with calibrating(walk.model), walk.forward_context(), reader.beside_calls(called):
-        masks = walk.masks()
-        pairs = zip(walk.batches, masks, strict=True)
-        bar = tqdm(pairs, total=len(masks), desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
-        for batch, mask in bar:
+        for batch, mask in walk.masked_batches():
             handles = [compare(name, row, mask) for name, row in zip(names, squares, strict=True)]
             try:
                 with reader:

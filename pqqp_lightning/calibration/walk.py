@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from pqqp_lightning.seeding import keep_random_state
 Compress = Callable[[Reading], None]
 Unreached = Callable[[dict[str, Layer]], None]
 """Called with the layers of a block that no calibration row reached, after the block's readings."""
+Forward = Callable[[int], object]
+"""Runs the calibration batch of that number, through the model or through one block."""
 
 
 @dataclass
@@ -79,10 +82,10 @@ class Walk:
         with calibrating(self.model):
             chained = same = False
             if "" not in self.blocks:  # "" is a whole model without blocks
-                chained, same = is_chain(self.blocks, self._forward, self.probe)
+                chained, same = is_chain(self.blocks, self.forward, self.probe)
                 if not chained:
                     self.notes.append("the blocks do not feed one another directly: calibrated as one block")
-            inside = {name: layer for name, layer in layers.items() if chained and self._block_of(name) is not None}
+            inside = {name: layer for name, layer in layers.items() if chained and self.block_of(name) is not None}
             outside = {name: layer for name, layer in layers.items() if name not in inside}
             if inside:
                 self._blocks_in_turn(inside, kind, compress, unreached, every_block=not same)
@@ -92,8 +95,15 @@ class Walk:
     def masks(self) -> list[TokenMask | None]:
         """The positions of each batch that count, for every sum over positions. Call it in ``calibrating()``."""
         if self._masks is None:
-            self._masks = token_masks(self.model, self.batches, self.probe, self._forward)
+            self._masks = token_masks(self.model, self.batches, self.probe, self.forward)
         return self._masks
+
+    def masked_batches(self) -> Iterator[tuple[Any, TokenMask | None]]:
+        """Each batch with the positions of it that count, behind a progress bar. Call it in ``calibrating()``."""
+        with torch.no_grad():  # the consumer may want gradients, finding the positions needs none
+            masks = self.masks()
+        pairs = zip(self.batches, masks, strict=True)
+        yield from tqdm(pairs, total=len(masks), desc=self.title, unit="batch", disable=not self.progress, leave=False)
 
     def first(self, samples: int) -> Walk:
         """A walk over the first batches only, as many as needed for this number of samples."""
@@ -111,9 +121,14 @@ class Walk:
         """The number of samples in all batches."""
         return sum(map(samples_in, self.batches))
 
-    def _forward(self, batch: Any) -> object:
+    def forward(self, batch: Any) -> object:
+        """Run the model on one batch."""
         with self.forward_context():
             return self.run(batch)
+
+    def block_of(self, layer: str) -> str | None:
+        """The name of the block that the layer lies in or is, or None."""
+        return next((block for block in self.blocks if layer == block or layer.startswith(f"{block}.")), None)
 
     def _collect_outside(
         self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, unreached: Unreached | None
@@ -129,7 +144,7 @@ class Walk:
             self._collect(missed, kind, compress, unreached, evaluate)
 
         rest = unreached if self.evaluate is None else again
-        self._collect(layers, kind, compress, rest, lambda i: self._forward(self.batches[i]))
+        self._collect(layers, kind, compress, rest, lambda i: self.forward(self.batches[i]))
 
     def _blocks_in_turn(
         self,
@@ -140,36 +155,47 @@ class Walk:
         *,
         every_block: bool,
     ) -> None:
+        of_block: dict[str, dict[str, Layer]] = {name: {} for name in self.blocks}
+        for name, layer in layers.items():
+            block = self.block_of(name)
+            if block is not None:
+                of_block[block][name] = layer
+        last = max(i for i, inside in enumerate(of_block.values()) if inside)  # later ones have nothing to compress
+        passes = islice(self.block_passes(every_block=every_block), last + 1)
+        for block, run_block in tqdm(
+            passes, total=last + 1, desc=self.title, unit="block", disable=not self.progress, leave=False
+        ):
+            if of_block[block]:
+                self._collect(of_block[block], kind, compress, unreached, run_block)
+
+    def block_passes(self, *, every_block: bool) -> Iterator[tuple[str, Forward]]:
+        """Each block in turn, with the forward pass of that block alone. Call it in ``calibrating()``.
+
+        The consumer changes the block before it asks for the next one, which gets the changed block's outputs.
+
+        Args:
+            every_block: whether each block gets arguments of its own besides the hidden states, see ``is_chain``.
+        """
         hidden: list[Tensor] = []  # each batch's input of the current block, replaced by its output
         calls: list[list[Call]] = []
-        for batch_calls in capture_calls(self.blocks, self._forward, self.batches, every_block=every_block):
+        for batch_calls in capture_calls(self.blocks, self.forward, self.batches, every_block=every_block):
             state = batch_calls[0].hidden
-            if state is not None:
-                hidden.append(state)
+            assert state is not None  # is_chain has seen it
+            hidden.append(state)
             calls.append([call.without_hidden() for call in batch_calls])  # else they keep the first states alive
-        names = list(self.blocks)
-        of_block: dict[str, dict[str, Layer]] = {name: {} for name in names}
-        for name, layer in layers.items():
-            block_name = self._block_of(name)
-            if block_name is not None:
-                of_block[block_name][name] = layer
-        last = max(i for i, name in enumerate(names) if of_block[name])  # later blocks have nothing to compress
-        bar = tqdm(names[: last + 1], desc=self.title, unit="block", disable=not self.progress, leave=False)
-        for index, name in enumerate(bar):
-            block = self.blocks[name]
+        for position, (name, block) in enumerate(self.blocks.items()):
 
-            def replay(i: int, block: nn.Module = block, position: int = index) -> Tensor:
-                call: Call = calls[i][position if every_block else 0].with_hidden(hidden[i])
+            def run_block(i: int, block: nn.Module = block, position: int = position) -> Tensor:
+                call = calls[i][position if every_block else 0].with_hidden(hidden[i])
                 with self.forward_context():
                     output = first_output(block(*call.args, **call.kwargs))
                 assert output is not None
                 return output
 
-            if of_block[name]:
-                self._collect(of_block[name], kind, compress, unreached, replay)
-            if index < last:  # run the compressed block for the next one's inputs
+            yield name, run_block
+            if position + 1 < len(self.blocks):
                 for i in range(len(hidden)):
-                    hidden[i] = replay(i)
+                    hidden[i] = run_block(i)
 
     def _collect(
         self,
@@ -177,7 +203,7 @@ class Walk:
         kind: type[Statistic],
         compress: Compress,
         unreached: Unreached | None,
-        forward: Callable[[int], object],
+        forward: Forward,
     ) -> None:
         collector = Collector(layers, kind)
         masks = self.masks()
@@ -206,9 +232,6 @@ class Walk:
             raise RecipeError(Problem(text=f"calibration never reached {shorten(missed)}", way_out=way_out))
         if missed and unreached is not None:
             unreached(missed)
-
-    def _block_of(self, layer: str) -> str | None:
-        return next((b for b in self.blocks if layer.startswith(f"{b}.") or layer == b), None)
 
 
 def samples_in(batch: Any) -> int:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pqqp_lightning.algorithms.allocation import output_error
 from pqqp_lightning.calibration.collect import Reading, watching_inputs
@@ -124,11 +123,7 @@ def mean_squared_gradients(walk: Walk, layers: dict[str, Layer]) -> dict[str, Te
         rows[name][chosen] += flat.shape[0]
 
     with calibrating(walk.model), walk.forward_context(), torch.enable_grad():
-        with torch.no_grad():
-            masks = walk.masks()
-        pairs = zip(walk.batches, masks, strict=True)
-        bar = tqdm(pairs, total=len(masks), desc=walk.title, unit="batch", disable=not walk.progress, leave=False)
-        for batch, mask in bar:
+        for batch, mask in walk.masked_batches():
             with _watching(walk.model, layers, partial(add, samples_in(batch), mask)):
                 loss = walk.loss(batch)
                 if loss.requires_grad:
