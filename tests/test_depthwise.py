@@ -81,3 +81,8 @@ def test_the_pattern_selects_by_kind_whatever_the_name():
 def test_the_pattern_is_refused_where_there_is_none(tmp_path):
     problems = RTN(4, targets=["depthwise"]).check(Network(), None, [])
     assert [(problem.argument, problem.value) for problem in problems] == [("targets", "depthwise")]
+
+
+def test_a_word_in_place_of_a_list_is_refused():
+    (problem,) = RTN(4, targets="depthwise").check(Network(), None, [])
+    assert str(problem) == "targets='depthwise' is not a list. Write targets=['depthwise']."

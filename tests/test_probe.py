@@ -97,6 +97,32 @@ def test_a_module_that_is_built_with_other_arguments_is_refused(tmp_path, module
         load(tmp_path, Sloped(0.7))
 
 
+class Shaped(tiny.Regressor):
+    """A user's module without save_hyperparameters, whose arguments decide shapes and names."""
+
+    def __init__(self, width: int = 8, more: bool = False):
+        super().__init__()
+        self.aside = nn.Linear(width, 2)
+        if more:
+            self.more = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"width": 9}, r"aside\.weight has shape \[2, 9\] instead of \[2, 8\]: it is of another model"),
+        ({"more": True}, r"is of another model: 2 layers \(more\.bias, more\.weight\) in only one of the two"),
+    ],
+)
+def test_a_module_that_is_built_in_other_shapes_is_to_be_passed(tmp_path, arguments, message):
+    save_checkpoint(Shaped(**arguments), tmp_path / "model")
+    with pytest.raises(RecipeError, match=rf"{message}.* defaults of width, more: .* Pass module="):
+        load(tmp_path / "model")
+    with pytest.raises(RecipeError, match=rf"{message}\. Use the recipe that made it"):
+        load(tmp_path / "model", Shaped())
+    load(tmp_path / "model", Shaped(**arguments))
+
+
 def test_attributes_set_after_construction_are_found(tmp_path):
     module = Recorded()
     module.slope = 0.3

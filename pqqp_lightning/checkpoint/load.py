@@ -77,6 +77,9 @@ def restore(module: LightningModule, folder: Path, doubt: str | None = None) -> 
             than the saved model.
     """
     manifest = read_manifest(folder)
+    way_out = "Use the recipe that made it."
+    if doubt is not None:
+        way_out = f"{doubt + '. ' if doubt else ''}Pass module=...: load(run, module=...), constructed as in the run."
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
         file = StoredTensors(opened, manifest.get("small", []))
         origin = origin_of(module)
@@ -91,8 +94,7 @@ def restore(module: LightningModule, folder: Path, doubt: str | None = None) -> 
         names = _weight_names(file.names()) | set(manifest["aliases"])
         if names != set(own):
             raise RecipeError(
-                f"{folder}: is of another model: {shorten(sorted(names ^ set(own)))} in only one of the two. "
-                "Use the recipe that made it."
+                f"{folder}: is of another model: {shorten(sorted(names ^ set(own)))} in only one of the two. {way_out}"
             )
         # Constraints that the module carries from before are replaced by those of the checkpoint.
         for _, layer, _ in list(constrained_layers(module)):
@@ -110,7 +112,7 @@ def restore(module: LightningModule, folder: Path, doubt: str | None = None) -> 
                 if value.shape != target.shape:
                     raise RecipeError(
                         f"{folder}: {name} has shape {list(value.shape)} instead of {list(target.shape)}: "
-                        "it is of another model. Use the recipe that made it."
+                        f"it is of another model. {way_out}"
                     )
                 _assign(target, value)
     _require_same_outputs(module, folder, doubt)

@@ -337,8 +337,15 @@ class Stage(Callback):
 
     def _check_targets(self, model: LightningModule) -> list[Problem]:
         candidates = dict(named_layers(model))
-        problems = []
-        for argument, patterns in (("targets", self.targets or []), ("ignore", self.ignore or [])):
+        chosen = {"targets": self.targets or [], "ignore": self.ignore or []}
+        problems = [
+            Problem(argument, patterns, "is not a list", f"Write {argument}=[{patterns!r}].")
+            for argument, patterns in chosen.items()
+            if isinstance(patterns, str)  # its letters would be taken for patterns
+        ]
+        if problems:
+            return problems
+        for argument, patterns in chosen.items():
             for pattern in patterns:
                 if not any(is_selected(name, layer, [pattern]) for name, layer in candidates.items()):
                     tails = {part for name in candidates for part in (name.rsplit(".", 1)[-1], name)}
