@@ -48,7 +48,7 @@ PIPELINES: dict[str, Callable[[], list[Stage]]] = {
 
 def rows() -> dict[str, Callable[[], list[Stage]]]:
     """The stages of every row by its title."""
-    alone = {f"`{name}`": lambda cls=cls: [tiny.make_stage(cls)] for name, cls in STAGES.items()}
+    alone = {f"`{name}`": lambda cls=cls: tiny.make_stages(cls) for name, cls in STAGES.items()}
     return {**alone, **PIPELINES}
 
 

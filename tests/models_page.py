@@ -307,8 +307,8 @@ def kind_lines(reasons: dict[str, int]) -> list[str]:
 
 def _kind_cell(cls: type[Stage], model: LightningModule, where: str, reasons: dict[str, int]) -> str:
     """What a stage does with the layers below ``where``."""
-    stage = tiny.make_stage(cls)
-    if problems := check_stages([stage], RunData(model, datamodule=tiny.RegressionData()))[0]:
+    *earlier, stage = tiny.make_stages(cls)
+    if problems := check_stages([*earlier, stage], RunData(model, datamodule=tiny.RegressionData()))[-1]:
         text = composition.reason_of(str(problems[0]))
         return f"no [{reasons.setdefault(text, len(reasons) + 1)}]"
     inside = any(f"{name}.".startswith(f"{where}.") for name in stage.find_layers(model))

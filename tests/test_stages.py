@@ -48,7 +48,7 @@ def problems_of(tmp_path, kind, stages):
 def runs_alone(name, kind):
     """Asked once for all pairs."""
     with tempfile.TemporaryDirectory() as folder:
-        return not problems_of(Path(folder), kind, [make(name)])
+        return not problems_of(Path(folder), kind, stages_named(name))
 
 
 def outputs(module, kind):
@@ -94,12 +94,13 @@ def check_loads(folder, module, kind):
 @pytest.mark.parametrize("kind", tiny.MODELS)
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_a_stage_keeps_its_promises_and_its_checkpoint_loads(tmp_path, name, kind):
-    stage = make(name)
-    if problems := problems_of(tmp_path, kind, [stage]):
-        check_refusal(tmp_path, kind, [stage], problems)
+    stages = stages_named(name)
+    stage = stages[-1]
+    if problems := problems_of(tmp_path, kind, stages):
+        check_refusal(tmp_path, kind, stages, problems)
         return
-    module, trainer = run(tmp_path, kind, stage)
-    check_promises(module, [stage])
+    module, trainer = run(tmp_path, kind, *stages)
+    check_promises(module, stages)
     layers = stage.find_layers(module)
     if stage.promises:
         assert set(collect_constraints(module)) == set(layers)
@@ -125,8 +126,8 @@ def test_a_stage_keeps_its_arguments_as_they_are(name):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_deterministic(tmp_path, name):
-    first, _ = run(tmp_path, "llama", make(name), folder="a")
-    second, _ = run(tmp_path, "llama", make(name), folder="b")
+    first, _ = run(tmp_path, "llama", *stages_named(name), folder="a")
+    second, _ = run(tmp_path, "llama", *stages_named(name), folder="b")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
@@ -147,28 +148,29 @@ def pairs():
 
 @functools.lru_cache(maxsize=1)
 def after_first(name, kind):
-    """A runner whose model has gone through one stage, for every second one to start from."""
+    """A runner whose model has gone through one stage and those that it needs, for every second one to start from."""
     with tempfile.TemporaryDirectory() as folder:
-        (stage,) = stages_named(name)
-        trainer = tiny.trainer(Path(folder) / "run", stage)
+        stages = stages_named(name)
+        trainer = tiny.trainer(Path(folder) / "run", *stages)
         data = RunData(tiny.make_model(kind), datamodule=tiny.make_data(kind, Path(folder)))
         data.read(trainer)
         runner = StageRunner(trainer, data)
         runner.measure_dense([other for other in stages_named(*STAGES) if runs_alone(type(other).__name__, kind)])
-        runner.apply(stage, Path(folder) / "run" / "stages" / "1")
+        for position, stage in enumerate(stages, start=1):
+            runner.apply(stage, Path(folder) / "run" / "stages" / str(position))
     runner.module.trainer = None  # a copy of the model must not copy the trainer
     return runner
 
 
 def run_second(tmp_path, kind, first, stages):
-    """The model after both ``stages``, of which a copy of the shared runner's model has gone through the first."""
+    """The model after all ``stages``; a copy of the shared runner's model has gone through all but the last."""
     shared = after_first(first, kind)
     runner = copy.copy(shared)
     runner.applied = [*shared.applied]
     runner.data = RunData(copy.deepcopy(shared.module), datamodule=tiny.make_data(kind, tmp_path))
     runner.trainer = tiny.trainer(tmp_path / "run", *stages)
     runner.data.read(runner.trainer)
-    runner.apply(stages[1], tmp_path / "run" / "model")
+    runner.apply(stages[-1], tmp_path / "run" / "model")
     return runner.module
 
 

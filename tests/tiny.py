@@ -20,6 +20,7 @@ from pqqp_lightning import Stage, Trainer
 from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.models import CausalLM, ImageClassifier
 from pqqp_lightning.stages.arguments import required
+from pqqp_lightning.stages.discovery import known_stages
 from pqqp_lightning.storage.run_folder import WEIGHTS
 
 ACCELERATOR = os.environ.get("TEST_ACCELERATOR", "cpu")
@@ -214,12 +215,29 @@ def make_stage(cls: type[Stage], name: str | None = None) -> Stage:
     raise AssertionError(f"{cls.__name__}: the example in its docstring does not pass its own checks: {example}")
 
 
+def make_stages(cls: type[Stage]) -> list[Stage]:
+    """A stage as :func:`make_stage` makes it; before one that repairs, the stages of its docstring's example."""
+    earlier: list[Stage] = []
+    for name, item in example_stages(cls).items() if cls.needs_dense else ():
+        if item["class_path"] == cls.__name__:
+            break
+        stage = known_stages()[item["class_path"]](**item.get("init_args", {}))
+        stage.name = f"{name}_first"  # a pair may have another stage of this class
+        earlier.append(stage)
+    return [*earlier, make_stage(cls)]
+
+
 def example_arguments(cls: type[Stage]) -> dict[str, Any]:
     """The arguments that the YAML example in the docstring of a stage gives it."""
+    own = (item for item in example_stages(cls).values() if item["class_path"] == cls.__name__)
+    return next(own, {}).get("init_args", {})
+
+
+def example_stages(cls: type[Stage]) -> dict[str, dict[str, Any]]:
+    """The stages of the YAML example in the docstring of a stage."""
     _, _, indented = (inspect.getdoc(cls) or "").partition("Example::\n")
     text = indented.partition("\nArgs:")[0]
-    stages = yaml.safe_load(text)["stages"] if text.strip() else {}
-    return next((item.get("init_args", {}) for item in stages.values() if item["class_path"] == cls.__name__), {})
+    return yaml.safe_load(text)["stages"] if text.strip() else {}
 
 
 def blamed(error) -> list[tuple[str, object]]:

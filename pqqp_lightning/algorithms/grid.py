@@ -78,6 +78,11 @@ class Grid:
         """The zero point of a symmetric grid."""
         return 2.0 ** (self.bits - 1)
 
+    def is_like(self, other: Grid) -> bool:
+        """Whether both differ in their scales and zero points alone: same bits, levels, groups and symmetry."""
+        shape = (self.bits, self.codebook, self.columns, self.scale.shape, self.zero is None)
+        return shape == (other.bits, other.codebook, other.columns, other.scale.shape, other.zero is None)
+
     def to(self, device: torch.device) -> Grid:
         """Return the same grid on another device."""
         zero = None if self.zero is None else self.zero.to(device)

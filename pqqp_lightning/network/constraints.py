@@ -182,7 +182,8 @@ def broken_promises(model: nn.Module, promises: list[Promise]) -> list[tuple[Pro
     """Find the promises that the model violates, and describe how.
 
     A layer that was removed from the model has no constraints to keep. A layer whose shape changed must carry
-    constraints of the new shape, as :meth:`Constraints.select` returns them.
+    constraints of the new shape, as :meth:`Constraints.select` returns them. A grid that differs from the promised one
+    in its scales alone replaces it: the weight is verified on the new grid.
     """
     present = {id(layer) for _, layer in named_layers(model)}
     broken = []
@@ -192,6 +193,9 @@ def broken_promises(model: nn.Module, promises: list[Promise]) -> list[tuple[Pro
         matrix = weight_matrix(promise.layer)
         promised = promise.constraints
         if tuple(matrix.shape) == promised.shape:
+            grid = constraints_of(promise.layer).grid
+            if grid is not None and promised.grid is not None and grid.is_like(promised.grid):
+                promised = replace(promised, grid=grid)  # a stage may move the scales: the bits are what was promised
             violations = promised.violations(matrix)
         else:
             current = constraints_of(promise.layer)

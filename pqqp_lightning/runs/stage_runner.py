@@ -11,11 +11,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from pqqp_lightning.calibration.batch_norm import batch_norms, recalibrate_batch_norms
+from pqqp_lightning.calibration.dense_weights import DenseWeights, mark_layers
 from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.checkpoint.construction import skeleton_of
 from pqqp_lightning.checkpoint.format import Applied
@@ -84,6 +87,9 @@ class StageRunner:
 
     def __post_init__(self) -> None:
         self._build = skeleton_of(self.module)
+        mark_layers(self.module)
+        self._needs_dense = False
+        self._dense_weights: DenseWeights | None = None
         self._structure = Skeleton(self.module)
         self._uses: dict[str, LayerUse] = {}
 
@@ -130,6 +136,7 @@ class StageRunner:
 
     def load(self, folder: Path) -> None:
         """Load the checkpoint in ``folder`` into the model."""
+        self._keep_dense()
         if any(item.plan for item in self.applied):  # stages changed its structure; a checkpoint's plans start dense
             self._structure.restore(self.module)
             mark_uses(self.module, self._uses)
@@ -207,9 +214,21 @@ class StageRunner:
         self.dense_parameters = count_parameters(self.module)
         if layers:
             self.original_bits = 8 * next(iter(layers.values())).weight.element_size()
+        self._needs_dense = any(stage.needs_dense for stage in stages)
         distillations = [stage.distill for stage in stages if stage.distill is not None and stage.epochs]
         if distillations and self.teacher is None:
             self.teacher = make_teacher(self.module, distillations[0].teacher_dtype)  # the checks want one dtype
+
+    def _keep_dense(self) -> None:
+        """Copy the dense weights to disk before the model changes for the first time, if a stage needs them."""
+        if self._needs_dense and self._dense_weights is None:
+            folder = Path(self.trainer.default_root_dir)
+            self._dense_weights = DenseWeights(self.module, folder if folder.is_dir() else Path(gettempdir()))
+
+    def _dense_weight(self, layer: Layer) -> Tensor | None:
+        """The weight [O, I] of ``layer`` in the dense model; None where a stage changed what the layer computes."""
+        comparable = all(item.stage.comparable_layers for item in self.applied)
+        return self._dense_weights.of(layer) if comparable and self._dense_weights is not None else None
 
     def apply(self, stage: Stage, folder: Path, half: bool = True) -> Record:
         """Apply ``stage``: compress, verify and measure, then finetune and measure again; save to ``folder``.
@@ -251,6 +270,7 @@ class StageRunner:
         """
         # The position is part of the seed: a stage computes the same in a resumed run and in every search.
         seed_from(run_seed(), len(self.applied))
+        self._keep_dense()
         context = self._context(stage)
         promised = collect_promises(self.module)
         for what, layers in stage.left_layers(self.module).items():
@@ -354,7 +374,12 @@ class StageRunner:
         return {"parameters": coverage.parameters, "covered": coverage.covered, "left": coverage.left}
 
     def _context(self, stage: Stage) -> Context:
-        return Context(partial(self.walk, stage.name), title=stage.name, progress=self._shows_progress())
+        return Context(
+            partial(self.walk, stage.name),
+            title=stage.name,
+            progress=self._shows_progress(),
+            dense=self._dense_weight,
+        )
 
     def _record(self, stage: Stage, elapsed_s: float, peak_bytes: int, notes: list[str], undone: bool) -> Record:
         return make_record(

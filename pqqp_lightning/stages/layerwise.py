@@ -42,6 +42,8 @@ class LayerInputs:
         statistic: the result of :meth:`LayerwiseStage.prepare`; None without calibration.
         mask: the keep-mask [O, I] of earlier stages, or None.
         grid: the grid of an earlier stage, or None.
+        dense: the weight [O, I] in the dense model, for a stage that ``needs_dense``; else None.
+        shares_scale: the grid's only scale is also that of the layer's other groups.
     """
 
     name: str
@@ -49,6 +51,8 @@ class LayerInputs:
     statistic: Any = None
     mask: Tensor | None = None
     grid: Grid | None = None
+    dense: Tensor | None = None
+    shares_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class LayerwiseStage(Stage):
         """Compress ``layers`` in place, calibrated on the current ``model``."""
         if self.statistic is None:
             for name, layer in context.each(layers):
-                self._compress_groups(name, layer, [None])
+                self._compress_groups(name, layer, [None], self._dense_of(layer, context))
             return
 
         def compress(reading: Reading) -> None:
@@ -133,32 +137,39 @@ class LayerwiseStage(Stage):
             prepared = iter(self.prepare(value, lambda what: context.found(what, reading.layers)))
             statistics = [next(prepared) if own else UNREACHED for own in reached.tolist()]
             for name, layer in reading.layers.items():
-                self._compress_groups(name, layer, statistics)
+                self._compress_groups(name, layer, statistics, self._dense_of(layer, context))
                 for number, own in enumerate(reached.tolist()):
                     if not own:
                         context.found(self.without_statistics, [f"{name}[{number}]"])
 
         def unreached(missed: dict[str, Layer]) -> None:
             for name, layer in missed.items():
-                self._compress_groups(name, layer, [UNREACHED] * groups_of(layer))
+                self._compress_groups(name, layer, [UNREACHED] * groups_of(layer), None)
             context.found(self.without_statistics, missed)
 
         context.calibrate(self.find_blocks(model), layers, self.statistic, compress, unreached)
 
-    def _compress_groups(self, name: str, layer: Layer, statistics: Sequence[Any]) -> None:
+    def _dense_of(self, layer: Layer, context: Context) -> Tensor | None:
+        return context.dense(layer) if self.needs_dense else None
+
+    def _compress_groups(self, name: str, layer: Layer, statistics: Sequence[Any], dense: Tensor | None) -> None:
         """Compress one layer in one row group for each statistic."""
         constraints, matrix, count = constraints_of(layer), weight_matrix(layer), len(statistics)
         # each group gets its rows of the mask and of the grid
         grids: Sequence[Grid | None] = [None] * count
+        shares_scale = False
         if constraints.grid is not None:
             grids = constraints.grid.to(matrix.device).chunk(count)
-        groups = row_groups(matrix, constraints.mask(matrix.device), groups=count)
+            shares_scale = count > 1 and len(constraints.grid.scale) == 1
+        groups = row_groups(matrix, constraints.mask(matrix.device), dense, groups=count)
         parts = []
-        for (weight, mask), statistic, grid in zip(groups, statistics, grids, strict=True):
+        for (weight, mask, dense_part), statistic, grid in zip(groups, statistics, grids, strict=True):
             if statistic is UNREACHED:
-                parts.append(self.compress_unreached(LayerInputs(name, weight, None, mask, grid)))
+                inputs = LayerInputs(name, weight, None, mask, grid, shares_scale=shares_scale)
+                parts.append(self.compress_unreached(inputs))
             else:
-                parts.append(self.compress_layer(LayerInputs(name, weight, statistic, mask, grid)))
+                inputs = LayerInputs(name, weight, statistic, mask, grid, dense_part, shares_scale)
+                parts.append(self.compress_layer(inputs))
         write_back(layer, _joined(parts))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pqqp_lightning.calibration.statistics import Statistic
@@ -40,6 +40,8 @@ class Context:
         notes: notes for the stage's record; the stage appends to it.
         findings: what was found, with the names of the layers.
         undone: whether the stage broke a constraint of an earlier stage; a note says which.
+        dense: the weight matrix [O, I] that a layer had in the dense model, on the layer's device; None where an
+            earlier stage changed what the layer computes. Only for a stage that ``needs_dense``.
     """
 
     walk: Callable[[Blocks], Walk]
@@ -48,6 +50,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     findings: dict[str, list[str]] = field(default_factory=dict)
     undone: bool = False
+    dense: Callable[[Layer], Tensor | None] = lambda layer: None
 
     def found(self, what: str, layers: Iterable[str]) -> None:
         """Note that ``what`` was found in ``layers``; the record has their number and the first names."""
@@ -93,9 +96,10 @@ class Stage(Callback):
     :class:`~pqqp_lightning.stages.LayerwiseStage` instead.
 
     Class attributes describe a stage: ``promises`` (the constraints that its weights satisfy, "mask" or "grid"),
-    ``needs_calibration``, ``compresses``, ``needs_forward`` (it changes what its layers' modules compute, so that a
-    weight that is passed to a function instead cannot take part), ``keeps_function`` (the model's outputs do not
-    change), ``changes_before_training`` (``compress`` changes the outputs, not only the training after it), and
+    ``needs_calibration``, ``needs_dense`` (the dense model's weights, to repair what earlier stages did to them),
+    ``compresses``, ``needs_forward`` (it changes what its layers' modules compute, so that a weight that is passed to a
+    function instead cannot take part), ``keeps_function`` (the model's outputs do not change),
+    ``changes_before_training`` (``compress`` changes the outputs, not only the training after it), and
     ``comparable_layers`` (a layer has the same inputs and outputs as in the dense model, so that its outputs can be
     compared).
 
@@ -115,6 +119,7 @@ class Stage(Callback):
     source: ClassVar[str] = ""
     promises: ClassVar[tuple[str, ...]] = ()
     needs_calibration: ClassVar[bool] = False
+    needs_dense: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
     needs_forward: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = False
