@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pqqp_lightning.algorithms.polish import Repaired, polish, refit
-from pqqp_lightning.stages import LayerInputs, Problem, RepairStage
+from pqqp_lightning.stages import LayerInputs, Problem, RepairInputs, RepairStage
 
 
 class Polish(RepairStage):
@@ -26,14 +26,24 @@ class Polish(RepairStage):
     Args:
         passes: over all columns of a layer; 2 to 4 reach most of the gain.
         scales: move the scales of the grids, too.
+        inputs: where the outputs come from that a layer shall reproduce: those of its dense weights on the "compressed"
+            model's inputs, the outputs in the "dense" model itself, which also makes up for earlier layers' errors, or
+            the mean of both ("mixed").
         damping: fraction of the Hessian's mean diagonal that is added to it; more stays nearer to the dense weights.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Behdin et al. 2023, QuantEase, arXiv 2309.01885, here within masks and with scales"
 
-    def __init__(self, passes: int = 4, scales: bool = True, damping: float = 0.01, **kwargs: Any) -> None:
-        super().__init__(damping, **kwargs)
+    def __init__(
+        self,
+        passes: int = 4,
+        scales: bool = True,
+        inputs: RepairInputs = "compressed",
+        damping: float = 0.01,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(inputs, damping, **kwargs)
         self.passes, self.scales = passes, scales
 
     def check_arguments(self) -> list[Problem]:
@@ -42,10 +52,10 @@ class Polish(RepairStage):
             problems.append(Problem("passes", self.passes, "is not above 0", "4 is the default."))
         return problems
 
-    def repair(self, inputs: LayerInputs, dense: Tensor) -> Repaired:
+    def repair(self, inputs: LayerInputs, target: Tensor) -> Repaired:
         weight, hessian, mask, grid = inputs.weight, inputs.statistic, inputs.mask, inputs.grid
         if grid is None:
             assert mask is not None
-            return refit(weight, dense, hessian, mask)
+            return refit(weight, target, hessian, mask)
         scales = self.scales and not inputs.shares_scale
-        return polish(weight, dense, hessian, grid, mask, passes=self.passes, scales=scales)
+        return polish(weight, target, hessian, grid, mask, passes=self.passes, scales=scales)

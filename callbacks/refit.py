@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pqqp_lightning.algorithms.polish import Repaired, refit
-from pqqp_lightning.stages import LayerInputs, Problem, RepairStage
+from pqqp_lightning.stages import LayerInputs, Problem, RepairInputs, RepairStage
 
 
 class Refit(RepairStage):
@@ -26,6 +26,7 @@ class Refit(RepairStage):
 
     Args:
         iterations: of the conjugate gradients, at most.
+        inputs: where the outputs come from that a layer shall reproduce, see ``Polish``.
         damping: fraction of the Hessian's mean diagonal that is added to it; more stays nearer to the dense weights.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
@@ -33,8 +34,10 @@ class Refit(RepairStage):
     nothing_to_repair = "no earlier stage prunes its layers, or one quantizes them too (Polish repairs those)"
     source = "Least squares on the mask, as in the weight update of ALPS (Meng et al. 2024, arXiv 2406.07831)"
 
-    def __init__(self, iterations: int = 20, damping: float = 0.01, **kwargs: Any) -> None:
-        super().__init__(damping, **kwargs)
+    def __init__(
+        self, iterations: int = 20, inputs: RepairInputs = "compressed", damping: float = 0.01, **kwargs: Any
+    ) -> None:
+        super().__init__(inputs, damping, **kwargs)
         self.iterations = iterations
 
     def check_arguments(self) -> list[Problem]:
@@ -46,6 +49,6 @@ class Refit(RepairStage):
     def repairs(self, kept: Collection[str]) -> bool:
         return set(kept) == {"mask"}
 
-    def repair(self, inputs: LayerInputs, dense: Tensor) -> Repaired:
+    def repair(self, inputs: LayerInputs, target: Tensor) -> Repaired:
         assert inputs.mask is not None
-        return refit(inputs.weight, dense, inputs.statistic, inputs.mask, iterations=self.iterations)
+        return refit(inputs.weight, target, inputs.statistic, inputs.mask, iterations=self.iterations)

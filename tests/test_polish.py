@@ -10,7 +10,7 @@ from test_algorithms import ROWS, SEEDS, Layer, make_layer
 from pqqp_lightning.algorithms.codebook import levels_of
 from pqqp_lightning.algorithms.gptq import quantize_gptq
 from pqqp_lightning.algorithms.grid import Grid, fit_codebook, fit_grid, round_to_grid
-from pqqp_lightning.algorithms.polish import damped_hessian, objective, polish, refit
+from pqqp_lightning.algorithms.polish import damped_hessian, dense_inputs_map, objective, polish, refit
 from pqqp_lightning.algorithms.sparsegpt import prune_sparsegpt
 
 GRIDS = {
@@ -126,6 +126,25 @@ def test_a_grid_with_a_scale_of_zero_stays_finite():
     polished = polish(round_to_grid(weight, grid), layer.weight, layer.hessian, grid)
     assert bool(polished.weight.isfinite().all())
     assert not polished.weight[2].any()
+
+
+def test_the_target_of_other_inputs_is_the_least_squares_solution():
+    layer = make_layer(rows=6, columns=32, dead=(5,))
+    x = torch.randn(200, 32, generator=torch.Generator().manual_seed(3))
+    x[:, 5] = 0
+    y = x + 0.3 * torch.randn(200, 32, generator=torch.Generator().manual_seed(4)) * (x != 0)
+    hessian = x.T @ x
+    damped = damped_hessian(hessian, 0.01)
+    weight = layer.weight[:, :32]
+    found = weight @ dense_inputs_map(hessian, damped, x.T @ y).T
+    # damping is as many more rows, on which the weights shall stay as they are
+    extra = np.diag(np.sqrt((damped - hessian).diagonal().double().numpy()))
+    rows = np.concatenate([x.double().numpy(), extra])
+    outputs = np.concatenate([y.double().numpy(), extra]) @ weight.double().numpy().T
+    expected = np.linalg.lstsq(rows, outputs, rcond=None)[0].T
+    assert found.numpy() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    unchanged = weight @ dense_inputs_map(hessian, damped, hessian).T
+    assert torch.allclose(unchanged, weight, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

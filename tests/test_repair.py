@@ -30,7 +30,7 @@ def errors_of(stage: RepairStage, monkeypatch) -> list[tuple[float, float]]:
 
     def watched(inputs):
         done = original(inputs)
-        hessian = inputs.statistic.double()
+        hessian = inputs.statistic.hessian.double()
         error = [(w.double() - inputs.dense.double()) for w in (inputs.weight, done.weight)]
         found.append(tuple(float(((e @ hessian) * e).sum()) for e in error))
         return done
@@ -66,6 +66,53 @@ def test_no_layer_gets_worse_and_masks_bits_and_groups_stay(tmp_path, monkeypatc
         assert now.grid.scale.dtype == earlier.grid.scale.dtype
 
 
+def inputs_of(model, name):
+    """The rows [T, I] that the layer ``name`` reads on the calibration data."""
+    rows = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0]))
+    with torch.no_grad():
+        model.eval()(tiny.regression_data(24).tensors[0])
+    handle.remove()
+    return rows[0]
+
+
+def test_dense_inputs_are_paired_with_the_compressed_models(tmp_path, monkeypatch):
+    polish = Polish(inputs="dense")
+    statistics = []
+    original = polish.prepare
+
+    def watched(value, found):
+        statistics.append(value.clone())
+        return original(value, found)
+
+    monkeypatch.setattr(polish, "prepare", watched)
+    dense, model = tiny.Regressor(), tiny.Regressor()
+    trainer = tiny.trainer(tmp_path / "run", SparseGPT(0.5), GPTQ(3), polish)
+    trainer.fit(model, datamodule=tiny.RegressionData())
+    assert len(statistics) == 4  # up and down of two blocks
+    x, y = inputs_of(model, "blocks.1.up"), inputs_of(dense, "blocks.1.up")
+    assert not torch.allclose(x, y, atol=1e-2)
+    assert torch.allclose(statistics[2][0, 0], x.T @ x, atol=1e-3)
+    assert torch.allclose(statistics[2][0, 1], x.T @ y, atol=1e-3)
+    # nothing before the first block is compressed
+    assert torch.allclose(statistics[0][0, 0], statistics[0][0, 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "experts", "attention", "llama", "resnet"])
+def test_every_kind_of_layer_is_repaired_towards_the_dense_models_outputs(tmp_path, kind):
+    model = kinds.KindModule(kind) if kind in kinds.NETWORKS else tiny.make_model(kind)
+    data = tiny.RegressionData() if kind in kinds.NETWORKS else tiny.make_data(kind, tmp_path)
+    means = {name: value.clone() for name, value in model.named_buffers() if name.endswith("running_mean")}
+    trainer = tiny.trainer(tmp_path / "run", SparseGPT(0.5), GPTQ(3), Polish(inputs="dense"))
+    trainer.fit(model, datamodule=data)
+    notes = json.loads((tmp_path / "run/report.json").read_text())["stages"][-1]["notes"]
+    assert any("squared output error that masks and grids cause: 0." in note for note in notes)
+    paired = not any("the dense model computes other rows here" in note for note in notes)
+    assert paired == (kind not in ("experts", "attention"))  # parts of a weight, which read inputs of their own
+    for name, mean in means.items():  # the dense statistics were for the dense passes only
+        assert not torch.equal(model.get_buffer(name), mean)
+
+
 def test_a_layer_with_a_mask_alone_is_refitted(tmp_path):
     results = []
     for name, repair in (("polish", Polish()), ("refit", Refit())):
@@ -80,7 +127,7 @@ def test_the_record_says_how_much_of_the_error_is_left(tmp_path):
     trainer = tiny.trainer(tmp_path / "run", SparseGPT(0.5), GPTQ(3), Polish())
     trainer.fit(tiny.Regressor(), datamodule=tiny.RegressionData())
     notes = json.loads((tmp_path / "run/report.json").read_text())["stages"][-1]["notes"]
-    assert any("squared output error towards the dense weights: 0." in note for note in notes)
+    assert any("squared output error that masks and grids cause: 0." in note for note in notes)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +136,10 @@ def test_the_record_says_how_much_of_the_error_is_left(tmp_path):
         ([Polish()], "has nothing to repair"),
         ([GPTQ(4), Refit()], "has nothing to repair"),
         ([Magnitude(0.5), Finetune(epochs=1), Polish()], "would undo the training of stage 'finetune'"),
-        ([Polish(passes=0, damping=2.0)], "is not above 0"),
+        ([GPTQ(4), Polish(passes=0)], "is not above 0"),
+        ([GPTQ(4), Polish(inputs="sparse")], "is not one of dense, compressed, mixed"),
+        ([GPTQ(4), Polish(inputs="dense", damping=0.0)], "leaves the target of inputs=dense undetermined"),
+        ([Magnitude(0.5), Refit(iterations=0)], "is not above 0"),
     ],
 )
 def test_is_refused_before_any_work(tmp_path, stages, reason):
@@ -100,8 +150,8 @@ def test_is_refused_before_any_work(tmp_path, stages, reason):
 
 
 def test_a_rotation_before_it_is_refused(tmp_path):
+    trainer = tiny.trainer(tmp_path / "run", QuaRot(), GPTQ(4), Polish())
     with pytest.raises(RecipeError, match="changed what the layers compute"):
-        trainer = tiny.trainer(tmp_path / "run", QuaRot(), GPTQ(4), Polish())
         trainer.fit(tiny.make_model("llama"), datamodule=tiny.make_data("llama", tmp_path))
 
 

@@ -57,6 +57,28 @@ def damped_hessian(hessian: Tensor, damping: float) -> Tensor:
     return h
 
 
+def dense_inputs_map(hessian: Tensor, damped: Tensor, cross: Tensor) -> Tensor:
+    """Return M [I, I] such that the weights W M^T, on the inputs X, come nearest to W on other inputs Y.
+
+    Least squares, ||X V^T - Y W^T||^2 + D ||V - W||^2 with the damping D: V^T = (H + D)^-1 (X^T Y + D) W^T. This is the
+    target of GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695), where Y are the inputs in the dense model.
+
+    Args:
+        hessian: H = X^T X [I, I].
+        damped: H + D, from :func:`damped_hessian`.
+        cross: X^T Y [I, I].
+
+    Raises:
+        ArithmeticError: H + D is not positive definite in float32.
+    """
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed):
+        raise ArithmeticError("its Hessian is not positive definite; use more damping, or inputs: compressed")
+    right = cross.clone()
+    right.diagonal().add_(damped.diagonal() - hessian.diagonal())
+    return torch.cholesky_solve(right, factor)
+
+
 def objective(weight: Tensor, dense: Tensor, hessian: Tensor) -> float:
     """Return tr((V - W) H (V - W)^T) for V = ``weight`` and W = ``dense``, both [O, I]."""
     error = weight.float() - dense.float()

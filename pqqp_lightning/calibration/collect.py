@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pqqp_lightning.calibration.functional import FunctionalReader
-from pqqp_lightning.calibration.statistics import Statistic
+from pqqp_lightning.calibration.statistics import PairedHessian, Statistic
 from pqqp_lightning.calibration.token_mask import TokenMask, positions_of
 from pqqp_lightning.network.layers import Layer, columns_of, geometry, input_rows, spatial_dimensions
 
@@ -77,6 +77,8 @@ class Collector:
         self._reader: FunctionalReader | None = None
         self._any_used = False
         self._mask: TokenMask | None = None  # of the current forward pass
+        self._is_dense = False  # whether the current forward pass is the dense model's
+        self._dense_inputs: dict[str, list[Tensor]] = {}  # of its latest forward pass, in the order of the calls
         self.unmasked: dict[str, None] = {}
 
     @property
@@ -139,14 +141,32 @@ class Collector:
         # A pass may stop early only if every layer ran exactly once: a layer that runs twice has more inputs to come.
         self._may_stop = sorted(self._calls) == sorted(self._layers)
 
+    @contextmanager
+    def dense_pass(self, mask: TokenMask | None = None) -> Iterator[None]:
+        """Wrap a forward pass of the dense model on a batch, before :meth:`forward_pass` on the same batch.
+
+        A :class:`PairedHessian` pairs the inputs of both passes.
+        """
+        self._mask = mask
+        self._is_dense = True
+        self._dense_inputs.clear()
+        try:
+            with self._reader if self._reader is not None else nullcontext():
+                yield
+        finally:
+            self._is_dense = False
+
     def _see(self, name: str, inputs: Tensor) -> None:
+        if self._is_dense:
+            self._dense_inputs.setdefault(name, []).append(inputs)
+            return
         self._calls.append(name)
         reading = self._reading_of.get(name)
         if reading is None:
             self._add_layer(name, inputs)
         elif next(iter(reading.layers)) == name:  # the reading's first layer counts for all of them
             reading.latest = inputs
-            reading.statistic.add(self._rows(name, inputs))
+            self._add_rows(reading.statistic, name, inputs)
         elif reading.latest is not inputs:
             first_name = next(iter(reading.layers))
             raise RuntimeError(
@@ -158,6 +178,8 @@ class Collector:
     def _see_use(self, name: str, inputs: Tensor, part: int | None, parts: int) -> None:
         """Collect the input of a weight that is used functionally, or of one part of it."""
         self._any_used = True
+        if self._is_dense and parts > 1:
+            return  # experts read other rows in the dense model
         if parts == 1:
             self._see(name, inputs)
             return
@@ -176,6 +198,17 @@ class Collector:
         for number, rows in enumerate(inputs):
             # Where every expert gets all tokens, those of the others are zeroed.
             reading.statistic.add_to(number, rows[rows.ne(0).any(dim=1)])
+
+    def _add_rows(self, statistic: Statistic, name: str, inputs: Tensor) -> None:
+        """Add the layer's input, paired with that in the dense model if there was such a pass."""
+        rows = self._rows(name, inputs)
+        dense = self._dense_inputs.get(name)
+        if isinstance(statistic, PairedHessian) and dense:
+            dense_rows = self._rows(name, dense.pop(0))
+            if dense_rows.shape == rows.shape:
+                statistic.add_pair(rows, dense_rows)
+                return
+        statistic.add(rows)
 
     def _rows(self, name: str, inputs: Tensor) -> Tensor:
         """The rows [groups, T, I] of the layer's input that count."""
@@ -198,9 +231,9 @@ class Collector:
                 reading.layers[name] = layer
                 self._reading_of[name] = reading
                 return
-        rows = self._rows(name, inputs)
-        statistic = self._kind(len(rows), columns_of(layer), layer.weight.device)
-        statistic.add(rows)
+        groups = len(self._rows(name, inputs))
+        statistic = self._kind(groups, columns_of(layer), layer.weight.device)
+        self._add_rows(statistic, name, inputs)
         self._reading_of[name] = Reading({name: layer}, statistic, inputs)
 
 

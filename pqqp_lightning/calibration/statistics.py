@@ -100,6 +100,46 @@ class Hessian(Statistic):
         return hessians
 
 
+class PairedHessian(Hessian):
+    """X^T X, and X^T Y with the rows Y that the layer reads in the dense model: [groups, 2, I, I].
+
+    X^T Y is 0 for a group some of whose rows have no counterpart in the dense model (another expert reads them there).
+    """
+
+    def __init__(self, groups: int, columns: int, device: torch.device) -> None:
+        super().__init__(groups, columns, device)
+        self._paired = torch.zeros_like(self.counts)
+
+    def empty(self, groups: int, columns: int, device: torch.device) -> Tensor:
+        return torch.zeros(groups, 2, columns, columns, dtype=torch.float32, device=device)
+
+    def accumulate(self, rows: Tensor) -> None:
+        for total, group in zip(self.total, rows, strict=True):
+            add_gram(total[0], group)
+
+    def add_pair(self, rows: Tensor, dense: Tensor) -> None:
+        """Add ``rows`` [groups, T, I] and the rows of the same tokens in the dense model."""
+        self.add(rows)
+        for total, group, dense_group in zip(self.total, rows, dense, strict=True):
+            total[1].addmm_(group.float().T, dense_group.float())
+        self._paired += rows.shape[1]
+
+    def reduce(self) -> None:
+        super().reduce()
+        sum_over_ranks(self._paired)
+
+    def value(self) -> Tensor:
+        for total, complete in zip(self.total, self._paired.eq(self.counts).tolist(), strict=True):
+            mirror_upper_triangle(total[0])
+            if not complete:
+                total[1].zero_()
+        return self.total
+
+    @classmethod
+    def of_hessian(cls, hessians: Tensor) -> Tensor:
+        return torch.stack([hessians, hessians], dim=1)
+
+
 class SquaredNorm(Statistic):
     """The squared l2 norm of every input column: [groups, I] (Wanda)."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from pqqp_lightning.calibration.chain import Call, Run, capture_calls, first_output, is_chain
 from pqqp_lightning.calibration.collect import Collector, Reading, check_reading
 from pqqp_lightning.calibration.functional import without_fast_paths
-from pqqp_lightning.calibration.statistics import Statistic
+from pqqp_lightning.calibration.statistics import PairedHessian, Statistic
 from pqqp_lightning.calibration.token_mask import TokenMask, token_masks
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.blocks import Blocks
@@ -39,6 +39,7 @@ class Walk:
         batches: the calibration batches.
         probe: a batch of one sample, for observing how the blocks follow one another.
         run: runs the model on one batch.
+        dense: inside its context, the weights in a module are those of the dense model.
         loss: computes the training loss of one batch, a scalar; the caller sets modes and gradients.
         evaluate: runs one batch as an evaluation does, where ``run`` computes less.
         forward_context: entered around every forward pass (precision).
@@ -58,6 +59,7 @@ class Walk:
     notes: list[str] = field(default_factory=list)
     loss: Callable[[Any], Tensor] | None = None
     evaluate: Run | None = None
+    dense: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
     _masks: list[TokenMask | None] | None = field(default=None, init=False)
 
     def over(
@@ -144,7 +146,18 @@ class Walk:
             self._collect(missed, kind, compress, unreached, evaluate)
 
         rest = unreached if self.evaluate is None else again
-        self._collect(layers, kind, compress, rest, lambda i: self.forward(self.batches[i]))
+
+        def dense(index: int) -> None:
+            assert self.dense is not None
+            with self.dense(self.model):
+                self.forward(self.batches[index])
+
+        pairs = self._pairs(kind)
+        self._collect(layers, kind, compress, rest, lambda i: self.forward(self.batches[i]), dense if pairs else None)
+
+    def _pairs(self, kind: type[Statistic]) -> bool:
+        """Whether ``kind`` pairs inputs with those in the dense model, which must then be available."""
+        return issubclass(kind, PairedHessian) and self.dense is not None
 
     def _blocks_in_turn(
         self,
@@ -162,40 +175,58 @@ class Walk:
                 of_block[block][name] = layer
         last = max(i for i, inside in enumerate(of_block.values()) if inside)  # later ones have nothing to compress
         passes = islice(self.block_passes(every_block=every_block), last + 1)
-        for block, run_block in tqdm(
-            passes, total=last + 1, desc=self.title, unit="block", disable=not self.progress, leave=False
+        dense_passes: Iterator[tuple[str, Forward] | None] = repeat(None)
+        if self._pairs(kind):
+            dense_passes = iter(self.block_passes(every_block=every_block, dense=True))
+        for (block, run_block), dense_pass in tqdm(
+            zip(passes, dense_passes, strict=False),
+            total=last + 1,
+            desc=self.title,
+            unit="block",
+            disable=not self.progress,
+            leave=False,
         ):
             if of_block[block]:
-                self._collect(of_block[block], kind, compress, unreached, run_block)
+                run_dense = dense_pass[1] if dense_pass is not None else None
+                self._collect(of_block[block], kind, compress, unreached, run_block, run_dense)
 
-    def block_passes(self, *, every_block: bool) -> Iterator[tuple[str, Forward]]:
+    def block_passes(self, *, every_block: bool, dense: bool = False) -> Iterator[tuple[str, Forward]]:
         """Each block in turn, with the forward pass of that block alone. Call it in ``calibrating()``.
 
         The consumer changes the block before it asks for the next one, which gets the changed block's outputs.
 
         Args:
             every_block: whether each block gets arguments of its own besides the hidden states, see ``is_chain``.
+            dense: run the blocks with the dense model's weights.
         """
+        within = self.dense if dense and self.dense is not None else nullcontext
         hidden: list[Tensor] = []  # each batch's input of the current block, replaced by its output
         calls: list[list[Call]] = []
-        for batch_calls in capture_calls(self.blocks, self.forward, self.batches, every_block=every_block):
+        with within(self.model):
+            captured = capture_calls(self.blocks, self.forward, self.batches, every_block=every_block)
+        for batch_calls in captured:
             state = batch_calls[0].hidden
             assert state is not None  # is_chain has seen it
             hidden.append(state)
             calls.append([call.without_hidden() for call in batch_calls])  # else they keep the first states alive
         for position, (name, block) in enumerate(self.blocks.items()):
+            outputs: dict[int, Tensor] = {}  # a dense block does not change between its passes
 
-            def run_block(i: int, block: nn.Module = block, position: int = position) -> Tensor:
+            def run_block(
+                i: int, block: nn.Module = block, position: int = position, outputs: dict[int, Tensor] = outputs
+            ) -> Tensor:
                 call = calls[i][position if every_block else 0].with_hidden(hidden[i])
-                with self.forward_context():
+                with self.forward_context(), within(block):
                     output = first_output(block(*call.args, **call.kwargs))
                 assert output is not None
+                if dense:
+                    outputs[i] = output
                 return output
 
             yield name, run_block
             if position + 1 < len(self.blocks):
                 for i in range(len(hidden)):
-                    hidden[i] = run_block(i)
+                    hidden[i] = outputs.pop(i) if i in outputs else run_block(i)
 
     def _collect(
         self,
@@ -204,11 +235,15 @@ class Walk:
         compress: Compress,
         unreached: Unreached | None,
         forward: Forward,
+        forward_dense: Forward | None = None,
     ) -> None:
         collector = Collector(layers, kind)
         masks = self.masks()
         with collector.watching():
             for i, mask in enumerate(masks):
+                if forward_dense is not None:
+                    with collector.dense_pass(mask):
+                        forward_dense(i)
                 with collector.forward_pass(mask):
                     forward(i)
         missed = {name: layers[name] for name in collector.uncalled_on_all_ranks()}

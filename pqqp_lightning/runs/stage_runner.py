@@ -410,6 +410,7 @@ class StageRunner:
             title,
             self._shows_progress(),
             loss=partial(loss_of, self.trainer, self.module),
+            dense=None if self._dense_weights is None else self._dense_weights.inside,
             evaluate=partial(evaluate_batch, self.trainer, self.module) if has_calibration_step(self.module) else None,
         )
 

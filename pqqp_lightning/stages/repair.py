@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from pqqp_lightning.algorithms.grid import Grid
-from pqqp_lightning.algorithms.polish import Repaired, damped_hessian
-from pqqp_lightning.calibration.statistics import Hessian
+from pqqp_lightning.algorithms.polish import Repaired, damped_hessian, dense_inputs_map
+from pqqp_lightning.calibration.statistics import Hessian, PairedHessian
 from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.network.constraints import constrained_layers, constraints_of
 from pqqp_lightning.network.layers import Layer
 from pqqp_lightning.stages.hessian import check_hessian_arguments
 from pqqp_lightning.stages.layerwise import Compressed, Found, LayerInputs, LayerwiseStage
 from pqqp_lightning.stages.stage import Context, Plan, Stage
+
+RepairInputs = Literal["dense", "compressed", "mixed"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the layers that share an input are repaired with.
+
+    Attributes:
+        hessian: damped [I, I].
+        dense_inputs: the map [I, I] from dense weights to targets, see ``dense_inputs_map``; None if they are equal.
+    """
+
+    hessian: Tensor
+    dense_inputs: Tensor | None = None
 
 
 class RepairStage(LayerwiseStage):
@@ -25,22 +41,34 @@ class RepairStage(LayerwiseStage):
     A method writes :meth:`repair`.
 
     Args:
+        inputs: where the outputs come from that a layer shall reproduce: those of its dense weights on the "compressed"
+            model's inputs, the outputs in the "dense" model itself, which also makes up for earlier layers' errors, or
+            the mean of both ("mixed").
         damping: fraction of the Hessian's mean diagonal that is added to it.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
-    statistic = Hessian
     needs_dense = True
     nothing_to_repair: ClassVar[str] = "no earlier stage prunes or quantizes its layers"
     """Why :meth:`repairs` is False of every layer, for the refusal."""
 
-    def __init__(self, damping: float = 0.01, **kwargs: Any) -> None:
+    def __init__(self, inputs: RepairInputs = "compressed", damping: float = 0.01, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.damping = damping
+        self.inputs, self.damping = inputs, damping
         self._ratios: list[float] = []  # of the objective, after by before, for the record
 
-    def repair(self, inputs: LayerInputs, dense: Tensor) -> Repaired:
-        """The method itself: new weights within the mask and the grid of ``inputs``, whose statistic is damped."""
+    @property
+    def statistic(self) -> type[Hessian]:  # type: ignore[override]
+        """X^T X, with the dense model's inputs beside it where the target needs them."""
+        return Hessian if self.inputs == "compressed" else PairedHessian
+
+    def repair(self, inputs: LayerInputs, target: Tensor) -> Repaired:
+        """The method itself: new weights within the mask and the grid of ``inputs``, as near to ``target`` as possible.
+
+        Args:
+            inputs: of the layer; the statistic is the damped Hessian [I, I].
+            target: the weights [O, I], without mask and grid, whose outputs the layer shall have.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no repair")
 
     def repairs(self, kept: Collection[str]) -> bool:
@@ -48,7 +76,14 @@ class RepairStage(LayerwiseStage):
         return bool(kept)
 
     def check_arguments(self) -> list[Problem]:
-        return super().check_arguments() + check_hessian_arguments(1, self.damping)
+        problems = super().check_arguments() + check_hessian_arguments(1, self.damping)
+        if self.inputs not in get_args(RepairInputs):  # Python does not enforce the signature
+            text = f"is not one of {', '.join(get_args(RepairInputs))}"
+            problems.append(Problem("inputs", self.inputs, text, "Leave it out for the default."))
+        elif self.inputs != "compressed" and self.damping == 0:
+            text = f"leaves the target of inputs={self.inputs} undetermined"
+            problems.append(Problem("damping", self.damping, text, "Use 0.01, or inputs: compressed."))
+        return problems
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
@@ -80,15 +115,30 @@ class RepairStage(LayerwiseStage):
             return []
         return [Problem(text=f"has nothing to repair: {self.nothing_to_repair}", way_out="Put it after them.")]
 
-    def prepare(self, statistic: Tensor, found: Found) -> Sequence[Tensor]:
-        return [damped_hessian(hessian, self.damping) for hessian in statistic]
+    def prepare(self, statistic: Tensor, found: Found) -> Sequence[Prepared]:
+        if self.inputs == "compressed":
+            return [Prepared(damped_hessian(hessian, self.damping)) for hessian in statistic]
+        prepared = []
+        for hessian, cross in statistic:
+            damped = damped_hessian(hessian, self.damping)
+            if not bool(cross.any()):
+                found("the dense model computes other rows here: repaired as with inputs: compressed")
+                prepared.append(Prepared(damped))
+                continue
+            target = cross if self.inputs == "dense" else (hessian + cross) / 2
+            prepared.append(Prepared(damped, dense_inputs_map(hessian, damped, target)))
+        return prepared
 
     def compress_unreached(self, inputs: LayerInputs) -> Compressed:
         return self._compressed(inputs, inputs.weight, inputs.grid)
 
     def compress_layer(self, inputs: LayerInputs) -> Compressed:
         assert inputs.dense is not None
-        repaired = self.repair(inputs, inputs.dense)
+        prepared: Prepared = inputs.statistic
+        target = inputs.dense
+        if prepared.dense_inputs is not None:
+            target = target.float() @ prepared.dense_inputs.T
+        repaired = self.repair(replace(inputs, statistic=prepared.hessian), target)
         if repaired.before > 0:
             self._ratios.append(repaired.after / repaired.before)
         return self._compressed(inputs, repaired.weight, repaired.grid)
@@ -112,7 +162,7 @@ class RepairStage(LayerwiseStage):
         if self._ratios:
             mean = sum(self._ratios) / len(self._ratios)
             context.notes.append(
-                f"squared output error towards the dense weights: {mean:.3f} of what it was, averaged over the layers "
+                f"squared output error that masks and grids cause: {mean:.3f} of what it was, averaged over the layers "
                 f"({min(self._ratios):.3f} to {max(self._ratios):.3f})"
             )
         return {}
