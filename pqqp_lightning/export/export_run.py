@@ -146,7 +146,7 @@ def _prepare(run: Path, to: str, out: Path, dtype: DType, widen: bool, pad: bool
         raise RecipeError([*problems, *error.problems]) from error
     if problems or target is None:
         raise RecipeError(problems)
-    stock = stock_model(source.network, source.dense_config, pad=pad)
+    stock = stock_model(source.network, source.dense_config, pad=pad, uneven_shapes=target.uneven_shapes)
     model = ExportedModel(source, stock, dtype, widen)
     named = [replace(problem, value=str(run)) for problem in stock.problems]
     problems = [*named, *_check_range(model), *target.problems(model)]

@@ -106,6 +106,18 @@ class Target(ABC):
         path = out if self.is_file(out) or not self.file else out / self.file
         return {program: words.format(out=path) for program, words in self.loading.items()}
 
+    def uneven_shapes(self, stock: StockModel, expected: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """The shapes to store where the blocks of a model have different widths.
+
+        Args:
+            stock: the model with its own widths.
+            expected: the tensors that its configuration describes, which has one width for all blocks.
+
+        Returns:
+            Tensors on the meta device, or None where the format needs one width, as most do.
+        """
+        return None
+
     @abstractmethod
     def problems(self, model: ExportedModel) -> list[Problem]:
         """Everything that this format cannot hold, with the way out, before anything is written."""

@@ -13,18 +13,21 @@ from torch import Tensor
 
 from pqqp_lightning.algorithms.grid import encode
 from pqqp_lightning.errors import Problem, shorten
+from pqqp_lightning.export.gguf_widths import BLOCK, deci_shapes, head_width, widths_of
+from pqqp_lightning.export.stock import StockModel
 from pqqp_lightning.export.target import ExportedModel, Runtime, Target
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-BLOCK = 32
-"""Columns of a block, which has one scale."""
 FILE = "model.gguf"
 VOCABULARY = "tokenizer.gguf"
 """The tokenizer as GGUF files hold it, in the run's tokenizer folder."""
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """transformers' model type to llama.cpp's architecture."""
+UNEVEN = "deci"
+"""The architecture whose blocks have widths of their own. It computes what LLaMA does, with optional biases."""
+UNEVEN_TYPES = ("llama", "mistral", "qwen2")
 CONVERTER = "Use --to hf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
 
 
@@ -64,6 +67,9 @@ class GGUF(Target):
     def __init__(self) -> None:
         self._kinds: dict[str, BlockType | None] = {}
 
+    def uneven_shapes(self, stock: StockModel, expected: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        return deci_shapes(stock, expected) if stock.config.model_type in UNEVEN_TYPES else None
+
     def problems(self, model: ExportedModel) -> list[Problem]:
         run = str(model.source.folder)
         config = model.stock.config
@@ -91,7 +97,7 @@ class GGUF(Target):
     def write(self, model: ExportedModel, folder: Path) -> None:
         from gguf import GGUFWriter
 
-        writer = GGUFWriter(folder / FILE, ARCHITECTURES[model.stock.config.model_type])
+        writer = GGUFWriter(folder / FILE, _architecture(model))
         _write_settings(writer, model)
         _write_tokenizer(writer, model.source.tokenizer)
         for name, tensor in model.stock.stored().items():
@@ -156,6 +162,11 @@ class GGUF(Target):
         return quantize(values, GGMLQuantizationType[kind_name]), GGMLQuantizationType[kind_name]
 
 
+def _architecture(model: ExportedModel) -> str:
+    """llama.cpp's name of the architecture."""
+    return UNEVEN if model.stock.uneven else ARCHITECTURES[model.stock.config.model_type]
+
+
 def _architecture_problems(run: str, config: Any) -> list[Problem]:
     """What llama.cpp's architectures, as they are written here, do not compute."""
     if config.model_type not in ARCHITECTURES:
@@ -192,15 +203,19 @@ def _tokenizer_problems(run: str, model: ExportedModel) -> list[Problem]:
 def _write_settings(writer: GGUFWriter, model: ExportedModel) -> None:
     """What llama.cpp needs to know about the architecture."""
     config: Any = model.stock.config
-    head_dim = _head_dim(config)
+    head_dim = head_width(config)
+    blocks = widths_of(model.stock.weights, config)
+    channels = [widths.channels for widths in blocks]
+    heads = [widths.heads for widths in blocks]
+    key_heads = [widths.key_heads for widths in blocks]
     rope = getattr(config, "rope_parameters", None) or {}
     writer.add_name(model.source.base_model or config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_feed_forward_length(channels if model.stock.uneven else channels[0])
+    writer.add_head_count(heads if model.stock.uneven else heads[0])
+    writer.add_head_count_kv(key_heads if model.stock.uneven else key_heads[0])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -227,24 +242,20 @@ def _gguf_name(model: ExportedModel, name: str) -> str:
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     config: Any = model.stock.config
-    architecture = MODEL_ARCH[ARCHITECTURES[config.model_type].upper()]
+    architecture = MODEL_ARCH[_architecture(model).upper()]
     names = get_tensor_name_map(architecture, config.num_hidden_layers)
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
     assert found is not None, name
     return found
 
 
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _permuted(model: ExportedModel, name: str, rows: np.ndarray) -> np.ndarray:
     """The rows of q and k in llama.cpp's order: it rotates neighbours where transformers rotates halves of a head."""
     config: Any = model.stock.config
     layer = name.rpartition(".")[0]
-    if ARCHITECTURES[config.model_type] != "llama" or not layer.endswith(("q_proj", "k_proj")):
+    if _architecture(model) not in ("llama", UNEVEN) or not layer.endswith(("q_proj", "k_proj")):
         return rows
-    halves = rows.reshape(-1, 2, _head_dim(config) // 2, *rows.shape[1:])
+    halves = rows.reshape(-1, 2, head_width(config) // 2, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 
 
