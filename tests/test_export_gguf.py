@@ -1,7 +1,6 @@
 """The GGUF target: our codes in llama.cpp's blocks, and llama.cpp computes what the run does."""
 
 import importlib.util
-import shutil
 
 import numpy as np
 import pytest
@@ -187,14 +186,6 @@ def test_requantized_blocks_fail_the_check(tmp_path, monkeypatch):
 
 
 # --- the tokenizer ---
-
-
-def test_a_tokenizer_of_another_kind_names_llama_cpps_converter(tmp_path):
-    shutil.copytree(run_of("rtn4"), tmp_path / "run")
-    (tmp_path / "run" / "tokenizer").mkdir()
-    (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"did not come from a GGUF file.*convert_hf_to_gguf\.py"):
-        export_run(tmp_path / "run", to="gguf", out=tmp_path / "model.gguf")
 
 
 def test_the_vocabulary_of_a_gguf_file_is_kept_as_it_is(tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pqqp_lightning.algorithms.grid import encode
 from pqqp_lightning.errors import Problem, shorten
+from pqqp_lightning.export.gguf_vocabulary import NoVocabulary, Vocabulary, convert_tokenizer, read_vocabulary
 from pqqp_lightning.export.gguf_widths import BLOCK, deci_shapes, head_width, widths_of
 from pqqp_lightning.export.stock import StockModel
 from pqqp_lightning.export.target import ExportedModel, Runtime, Target
@@ -66,6 +67,7 @@ class GGUF(Target):
 
     def __init__(self) -> None:
         self._kinds: dict[str, BlockType | None] = {}
+        self._vocabulary: Vocabulary | None = None
 
     def uneven_shapes(self, stock: StockModel, expected: dict[str, Tensor]) -> dict[str, Tensor] | None:
         return deci_shapes(stock, expected) if stock.config.model_type in UNEVEN_TYPES else None
@@ -73,7 +75,7 @@ class GGUF(Target):
     def problems(self, model: ExportedModel) -> list[Problem]:
         run = str(model.source.folder)
         config = model.stock.config
-        problems = [*_architecture_problems(run, config), *_tokenizer_problems(run, model)]
+        problems = [*_architecture_problems(run, config), *self._tokenizer_problems(model)]
         kinds: dict[str, tuple[str, list[str]]] = {}
         for name, grid in model.stock.grids.items():
             whole_rows = grid.scale.shape[1] == 1
@@ -99,7 +101,10 @@ class GGUF(Target):
 
         writer = GGUFWriter(folder / FILE, _architecture(model))
         _write_settings(writer, model)
-        _write_tokenizer(writer, model.source.tokenizer)
+        if self._vocabulary is None:
+            writer.add_tokenizer_model("no_vocab")  # such a model takes and gives token ids
+        else:
+            self._vocabulary.write(writer)
         for name, tensor in model.stock.stored().items():
             data, kind = self._stored(model, name, tensor)
             writer.add_tensor(_gguf_name(model, name), data, raw_dtype=kind)
@@ -129,8 +134,28 @@ class GGUF(Target):
             remarks.append(f"The scales of {shorten(coarse)} are repeated for blocks of {BLOCK}; no value changes.")
         if wider := [name for name, grid in grids.items() if self._kind_of(model, name).bits > grid.bits]:
             remarks.append(f"The codes of {shorten(wider)} are stored in more bits; no value changes.")
+        if self._vocabulary is not None and self._vocabulary.compared:
+            remarks.append(self._vocabulary.compared)
         remarks.append(f"Embedding and dense layers are stored as {model.dtype}, norms as float32.")
         return remarks
+
+    def _tokenizer_problems(self, model: ExportedModel) -> list[Problem]:
+        """Read or convert the run's tokenizer; the problem if llama.cpp has none like it, or its size is another."""
+        folder = model.source.tokenizer
+        if folder is None:
+            return []
+        run = str(model.source.folder)
+        rows = len(model.source.network.get_input_embeddings().weight)  # type: ignore[arg-type]
+        if not (folder / VOCABULARY).is_file():
+            try:
+                self._vocabulary = convert_tokenizer(folder, rows, self.runtime)
+            except NoVocabulary as error:
+                return [Problem("run", run, str(error), CONVERTER)]
+            return []
+        self._vocabulary = read_vocabulary(folder / VOCABULARY)
+        if self._vocabulary.size != rows:
+            return [Problem("run", run, f"has {self._vocabulary.size} tokens for {rows} embeddings", CONVERTER)]
+        return []
 
     def _kind(self, model: ExportedModel, layer: str) -> BlockType | None:
         """The smallest type that holds a layer's levels, which are looked at once."""
@@ -184,22 +209,6 @@ def _architecture_problems(run: str, config: Any) -> list[Problem]:
     return problems
 
 
-def _tokenizer_problems(run: str, model: ExportedModel) -> list[Problem]:
-    """The problem if the run has a tokenizer, but not as GGUF files hold it; or one of another vocabulary."""
-    folder = model.source.tokenizer
-    if folder is None:
-        return []
-    if not (folder / VOCABULARY).is_file():
-        return [Problem("run", run, "has a tokenizer that did not come from a GGUF file", CONVERTER)]
-    from gguf import GGUFReader
-
-    tokens = GGUFReader(folder / VOCABULARY).fields["tokenizer.ggml.tokens"]
-    rows = len(model.source.network.get_input_embeddings().weight)  # type: ignore[arg-type]
-    if len(tokens.data) != rows:
-        return [Problem("run", run, f"has {len(tokens.data)} tokens for {rows} embeddings", CONVERTER)]
-    return []
-
-
 def _write_settings(writer: GGUFWriter, model: ExportedModel) -> None:
     """What llama.cpp needs to know about the architecture."""
     config: Any = model.stock.config
@@ -222,19 +231,6 @@ def _write_settings(writer: GGUFWriter, model: ExportedModel) -> None:
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(rope.get("rope_theta") or config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
-
-
-def _write_tokenizer(writer: GGUFWriter, folder: Path | None) -> None:
-    """Copy the tokenizer; a model without one takes and gives token ids."""
-    from gguf import GGUFReader, GGUFValueType
-
-    if folder is None:
-        writer.add_tokenizer_model("no_vocab")
-        return
-    for field in GGUFReader(folder / VOCABULARY).fields.values():
-        if field.name.startswith("tokenizer."):
-            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
 
 
 def _gguf_name(model: ExportedModel, name: str) -> str:
