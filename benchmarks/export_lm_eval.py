@@ -81,8 +81,8 @@ def own_perplexity(network: Any, tokenizer: Any, article: Path) -> float:
     ids = tokenizer(text, add_special_tokens=False).input_ids
     metric = Perplexity()
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    for context, targets in get_rolling_token_windows(ids, first, WINDOW, 1):
-        row = torch.tensor([[*context, *targets]])
+    for inputs, targets in get_rolling_token_windows(ids, first, WINDOW, 1):
+        row = torch.tensor([[*inputs, targets[-1]]])  # the other targets are inputs, too
         predicted = network(input_ids=row[:, :-1], use_cache=False).logits[:, -len(targets) :]
         metric.update(predicted, row[:, -len(targets) :])
     words = len(re.split(r"\s+", page))
@@ -137,7 +137,7 @@ def main() -> None:
         print(f"{arguments.run}, lm-eval: {measure(module.model, tokenizer, tasks)}", flush=True)
         for folder in arguments.folders:
             start = time.perf_counter()
-            network = AutoModelForCausalLM.from_pretrained(folder).float()  # processors are slow in float16
+            network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             folder_tokenizer = AutoTokenizer.from_pretrained(folder)
             print(f"{folder}, lm-eval: {measure(network, folder_tokenizer, tasks)}", end="")
             print(f", {time.perf_counter() - start:.0f} s", flush=True)

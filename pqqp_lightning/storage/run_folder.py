@@ -21,10 +21,10 @@ class _File:
     """Descriptor of a file or folder in a run folder: gives its path."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
 
     def __get__(self, folder: RunFolder, owner: type[RunFolder]) -> Path:
-        return folder.path / self._name
+        return folder.path / self.name
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,11 @@ class RunFolder:
     def stage(self, position: int, name: str) -> Path:
         """The checkpoint of an unfinished run after the stage at ``position``, counted from 0."""
         return self.stages / f"{position + 1}-{name}"
+
+    @classmethod
+    def file_names(cls) -> set[str]:
+        """The names of everything that a run may write into its folder."""
+        return {file.name for file in vars(cls).values() if isinstance(file, _File)}
 
     @property
     def marks(self) -> tuple[str, str]:

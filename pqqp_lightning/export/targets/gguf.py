@@ -15,12 +15,15 @@ from pqqp_lightning.algorithms.grid import encode
 from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.export.gguf_vocabulary import NoVocabulary, Vocabulary, convert_tokenizer, read_vocabulary
 from pqqp_lightning.export.gguf_widths import BLOCK, deci_shapes, head_width, widths_of
+from pqqp_lightning.export.larger import finer_scales, wider_codes
 from pqqp_lightning.export.stock import StockModel
 from pqqp_lightning.export.target import ExportedModel, Runtime, Target
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
+SCALE_BYTES = 2
+"""Of a block's scale, which is float16."""
 FILE = "model.gguf"
 VOCABULARY = "tokenizer.gguf"
 """The tokenizer as GGUF files hold it, in the run's tokenizer folder."""
@@ -129,11 +132,9 @@ class GGUF(Target):
 
     def remarks(self, model: ExportedModel) -> list[str]:
         grids = model.stock.grids
-        remarks = []
-        if coarse := [name for name, grid in grids.items() if grid.group_size > BLOCK]:
-            remarks.append(f"The scales of {shorten(coarse)} are repeated for blocks of {BLOCK}; no value changes.")
-        if wider := [name for name, grid in grids.items() if self._kind_of(model, name).bits > grid.bits]:
-            remarks.append(f"The codes of {shorten(wider)} are stored in more bits; no value changes.")
+        bits = {name: self._kind_of(model, name).bits for name in grids}
+        groups = {name: grid.columns // BLOCK for name, grid in grids.items()}
+        remarks = [*wider_codes(model.stock, bits), *finer_scales(model.stock, groups, SCALE_BYTES)]
         if self._vocabulary is not None and self._vocabulary.compared:
             remarks.append(self._vocabulary.compared)
         remarks.append(f"Embedding and dense layers are stored as {model.dtype}, norms as float32.")
