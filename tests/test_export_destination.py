@@ -44,7 +44,7 @@ def test_a_run_that_is_not_a_path_is_refused_at_the_same_time():
     assert [key for key, _ in problems_of(None, run="")] == ["run", "out"]
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "model/hf", "stages", "report.json"])
+@pytest.mark.parametrize("name", ["tokenizer", "stages", "report.json"])
 def test_a_place_that_the_run_uses_is_refused(name, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(run_of("rtn4"), run)
@@ -53,6 +53,19 @@ def test_a_place_that_the_run_uses_is_refused(name, tmp_path):
     assert problems_of(run / name, run=run) == [("out", f"lies in the run's own {own}")]
     export_run(run, to="hf", out=run / "for others", check=False)
     assert (run / "for others" / "config.json").exists()
+
+
+@pytest.mark.parametrize("run", ["", "model"])
+def test_a_checkpoint_gets_no_other_files(run, tmp_path):
+    text = "lies in the run's own checkpoint"
+    out = run_of("rtn4") / "model" / "hf"
+    assert problems_of(out, run=run_of("rtn4") / run) == [("out", text)]
+
+
+def test_the_name_of_another_formats_file_is_refused(tmp_path):
+    text = "names a file of --to gguf, and --to hf writes a folder"
+    assert problems_of(tmp_path / "model.gguf") == [("out", text)]
+    assert export(tmp_path / "MODEL.GGUF", to="gguf").out.is_file()
 
 
 def test_a_link_to_the_run_is_the_run(tmp_path):

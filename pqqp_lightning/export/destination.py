@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pqqp_lightning.checkpoint.format import model_folder
 from pqqp_lightning.errors import Problem, RecipeError
+from pqqp_lightning.export.discovery import known_targets
 from pqqp_lightning.export.target import Target
 from pqqp_lightning.storage.files import new_folder, sync
 from pqqp_lightning.storage.run_folder import RunFolder
@@ -37,6 +39,9 @@ def read_paths(**given: Any) -> dict[str, Path]:
 def check_out(out: Path, run: Path) -> list[Problem]:
     """The problem if something is at ``out`` already, or nothing can be written there."""
     where = out.resolve()
+    if where.is_relative_to(model_folder(run).resolve()):
+        text = "lies in the run's own checkpoint"
+        return [Problem("out", str(out), text, "Choose a folder beside it.")]
     if where.is_relative_to(run.resolve()):
         inside = where.relative_to(run.resolve()).parts
         if inside and inside[0] in RunFolder.file_names():
@@ -53,7 +58,11 @@ def check_out(out: Path, run: Path) -> list[Problem]:
 
 
 def check_kind(out: Path, target: Target) -> list[Problem]:
-    """The problem if ``out`` names a file, and is a folder."""
+    """The problem if ``out`` names a file and is a folder, or names another format's file."""
+    for name, other in known_targets().items():
+        if not target.is_file(out) and other().is_file(out):
+            text = f"names a file of --to {name}, and --to {target.name} writes a folder"
+            return [Problem("out", str(out), text, f"Use --to {name}, or a name without {out.suffix}.")]
     if target.is_file(out) and out.is_dir():
         return [Problem("out", str(out), "is a folder, and a file is to be written", "Choose another --out.")]
     return []

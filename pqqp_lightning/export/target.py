@@ -99,7 +99,7 @@ class Target(ABC):
 
     def is_file(self, out: Path) -> bool:
         """Whether ``out`` names the format's one file, not a folder to put it into."""
-        return bool(self.file) and out.suffix == Path(self.file).suffix
+        return bool(self.file) and out.suffix.lower() == Path(self.file).suffix
 
     def loading_words(self, out: Path) -> dict[str, str]:
         """:attr:`loading` for an export at ``out``."""
