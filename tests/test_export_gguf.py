@@ -63,6 +63,13 @@ def test_llamas_kin_are_written_too(kind, tmp_path, checks_here):  # noqa: F811
 
 
 @pytest.mark.skipif(not LLAMA_CPP, reason="the package xllamacpp is not installed")
+def test_uneven_blocks_with_a_tied_head_are_written_too(tmp_path, checks_here):  # noqa: F811
+    done = export_run(run_of("no-attention", tied=True), to="gguf", out=tmp_path / "model.gguf", **F32)
+    assert "output.weight" not in read(tmp_path / "model.gguf")
+    assert done.agreement.divergence < 1e-3
+
+
+@pytest.mark.skipif(not LLAMA_CPP, reason="the package xllamacpp is not installed")
 @pytest.mark.parametrize("kind", ["mistral", "qwen2"])
 def test_llamas_kin_keep_uneven_widths(kind, tmp_path, checks_here):  # noqa: F811
     stages = [
