@@ -59,10 +59,11 @@ def check_out(out: Path, run: Path) -> list[Problem]:
 
 def check_kind(out: Path, target: Target) -> list[Problem]:
     """The problem if ``out`` names a file and is a folder, or names another format's file."""
-    for name, other in known_targets().items():
-        if not target.is_file(out) and other().is_file(out):
-            text = f"names a file of --to {name}, and --to {target.name} writes a folder"
-            return [Problem("out", str(out), text, f"Use --to {name}, or a name without {out.suffix}.")]
+    files = {Path(other.file).suffix: name for name, other in known_targets().items() if other.file}
+    name = files.get(out.suffix.lower())
+    if name is not None and not target.is_file(out):
+        text = f"names a file of --to {name}, and --to {target.name} writes a folder"
+        return [Problem("out", str(out), text, f"Use --to {name}, or a name without {out.suffix}.")]
     if target.is_file(out) and out.is_dir():
         return [Problem("out", str(out), "is a folder, and a file is to be written", "Choose another --out.")]
     return []
