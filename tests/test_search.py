@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
 import pytest
 import yaml
-from command_line import RECIPE, prepare, refused, run, write_recipe
+from command_line import prepare, run
 
 SPACE = ["--space.prune.sparsity", "[0.3,0.5,0.7]", "--space.quantize.bits", "[3,4,8]"]
 
