@@ -3,9 +3,9 @@
     python benchmarks/search.py [recipe ...]
 
 For each recipe the whole space under its budget is measured first, into a store that all searches share. Then
-``search`` chooses with ten seeds of TPE and ten of random choice. Printed: the metric of the best pipeline after a quarter of the
-applications that the whole grid takes, counted as if each search had an empty store. The recipes need the networks of
-recipes/digits-resnet-train.yaml and recipes/digits-deit-train.yaml.
+``search`` chooses with ten seeds of TPE and ten of random choice. Printed: the metric of the best pipeline after a
+quarter of the applications that the whole grid takes, counted as if each search had an empty store. The recipes need
+the networks of recipes/digits-resnet-train.yaml and recipes/digits-deit-train.yaml.
 """
 
 from __future__ import annotations

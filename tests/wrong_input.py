@@ -742,8 +742,8 @@ WRONG = [
     ),
     Wrong(
         "search under a budget that is no size",
-        "command line: target_size='60 mugs'",
-        "--target_size '60 mugs'",
+        "command line: target_size='60mugs'",
+        "--target_size 60mugs",
         command=SEARCH,
     ),
     Wrong(
@@ -756,8 +756,8 @@ WRONG = [
         "search in a space that names no stage and no argument, in no order",
         [
             "command line: space.prun ~ Did you mean 'prune'?",
-            "command line: space.quantize.bitz ~ Did you mean 'bits'?",
             "command line: space.prune.optional='maybe'",
+            "command line: space.quantize.bitz ~ Did you mean 'bits'?",
             "command line: space.order='backwards'",
         ],
         "--space.prun.sparsity [0.5] --space.quantize.bitz [8,4] --space.prune.optional maybe --space.order backwards",
@@ -769,7 +769,7 @@ WRONG = [
             "command line: space.prune.sparsity={'low': 0.3, 'high': 0.7}",
             "command line: space.quantize.bits={'low': 8, 'hi': 3}",
         ],
-        "--space.prune.sparsity '{low: 0.3, high: 0.7}' --space.quantize.bits '{low: 8, hi: 3}'",
+        '--space.prune.sparsity {"low":0.3,"high":0.7} --space.quantize.bits {"low":8,"hi":3}',
         command=SEARCH,
     ),
     Wrong(
@@ -793,7 +793,7 @@ WRONG = [
     ),
     Wrong(
         "search with nothing to choose",
-        "recipe.yaml: space ~ nothing to choose",
+        "command line: space ~ nothing to choose",
         "--space.prune.sparsity [0.5] --space.order fixed",
         command=SEARCH,
     ),

@@ -95,7 +95,8 @@ class PipelineOptions(SearchOptions):
         sampler: "tpe", "nsga2" or "random" of Optuna.
         sampler_seed: seed of the sampler's choices.
         at_once: pipelines that are chosen before the next one is known; 1, or 4 with --executor ray.
-        stop_early: stop to evaluate a pipeline once it is clearly behind, after an eighth or a quarter of the samples.
+        stop_early: stop to evaluate a pipeline once it is clearly behind the best, after an eighth or a quarter of the
+            samples; with one objective and --executor local.
         max_points: refuse a space with more pipelines.
     """
 

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
 
 from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.experiments.options import PipelineOptions
@@ -40,8 +41,9 @@ from pqqp_lightning.storage.files import write_json, write_text
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import RunFolder
 from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, open_executor
-from pqqp_lightning.trials.prefix_tree import PrefixTree, distinct_prefixes
+from pqqp_lightning.trials.prefix_tree import Order, PrefixTree, distinct_prefixes
 from pqqp_lightning.trials.progress import Progress, TimeLimit
+from pqqp_lightning.trials.rungs import Rungs
 from pqqp_lightning.trials.verdict import Judge, deciding_metric
 
 SIZE = "size"
@@ -218,15 +220,68 @@ class PipelineSearch:
                 return [f"stopped after {len(self._measured)} pipelines: time_limit={limit.minutes:g} minutes"]
             count = min(self._at_once, options.trials - len(self._measured))
             choices = chooser.choose(count, lambda steps: self._strengths(steps, judge))
-            sequences = [choice.candidate.steps for choice in choices]
-            done = set(executor.measure(sequences, lambda: bool(self._measured) and limit.is_over()))
-            for choice in choices:  # in the sampler's order, whichever was measured first
-                if choice.candidate.steps in done:
-                    self._keep(choice, judge, chooser)
+            if self._stops_early(judge):
+                for choice in choices:
+                    self._measure_in_rungs(choice, executor, judge, chooser)
+            else:
+                sequences = [choice.candidate.steps for choice in choices]
+                done = set(executor.measure(sequences, lambda: bool(self._measured) and limit.is_over()))
+                for choice in choices:  # in the sampler's order, whichever was measured first
+                    if choice.candidate.steps in done:
+                        self._keep(choice, judge, chooser)
             self._drop(chooser, judge)
         if not chooser.left:
             return ["every pipeline of the space that fits was measured"]
         return []
+
+    def _stops_early(self, judge: Judge) -> bool:
+        """Whether evaluations may be stopped: with several objectives, behind in one does not say enough."""
+        single = len(self._objectives(judge)) == 1 and self._trainer.world_size == 1
+        return self._options.stop_early and single and self._options.executor == LOCAL
+
+    def _measure_in_rungs(self, choice: Choice, executor: Executor, judge: Judge, chooser: Chooser) -> None:
+        """Measure one choice, and stop its evaluation once it is clearly behind the best one."""
+        steps = choice.candidate.steps
+        best = max((one.steps for one in self._whole()), key=judge.score, default=None)
+        if best is None:
+            for _ in executor.measure([steps], lambda: False):
+                self._keep(choice, judge, chooser)
+            return
+        for _ in executor.measure([steps[:-1]] if steps[:-1] else [], lambda: False):
+            pass
+        rungs = Rungs(judge, best)
+        known = self._tree.is_known(steps)
+        result = self._tree.measure_unless(steps, judge.metric, lambda states: rungs.stop(states) is not None)
+        if not known:
+            self._progress.measured(steps)
+        stop = rungs.stop(result) if isinstance(result, Tensor) else None
+        if stop is None:
+            self._keep(choice, judge, chooser)
+            return
+        assert stop.behind.value is not None
+        score = judge.score(best) - stop.behind.value
+        value = score if judge.higher else -score
+        self._measured.append(
+            Measured(
+                len(self._measured) + 1,
+                choice.trial.number,
+                choice.candidate,
+                {judge.metric: value},
+                [score],
+                True,  # as expected; its size is not counted
+                self._applications(steps),
+                stop,
+            )
+        )
+        chooser.tell_stopped(choice, score, stop.samples)
+
+    def _whole(self) -> list[Measured]:
+        """The pipelines that fit and were evaluated on all samples."""
+        return [one for one in self._measured if one.fits and one.stop is None]
+
+    def _applications(self, steps: Order) -> int:
+        """How many stage applications all pipelines so far and this one need."""
+        return len(distinct_prefixes([*(one.steps for one in self._measured), steps]))
 
     def _strengths(self, steps: Sequence[str], judge: Judge) -> list[float]:
         """How strong each step is alone: its loss of the metric if all are measured, else its expected saving."""
@@ -251,8 +306,7 @@ class PipelineSearch:
             else:
                 values[name] = record["metrics"][name]
                 scores.append(self._score(name, values[name]))
-        sequences = [*(measured.steps for measured in self._measured), steps]
-        applications = len(distinct_prefixes(sequences))
+        applications = self._applications(steps)
         fits = self._candidates.budget.allows(record["size_bytes"], record["bits_per_weight"])
         self._measured.append(
             Measured(len(self._measured) + 1, choice.trial.number, choice.candidate, values, scores, fits, applications)
@@ -270,8 +324,7 @@ class PipelineSearch:
     def _drop(self, chooser: Chooser, judge: Judge) -> None:
         """Drop the models that no later pipeline starts from, except the best one's."""
         needed = set(distinct_prefixes(chooser.left))
-        fitting = [measured.steps for measured in self._measured if measured.fits]
-        best = max(fitting, key=judge.score, default=None)
+        best = max((one.steps for one in self._whole()), key=judge.score, default=None)
         for node in distinct_prefixes([measured.steps for measured in self._measured]):
             if node not in needed and node != best:
                 self._tree.drop(node)
@@ -281,7 +334,7 @@ class PipelineSearch:
         if best is not None:
             self._tree.take_model(best.steps, lambda model: link_folder(model, self._folder.model))
         if self._trainer.is_global_zero:
-            scores = {measured.trial: measured.scores[0] for measured in self._measured}
+            scores = {one.trial: one.scores[0] for one in self._measured if one.stop is None}
             report = answer.report(chooser.importance(scores), self._options.sampler, self._tree.applications, notes)
             if text := answer.recipe():
                 write_text(self._folder.best_recipe, text)

@@ -18,6 +18,7 @@ from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.storage.records import hardware, package_versions
 from pqqp_lightning.storage.reports import PipelineEntry, SearchReport
 from pqqp_lightning.trials.prefix_tree import Order
+from pqqp_lightning.trials.rungs import Stop
 from pqqp_lightning.trials.verdict import Difference, Judge, format_number
 
 COMPARED = 12
@@ -36,6 +37,7 @@ class Measured:
         scores: the same, with more as better.
         fits: whether its counted size is within the budget.
         applications: of stages that all pipelines up to this one need.
+        stop: why its evaluation was stopped; its values are then those on its first samples.
     """
 
     number: int
@@ -45,6 +47,7 @@ class Measured:
     scores: list[float]
     fits: bool
     applications: int
+    stop: Stop | None = None
 
     @property
     def steps(self) -> Order:
@@ -77,7 +80,7 @@ class Answer:
         self._measured, self._objectives = measured, objectives
         self._recipe_text = recipe_text
         self._variants = space.steps
-        self._fitting = [one for one in measured if one.fits]
+        self._fitting = [one for one in measured if one.fits and one.stop is None]
 
     @cached_property
     def front(self) -> list[Measured]:
@@ -127,7 +130,9 @@ class Answer:
     def verdict(self, applications: int) -> str:
         """The answer in a sentence."""
         best = self.best
-        effort = f"{len(self._measured)} trials, {applications} stage applications"
+        stopped = sum(one.stop is not None for one in self._measured)
+        early = f" ({stopped} stopped early)" if stopped else ""
+        effort = f"{len(self._measured)} trials{early}, {applications} stage applications"
         if best is None:
             return f"No measured pipeline is within the budget once its size is counted; {effort}."
         record = self._judge.tree.measure(best.steps).record
@@ -200,7 +205,11 @@ class Answer:
 
     def _entry(self, one: Measured) -> PipelineEntry:
         variants = [self._variants[step] for step in one.steps]
-        lead = self._leads.get(one.steps) if one.fits else None
+        lead = self._leads.get(one.steps) if one.fits and one.stop is None else None
+        stopped = ""
+        if one.stop is not None:
+            lead = one.stop.behind
+            stopped = f"stopped after {one.stop.samples} samples"
         return {
             "number": one.number,
             "order": [variant.name for variant in variants],
@@ -209,11 +218,11 @@ class Answer:
             "expected_bytes": one.candidate.expected.size_bytes,
             "exact": one.candidate.expected.exact,
             "fits": one.fits,
-            "record": self._judge.tree.measure(one.steps).record,
+            "record": None if one.stop else self._judge.tree.measure(one.steps).record,
             "values": one.values,
-            "interval": self._judge.interval(one.steps),
+            "interval": None if one.stop else self._judge.interval(one.steps),
             "behind": None if lead is None else lead.plain(),
-            "stopped": "",
+            "stopped": stopped,
             "applications": one.applications,
         }
 

@@ -98,6 +98,13 @@ class Chooser:
             choice.trial.set_user_attr(name, value)
         self.study.tell(choice.trial, [max(WORST, value) for value in values])
 
+    def tell_stopped(self, choice: Choice, value: float, samples: int) -> None:
+        """Report a pipeline that was stopped early with this value on its first samples, as Optuna's pruners do."""
+        import optuna
+
+        choice.trial.report(max(WORST, value), samples)
+        self.study.tell(choice.trial, state=optuna.trial.TrialState.PRUNED)
+
     def importance(self, scores: Mapping[int, float]) -> dict[str, float]:
         """The share of each parameter in the differences between the scores' ranks, by trial number; empty if few."""
         import optuna
