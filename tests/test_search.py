@@ -119,6 +119,14 @@ def test_without_a_budget_the_front_is_what_nothing_beats(folder):
     assert [points[n][1] for n in report["front"]] == sorted(points[n][1] for n in report["front"])
 
 
+def test_latency_is_measured_once_and_kept(folder):
+    asked = [*SPACE, "--trials", "3", "--objectives", "[perplexity,latency_ms]"]
+    report = search(folder, *asked)
+    assert all(entry["values"]["latency_ms"] > 0 for entry in report["trials"])
+    assert any("shape [[4, 16]]" in note for note in report["notes"])
+    assert same(search(folder, *asked, "--ckpt_path", "last")) == same(report)
+
+
 def test_a_pipeline_clearly_behind_is_stopped_and_the_answer_stays(folder):
     np.save(folder / "evaluation.npy", np.random.default_rng(0).integers(0, 300, (64, 16)).astype("int32"))
     space = ["--space.prune.sparsity", "[0.1,0.5,0.9]", "--space.quantize.bits", "[2,8]", "--target_rate", "1.5"]

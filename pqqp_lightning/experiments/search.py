@@ -20,6 +20,7 @@ from pqqp_lightning.experiments.options import PipelineOptions
 from pqqp_lightning.experiments.search_answer import Answer, Measured
 from pqqp_lightning.experiments.search_budget import Candidates, check_count, check_targets, find_candidates
 from pqqp_lightning.experiments.search_choice import SAMPLERS, Choice, Chooser
+from pqqp_lightning.experiments.search_objectives import SIZE, Objectives, check_objectives, further_metrics
 from pqqp_lightning.experiments.search_space import Space, read_space
 from pqqp_lightning.experiments.session import (
     Show,
@@ -44,10 +45,8 @@ from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, ope
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree, distinct_prefixes
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.rungs import Rungs
-from pqqp_lightning.trials.verdict import Judge, deciding_metric
+from pqqp_lightning.trials.verdict import Judge
 
-SIZE = "size"
-"""The objective that is the counted size; the others are metrics."""
 AT_ONCE = 4
 """Pipelines that are chosen together for an executor that measures several at a time."""
 
@@ -93,7 +92,7 @@ def check_search(trainer: Trainer, data: RunData, store: ResultStore, options: P
     """
     problems: list[Problem] = check_run(trainer, data, trainer.stages) + check_store(trainer, store)
     problems += check_time_limit(options.time_limit) + check_executor(options.executor, trainer)
-    problems += check_targets(options) + _check_objectives(options) + _check_sampler(options)
+    problems += check_targets(options) + check_objectives(options, trainer) + _check_sampler(options)
     try:
         space = read_space(trainer.stages, options.space)
         problems += check_count(space, options.max_points)
@@ -117,21 +116,6 @@ def _check_sampler(options: PipelineOptions) -> list[Problem]:
         if value is not None and value < 1:
             problems.append(Problem(name, value, "measures no pipeline", "Use 1 or more."))
     return problems
-
-
-def _check_objectives(options: PipelineOptions) -> list[Problem]:
-    objectives = options.objectives
-    if objectives is None:
-        return []
-    way_out = "Name the deciding metric first, as in [perplexity, size]."
-    if not objectives or objectives[0] == SIZE:
-        return [Problem("objectives", objectives, "begins with no metric", way_out)]
-    if len(set(objectives)) < len(objectives):
-        return [Problem("objectives", objectives, "names one twice", "Name each once.")]
-    if options.metric is not None and options.metric != objectives[0]:
-        text = f"begins with another metric than metric={options.metric!r}"
-        return [Problem("objectives", objectives, text, "Leave metric out.")]
-    return []
 
 
 class PipelineSearch:
@@ -170,30 +154,25 @@ class PipelineSearch:
         named = options.objectives or []
         asked = {"command": "search", "space": json.loads(json.dumps(self._space.plain(), default=str))}
         asked["sampler"] = [options.sampler, options.sampler_seed, self._at_once]
+        asked["objectives"] = [options.objectives, options.metric, options.stop_early]
         asked["budget"] = [self._candidates.budget.name, self._candidates.budget.value]
         deciding = replace(options, metric=named[0]) if named else options
         with open_executor(options.executor, self._trainer, self._tree, self._progress) as executor:
-            metrics = [name for name in named if name != SIZE]
+            metrics = further_metrics(options)
             judge = open_search(
                 self._trainer, self._data, self._tree, asked, deciding, resume=resume, objectives=metrics
             )
             self._announce()
-            chooser = self._chooser(self._objectives(judge))
-            notes = self._measure(executor, judge, chooser)
-        answer = Answer(
-            judge, self._space, self._candidates, self._measured, self._objectives(judge), self._trainer.recipe_text
-        )
+            names = named or ([judge.metric] if self._candidates.budget.name else [judge.metric, SIZE])
+            objectives = Objectives(names, judge, self._data.module, self._folder)
+            chooser = self._chooser(names)
+            notes = objectives.notes() + self._measure(executor, judge, objectives, chooser)
+        answer = Answer(judge, self._space, self._candidates, self._measured, names, self._trainer.recipe_text)
         self._finish(answer, chooser, notes)
 
     @property
     def _at_once(self) -> int:
         return self._options.at_once or (1 if self._options.executor == LOCAL else AT_ONCE)
-
-    def _objectives(self, judge: Judge) -> list[str]:
-        """The objectives' names, the deciding metric first."""
-        if self._options.objectives:
-            return self._options.objectives
-        return [judge.metric] if self._candidates.budget.name else [judge.metric, SIZE]
 
     def _chooser(self, objectives: Sequence[str]) -> Chooser:
         journal = self._folder.study if self._trainer.is_global_zero else None
@@ -212,7 +191,7 @@ class PipelineSearch:
             words += f", {found.refused} cannot run" if found.refused else ""
             print(f"{words}: {trials} of them, at most {self._progress.most} stage applications", flush=True)
 
-    def _measure(self, executor: Executor, judge: Judge, chooser: Chooser) -> list[str]:
+    def _measure(self, executor: Executor, judge: Judge, objectives: Objectives, chooser: Chooser) -> list[str]:
         """Measure one choice after another; the reasons if the search stopped early."""
         options, limit = self._options, TimeLimit(self._trainer, self._options.time_limit)
         while chooser.left and len(self._measured) < options.trials:
@@ -220,32 +199,32 @@ class PipelineSearch:
                 return [f"stopped after {len(self._measured)} pipelines: time_limit={limit.minutes:g} minutes"]
             count = min(self._at_once, options.trials - len(self._measured))
             choices = chooser.choose(count, lambda steps: self._strengths(steps, judge))
-            if self._stops_early(judge):
+            if self._stops_early(objectives):
                 for choice in choices:
-                    self._measure_in_rungs(choice, executor, judge, chooser)
+                    self._measure_in_rungs(choice, executor, objectives, chooser)
             else:
                 sequences = [choice.candidate.steps for choice in choices]
                 done = set(executor.measure(sequences, lambda: bool(self._measured) and limit.is_over()))
                 for choice in choices:  # in the sampler's order, whichever was measured first
                     if choice.candidate.steps in done:
-                        self._keep(choice, judge, chooser)
+                        self._keep(choice, objectives, chooser)
             self._drop(chooser, judge)
         if not chooser.left:
             return ["every pipeline of the space that fits was measured"]
         return []
 
-    def _stops_early(self, judge: Judge) -> bool:
+    def _stops_early(self, objectives: Objectives) -> bool:
         """Whether evaluations may be stopped: with several objectives, behind in one does not say enough."""
-        single = len(self._objectives(judge)) == 1 and self._trainer.world_size == 1
+        single = len(objectives.names) == 1 and self._trainer.world_size == 1
         return self._options.stop_early and single and self._options.executor == LOCAL
 
-    def _measure_in_rungs(self, choice: Choice, executor: Executor, judge: Judge, chooser: Chooser) -> None:
+    def _measure_in_rungs(self, choice: Choice, executor: Executor, objectives: Objectives, chooser: Chooser) -> None:
         """Measure one choice, and stop its evaluation once it is clearly behind the best one."""
-        steps = choice.candidate.steps
+        steps, judge = choice.candidate.steps, objectives.judge
         best = max((one.steps for one in self._whole()), key=judge.score, default=None)
         if best is None:
             for _ in executor.measure([steps], lambda: False):
-                self._keep(choice, judge, chooser)
+                self._keep(choice, objectives, chooser)
             return
         for _ in executor.measure([steps[:-1]] if steps[:-1] else [], lambda: False):
             pass
@@ -256,7 +235,7 @@ class PipelineSearch:
             self._progress.measured(steps)
         stop = rungs.stop(result) if isinstance(result, Tensor) else None
         if stop is None:
-            self._keep(choice, judge, chooser)
+            self._keep(choice, objectives, chooser)
             return
         assert stop.behind.value is not None
         score = judge.score(best) - stop.behind.value
@@ -290,36 +269,18 @@ class PipelineSearch:
             return [known[step] for step in steps]
         return [self._candidates.savings[step] for step in steps]
 
-    def _keep(self, choice: Choice, judge: Judge, chooser: Chooser) -> None:
+    def _keep(self, choice: Choice, objectives: Objectives, chooser: Chooser) -> None:
         """Take a measured pipeline into the report, and tell the sampler its values."""
         steps = choice.candidate.steps
         record = self._tree.measure(steps).record
-        values: dict[str, float | None] = {}
-        scores = []
-        for name in self._objectives(judge):
-            if name == SIZE:
-                values[name] = record["size_bytes"]
-                scores.append(-float(record["size_bytes"]))
-            elif name == judge.metric:
-                values[name] = record["metrics"][name]
-                scores.append(judge.score(steps))
-            else:
-                values[name] = record["metrics"][name]
-                scores.append(self._score(name, values[name]))
-        applications = self._applications(steps)
+        values = objectives.values(steps)
+        scores = objectives.scores(values)
         fits = self._candidates.budget.allows(record["size_bytes"], record["bits_per_weight"])
+        number, applications = len(self._measured) + 1, self._applications(steps)
         self._measured.append(
-            Measured(len(self._measured) + 1, choice.trial.number, choice.candidate, values, scores, fits, applications)
+            Measured(number, choice.trial.number, choice.candidate, values, scores, fits, applications)
         )
-        facts = {"steps": list(steps), "size_bytes": record["size_bytes"]}
-        chooser.tell(choice, scores, **facts)
-
-    def _score(self, metric: str, value: float | None) -> float:
-        """A further metric's value, negated if lower is better."""
-        _, higher = deciding_metric(self._data.module, [metric], metric, None)
-        if value is None:
-            return float("-inf")
-        return value if higher else -value
+        chooser.tell(choice, scores, steps=list(steps), size_bytes=record["size_bytes"])
 
     def _drop(self, chooser: Chooser, judge: Judge) -> None:
         """Drop the models that no later pipeline starts from, except the best one's."""

@@ -83,6 +83,8 @@ class RunFolder:
     """The recipe of a search's answer."""
     study = _File("optuna.log")
     """The journal of a search's Optuna study."""
+    latencies = _File("latency.json")
+    """The measured latency of each pipeline of a search, which another run would not measure the same."""
     front_figure = _File("front.png")
     """The plot of a search's pipelines and their front."""
     html = _File("report.html")

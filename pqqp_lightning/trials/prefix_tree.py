@@ -22,6 +22,7 @@ from pqqp_lightning.checkpoint.save import save_checkpoint
 from pqqp_lightning.metrics.samples import Samples, restored
 from pqqp_lightning.network.blocks import model_blocks
 from pqqp_lightning.runs.early_stop import StoppedEarly, Watch
+from pqqp_lightning.runs.latency import Latency, measure_latency
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.runs.trainer import Trainer
@@ -197,6 +198,12 @@ class PrefixTree:
         result = self.measure(order)
         known = result.samples.get(metric)
         return known if known is not None and stops(known) else result
+
+    def latency(self, order: Order) -> Latency:
+        """The time of a forward pass of ``order``'s model here and now, on the first evaluation batch."""
+        self._go_to(order)
+        with self._runner.on_device():
+            return measure_latency(self._trainer, self._data.module, self._data.first_evaluation_batch())
 
     @property
     def names(self) -> list[str]:
