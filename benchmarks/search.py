@@ -53,7 +53,7 @@ def is_near(value: float | None, best: float, higher: bool) -> bool:
 
 def measure(recipe: str, folder: Path, seeds: int) -> list[str]:
     """The rows of one recipe's table."""
-    everything = ("--trials", "100000", "--sampler", "random")
+    everything = ("--trials", "100000", "--sampler", "random", "--stop_early", "false")
     grid = search(recipe, folder, "grid", *everything)
     whole = grid["trials"][-1]["applications"]
     best = best_within(grid, whole)
