@@ -176,8 +176,16 @@ class PipelineSearch:
 
     def _chooser(self, objectives: Sequence[str]) -> Chooser:
         journal = self._folder.study if self._trainer.is_global_zero else None
-        fitting, options = self._candidates.fitting, self._options
-        return Chooser(self._space, fitting, options.sampler, options.sampler_seed, len(objectives), journal)
+        found, options = self._candidates, self._options
+        return Chooser(
+            self._space,
+            found.fitting,
+            options.sampler,
+            options.sampler_seed,
+            len(objectives),
+            journal,
+            fills_budget=bool(found.budget.name),
+        )
 
     def _announce(self) -> None:
         found = self._candidates

@@ -53,6 +53,8 @@ class Chooser:
         seed: of the sampler.
         objectives: number of values that each pipeline gets; more is better in all of them.
         journal: file of the study; None keeps it in memory.
+        fills_budget: whether the first pipelines are drawn from the half that uses most of the budget, since a larger
+            model is rarely worse.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class Chooser:
         seed: int,
         objectives: int,
         journal: Path | None,
+        fills_budget: bool = False,
     ) -> None:
         self._space = space
         self._left = dict(candidates)
         self._variants_seen: set[frozenset[str]] = set()
         self._random = random.Random(seed)
         self._draws_all = sampler == RANDOM
+        self._fills_budget = fills_budget and not self._draws_all
         self._steps = space.steps
         self._indices = {v.step: (name, i) for name, own in space.variants.items() for i, v in own.items()}
         self.study = _make_study(sampler, seed, objectives, journal)
@@ -145,9 +149,9 @@ class Chooser:
         return Choice(trial, candidate)
 
     def _draw(self) -> Order:
-        """A pipeline at random; unless all are drawn, of the half that uses most of the budget."""
+        """A pipeline at random, or of the half that uses most of the budget."""
         pool = sorted(self._left.values(), key=lambda candidate: (-candidate.expected.size_bytes, candidate.steps))
-        if not self._draws_all:
+        if self._fills_budget:
             pool = pool[: (len(pool) + 1) // 2]
         return self._random.choice(pool).steps
 

@@ -26,7 +26,7 @@ def pipeline_row(entry: PipelineEntry, report: SearchReport) -> dict[str, Any]:
     if record is not None:
         row |= {name: value for name, value in record["metrics"].items()}
         row |= {name: record[name] for name in ("size_bytes", "compression_rate", "bits_per_weight", "sparsity")}  # type: ignore[literal-required]
-    row |= {name: value for name, value in entry["values"].items() if name not in row and name != "size"}
+        row |= {name: value for name, value in entry["values"].items() if name not in row and name != "size"}
     low, high = bounds(entry["interval"])
     row |= {f"{report['metric']} low": low, f"{report['metric']} high": high}
     behind = entry["behind"] or {"value": None, "low": None, "high": None}
