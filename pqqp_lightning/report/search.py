@@ -63,7 +63,7 @@ def _table(
     for i, entry in enumerate(entries):
         if entry["number"] == report["best"]:
             best = i
-        cells = [pipeline_name(entry).replace("->", "→")]
+        cells = [pipeline_name(entry)]
         record = entry["record"]
         if record is None:
             rows.append([*cells, "-", "-", difference_text(entry["behind"]), *("-" for _ in further), "-",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pqqp_lightning.report.blocks import ARROW
 from pqqp_lightning.report.formatting import bounds
 from pqqp_lightning.storage.files import write_csv
 from pqqp_lightning.storage.reports import PipelineEntry, SearchReport
@@ -37,5 +38,9 @@ def pipeline_row(entry: PipelineEntry, report: SearchReport) -> dict[str, Any]:
 
 
 def pipeline_name(entry: PipelineEntry) -> str:
-    """``"prune[sparsity=0.5] -> quantize[bits=4]"``."""
-    return " -> ".join(entry["steps"])
+    """``"prune (sparsity=0.5) → quantize (bits=4)"``: brackets would be markup in the terminal."""
+    words = []
+    for name in entry["order"]:
+        arguments = ", ".join(f"{argument}={value}" for argument, value in entry["arguments"][name].items())
+        words.append(f"{name} ({arguments})" if arguments else name)
+    return ARROW.join(words)
