@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from pqqp_lightning.callbacks.lora import LoRA
 from pqqp_lightning.callbacks.nf4 import NF4
 from pqqp_lightning.network.name_patterns import values_of
-from pqqp_lightning.stages import BlockSize, Context, Plan, Problem, Stage, constraints_of
+from pqqp_lightning.stages import BlockSize, Context, ExpectedWeights, Plan, Problem, Stage, constraints_of
 
 
 class QLoRA(LoRA):
@@ -81,6 +81,10 @@ class QLoRA(LoRA):
         if values_of(self.group_size) == ["auto"]:
             return []
         return [Problem("group_size", self.group_size, "has no effect: every layer is already quantized", "Drop it.")]
+
+    def expected_weights(self, model: LightningModule, weights: ExpectedWeights) -> ExpectedWeights:
+        layers = {n: x for n, x in self.find_layers(model).items() if weights.weights[n].grid is None}
+        return weights.changed(NF4(self.group_size).expected_of(layers, weights))
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         layers = {n: x for n, x in self.find_layers(model).items() if constraints_of(x).grid is None}

@@ -161,6 +161,20 @@ def fit_grid(
     return _spanning(lowest * best, highest * best, bits, symmetric, columns, grid.scale.dtype)
 
 
+def span_range(
+    weight: Tensor, *, group_size: int | None = None, symmetric: bool = True, per_tensor: bool = False
+) -> tuple[float, float]:
+    """Return the smallest positive and the largest span of the groups that :func:`fit_grid` gives one scale each.
+
+    Without a positive span both are what a group of zeros gets. Arguments as in :func:`fit_grid`.
+    """
+    w = weight.float()
+    grouped = w.reshape(1, 1, -1) if per_tensor else w.unflatten(1, (-1, group_size or weight.shape[1]))
+    span = _spans(grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0), symmetric)
+    positive = span[span > 0]
+    return (1.0, 1.0) if not len(positive) else (float(positive.min()), float(positive.max()))
+
+
 def fit_codebook(weight: Tensor, codebook: Codebook, group_size: int | None = None) -> Grid:
     """Fit a codebook's grid to ``weight`` [O, I]: one scale max|w| for every ``group_size`` columns of a row.
 
@@ -279,7 +293,7 @@ def _spanning(
     ``dtype`` is that of the scales; by default float16 if it is precise enough, else float32.
     """
     levels = 2**bits - 1
-    span = 2 * torch.maximum(highest, -lowest) if symmetric else highest - lowest
+    span = _spans(lowest, highest, symmetric)
     scale = torch.where(span > 0, span / levels, torch.ones_like(span))  # a group of zeros needs a scale above 0
     scale = _in_storage_dtype(scale) if dtype is None else scale.to(dtype)
     zero = None
@@ -287,6 +301,11 @@ def _spanning(
         # From the scale as stored, since that is what the weights are decoded with.
         zero = (-lowest / scale.float()).round().clamp(0, levels).to(torch.uint8)
     return Grid(bits, scale, zero, columns)
+
+
+def _spans(lowest: Tensor, highest: Tensor, symmetric: bool) -> Tensor:
+    """The width of the range that each group's levels cover, from ``lowest`` <= 0 to ``highest`` >= 0."""
+    return 2 * torch.maximum(highest, -lowest) if symmetric else highest - lowest
 
 
 def _clip_errors(grouped: Tensor, trials: Grid, importance: Tensor | None) -> Tensor:

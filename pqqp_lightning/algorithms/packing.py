@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from math import gcd
 
 import torch
 from torch import Tensor
 
 
-def packed_bytes(count: int, bits: int) -> int:
-    """Return the bytes that ``count`` integers of ``bits`` bits take."""
-    return (count * bits + 7) // 8
+def packed_bytes(count: int, bits: float) -> int:
+    """Return the bytes that ``count`` integers of ``bits`` bits, or of so many on average, take."""
+    return math.ceil(count * bits / 8)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

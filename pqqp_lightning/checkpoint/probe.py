@@ -139,7 +139,7 @@ def _step_with_short_sequences(module: LightningModule, batch: Any) -> tuple[dic
 
 def _call(module: LightningModule, batch: Any) -> tuple[dict[str, Any], list[Tensor]]:
     """The form and the tensors of the first outermost call in the validation step, which runs as in the run."""
-    with torch.no_grad(), _calls(module) as calls:
+    with torch.no_grad(), outermost_calls(module) as calls:
         validation_step(module, batch)
     if not calls:
         raise CannotStore("the step calls no module")
@@ -179,7 +179,7 @@ def _run(module: LightningModule, form: dict[str, Any], inputs: list[Tensor], se
         return tensor.to(dtype) if tensor.dtype == torch.float16 else tensor.clone()
 
     arguments = map_tensors(rebuild(form["arguments"], inputs), placed)
-    with keep_random_state(), _undisturbed(module), _calls(module) as calls, torch.no_grad():
+    with keep_random_state(), _undisturbed(module), outermost_calls(module) as calls, torch.no_grad():
         seed_from(seed)
         if form["run"] == "step":
             calls.append(("", None, validation_step(module, arguments)))
@@ -226,7 +226,7 @@ def _undisturbed(module: LightningModule) -> Iterator[None]:
 
 
 @contextmanager
-def _calls(module: nn.Module) -> Iterator[list[tuple[str, Any, Any]]]:
+def outermost_calls(module: nn.Module) -> Iterator[list[tuple[str, Any, Any]]]:
     """Collect (name, (args, kwargs), output) of the outermost calls of the module's parts, without its metrics."""
     collected: list[tuple[str, Any, Any]] = []
     metrics = {part for metric in module.modules() if isinstance(metric, Metric) for part in metric.modules()}

@@ -42,6 +42,9 @@ from pqqp_lightning.stages.discovery import (
     load_installed,
 )
 
+MERGED = {"sweep": "grid", "search": "space"}
+"""The sections of dictionaries by stage and argument, which the recipe and the command line set together."""
+
 
 def run_command(arguments: Sequence[str]) -> None:
     """Run one command.
@@ -105,7 +108,7 @@ def _run_recipe(command: str, arguments: list[str]) -> None:
         for note in replaced_stages(settings):
             rank_zero_only(print)(note)
     try:
-        CommandLine(command, _with_one_grid(arguments, settings) if command == "sweep" else arguments)
+        CommandLine(command, _with_one_option(arguments, settings, MERGED.get(command, "")))
     except ArgumentError as error:
         raise RecipeError(diagnose(command, arguments, error)) from error
     except (RecipeError, MisconfigurationException, OSError) as error:
@@ -118,9 +121,9 @@ def _run_recipe(command: str, arguments: list[str]) -> None:
         raise RecipeError(problems) from error
 
 
-def _with_one_grid(arguments: list[str], settings: list[Setting]) -> list[str]:
-    """Merge the grid into one option, because the parser keeps only the last of two arguments of one stage."""
-    grid = merged_section(settings, "grid")
-    if not grid or not isinstance(grid, dict):
+def _with_one_option(arguments: list[str], settings: list[Setting], section: str) -> list[str]:
+    """Merge ``section`` into one option, because the parser keeps only the last of two arguments of one stage."""
+    merged = merged_section(settings, section)
+    if not merged or not isinstance(merged, dict):
         return arguments
-    return [*without_section(arguments, "grid"), f"--grid={json.dumps(grid, default=str)}"]
+    return [*without_section(arguments, section), f"--{section}={json.dumps(merged, default=str)}"]

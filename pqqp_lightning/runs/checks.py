@@ -83,14 +83,15 @@ def check_stages(stages: Sequence[Stage], data: RunData) -> list[list[Problem]]:
     if any(type(stage).expected_plan is not Stage.expected_plan for stage in stages):
         model = weightless_copy(model)
     for position, stage in enumerate(stages):
-        problems = _check_stage(stage, data, stages[:position], model)
+        problems = check_stage(stage, data, stages[:position], model)
         found.append(problems)
         if not problems and model is not data.module:
             stage.restructure(model, stage.expected_plan(model))
     return found
 
 
-def _check_stage(stage: Stage, data: RunData, earlier: Sequence[Stage], model: LightningModule) -> list[Problem]:
+def check_stage(stage: Stage, data: RunData, earlier: Sequence[Stage], model: LightningModule) -> list[Problem]:
+    """The problems of ``stage`` on ``model``, which has the structure that ``earlier`` leave."""
     try:
         problems = stage.check(model, data.datamodule, earlier)
     except RecipeError as error:

@@ -6,6 +6,7 @@ A method file imports what it needs from here and from :mod:`pqqp_lightning.algo
 from pqqp_lightning.algorithms.selection import Pattern
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Hessian, SquaredNorm, Statistic
+from pqqp_lightning.checkpoint.expected import DenseScales, ExpectedGrid, ExpectedWeight, ExpectedWeights
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import Layer, weight_matrix
@@ -17,14 +18,18 @@ from pqqp_lightning.stages.pruning import PatternArgument, PruningStage, parse_p
 from pqqp_lightning.stages.quantization import BlockSize, CodebookStage, GridStage, GroupSize, QuantizationStage
 from pqqp_lightning.stages.repair import RepairInputs, RepairStage
 from pqqp_lightning.stages.sensitivity import Sensitivity, measure_costs
-from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.stages.stage import Context, Plan, SearchSpace, Stage
 
 __all__ = [
     "BlockSize",
     "CodebookStage",
     "Compressed",
     "Context",
+    "DenseScales",
     "Distillation",
+    "ExpectedGrid",
+    "ExpectedWeight",
+    "ExpectedWeights",
     "Found",
     "GridStage",
     "GroupSize",
@@ -42,6 +47,7 @@ __all__ = [
     "Reading",
     "RepairInputs",
     "RepairStage",
+    "SearchSpace",
     "Sensitivity",
     "SquaredNorm",
     "Stage",

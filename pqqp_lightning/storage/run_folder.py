@@ -75,6 +75,18 @@ class RunFolder:
     """One row per layer of an analysis."""
     layers_figure = _File("layers.png")
     """The plot of ``layers``."""
+    search = _File("search.json")
+    """The report of ``search``."""
+    pipelines = _File("search.csv")
+    """One row per pipeline that a search chose."""
+    best_recipe = _File("best.yaml")
+    """The recipe of a search's answer."""
+    study = _File("optuna.log")
+    """The journal of a search's Optuna study."""
+    latencies = _File("latency.json")
+    """The measured latency of each pipeline of a search, which another run would not measure the same."""
+    front_figure = _File("front.png")
+    """The plot of a search's pipelines and their front."""
     html = _File("report.html")
     """The report as HTML."""
     markdown = _File("report.md")
