@@ -7,6 +7,7 @@ the fast implementations are compared with. Shapes: O out, I in, G groups of col
 - Wanda: arXiv 2306.11695
 - SparseGPT: arXiv 2301.00774, Algorithm 1
 - GPTQ: arXiv 2210.17323, Algorithm 1
+- EoRA: arXiv 2410.21271, section 3
 - ALPS: arXiv 2406.07831, Algorithm 1 with the rho update of appendix B.1
 
 SparseGPT and GPTQ are one loop over the columns with a different decision at each column, so the loop
@@ -343,6 +344,15 @@ def alps(weight, hessian, *, sparsity=None, pattern=None, damping=0.01, mask=Non
         system = hessian[np.ix_(columns_kept, columns_kept)]
         solved[row, columns_kept] = np.linalg.solve(system, (weight[row] @ hessian)[columns_kept])
     return solved, kept
+
+
+def eora(error, hessian, rank: int) -> np.ndarray:
+    """B A [O, I]: the first `rank` singular values of the error in the eigenspace of the inputs, projected back."""
+    values, vectors = np.linalg.eigh(np.asarray(hessian, dtype=np.float64))
+    projection = vectors * np.sqrt(values)  # Q L^1/2
+    left, singular, right = np.linalg.svd(np.asarray(error, dtype=np.float64) @ projection, full_matrices=False)
+    b = left[:, :rank] * singular[:rank]
+    return b @ right[:rank] @ np.diag(1 / np.sqrt(values)) @ vectors.T
 
 
 def gptq(

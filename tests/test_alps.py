@@ -114,7 +114,9 @@ def test_layers_that_share_inputs_share_one_decomposition(monkeypatch, tmp_path)
     count = []
     eigh = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: count.append(matrix.shape) or eigh(matrix))
-    tiny.trainer(tmp_path / "run", ALPS(0.5)).fit(tiny.make_model("llama"), datamodule=tiny.make_data("llama", tmp_path))
+    tiny.trainer(tmp_path / "run", ALPS(0.5)).fit(
+        tiny.make_model("llama"), datamodule=tiny.make_data("llama", tmp_path)
+    )
     assert len(count) == 2 * 4  # two blocks: q, k and v; o; gate and up; down
 
 
