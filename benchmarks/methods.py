@@ -42,6 +42,9 @@ METHODS = {
         "sparsegpt-60": "--stages.prune SparseGPT --stages.prune.sparsity 0.6",
         "sparsegpt-60-sensitivity": "--stages.prune SparseGPT --stages.prune.sparsity 0.6 "
         "--stages.prune.allocation sensitivity",
+        "sparsegpt-70": "--stages.prune SparseGPT --stages.prune.sparsity 0.7",
+        "alps": "--stages.prune ALPS --stages.prune.sparsity 0.5",
+        "alps-70": "--stages.prune ALPS --stages.prune.sparsity 0.7",
         "channels": "--stages.prune ChannelPruning --stages.prune.ratio 0.1 --stages.prune.importance taylor",
     },
     "Quantization": {
