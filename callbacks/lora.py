@@ -258,9 +258,16 @@ class LoRA(Stage):
             way_out = "Use default or gaussian, or add them to ignore."
             problems.append(Problem("initialization", chosen, text, way_out))
         if self.corrects:
-            rounds = "grid" in self.promises  # of layers that no earlier stage compressed
-            nothing = "" if rounds else "no earlier stage prunes or quantizes its layers"
-            found = check_aims_at_dense(self, model, earlier, nothing)
+            found = check_aims_at_dense(self, model, earlier)
+            # QLoRA itself rounds what no earlier stage compressed
+            if (
+                layers
+                and not found
+                and "grid" not in self.promises
+                and not self.overlaps(model, earlier, ("mask", "grid"))
+            ):
+                text = "has nothing to correct: no earlier stage prunes or quantizes its layers"
+                found.append(Problem(text=text, way_out="Put it after them."))
             problems += [replace(problem, key="initialization", value=chosen) for problem in found]
         # the other initializations keep the weight, so that an earlier mask or grid still holds
         if chosen not in (*CHANGES_THE_WEIGHT, "eora"):

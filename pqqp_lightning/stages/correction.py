@@ -14,6 +14,7 @@ from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Hessian
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.layers import Layer, weight_matrix
+from pqqp_lightning.stages.dense_target import describe_gain
 from pqqp_lightning.stages.layerwise import Compressed, write_back
 from pqqp_lightning.stages.stage import Context
 from pqqp_lightning.surgery.adapters import Adapters, base_of, set_factors, update_of, wrapper_of
@@ -72,12 +73,7 @@ def correct_outputs(
         context.found("left without a correction, since no calibration token reached it", missed)
 
     context.calibrate(blocks, corrected, Hessian, correct, unreached)
-    if ratios:
-        mean = sum(ratios) / len(ratios)
-        context.notes.append(
-            f"squared output error towards the dense weights: {mean:.3f} of what it was, averaged over the layers "
-            f"({min(ratios):.3f} to {max(ratios):.3f})"
-        )
+    context.notes += describe_gain(ratios)
 
 
 def _present(wrapper: LoraLayer, adapters: Adapters) -> Tensor:

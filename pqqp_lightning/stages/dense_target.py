@@ -11,16 +11,13 @@ from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.stages.stage import Stage
 
 
-def check_aims_at_dense(
-    stage: Stage, model: LightningModule, earlier: Sequence[Stage], nothing: str = ""
-) -> list[Problem]:
-    """The problems of a ``stage`` whose layers may not correspond to dense ones, or have lost nothing.
+def check_aims_at_dense(stage: Stage, model: LightningModule, earlier: Sequence[Stage]) -> list[Problem]:
+    """The problems of a ``stage`` whose layers may not correspond to dense ones.
 
     Args:
         stage: aims at the dense weights.
         model: as it will be at the stage's turn.
         earlier: the stages before it.
-        nothing: why there is nothing to win back without an earlier mask or grid; empty if there always is.
     """
     problems = []
     layers = stage.find_layers(model)
@@ -28,8 +25,6 @@ def check_aims_at_dense(
     if loaded:
         text = f"aims at the dense weights, and the model was compressed before this run: {shorten(loaded)}"
         problems.append(Problem(text=text, way_out="Run all stages in one recipe, from the dense model."))
-    elif nothing and layers and not stage.overlaps(model, earlier, ("mask", "grid")):
-        problems.append(Problem(text=f"has nothing to correct: {nothing}", way_out="Put it after them."))
     for before in earlier:
         if not before.comparable_layers:
             text = f"aims at the dense weights, and stage '{before.name}' changed what the layers compute"
@@ -38,3 +33,14 @@ def check_aims_at_dense(
             text = f"aims at the dense weights and would undo the training of stage '{before.name}'"
             problems.append(Problem(text=text, way_out="Put it before that training, or set allow_undo: true."))
     return problems
+
+
+def describe_gain(ratios: list[float]) -> list[str]:
+    """A note on the squared output errors of layers, each as a fraction of what it was; none without layers."""
+    if not ratios:
+        return []
+    mean = sum(ratios) / len(ratios)
+    return [
+        f"squared output error towards the dense weights: {mean:.3f} of what it was, averaged over the layers "
+        f"({min(ratios):.3f} to {max(ratios):.3f})"
+    ]
