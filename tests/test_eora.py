@@ -84,7 +84,7 @@ def test_untrained_adapters_bring_outputs_nearer_to_the_dense_models(tmp_path, k
     assert not broken_constraints(module, collect_constraints(module))
     record = records(tmp_path)[-1]
     assert record["size_bytes"] > records(tmp_path, "without")[-1]["size_bytes"] or kind == "deit"
-    note = next(note for note in record["notes"] if note.startswith("squared output error towards the dense weights"))
+    note = next(note for note in record["notes"] if note.startswith("squared output error that earlier stages cause"))
     assert float(note.split(": ")[1].split(" ")[0]) < 0.9
     assert "metrics_before_finetuning" not in record
     loaded = load(tmp_path / "run")

@@ -102,7 +102,7 @@ THEMES = {  # recipe and options: fraction that is pruned, what every targeted w
     "nf4": (0.0, "grid", ""),
     "alps": (0.7, "mask and grid", ""),
     "alps --stage_order [quantize,prune]": (0.7, "mask and grid", ""),
-    "sparse24-gptq4-eora": (0.5, "mask and grid", "squared output error towards the dense weights"),
+    "sparse24-gptq4-eora": (0.5, "mask and grid", "squared output error that earlier stages cause"),
     "mixed-progressive": (0.0, "grid", "layers"),
     "mixed-progressive --stages.quantize.schedule regressive": (0.0, "grid", "layers"),
     "sleb-rtn": (0.1, "grid", "removed"),

@@ -73,7 +73,7 @@ def correct_outputs(
         context.found("left without a correction, since no calibration token reached it", missed)
 
     context.calibrate(blocks, corrected, Hessian, correct, unreached)
-    context.notes += describe_gain(ratios)
+    context.notes += describe_gain(ratios, "earlier stages")
 
 
 def _present(wrapper: LoraLayer, adapters: Adapters) -> Tensor:

@@ -35,12 +35,12 @@ def check_aims_at_dense(stage: Stage, model: LightningModule, earlier: Sequence[
     return problems
 
 
-def describe_gain(ratios: list[float]) -> list[str]:
-    """A note on the squared output errors of layers, each as a fraction of what it was; none without layers."""
+def describe_gain(ratios: list[float], cause: str) -> list[str]:
+    """A note on the squared output errors that ``cause`` makes, each as a fraction of what it was; none without any."""
     if not ratios:
         return []
     mean = sum(ratios) / len(ratios)
     return [
-        f"squared output error towards the dense weights: {mean:.3f} of what it was, averaged over the layers "
+        f"squared output error that {cause} cause: {mean:.3f} of what it was, averaged over the layers "
         f"({min(ratios):.3f} to {max(ratios):.3f})"
     ]
