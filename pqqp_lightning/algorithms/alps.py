@@ -145,7 +145,7 @@ def choose_mask(
 def _above_threshold(values: Tensor, sparsity: float | None, pattern: Pattern | None, mask: Tensor | None) -> Tensor:
     """The entries of ``values`` [O, I] that :func:`keep_highest` keeps, without those that tie with the threshold.
 
-    It takes half of the time, and only the last mask has to be exact.
+    It is faster, and only the last mask has to be exact.
     """
     scores = removed_first(values.abs(), mask)
     if pattern is not None:
