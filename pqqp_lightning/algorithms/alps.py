@@ -2,7 +2,7 @@
 
 Section 3.2 splits the problem "least error with k entries" into weights U that are free and weights D that are sparse,
 which a penalty rho and multipliers V pull together. U solves (H + rho I) U = H W + rho D - V, D keeps the best k
-entries of U + V / rho, and V grows by rho (U - D). rho rises slowly (section 3.2 and appendix B.1): a small one finds
+entries of U + V / rho, and V grows by rho (U - D). rho rises slowly (by the rule in the appendix): a small one finds
 good entries, a large one settles them. Inputs are scaled to a diagonal of 1 first, so that entries of different
 columns compete on one scale. Section 3.3 then solves for the kept entries exactly, by conjugate gradients.
 
@@ -31,7 +31,7 @@ PERIOD = 3
 """Iterations with one rho. The mask is compared with that of so many iterations before."""
 
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""How much rho grows while more than this share of the kept entries changes in a period (appendix B.1)."""
+"""How much rho grows while more than this share of the kept entries changes in a period, as in the paper's appendix."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,6 @@ def choose_mask(
     mask: Tensor | None = None,
 ) -> Tensor:
     """The keep-mask [O, I] that ADMM settles on; see :func:`prune_alps` for the arguments."""
-
     values, vectors = spectrum.eigen
     target = weight * spectrum.scale  # W for inputs of norm 1
     penalty = FIRST_PENALTY
@@ -134,7 +133,7 @@ def choose_mask(
             changed = int((kept != compared).sum())
             if not changed:
                 break
-            share = changed / int(kept.sum())
+            share = changed / max(1, int(kept.sum()))
             growth = next(growth for above, growth in GROWTH if share >= above)
             penalty *= growth
             scaled /= growth

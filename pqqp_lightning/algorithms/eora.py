@@ -1,4 +1,4 @@
-"""EoRA: the best correction of low rank for a compressed layer's outputs (Liu et al., arXiv 2410.21271, section 3).
+"""EoRA: the best correction of low rank for a compressed layer's outputs (Liu et al., arXiv 2410.21271).
 
 With the error E = W - V of the compressed weights V and H = X^T X = Q L Q^T, the paper takes the r largest singular
 values of E Q L^1/2 = U S Y^T, and B = U S, A = Y^T L^-1/2 Q^T. Then B A = U U^T E: the same correction, computed here
