@@ -10,6 +10,8 @@ from pqqp_lightning.checkpoint.expected import DenseScales, ExpectedGrid, Expect
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import Layer, weight_matrix
+from pqqp_lightning.stages.correction import correct_outputs
+from pqqp_lightning.stages.dense_target import check_aims_at_dense
 from pqqp_lightning.stages.distillation import Distillation
 from pqqp_lightning.stages.hessian import check_hessian_arguments, factorize
 from pqqp_lightning.stages.layerwise import Compressed, Found, LayerInputs, LayerwiseStage, write_back
@@ -52,8 +54,10 @@ __all__ = [
     "SquaredNorm",
     "Stage",
     "Statistic",
+    "check_aims_at_dense",
     "check_hessian_arguments",
     "constraints_of",
+    "correct_outputs",
     "factorize",
     "measure_costs",
     "parse_pattern",
