@@ -5,6 +5,7 @@ import pickle
 import sys
 import warnings
 
+import kinds
 import lightning.pytorch as pl
 import pytest
 import tiny
@@ -39,8 +40,9 @@ def packed_weights(model):
 
 
 def assert_computes_the_same(plain, packed, inputs):
-    with torch.no_grad():
-        assert torch.equal(plain(inputs), packed(inputs))
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            assert torch.equal(plain(inputs), packed(inputs))
     mine, expected = packed.state_dict(), plain.state_dict()
     assert list(mine) == list(expected)
     for name, tensor in expected.items():
@@ -63,6 +65,16 @@ def test_packed_convolutions_compute_the_same(kind):
     assert_computes_the_same(load(run), packed, images)
     kinds = {type(module).__name__ for module in packed.modules()}
     assert ("PackedConv2d" if kind == "resnet" else "PackedLinear") in kinds
+
+
+@pytest.mark.parametrize("kind", kinds.NETWORKS)
+def test_every_kind_of_layer_computes_the_same(kind, tmp_path):
+    stage = c.RTN(4, symmetric=False, targets=["network*"])
+    data = tiny.regression_loader()
+    tiny.trainer(tmp_path, c.Magnitude(0.5, targets=["network*"]), stage).fit(kinds.KindModule(kind), data, data)
+    packed = load_packed(tmp_path)
+    assert_computes_the_same(load(tmp_path), packed, torch.randn(6, 8))
+    assert is_packed_model(packed) == (kind not in ("lstm", "gru", "rnn"))
 
 
 def test_a_4_bit_model_takes_the_memory_of_its_checkpoint():
@@ -173,6 +185,8 @@ def test_training_is_refused_with_words(tmp_path):
         pl.Trainer(
             max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
         ).fit(packed, datamodule=data)
+    with pytest.raises(RecipeError, match="packed weights"):
+        packed(IDS).sum().backward()
     with pytest.raises(RecipeError, match="packed weights"):
         packed.train()(IDS)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from pqqp_lightning.checkpoint.packed_layers import (
 )
 from pqqp_lightning.checkpoint.packing import unpack_weight
 from pqqp_lightning.checkpoint.probe import compare, read_probe, tolerance
+from pqqp_lightning.checkpoint.stored_tensors import StoredTensors
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.network.constraints import constrained_layers, set_constraints
 from pqqp_lightning.network.layers import Layer, stored_weights
@@ -38,43 +39,6 @@ from pqqp_lightning.storage.run_folder import WEIGHTS
 
 MOVED = {"pqqp_lightning.trainer.Training": "pqqp_lightning.runs.trainer.Training"}
 """Classes that checkpoints of earlier versions name by a module that has moved."""
-BUNDLE = "bundle"
-"""The tensor in which format 1 kept the small tensors, as bytes one after another."""
-
-
-class StoredTensors:
-    """The tensors of an open weights file by name, whatever the checkpoint's format.
-
-    Args:
-        file: from ``safetensors.safe_open``.
-        small: (name, dtype, shape) of each small tensor of format 1, in order; empty in format 2.
-    """
-
-    def __init__(self, file: Any, small: list[tuple[str, str, list[int]]]) -> None:
-        self._file = file
-        self._names = set(file.keys())
-        self._small: dict[str, Tensor] = {}
-        if not small:
-            return
-        self._names.remove(BUNDLE)
-        rest = file.get_tensor(BUNDLE)
-        for name, dtype_name, shape in small:
-            dtype = getattr(torch, dtype_name)
-            size_bytes = torch.Size(shape).numel() * dtype.itemsize
-            self._small[name] = rest[:size_bytes].clone().view(dtype).view(shape)  # a copy is aligned for its dtype
-            rest = rest[size_bytes:]
-
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return [*self._names, *self._small]
-
-    def shape(self, name: str) -> list[int]:
-        """The shape of the tensor ``name``, which is not read."""
-        return list(self._small[name].shape) if name in self._small else self._file.get_slice(name).get_shape()
-
-    def get(self, name: str) -> Tensor:
-        """The tensor ``name``."""
-        return self._small[name] if name in self._small else self._file.get_tensor(name)
 
 
 def restore(module: LightningModule, folder: Path, doubt: str | None = None, *, packed: bool = False) -> dict[str, Any]:
@@ -117,11 +81,11 @@ def restore(module: LightningModule, folder: Path, doubt: str | None = None, *, 
                     continue
                 entry = manifest["packed"].get(name)
                 if name in layers:
-                    pack_layer(layers[name], PackedWeight(entry, _parts(file, name)))
+                    pack_layer(layers[name], PackedWeight(entry, file.parts(name), target.requires_grad))
                 elif entry is None:
                     _assign(module, target, file.get(name))
                 else:
-                    value, constraints = unpack_weight(entry, _parts(file, name))
+                    value, constraints = unpack_weight(entry, file.parts(name))
                     set_constraints(weights[name][1], constraints)
                     _assign(module, target, value)
             for alias, name in manifest["aliases"].items():
@@ -145,7 +109,7 @@ def _require_same_tensors(
     way_out = "Use the recipe that made it."
     if doubt is not None:
         way_out = f"{doubt + '. ' if doubt else ''}Pass module=...: load(run, module=...), constructed as in the run."
-    names = _weight_names(file.names()) | set(manifest["aliases"])
+    names = file.weight_names() | set(manifest["aliases"])
     if names != set(own):
         raise RecipeError(
             f"{folder}: is of another model: {shorten(sorted(names ^ set(own)))} in only one of the two. {way_out}"
@@ -223,12 +187,12 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
         file = StoredTensors(opened, manifest.get("small", []))
         state = {}
-        for name in _weight_names(file.names()):
+        for name in file.weight_names():
             packed = manifest["packed"].get(name)
             if packed is None:
                 state[name] = file.get(name)
             else:
-                state[name], _ = unpack_weight(packed, _parts(file, name))
+                state[name], _ = unpack_weight(packed, file.parts(name))
     state.update({alias: state[name] for alias, name in manifest["aliases"].items()})
     return state
 
@@ -248,6 +212,7 @@ def load(run: str | Path, module: LightningModule | None = None, *, packed: bool
             quickstart's model reads 189 instead of 246 tokens a second, 512 in a pass, and writes 2.3 instead of 11.7,
             one in a pass (one CPU core). It can be copied, pickled and moved; ``state_dict`` unpacks all weights. It
             has no constraints, and cannot be trained or compressed. Recurrent weights and embeddings are not packed.
+            Run it under ``torch.inference_mode()`` or ``no_grad()``: autograd would keep every unpacked weight.
 
     Returns:
         The module in evaluation mode, with its constraints.
@@ -275,9 +240,7 @@ def load_quietly(folder: Path, module: LightningModule | None = None, *, packed:
         applied = restore(module, folder, packed=packed)["applied"]
     vars(module)[ORIGIN] = Origin(manifest["model"], [*(earlier.applied if earlier else []), *applied])
     if is_packed_model(module):
-        # Lightning asks for the optimizers before anything is trained; other loops find no gradient.
-        vars(module)["configure_optimizers"] = refuse_training
-        module.requires_grad_(False)
+        vars(module)["configure_optimizers"] = refuse_training  # which Lightning calls before it trains
     return module.eval()
 
 
@@ -350,19 +313,11 @@ def _import(path: str) -> Any:
         raise RecipeError(f"the checkpoint needs {path}, which cannot be imported. Install its package.") from error
 
 
-def _parts(file: StoredTensors, name: str) -> dict[str, Tensor]:
-    prefix = f"{name}:"
-    return {key.removeprefix(prefix): file.get(key) for key in file.names() if key.startswith(prefix)}
-
-
-def _weight_names(keys: Sequence[str]) -> set[str]:
-    return {key.partition(":")[0] for key in keys if not key.startswith("plan.")}
-
-
 def _assign(module: nn.Module, target: Tensor, value: Tensor) -> None:
     """Write ``value`` into ``target``, a tensor of ``module``."""
     if target.is_meta:
-        parameter = nn.Parameter(value, requires_grad=target.requires_grad)
+        # The file's tensors are not aligned as torch's own are, which may decide between kernels.
+        parameter = nn.Parameter(value.clone(), requires_grad=target.requires_grad)
         for owner in module.modules():  # every module that shares it
             for key in [key for key, shared in owner._parameters.items() if shared is target]:
                 setattr(owner, key, parameter)  # not into the dict: an LSTM keeps its parameters in a list as well

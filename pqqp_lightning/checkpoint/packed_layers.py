@@ -31,19 +31,27 @@ class PackedWeight(nn.Module):
     Args:
         entry: the weight's entry in the manifest.
         parts: its tensors in the checkpoint.
+        requires_grad: of the parameter. torch chooses its kernels by that, too: without it, a product may differ in its
+            last bit.
     """
 
-    def __init__(self, entry: dict[str, Any], parts: dict[str, Tensor]) -> None:
+    def __init__(self, entry: dict[str, Any], parts: dict[str, Tensor], requires_grad: bool = True) -> None:
         super().__init__()
         self.entry = entry
+        self.requires_grad = requires_grad
         self.dtype: torch.dtype = getattr(torch, entry["dtype"])
         for name, part in parts.items():
             self.register_buffer(name, part)
 
     def forward(self) -> Tensor:
-        """The weight, unpacked."""
-        with torch.no_grad():
-            return unpack_values(self.entry, self._parts()).to(self.dtype)
+        """The weight, unpacked. A backward pass that reaches it is refused."""
+        # As a parameter would be, not an inference tensor, whose views require no gradient.
+        with torch.inference_mode(False), torch.no_grad():
+            weight = unpack_values(self.entry, self._parts()).to(self.dtype)
+        weight.requires_grad_(self.requires_grad)
+        if weight.requires_grad and torch.is_grad_enabled():
+            weight.register_hook(refuse_training)
+        return weight
 
     def extra_repr(self) -> str:
         """What is stored: shape, bits of a value, bytes."""
@@ -109,7 +117,7 @@ class PackedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, weight in _packed_weights(self).items():
-            destination[f"{prefix}{name}"] = weight()
+            destination[f"{prefix}{name}"] = weight().detach()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(

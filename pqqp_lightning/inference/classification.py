@@ -179,10 +179,11 @@ def _batches(
     batch = _Batch()
     for file in files:
         try:
-            image = _prepare(_open(file, preprocessing.channels), pipeline, preprocessing.input_size)
-        except (OSError, SyntaxError, TypeError, ValueError) as error:  # SyntaxError: Pillow's word for a broken PNG
+            pixels = _open(file, preprocessing.channels)
+        except Exception as error:  # a damaged file makes Pillow raise anything: SyntaxError, struct.error, EOFError
             skipped[file] = str(error).replace(repr(str(file)), "").strip() or type(error).__name__
             continue
+        image = _prepare(pixels, pipeline, preprocessing.input_size)
         if batch.inputs and (len(batch.inputs) == batch_size or batch.inputs[0].shape != image.shape):
             yield batch
             batch = _Batch()
