@@ -106,7 +106,8 @@ class Grid:
         """Decode ``codes`` to float32; scale and zero broadcast to them. Float codes are overwritten."""
         if self.codebook is None:
             return codes.sub_(zero).mul_(scale)
-        return levels_of(self.codebook, codes).take(codes).mul_(scale)
+        levels = levels_of(self.codebook, codes)
+        return levels.index_select(0, codes.flatten()).view(codes.shape).mul_(scale)
 
     def _expand(self, x: Tensor) -> Tensor:
         return x if x.shape[1] == 1 else x.repeat_interleave(self.group_size, dim=1)
@@ -194,8 +195,10 @@ def encode(weight: Tensor, grid: Grid) -> Tensor:
 def decode(codes: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the weights [O, I] that ``codes`` represent."""
     # A uniform grid computes with the codes; a codebook looks levels up by them.
-    numbers = codes.to(torch.float32 if grid.codebook is None else torch.int64, copy=True)
-    return grid.values(numbers, grid.expanded_scale(), grid.expanded_zero()).to(dtype)
+    numbers = codes.to(torch.float32 if grid.codebook is None else torch.int32, copy=True)
+    groups = numbers.unflatten(1, (grid.scale.shape[1], -1))  # [O, G, size]: scales broadcast without being repeated
+    zero = grid.middle if grid.zero is None else grid.zero.float()[..., None]
+    return grid.values(groups, grid.scale.float()[..., None], zero).flatten(1).to(dtype)
 
 
 def round_to_grid(weight: Tensor, grid: Grid) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from pqqp_lightning.checkpoint.nested import CannotStore, describe, map_tensors, rebuild, tensors_in
+from pqqp_lightning.checkpoint.packed_layers import PackedWeight
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.activation_hooks import QuantizeInput, transformed_layers
 from pqqp_lightning.network.single_step import validation_step
@@ -207,7 +208,9 @@ def _sample(tensor: Tensor) -> Tensor:
 def _undisturbed(module: LightningModule) -> Iterator[None]:
     """Inside, the module is in evaluation mode and without a trainer; modes and buffers are restored on exit."""
     modes = {part: part.training for part in module.modules()}
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    # The parts of packed weights are buffers that no pass changes; a copy would double their memory.
+    fixed = {id(part) for weight in module.modules() if isinstance(weight, PackedWeight) for part in weight.buffers()}
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if id(buffer) not in fixed}
     trainers = {m: m._trainer for m in module.modules() if isinstance(m, LightningModule)}
     # Python calls the user's `eval`, which may keep a part in another mode on purpose.
     module.eval()

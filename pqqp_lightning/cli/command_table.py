@@ -69,6 +69,18 @@ COMMANDS = {
         takes_recipe=False,
         has_options=True,
     ),
+    "generate": Command(
+        "continue a prompt with a run's model",
+        ('runs/quickstart --prompt "Once upon"',),
+        takes_recipe=False,
+        has_options=True,
+    ),
+    "classify": Command(
+        "classify images with a run's model",
+        ("runs/digits photos",),
+        takes_recipe=False,
+        has_options=True,
+    ),
     "methods": Command("list the stages that can be used", takes_recipe=False),
 }
 

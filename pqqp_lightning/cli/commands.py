@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pqqp_lightning.cli.diagnosis import check_sections, diagnose, refuse_nulls
 from pqqp_lightning.cli.export_command import run_export
+from pqqp_lightning.cli.inference_commands import run_classify, run_generate
 from pqqp_lightning.cli.methods import print_methods
 from pqqp_lightning.cli.parser import CommandLine, NotStarted, problems_behind
 from pqqp_lightning.cli.saved_recipe import packaged, with_saved_recipe
@@ -74,6 +75,10 @@ def run_command(arguments: Sequence[str]) -> None:
         show_run(Path(rest[0]))
     elif command == "export":
         run_export(rest)
+    elif command == "generate":
+        run_generate(rest)
+    elif command == "classify":
+        run_classify(rest)
     else:
         with with_saved_recipe(command, [packaged(argument) for argument in rest]) as complete:
             _run_recipe(command, complete)

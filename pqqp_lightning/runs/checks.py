@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from pqqp_lightning.checkpoint.packed_layers import is_packed_model
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.structure import weightless_copy
@@ -155,6 +156,9 @@ def _check_teacher(stages: Sequence[Stage]) -> list[Problem]:
 
 
 def _check_model(module: LightningModule) -> list[Problem]:
+    if is_packed_model(module):
+        text = "has packed weights, which cannot be trained or compressed"
+        return [Problem(text=text, way_out="Load it without packed=True.").within("model")]
     bad = [n for n, p in module.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
     if not bad:
         return []

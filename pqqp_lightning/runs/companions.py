@@ -1,7 +1,8 @@
-"""What a run folder keeps for exports besides the model: the tokenizer, and a few evaluation samples."""
+"""What a run folder keeps besides the model, to use it: the tokenizer and samples, or how images are prepared."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.seeding import keep_random_state
-from pqqp_lightning.storage.files import new_folder
+from pqqp_lightning.storage.files import new_folder, write_json
 from pqqp_lightning.storage.run_folder import RunFolder
 
 SAMPLES = 4
@@ -18,17 +19,23 @@ SAMPLES = 4
 
 
 def keep_companions(folder: RunFolder, data: RunData) -> None:
-    """Write the tokenizer and the first evaluation samples of a language model; nothing for other models."""
-    save_tokenizer = getattr(data.module, "save_tokenizer", None)
-    if not callable(save_tokenizer):
-        return
-    with keep_random_state():  # an iterator over a loader draws a seed
-        ids = _first_samples(data)
+    """Write what the model's use needs: tokenizer and evaluation samples, or the preprocessing of images."""
+    with keep_random_state():  # an iterator over a loader draws a seed, and a transform may draw numbers
+        if callable(getattr(data.module, "save_tokenizer", None)):
+            _keep_text_companions(folder, data)
+        describe = getattr(data.datamodule, "image_preprocessing", None)
+        if callable(describe) and not folder.preprocessing.exists():
+            write_json(folder.preprocessing, asdict(describe()))
+
+
+def _keep_text_companions(folder: RunFolder, data: RunData) -> None:
+    module: Any = data.module
+    ids = _first_samples(data)
     if ids is not None:
         save_file({"input_ids": ids}, folder.samples)
     if not folder.tokenizer.exists():
         with new_folder(folder.tokenizer) as temporary:
-            save_tokenizer(temporary, getattr(data.datamodule, "tokenizer", None))
+            module.save_tokenizer(temporary, getattr(data.datamodule, "tokenizer", None))
         if not any(folder.tokenizer.iterdir()):
             folder.tokenizer.rmdir()
 

@@ -51,6 +51,8 @@ class RunFolder:
     """The model's tokenizer and generation config, for exports; not every run has them."""
     samples = _File("samples.safetensors")
     """A few evaluation samples (token ids), for the checks of exports; not every run has them."""
+    preprocessing = _File("preprocessing.json")
+    """How the model's images were prepared, and the names of the classes; only runs of an ImageData have it."""
     logs = _File("logs")
     """The output of Lightning's loggers."""
     report = _File("report.json")
@@ -160,6 +162,32 @@ class RunFolder:
 def checkpoint_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's weights and manifest; its probe is not part of the model."""
     return sum((folder / name).stat().st_size for name in (WEIGHTS, MANIFEST))
+
+
+def check_finished(run: Path) -> list[Problem]:
+    """The problem if ``run``, named by a command's ``run``, is not the folder of a finished run or its checkpoint."""
+    if not run.is_dir():
+        reason = "is a file" if run.is_file() else "is not a folder"
+        return [Problem("run", str(run), reason, "Name a run folder, such as runs/quickstart.")]
+    files = RunFolder(run)
+    if files.holds_run and not files.model.is_dir():
+        way_out = "Finish it (fit with --ckpt_path last), or name a run of fit."
+        return [Problem("run", str(run), "has no finished model", way_out)]
+    return []
+
+
+def check_run_folder(run: Path) -> list[Problem]:
+    """As :func:`check_finished`, and the problem if the folder has no checkpoint."""
+    if problems := check_finished(run):
+        return problems
+    if RunFolder(run).model.is_dir() or (run / MANIFEST).is_file():
+        return []
+    return [Problem("run", str(run), "is not a run folder", "Name one, such as runs/quickstart.")]
+
+
+def files_beside_model(run: Path) -> RunFolder:
+    """The run folder of ``run``, which may also be the checkpoint folder in it."""
+    return RunFolder(run.absolute().parent if (run / MANIFEST).is_file() else run)
 
 
 def check_folder(path: Path, marks: Sequence[str]) -> list[Problem]:
