@@ -71,6 +71,10 @@ class StockModel:
         """The model on the meta device: its structure without weights."""
         return build_on_meta(self.model_class, self.config)
 
+    def linear_layers(self) -> list[str]:
+        """The names of all Linear layers, in the model's order."""
+        return [name for name, module in self.build().named_modules() if isinstance(module, nn.Linear)]
+
     @property
     def head_weight(self) -> str:
         """The name of the weight that computes the logits."""

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pqqp_lightning.algorithms.grid import Grid, encode
 from pqqp_lightning.errors import Problem, shorten
-from pqqp_lightning.export.grids import fused_with, in_groups, in_rows, wider_bits, with_zero_points
+from pqqp_lightning.export.grid_problems import codebook_problems, no_code_problems, scale_problems
+from pqqp_lightning.export.grids import half_joined, in_groups, in_rows, wider_bits, with_zero_points
 from pqqp_lightning.export.stock_files import read_config, read_tensors, write_stock_folder
 from pqqp_lightning.export.target import ExportedModel, Target
 from pqqp_lightning.export.targets.hf import TRANSFORMERS
@@ -39,20 +40,8 @@ class CompressedTensors(Target):
     runtime = replace(TRANSFORMERS, package="compressed-tensors", modules=("transformers", "compressed_tensors"))
 
     def problems(self, model: ExportedModel) -> list[Problem]:
-        grids = model.stock.grids
-        run = str(model.source.folder)
-        problems = []
-        if codebooks := [name for name, grid in grids.items() if grid.codebook is not None]:
-            text = f"has {shorten(codebooks)} with the levels of NF4 or FP4, which this format does not have"
-            problems.append(Problem("run", run, text, "Use --to hf, which writes the values."))
-        inexact = [name for name, grid in grids.items() if not _is_exact(grid.scale, model.torch_dtype)]
-        if inexact:
-            text = f"changes the scales of {shorten(inexact)}"
-            problems.append(Problem("dtype", model.dtype, text, f"Use --dtype {_exact_dtype(inexact, grids)}."))
-        if not grids:
-            changed = f" left ({' '.join(model.stock.rewritten)})" if model.stock.rewritten else ""
-            problems.append(Problem("run", run, f"has no quantized layer{changed}", "Use --to hf."))
-        elif not problems and _needs_one_setting(_stored_grids(model)):
+        problems = [*codebook_problems(model), *scale_problems(model), *no_code_problems(model)]
+        if not problems and _needs_one_setting(_stored_grids(model)):
             text = "keeps zero points in several settings, of which transformers loads only one"
             problems.append(Problem("widen", False, text, "Use --widen true."))
         return problems
@@ -95,10 +84,10 @@ class CompressedTensors(Target):
             remarks.append(f"The codes of {shorten(wider)} are stored in more bits; no value changes.")
         if finer := [name for name, grid in grids.items() if stored[name].scale.shape[1] != grid.scale.shape[1]]:
             remarks.append(f"The scales of {shorten(finer)} are repeated for smaller groups; no value changes.")
-        linear = _linear_layers(model)
+        linear = model.stock.linear_layers()
         if dense := [name for name in linear if name not in grids and name != "lm_head"]:
             remarks.append(f"{shorten(dense)} without codes stay dense ({model.dtype}).")
-        if half := _half_joined(stored, linear):
+        if half := half_joined(stored, linear):
             remarks.append(f"vLLM joins {shorten(half)} with quantized layers, so that it does not load this folder.")
         if slow := [name for name, grid in stored.items() if not _has_kernel(grid)]:
             remarks.append(f"vLLM has no kernel for the bits or groups of {shorten(slow)}; transformers loads them.")
@@ -123,7 +112,7 @@ class CompressedTensors(Target):
             quantized.update(names)
         config = QuantizationConfig(
             config_groups=groups,
-            ignore=[name for name in _linear_layers(model) if name not in quantized],
+            ignore=[name for name in model.stock.linear_layers() if name not in quantized],
             format=FORMAT,
             quantization_status=QuantizationStatus.COMPRESSED,
         )
@@ -165,11 +154,6 @@ def _needs_one_setting(grids: dict[str, Grid]) -> bool:
     return len(settings) > 1 and any(grid.zero is not None for grid in grids.values())
 
 
-def _half_joined(grids: dict[str, Grid], linear: list[str]) -> list[str]:
-    """The dense layers that servers join with quantized ones."""
-    return [name for name in linear if name not in grids and any(n in grids for n in fused_with(name, linear))]
-
-
 def _has_kernel(grid: Grid) -> bool:
     """Whether vLLM's kernels read it."""
     return grid.bits in WIDTHS and (grid.scale.shape[1] == 1 or grid.group_size in FAST_GROUPS)
@@ -198,16 +182,3 @@ def _arguments(grid: Grid) -> dict[str, Any]:
     if grid.scale.shape[1] > 1:
         arguments |= {"strategy": "group", "group_size": grid.group_size}
     return arguments
-
-
-def _is_exact(scale: Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(scale.to(dtype).float(), scale.float())
-
-
-def _exact_dtype(names: list[str], grids: dict[str, Grid]) -> str:
-    half = all(_is_exact(grids[name].scale, torch.float16) for name in names)
-    return "float16" if half else "float32"
-
-
-def _linear_layers(model: ExportedModel) -> list[str]:
-    return [name for name, module in model.stock.build().named_modules() if isinstance(module, nn.Linear)]
