@@ -15,6 +15,7 @@ from pqqp_lightning.cli.settings import COMMAND_LINE, word_pairs
 from pqqp_lightning.errors import Problem, RecipeError, near_miss
 from pqqp_lightning.export.discovery import known_targets
 from pqqp_lightning.export.export_run import CheckFailed, Export, export_run
+from pqqp_lightning.export.hub import NotUploaded
 from pqqp_lightning.export.options import BOOLEANS, options_of, owners_of
 from pqqp_lightning.report.formatting import human_bytes
 
@@ -36,7 +37,7 @@ def run_export(arguments: Sequence[str]) -> None:
     except RecipeError as error:
         named = [replace(p, source=COMMAND_LINE) if p.key and not p.source else p for p in error.problems]
         raise RecipeError(named) from error
-    except CheckFailed as error:
+    except (CheckFailed, NotUploaded) as error:
         print(error, file=sys.stderr)
         sys.exit(1)
     for line in _report(done):
@@ -111,6 +112,8 @@ def _report(done: Export) -> list[str]:
     """What was written, what to know about it, what was checked, and how to load it."""
     lines = [f"{done.out}: {human_bytes(done.size_bytes)} (the run's own checkpoint: {human_bytes(done.own_bytes)})."]
     lines += [*done.remarks, *done.checks]
+    if done.uploaded:
+        lines.append(f"Uploaded to {done.uploaded}.")
     lines += [f"{program}: {words}" for program, words in done.loading.items()]
     return lines
 
@@ -127,7 +130,8 @@ def _help() -> str:
             lines.append(f"    --{option.name:<16} {option.meaning}{default}")
     lines += ["", "options:"]
     for name, parameter in _parameters().items():
-        default = "" if parameter.default is parameter.empty else f" [{str(parameter.default).lower()}]"
-        lines.append(f"  --{name:<8} {meaning[name]}{default}")
+        without = parameter.default in (parameter.empty, None)
+        default = "" if without else f" [{str(parameter.default).lower()}]"
+        lines.append(f"  --{name:<11} {meaning[name]}{default}")
     lines += ["", "example: pqqp-lightning export runs/quickstart --to hf --out model", ""]
     return "\n".join(lines)

@@ -79,7 +79,9 @@ class Target(ABC):
         loading: how to load the result, by program: one line of code or a command each; ``{out}`` stands for the path.
         requires: the modules that writing and decoding need besides this package's own dependencies.
         file: the one file that the format consists of; ``--out`` may name it. Empty for a folder.
+        library: which the hub names for the folder.
         runtime: the program that the check loads the result with, or None.
+        keeps_adapters: whether adapters that a run kept apart stay apart; else they are added to the weights.
     """
 
     name: ClassVar[str] = ""
@@ -87,7 +89,9 @@ class Target(ABC):
     loading: ClassVar[dict[str, str]] = {}
     requires: ClassVar[tuple[str, ...]] = ()
     file: ClassVar[str] = ""
-    runtime: ClassVar[Runtime | None] = None
+    runtime: Runtime | None = None
+    library: ClassVar[str] = "transformers"
+    keeps_adapters: ClassVar[bool] = False
 
     def check_installed(self) -> list[Problem]:
         """The problem if a library is missing."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pqqp_lightning.algorithms.grid import Grid, encode
 from pqqp_lightning.errors import Problem, shorten
@@ -24,7 +24,8 @@ WIDTHS = (4, 8)
 """Bits that vLLM's kernels read. The library packs others, too, in a way that changed between its versions."""
 FAST_GROUPS = (32, 64, 128)
 """Groups that vLLM's kernels read, besides whole rows."""
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
+"""What a layer may hold; ``weight`` are codes that are not packed."""
 
 
 class CompressedTensors(Target):
@@ -58,23 +59,7 @@ class CompressedTensors(Target):
         write_stock_folder(model, tensors, folder, self._config(model, list(schemes.values())))
 
     def decoded(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
-        from compressed_tensors.compressors import BaseCompressor
-        from compressed_tensors.quantization import QuantizationConfig
-
-        settings = dict(read_config(folder)["quantization_config"])
-        settings.pop("dequantize", None)  # transformers' own
-        config = QuantizationConfig.model_validate(settings)
-        packed: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in read_tensors(folder):
-            layer, _, part = name.rpartition(".")
-            if part in PARTS:
-                packed.setdefault(layer, {})[part] = tensor
-            else:
-                yield name, tensor
-        compressor = BaseCompressor.get_value_from_registry(FORMAT)
-        for layer, parts in packed.items():
-            scheme = next(s for s in config.config_groups.values() if s.targets == ["Linear"] or layer in s.targets)
-            yield f"{layer}.weight", compressor.decompress(parts, scheme)["weight"]
+        return decompressed(read_config(folder)["quantization_config"], read_tensors(folder))
 
     def remarks(self, model: ExportedModel) -> list[str]:
         grids = model.stock.grids
@@ -120,6 +105,40 @@ class CompressedTensors(Target):
         if any(not arguments["symmetric"] for arguments, _ in schemes):
             settings["dequantize"] = True  # transformers loads zero points in no other way
         return settings
+
+
+def decompressed(
+    settings: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder of this format, decoded by its library.
+
+    Args:
+        settings: the ``quantization_config`` of config.json.
+        tensors: by name, as the files hold them.
+        dtype: to decode in; None for that of the scales, as the library does.
+
+    Raises:
+        ValueError: the settings say nothing about a layer that has codes.
+    """
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils import is_match
+
+    own = {key: value for key, value in settings.items() if key != "dequantize"}  # that one is transformers'
+    config = QuantizationConfig.model_validate(own)
+    held = dict(tensors)
+    layers = [name.removesuffix(".weight_scale") for name in held if name.endswith(".weight_scale")]
+    linear = nn.Linear(1, 1, device="meta")  # targets may name the kind of a layer
+    for layer in layers:
+        parts = {part: held.pop(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in held}
+        if dtype is not None:
+            parts["weight_scale"] = parts["weight_scale"].to(dtype)
+        scheme = next((s for s in config.config_groups.values() if is_match(layer, linear, s.targets)), None)
+        if scheme is None:
+            raise ValueError(f"no group of settings names {layer}")
+        compressor = BaseCompressor.get_value_from_registry(scheme.format or config.format)
+        yield f"{layer}.weight", compressor.decompress(parts, scheme)["weight"]
+    yield from held.items()
 
 
 def _stored_grids(model: ExportedModel) -> dict[str, Grid]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,17 +94,9 @@ class GPTQFolder(Target):
         be imported here. ``benchmarks/export.md`` has the check by it.
         """
         config = read_config(folder)
-        settings = config["quantization_config"]
-        packed: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in read_tensors(folder):
-            layer, _, part = name.rpartition(".")
-            if part in PARTS:
-                packed.setdefault(layer, {})[part] = tensor
-            else:
-                yield name, tensor
-        for layer, parts in packed.items():
-            weight = _unpacked(parts, _setting(layer, settings)["bits"])
-            yield f"{layer}.weight", weight.to(getattr(torch, config["dtype"]))
+        dtype = getattr(torch, config["dtype"])
+        for name, tensor in unpacked(config["quantization_config"], read_tensors(folder)):
+            yield name, tensor.to(dtype)
 
     def remarks(self, model: ExportedModel) -> list[str]:
         grids = model.stock.grids
@@ -195,6 +187,24 @@ def _words(codes: Tensor, bits: int, along_rows: bool = True) -> Tensor:
     return torch.from_numpy(words.astype(np.uint32).view(np.int32))
 
 
+def unpacked(settings: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder of this format, in place of each layer's four its weight in float32.
+
+    Args:
+        settings: the ``quantization_config`` of config.json.
+        tensors: by name, as the files hold them.
+    """
+    packed: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors:
+        layer, _, part = name.rpartition(".")
+        if part in PARTS:
+            packed.setdefault(layer, {})[part] = tensor
+        else:
+            yield name, tensor
+    for layer, parts in packed.items():
+        yield f"{layer}.weight", _unpacked(parts, _bits_of(layer, settings))
+
+
 def _unpacked(parts: dict[str, Tensor], bits: int) -> Tensor:
     """The weight of one layer: float32 [O, I]."""
     codes = _bytes_of(parts["qweight"].T, bits)  # [O, I]
@@ -255,9 +265,9 @@ def _pattern(layer: str) -> str:
     return re.escape(f"{parent}." if parent else "") + f"{last}$"
 
 
-def _setting(layer: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of one layer, as programs find them: the first rule that matches, else the common ones."""
-    for rule, own in settings.get("dynamic", {}).items():
-        if re.match(rule[2:], layer):
-            return own
-    return settings
+def _bits_of(layer: str, settings: dict[str, Any]) -> int:
+    """The bits of one layer, as programs find them: those of the first rule that matches, else the common ones."""
+    for rule, own in (settings.get("dynamic") or {}).items():
+        if re.match(rule.removeprefix("+:").removeprefix("-:"), layer):
+            return own.get("bits", settings["bits"])
+    return settings["bits"]
