@@ -102,7 +102,7 @@ def test_what_the_format_does_not_have_is_refused(name, tmp_path):
 
 
 def test_narrow_codes_need_widening(tmp_path):
-    with pytest.raises(RecipeError, match=r"widen=False keeps the bits of 14 layers.*Use --widen true"):
+    with pytest.raises(RecipeError, match=r"widen=False keeps codes of other widths .* 14 layers.*Use --widen true"):
         export(tmp_path, "rtn5", widen=False)
 
 

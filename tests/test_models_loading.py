@@ -127,6 +127,12 @@ def test_a_folder_that_is_quantized_in_another_way_is_refused(folder):
         CausalLM(str(folder))
 
 
+def test_an_adapter_is_not_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"is an adapter without its model\. Name its model, or export the run"):
+        CausalLM(str(tmp_path))
+
+
 def test_remote_code_is_never_run(folder):
     edit(folder, model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
     (folder / "own.py").write_text("raise SystemExit('remote code ran')")

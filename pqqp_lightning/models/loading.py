@@ -133,6 +133,9 @@ def _unreadable(key: str, source: str, what: str) -> Problem:
 def _read_config(source: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
+    if is_path(source) and (Path(source) / "adapter_config.json").is_file():
+        way_out = "Name its model, or export the run with --to hf, which adds the adapter to the weights."
+        raise RecipeError(_problem(MODEL, source, "is an adapter without its model", way_out))
     if is_path(source) and not (Path(source) / "config.json").is_file():
         way_out = "Give a folder that save_pretrained wrote, or a .gguf file."
         raise RecipeError(_problem(MODEL, source, "is a folder without config.json", way_out))

@@ -81,7 +81,7 @@ def _check_compressed_tensors(settings: dict[str, Any]) -> list[Problem]:
     groups = (settings.get("config_groups") or {}).values()
     if any(group.get("input_activations") or group.get("output_activations") for group in groups):
         text = "rounds activations while it runs, which is not done here"
-        problems.append(Problem(text=text, way_out=f"{DENSE[:-1]} (stage ActivationQuantization)."))
+        problems.append(Problem(text=text, way_out=f"{DENSE} The stage ActivationQuantization rounds activations."))
     if settings.get("kv_cache_scheme"):
         problems.append(Problem(text="rounds keys and values while it runs, which is not done here", way_out=DENSE))
     if (settings.get("transform_config") or {}).get("config_groups"):

@@ -67,7 +67,7 @@ class GPTQFolder(Target):
             text = f"has {shorten(coarse)} with scales that float16 changes, and this format stores them in float16"
             problems.append(Problem("run", run, text, "Use --to compressed-tensors --dtype float32."))
         if not model.widen and (odd := [name for name, grid in grids.items() if grid.bits not in WIDTHS]):
-            text = f"keeps the bits of {shorten(odd)}, of which not every program reads other than 4 and 8"
+            text = f"keeps codes of other widths than 4 and 8 bits in {shorten(odd)}, which not every program reads"
             problems.append(Problem("widen", False, text, "Use --widen true."))
             return problems
         bits = _bits(model, grids)
@@ -171,16 +171,14 @@ def _packed(weight: Tensor, grid: Grid) -> dict[str, Tensor]:
     zero = torch.full((rows, groups), int(grid.middle)) if grid.zero is None else grid.zero
     return {
         "qweight": _words(encode(weight, grid).T, grid.bits),
-        "qzeros": _words(zero.T.long() - 1, grid.bits, along_rows=False),
+        "qzeros": _words(zero.long() - 1, grid.bits).T,
         "scales": grid.scale.half().T,
         "g_idx": torch.arange(grid.columns, dtype=torch.int32) // grid.group_size,
     }
 
 
-def _words(codes: Tensor, bits: int, along_rows: bool = True) -> Tensor:
-    """Codes [N, M] in words, the first in the lowest bits: int32 [N * bits / 32, M], or [N, M * bits / 32]."""
-    if not along_rows:
-        return _words(codes.T, bits).T
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """Codes [N, M] in words along N, the first in the lowest bits: int32 [N * bits / 32, M]."""
     together = codes.to(torch.int64).unflatten(0, (-1, WORD // bits))  # [N * bits / 32, 32 / bits, M]
     shifts = torch.arange(0, WORD, bits)[:, None]
     words = (together << shifts).sum(1).numpy()
