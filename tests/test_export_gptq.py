@@ -1,6 +1,7 @@
 """The gptq target: codes go over as they are, in the words that the format's description says."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,6 +148,12 @@ def test_a_writer_that_forgets_the_offset_of_zero_points_fails_its_check(tmp_pat
     monkeypatch.setattr(target_file, "_packed", forgetful)
     with pytest.raises(CheckFailed, match="entries differ"):
         export(tmp_path, "rtn4")
+
+
+def test_a_program_that_needs_a_tokenizer_is_not_asked_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(target_file.GPTQFolder, "runtime", replace(target_file.GPTQFolder.runtime, modules=()))
+    done = export(tmp_path, "rtn4")
+    assert done.checks[-1] == "Not checked in GPTQModel: it needs a tokenizer, and the run has none."
 
 
 def test_constraints_of_the_run_are_not_touched(tmp_path):

@@ -100,6 +100,16 @@ def test_what_cannot_be_written_is_refused(name, options, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_base_of_several_settings_has_other_formats(tmp_path, checks_here):  # noqa: F811
+    pytest.importorskip("compressed_tensors")
+    quantize = c.RTN(4, group_size=16, targets=["*mlp*"])
+    rest = c.RTN(8, targets=["*self_attn*"])
+    run = made(tmp_path, quantize, rest, c.LoRA(merge=False, learning_rate=0.05))
+    with pytest.raises(RecipeError, match=r"several settings.* Use --base hf or gptq"):
+        export(run, tmp_path, base="compressed-tensors")
+    assert export(run, tmp_path, base="gptq").checks[0].endswith("equal the run's in float32.")
+
+
 def test_an_adapter_of_another_scale_fails_the_check(tmp_path, checks_here, monkeypatch):  # noqa: F811
     original = target_file._config
     monkeypatch.setattr(target_file, "_config", lambda model: original(model) | {"lora_alpha": 160})

@@ -230,6 +230,9 @@ def _check(target: Target, model: ExportedModel, folder: Path, done: Export) -> 
     if runtime.missing():
         done.checks.append(f"Not checked in {runtime.name}: pip install {runtime.package}.")
         return
+    if runtime.needs_tokenizer and model.source.tokenizer is None:
+        done.checks.append(f"Not checked in {runtime.name}: it needs a tokenizer, and the run has none.")
+        return
     try:
         agreement = compare_outputs(model, runtime, folder)
     except RuntimeFailed as error:

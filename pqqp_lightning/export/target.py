@@ -31,6 +31,7 @@ class Runtime:
         modules: what must be importable to run the script.
         script: a file in ``runtimes/``: reads a folder and token ids, writes logits, without this package.
         largest_divergence: the largest mean KL divergence (nats per token) that counts as agreement, by dtype.
+        needs_tokenizer: whether it loads no model without a tokenizer.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Runtime:
     modules: tuple[str, ...]
     script: str
     largest_divergence: dict[str, float]
+    needs_tokenizer: bool = False
 
     def missing(self) -> bool:
         """Whether a module is not installed."""

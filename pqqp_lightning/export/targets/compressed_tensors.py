@@ -40,11 +40,20 @@ class CompressedTensors(Target):
     requires = ("compressed_tensors",)
     runtime = replace(TRANSFORMERS, package="compressed-tensors", modules=("transformers", "compressed_tensors"))
 
+    def __init__(self) -> None:
+        self.dequantize = False
+        """Whether transformers shall always load dense weights; it then reads one setting for all layers alone."""
+
     def problems(self, model: ExportedModel) -> list[Problem]:
         problems = [*codebook_problems(model), *scale_problems(model), *no_code_problems(model)]
-        if not problems and _needs_one_setting(_stored_grids(model)):
+        if problems or not _has_several_settings(grids := _stored_grids(model)):
+            return problems
+        if any(grid.zero is not None for grid in grids.values()):
             text = "keeps zero points in several settings, of which transformers loads only one"
             problems.append(Problem("widen", False, text, "Use --widen true."))
+        elif self.dequantize:
+            text = "has layers in several settings, and transformers reads only one under adapters"
+            problems.append(Problem("run", str(model.source.folder), text, "Use --base hf or gptq."))
         return problems
 
     def write(self, model: ExportedModel, folder: Path) -> None:
@@ -102,7 +111,7 @@ class CompressedTensors(Target):
             quantization_status=QuantizationStatus.COMPRESSED,
         )
         settings = {"quant_method": "compressed-tensors", **config.model_dump(mode="json", exclude_none=True)}
-        if any(not arguments["symmetric"] for arguments, _ in schemes):
+        if self.dequantize or any(not arguments["symmetric"] for arguments, _ in schemes):
             settings["dequantize"] = True  # transformers loads zero points in no other way
         return settings
 
@@ -167,10 +176,8 @@ def _alike(grids: dict[str, Grid]) -> dict[str, Grid]:
     return alike
 
 
-def _needs_one_setting(grids: dict[str, Grid]) -> bool:
-    """Whether there are zero points and several settings."""
-    settings = {str(_arguments(grid)) for grid in grids.values()}
-    return len(settings) > 1 and any(grid.zero is not None for grid in grids.values())
+def _has_several_settings(grids: dict[str, Grid]) -> bool:
+    return len({str(_arguments(grid)) for grid in grids.values()}) > 1
 
 
 def _has_kernel(grid: Grid) -> bool:

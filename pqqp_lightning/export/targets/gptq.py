@@ -57,6 +57,7 @@ class GPTQFolder(Target):
         script="gptqmodel_logits.py",
         # its kernels for processors compute in float16 or bfloat16, whatever the dtype
         largest_divergence={"float32": 2e-2, "float16": 2e-2, "bfloat16": 2e-2},
+        needs_tokenizer=True,
     )
 
     def problems(self, model: ExportedModel) -> list[Problem]:

@@ -48,6 +48,8 @@ class PEFT(Target):
 
     def __init__(self, base: Literal["hf", "compressed-tensors", "bitsandbytes", "gptq"] = "hf") -> None:
         self.base = BASES[base]()
+        if isinstance(self.base, CompressedTensors):
+            self.base.dequantize = True  # PEFT needs weights, which compressed layers get in their first forward pass
         own = self.base.runtime
         assert own is not None
         modules = tuple(dict.fromkeys((*own.modules, "optimum" if base == "gptq" else "peft")))
