@@ -64,7 +64,7 @@ def load_packed(
 
     del config.quantization_config
     weights = {name: tensor.to(dtype) for name, tensor in READERS[settings[METHOD]](settings, read_tensors(folder))}
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
     )
