@@ -10,18 +10,19 @@ from exports import run_of
 from safetensors.torch import load_file
 
 from pqqp_lightning import load
-from pqqp_lightning.algorithms.grid import Grid, encode
+from pqqp_lightning.algorithms.grid import Grid
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.export.export_run import CheckFailed, export_run
 from pqqp_lightning.export.targets import gptq as target_file
 from pqqp_lightning.network.constraints import constraints_of
 
-WRITTEN = ["rtn4", "rtn3-asymmetric", "rtn4-asymmetric", "rtn5", "rtn8", "rtn8-asymmetric", "pruned-rtn4", "mixed"]
+WRITTEN = ["rtn4", "rtn3-asymmetric", "rtn4-asymmetric", "rtn5", "rtn8", "pruned-rtn4", "mixed"]
 REFUSED = {
     "nf4": "levels of NF4 or FP4",
     "sparse": "has no quantized layer",
     "adapters": "has no quantized layer left .Adapters were merged",
     "uneven": "uneven widths",
+    "rtn8-asymmetric": "with zero points and 8 bits",
     "online": "rotate their inputs",
 }
 UP = "model.layers.1.mlp.up_proj"
@@ -112,23 +113,12 @@ def test_scales_that_bfloat16_would_change_are_refused(tmp_path):
         export(tmp_path, "rtn4", dtype="bfloat16")
 
 
-def on_grid(codes, zero, bits=4):
-    """A weight [8, 16] of these codes, and its grid of one zero point."""
-    grid = Grid(bits, torch.full((8, 1), 0.5), torch.full((8, 1), zero, dtype=torch.uint8), 16)
-    return (codes.float() - zero) * 0.5, grid
-
-
-def test_zero_points_of_0_are_shifted_where_the_codes_leave_room():
-    weight, grid = on_grid(torch.arange(128).reshape(8, 16) % 15, 0)
-    stored = target_file._stored_grid(grid, 4)
-    assert int(stored.zero.min()) == 1
-    assert torch.equal(encode(weight, stored), encode(weight, grid) + 1)
-    assert target_file._reasons(weight, grid, 4) == []
-
-
-def test_zero_points_of_0_are_refused_where_they_do_not():
-    weight, grid = on_grid(torch.arange(128).reshape(8, 16) % 16, 0)
-    assert "zero points of 0" in target_file._reasons(weight, grid, 4)[0][0]
+def test_zero_points_become_one_bit_more(tmp_path):
+    """Of both signs: programs refuse zero points in this format."""
+    for name, bits in (("rtn3-asymmetric", 4), ("rtn4-asymmetric", 8)):
+        export_run(run_of(name), to="gptq", out=tmp_path / name, dtype="float32")
+        settings = settings_in(tmp_path / name)
+        assert (settings["bits"], settings["sym"]) == (bits, True)
 
 
 def test_odd_groups_and_widths_are_refused_together():

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pqqp_lightning.algorithms.grid import Grid, encode, round_to_grid
+from pqqp_lightning.algorithms.grid import Grid, encode
 from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.export.grid_problems import codebook_problems, is_exact, no_code_problems, scale_problems
 from pqqp_lightning.export.grids import FUSED, half_joined, in_groups, in_rows, wider_bits
@@ -67,7 +67,11 @@ class GPTQFolder(Target):
         if coarse := [name for name, grid in grids.items() if not is_exact(grid.scale, torch.float16)]:
             text = f"has {shorten(coarse)} with scales that float16 changes, and this format stores them in float16"
             problems.append(Problem("run", run, text, "Use --to compressed-tensors --dtype float32."))
-        if not model.widen and (odd := [name for name, grid in grids.items() if grid.bits not in WIDTHS]):
+        if wide := [name for name, grid in grids.items() if _symmetric(grid).bits > WIDTHS[-1]]:
+            text = f"has {shorten(wide)} with zero points and 8 bits, which programs do not read in this format"
+            problems.append(Problem("run", run, text, "Use --to compressed-tensors, or quantize with symmetric: true."))
+            return problems
+        if not model.widen and (odd := [name for name, grid in grids.items() if _symmetric(grid).bits not in WIDTHS]):
             text = f"keeps codes of other widths than 4 and 8 bits in {shorten(odd)}, which not every program reads"
             problems.append(Problem("widen", False, text, "Use --widen true."))
             return problems
@@ -112,16 +116,23 @@ class GPTQFolder(Target):
             remarks.append(f"{shorten(dense)} without codes stay dense ({model.dtype}).")
         if half := half_joined(stored, linear):
             remarks.append(f"vLLM joins {shorten(half)} with quantized layers, so that it does not load this folder.")
-        if zeros := [name for name, grid in stored.items() if grid.zero is not None]:
-            remarks.append(f"vLLM reads no zero points, which {shorten(zeros)} have; GPTQModel does.")
         if len({str(setting) for setting in _settings(stored).values()}) > 1:
             remarks.append("Layers differ in bits or groups, which transformers does not read here; GPTQModel does.")
         return remarks
 
 
+def _symmetric(grid: Grid) -> Grid:
+    """The grid without zero points: one bit more holds code minus zero point, and no value changes.
+
+    Programs refuse zero points in this format, or have read them differently (GPTQModel's check of ``sym``).
+    """
+    return grid if grid.zero is None else replace(grid, bits=grid.bits + 1, zero=None)
+
+
 def _bits(model: ExportedModel, grids: dict[str, Grid]) -> dict[str, int]:
     """The bits of each layer's stored codes."""
-    return wider_bits(grids, WIDTHS) if model.widen else {name: grid.bits for name, grid in grids.items()}
+    symmetric = {name: _symmetric(grid) for name, grid in grids.items()}
+    return wider_bits(symmetric, WIDTHS) if model.widen else {name: grid.bits for name, grid in symmetric.items()}
 
 
 def _stored_grids(model: ExportedModel) -> dict[str, Grid]:
@@ -134,10 +145,8 @@ def _stored_grids(model: ExportedModel) -> dict[str, Grid]:
 
 
 def _stored_grid(grid: Grid, bits: int) -> Grid:
-    """The grid with ``bits``, groups that programs read, and zero points of 1 or more: 1 is taken off each."""
-    wider = replace(grid, bits=bits)
-    if grid.zero is not None:
-        wider = replace(wider, zero=grid.zero.clamp(min=1))
+    """The grid with ``bits``, groups that programs read, and no zero points."""
+    wider = replace(_symmetric(grid), bits=bits)
     size = _group_size(grid)
     return wider if size is None or size == grid.group_size else in_groups(wider, grid.columns // size)
 
@@ -159,20 +168,16 @@ def _reasons(weight: Tensor, grid: Grid, bits: int) -> list[tuple[str, str]]:
     if grid.scale.shape[1] > 1 and _group_size(grid) is None:
         text = "whose groups GPTQModel does not read"
         reasons.append((text, "Use groups of 16, 32, 64 or 128, or --to compressed-tensors."))
-    elif grid.zero is not None and bool((grid.zero == 0).any()):
-        stored = _stored_grid(grid, bits)
-        if not torch.equal(round_to_grid(weight, stored), weight):
-            reasons.append(("with zero points of 0, which this format does not have", "Use --to compressed-tensors."))
     return reasons
 
 
 def _packed(weight: Tensor, grid: Grid) -> dict[str, Tensor]:
     """The tensors of one layer; ``weight`` [O, I] lies on ``grid``, whose scales are [O, G]."""
     rows, groups = grid.scale.shape
-    zero = torch.full((rows, groups), int(grid.middle)) if grid.zero is None else grid.zero
+    zero = torch.full((rows, groups), int(grid.middle))
     return {
         "qweight": _words(encode(weight, grid).T, grid.bits),
-        "qzeros": _words(zero.long() - 1, grid.bits).T,
+        "qzeros": _words(zero - 1, grid.bits).T,
         "scales": grid.scale.half().T,
         "g_idx": torch.arange(grid.columns, dtype=torch.int32) // grid.group_size,
     }
@@ -228,7 +233,7 @@ def _settings(stored: dict[str, Grid]) -> dict[str, dict[str, Any]]:
     for name, grid in stored.items():
         # a row of one group is a whole row, and may be called either
         size = grid.group_size if grid.group_size in grouped else -1
-        settings[name] = {"bits": grid.bits, "group_size": size, "sym": grid.zero is None}
+        settings[name] = {"bits": grid.bits, "group_size": size, "sym": True}
     return settings
 
 
