@@ -121,10 +121,16 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(folder):
         CausalLM(str(folder))
 
 
-def test_a_folder_that_is_quantized_already_is_refused(folder):
-    edit(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(RecipeError, match=r"is already quantized \(gptq\)\. Start from the original weights"):
+def test_a_folder_that_is_quantized_in_another_way_is_refused(folder):
+    edit(folder, quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(RecipeError, match=r"is already quantized \(awq\), and only .* Start from the original weights"):
         CausalLM(str(folder))
+
+
+def test_an_adapter_is_not_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"is an adapter without its model\. Name its model, or export the run"):
+        CausalLM(str(tmp_path))
 
 
 def test_remote_code_is_never_run(folder):

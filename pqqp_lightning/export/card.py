@@ -31,7 +31,7 @@ def write_card(
     """
     source = model.source
     head: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": target.library,
         "pipeline_tag": "text-generation",
         "tags": ["pqqp-lightning"],
     }

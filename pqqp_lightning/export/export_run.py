@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,6 +14,7 @@ from pqqp_lightning.export.card import CARD, write_card
 from pqqp_lightning.export.compressed_size import compressed_remark
 from pqqp_lightning.export.destination import check_kind, check_out, destination, failed_name, new_parents, read_paths
 from pqqp_lightning.export.discovery import find_target
+from pqqp_lightning.export.hub import check_hub, upload
 from pqqp_lightning.export.runtime_check import Agreement, RuntimeFailed, compare_outputs
 from pqqp_lightning.export.source import read_source
 from pqqp_lightning.export.stock import stock_model
@@ -40,6 +42,8 @@ class Export:
         checks: what was compared, in whole sentences.
         agreement: with the run's outputs, where the format's program was run.
         failures: what differs; empty for a good export.
+        loading: how to load it, by program.
+        uploaded: its address on the hub; empty if it was not uploaded.
     """
 
     out: Path
@@ -49,6 +53,8 @@ class Export:
     checks: list[str] = field(default_factory=list)
     agreement: Agreement | None = None
     failures: list[str] = field(default_factory=list)
+    loading: dict[str, str] = field(default_factory=dict)
+    uploaded: str = ""
 
 
 def export_run(
@@ -60,6 +66,8 @@ def export_run(
     widen: bool = True,
     pad: bool = False,
     check: bool = True,
+    push_to_hub: str | None = None,
+    **options: Any,
 ) -> Export:
     """Write the model of a run in a format that other programs load.
 
@@ -75,14 +83,18 @@ def export_run(
         pad: write zeros in place of channels, heads or sublayers that were removed unevenly. This is exact.
         check: compare every written tensor with the run's, and load the result in another process where its program is
             installed.
+        push_to_hub: upload the folder, with its model card, as this model of the Hugging Face hub, such as me/my-model.
+            The export is complete before; a failed check is not uploaded.
+        options: those of the target alone, such as weights="qdq" of onnx; see the ``Args`` of its class, or --help.
 
     Raises:
         RecipeError: with everything that stands against the export, before anything is written.
         CheckFailed: the result differs from the run; its folder is marked.
+        NotUploaded: the hub cannot be reached, or refuses.
     """
     run, out = read_paths(run=run, out=out).values()
-    target, model = _prepare(run, to, out, dtype, widen, pad)
-    done = Export(out, own_bytes=model.source.checkpoint_bytes)
+    target, model = _prepare(run, to, out, dtype, widen, pad, push_to_hub, options)
+    done = Export(out, own_bytes=model.source.checkpoint_bytes, loading=target.loading_words(out))
     zeros = _zeros_remark(model)
     done.remarks = [*model.stock.rewritten, *zeros, *target.remarks(model)]
     if model.source.tokenizer is None:
@@ -97,19 +109,24 @@ def export_run(
             _check(target, model, folder, done)
         else:
             done.checks.append("Not checked (--check false).")
-        write_card(folder, target, model, done.remarks, done.checks, out.name)
-        for file in folder.iterdir():
-            file.chmod((folder / CARD).stat().st_mode)  # safetensors writes files that only their owner may read
+        write_card(folder, target, model, done.remarks, done.checks, push_to_hub or out.name)
+        for file in folder.rglob("*"):
+            if file.is_file():  # safetensors writes files that only their owner may read
+                file.chmod((folder / CARD).stat().st_mode)
         if done.failures:
             (folder / FAILED).write_text("\n".join(done.failures) + "\n", encoding="utf-8")
     if done.failures:
         shown = " ".join(done.failures[:3]) + (f" And {len(done.failures) - 3} more." if done.failures[3:] else "")
         where = f"The file is {failed_name(out)}." if target.is_file(out) else f"The folder is marked with {FAILED}."
         raise CheckFailed(f"{out}: the check failed: {shown} {where}")
+    if push_to_hub is not None:
+        done.uploaded = upload(out, push_to_hub)
     return done
 
 
-def _prepare(run: Path, to: str, out: Path, dtype: DType, widen: bool, pad: bool) -> tuple[Target, ExportedModel]:
+def _prepare(
+    run: Path, to: str, out: Path, dtype: DType, widen: bool, pad: bool, hub_id: str | None, options: dict[str, Any]
+) -> tuple[Target, ExportedModel]:
     """The target and what it writes.
 
     Raises:
@@ -118,17 +135,24 @@ def _prepare(run: Path, to: str, out: Path, dtype: DType, widen: bool, pad: bool
     problems = [*check_out(out, run), *_check_dtype(dtype)]
     target = None
     try:
-        target = find_target(to)
+        target = find_target(to, **options)
         problems += check_kind(out, target)
     except RecipeError as error:
         problems += error.problems
+    problems += check_hub(hub_id, out, target)
     try:
         source = read_source(run)
     except RecipeError as error:
         raise RecipeError([*problems, *error.problems]) from error
     if problems or target is None:
         raise RecipeError(problems)
-    stock = stock_model(source.network, source.dense_config, pad=pad, uneven_shapes=target.uneven_shapes)
+    stock = stock_model(
+        source.network,
+        source.dense_config,
+        pad=pad,
+        uneven_shapes=target.uneven_shapes,
+        keep_adapters=target.keeps_adapters,
+    )
     model = ExportedModel(source, stock, dtype, widen)
     named = [replace(problem, value=str(run)) for problem in stock.problems]
     problems = [*named, *_check_range(model), *target.problems(model)]
@@ -180,6 +204,9 @@ def _check(target: Target, model: ExportedModel, folder: Path, done: Export) -> 
         return
     if runtime.missing():
         done.checks.append(f"Not checked in {runtime.name}: pip install {runtime.package}.")
+        return
+    if runtime.needs_tokenizer and model.source.tokenizer is None:
+        done.checks.append(f"Not checked in {runtime.name}: it needs a tokenizer, and the run has none.")
         return
     try:
         agreement = compare_outputs(model, runtime, folder)

@@ -13,8 +13,8 @@ import torch
 
 from pqqp_lightning.algorithms.grid import Grid
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that servers join into one: they need one kind of codes."""
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Layers that servers join into one, by its name: they need one kind of codes."""
 
 
 def in_groups(grid: Grid, groups: int) -> Grid:
@@ -40,11 +40,16 @@ def in_rows(grid: Grid, rows: int) -> Grid:
 def fused_with(name: str, names: Sequence[str]) -> list[str]:
     """The layers among ``names`` that servers join with ``name``, which is one of them."""
     parent, _, child = name.rpartition(".")
-    for group in FUSED:
+    for group in FUSED.values():
         if child in group:
             joined = [f"{parent}.{other}" if parent else other for other in group]
             return [other for other in joined if other in names]
     return [name]
+
+
+def half_joined(grids: Mapping[str, Grid], linear: Sequence[str]) -> list[str]:
+    """The dense layers among ``linear`` that servers join with quantized ones."""
+    return [name for name in linear if name not in grids and any(n in grids for n in fused_with(name, linear))]
 
 
 def wider_bits(grids: Mapping[str, Grid], allowed: Sequence[int]) -> dict[str, int]:

@@ -42,6 +42,21 @@ RUN_TIME = {
 """What transforms do that no stock model does, and the way out."""
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """What adapters add to one layer: ``scaling * b @ a``.
+
+    Attributes:
+        a: [r, I].
+        b: [O, r].
+        alpha: ``scaling`` times r.
+    """
+
+    a: Tensor
+    b: Tensor
+    alpha: float
+
+
 @dataclass
 class StockModel:
     """An ordinary transformers model, as tensors.
@@ -52,6 +67,7 @@ class StockModel:
         weights: every tensor of its state dict, in the dtype of the run.
         grids: the grids of its quantized Linear layers, by layer name.
         tied: whether the head is the embedding.
+        adapters: what adapters add to its layers, by layer name, where they are kept apart; not in ``weights``.
         rewritten: what was changed to make it stock, in whole sentences.
         problems: why it cannot be made stock; then the rest is incomplete.
         uneven: whether blocks have widths of their own, which ``config`` does not state.
@@ -62,6 +78,7 @@ class StockModel:
     weights: dict[str, Tensor]
     grids: dict[str, Grid]
     tied: bool
+    adapters: dict[str, LowRank] = field(default_factory=dict)
     rewritten: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     uneven: bool = False
@@ -74,6 +91,10 @@ class StockModel:
         """The model on the meta device: its structure without weights."""
         return build_on_meta(self.model_class, self.config)
 
+    def linear_layers(self) -> list[str]:
+        """The names of all Linear layers, in the model's order."""
+        return [name for name, module in self.build().named_modules() if isinstance(module, nn.Linear)]
+
     @property
     def head_weight(self) -> str:
         """The name of the weight that computes the logits."""
@@ -84,7 +105,12 @@ UnevenShapes = Callable[[StockModel, dict[str, Tensor]], dict[str, Tensor] | Non
 
 
 def stock_model(
-    network: PreTrainedModel, dense_config: PretrainedConfig, *, pad: bool, uneven_shapes: UnevenShapes | None = None
+    network: PreTrainedModel,
+    dense_config: PretrainedConfig,
+    *,
+    pad: bool,
+    uneven_shapes: UnevenShapes | None = None,
+    keep_adapters: bool = False,
 ) -> StockModel:
     """Rewrite a network as a stock one.
 
@@ -94,6 +120,7 @@ def stock_model(
         pad: whether zeros may take the place of what was removed.
         uneven_shapes: without ``pad``, the shapes to store where blocks have different widths, from the model and the
             tensors that its configuration describes. None where the format has one width for all blocks.
+        keep_adapters: leave adapters apart that the run kept apart; else they are added to their layers' weights.
     """
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     grids: dict[str, Grid] = {}
@@ -110,7 +137,10 @@ def stock_model(
     if other:
         stock.rewritten.append(f"The codes of {shorten(other)}, which are not Linear, are written as values.")
     stock.problems += _run_time_problems(network)
-    _merge_adapters(network, stock)
+    if keep_adapters:
+        _set_adapters_aside(network, stock)
+    else:
+        _merge_adapters(network, stock)
     _multiply_factors(network, stock)
     _fold_norms(network, stock)
     if not stock.problems:
@@ -170,6 +200,35 @@ def _merge_adapters(network: nn.Module, stock: StockModel) -> None:
         stock.problems.append(Problem("run", text=text, way_out="Set merge: true in LoRA, and run it again."))
     if merged:
         stock.rewritten.append(f"Adapters were merged into {shorten(merged)}, which are dense here.")
+
+
+def _set_adapters_aside(network: nn.Module, stock: StockModel) -> None:
+    """Move the adapters out of the weights, and give what they wrap the names that a stock model has."""
+    for name, module in network.named_modules():
+        if not is_wrapper(module):
+            continue
+        layer: Any = module
+        stock.adapters[name] = _low_rank(layer)
+        grid = stock.grids.pop(f"{name}.{BASE}", None)
+        for key in [key for key in stock.weights if key.startswith(f"{name}.")]:
+            tensor = stock.weights.pop(key)
+            inner = key.removeprefix(f"{name}.{BASE}.")
+            if inner != key:
+                stock.weights[f"{name}.{inner}"] = tensor
+        if grid is not None:
+            stock.grids[name] = grid
+
+
+def _low_rank(layer: Any) -> LowRank:
+    """All active adapters of a wrapper as one: their ranks one after another."""
+    first = layer.active_adapters[0]
+    down = []
+    up = []
+    for name in layer.active_adapters:
+        down.append(layer.lora_A[name].weight.detach())
+        up.append(layer.lora_B[name].weight.detach() * (layer.scaling[name] / layer.scaling[first]))
+    a = torch.cat(down)
+    return LowRank(a, torch.cat(up, dim=1), layer.scaling[first] * len(a))
 
 
 def _multiply_factors(network: nn.Module, stock: StockModel) -> None:

@@ -31,6 +31,7 @@ class Runtime:
         modules: what must be importable to run the script.
         script: a file in ``runtimes/``: reads a folder and token ids, writes logits, without this package.
         largest_divergence: the largest mean KL divergence (nats per token) that counts as agreement, by dtype.
+        needs_tokenizer: whether it loads no model without a tokenizer.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Runtime:
     modules: tuple[str, ...]
     script: str
     largest_divergence: dict[str, float]
+    needs_tokenizer: bool = False
 
     def missing(self) -> bool:
         """Whether a module is not installed."""
@@ -79,7 +81,9 @@ class Target(ABC):
         loading: how to load the result, by program: one line of code or a command each; ``{out}`` stands for the path.
         requires: the modules that writing and decoding need besides this package's own dependencies.
         file: the one file that the format consists of; ``--out`` may name it. Empty for a folder.
+        library: which the hub names for the folder.
         runtime: the program that the check loads the result with, or None.
+        keeps_adapters: whether adapters that a run kept apart stay apart; else they are added to the weights.
     """
 
     name: ClassVar[str] = ""
@@ -87,7 +91,9 @@ class Target(ABC):
     loading: ClassVar[dict[str, str]] = {}
     requires: ClassVar[tuple[str, ...]] = ()
     file: ClassVar[str] = ""
-    runtime: ClassVar[Runtime | None] = None
+    runtime: Runtime | None = None
+    library: ClassVar[str] = "transformers"
+    keeps_adapters: ClassVar[bool] = False
 
     def check_installed(self) -> list[Problem]:
         """The problem if a library is missing."""

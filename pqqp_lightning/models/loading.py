@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from pqqp_lightning.errors import Problem, RecipeError, near_miss
+from pqqp_lightning.models import packed_folders
 from pqqp_lightning.models.transformers_bridge import check_loading, third_party_errors
 from pqqp_lightning.network.quiet import quiet_transformers
 
@@ -57,18 +60,25 @@ def resolve_source(source: str, key: str = MODEL) -> str:
 def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     """Load a model from a folder or hub id; every weight is read, none is initialised.
 
+    Codes of compressed-tensors or the GPTQ format are decoded: the model is dense.
+
     Raises:
-        RecipeError: the model cannot be read, is already quantized, needs remote code, or its weights do not fit its
-            configuration.
+        RecipeError: the model cannot be read, is quantized in another way, needs remote code, or its weights do not fit
+            its configuration.
     """
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
     with quiet_transformers(), third_party_errors(_unreadable(MODEL, source, "model")):
         config = _read_config(source)
-        model, info = loader.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
-        )
+        if settings := packed_folders.settings_of(config):
+            folder = _local_copy(source)
+            rank_zero_info(f"{source}: its codes ({settings['quant_method']}) are decoded; the model is dense here.")
+            model, info = packed_folders.load_packed(folder, config, settings, dtype)
+        else:
+            model, info = loader.from_pretrained(
+                source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            )
         check_loading(source, info)
     return model
 
@@ -123,13 +133,23 @@ def _unreadable(key: str, source: str, what: str) -> Problem:
 def _read_config(source: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
+    if is_path(source) and (Path(source) / "adapter_config.json").is_file():
+        way_out = "Name its model, or export the run with --to hf, which adds the adapter to the weights."
+        raise RecipeError(_problem(MODEL, source, "is an adapter without its model", way_out))
     if is_path(source) and not (Path(source) / "config.json").is_file():
         way_out = "Give a folder that save_pretrained wrote, or a .gguf file."
         raise RecipeError(_problem(MODEL, source, "is a folder without config.json", way_out))
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "unknown")
-        way_out = "Start from the original weights, and quantize here."
-        raise RecipeError(_problem(MODEL, source, f"is already quantized ({method})", way_out))
+    settings = packed_folders.settings_of(config)
+    if settings and (problems := packed_folders.check_packed(settings)):
+        raise RecipeError(replace(p, key="model", value=source).within("model") for p in problems)
     return config
+
+
+def _local_copy(source: str) -> Path:
+    """The folder of a model, downloaded if ``source`` is an id on the hub."""
+    if is_path(source):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pqqp_lightning.algorithms.codebook import levels_of
 from pqqp_lightning.algorithms.grid import Grid, encode
@@ -135,5 +135,4 @@ def _config(model: ExportedModel) -> dict[str, Any]:
 
 
 def _dense_layers(model: ExportedModel) -> list[str]:
-    linear = [name for name, module in model.stock.build().named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linear if name not in model.stock.grids]
+    return [name for name in model.stock.linear_layers() if name not in model.stock.grids]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pqqp_lightning.algorithms.grid import Grid, encode
 from pqqp_lightning.errors import Problem, shorten
-from pqqp_lightning.export.grids import fused_with, in_groups, in_rows, wider_bits, with_zero_points
+from pqqp_lightning.export.grid_problems import codebook_problems, no_code_problems, scale_problems
+from pqqp_lightning.export.grids import half_joined, in_groups, in_rows, wider_bits, with_zero_points
 from pqqp_lightning.export.larger import finer_scales, wider_codes
 from pqqp_lightning.export.stock_files import read_config, read_tensors, write_stock_folder
 from pqqp_lightning.export.target import ExportedModel, Target
@@ -24,7 +25,8 @@ WIDTHS = (4, 8)
 """Bits that vLLM's kernels read. The library packs others, too, in a way that changed between its versions."""
 FAST_GROUPS = (32, 64, 128)
 """Groups that vLLM's kernels read, besides whole rows."""
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
+"""What a layer may hold; ``weight`` are codes that are not packed."""
 
 
 class CompressedTensors(Target):
@@ -39,23 +41,20 @@ class CompressedTensors(Target):
     requires = ("compressed_tensors",)
     runtime = replace(TRANSFORMERS, package="compressed-tensors", modules=("transformers", "compressed_tensors"))
 
+    def __init__(self) -> None:
+        self.dequantize = False
+        """Whether transformers shall always load dense weights; it then reads one setting for all layers alone."""
+
     def problems(self, model: ExportedModel) -> list[Problem]:
-        grids = model.stock.grids
-        run = str(model.source.folder)
-        problems = []
-        if codebooks := [name for name, grid in grids.items() if grid.codebook is not None]:
-            text = f"has {shorten(codebooks)} with the levels of NF4 or FP4, which this format does not have"
-            problems.append(Problem("run", run, text, "Use --to hf, which writes the values."))
-        inexact = [name for name, grid in grids.items() if not _is_exact(grid.scale, model.torch_dtype)]
-        if inexact:
-            text = f"changes the scales of {shorten(inexact)}"
-            problems.append(Problem("dtype", model.dtype, text, f"Use --dtype {_exact_dtype(inexact, grids)}."))
-        if not grids:
-            changed = f" left ({' '.join(model.stock.rewritten)})" if model.stock.rewritten else ""
-            problems.append(Problem("run", run, f"has no quantized layer{changed}", "Use --to hf."))
-        elif not problems and _needs_one_setting(_stored_grids(model)):
+        problems = [*codebook_problems(model), *scale_problems(model), *no_code_problems(model)]
+        if problems or not _has_several_settings(grids := _stored_grids(model)):
+            return problems
+        if any(grid.zero is not None for grid in grids.values()):
             text = "keeps zero points in several settings, of which transformers loads only one"
             problems.append(Problem("widen", False, text, "Use --widen true."))
+        elif self.dequantize:
+            text = "has layers in several settings, and transformers reads only one under adapters"
+            problems.append(Problem("run", str(model.source.folder), text, "Use --base hf or gptq."))
         return problems
 
     def write(self, model: ExportedModel, folder: Path) -> None:
@@ -70,23 +69,7 @@ class CompressedTensors(Target):
         write_stock_folder(model, tensors, folder, self._config(model, list(schemes.values())))
 
     def decoded(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
-        from compressed_tensors.compressors import BaseCompressor
-        from compressed_tensors.quantization import QuantizationConfig
-
-        settings = dict(read_config(folder)["quantization_config"])
-        settings.pop("dequantize", None)  # transformers' own
-        config = QuantizationConfig.model_validate(settings)
-        packed: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in read_tensors(folder):
-            layer, _, part = name.rpartition(".")
-            if part in PARTS:
-                packed.setdefault(layer, {})[part] = tensor
-            else:
-                yield name, tensor
-        compressor = BaseCompressor.get_value_from_registry(FORMAT)
-        for layer, parts in packed.items():
-            scheme = next(s for s in config.config_groups.values() if s.targets == ["Linear"] or layer in s.targets)
-            yield f"{layer}.weight", compressor.decompress(parts, scheme)["weight"]
+        return decompressed(read_config(folder)["quantization_config"], read_tensors(folder))
 
     def remarks(self, model: ExportedModel) -> list[str]:
         grids = model.stock.grids
@@ -94,10 +77,10 @@ class CompressedTensors(Target):
         remarks = wider_codes(model.stock, {name: grid.bits for name, grid in stored.items()})
         groups = {name: grid.scale.shape[1] for name, grid in stored.items()}
         remarks += finer_scales(model.stock, groups, model.torch_dtype.itemsize)
-        linear = _linear_layers(model)
+        linear = model.stock.linear_layers()
         if dense := [name for name in linear if name not in grids and name != "lm_head"]:
             remarks.append(f"{shorten(dense)} without codes stay dense ({model.dtype}).")
-        if half := _half_joined(stored, linear):
+        if half := half_joined(stored, linear):
             remarks.append(f"vLLM joins {shorten(half)} with quantized layers, so that it does not load this folder.")
         if slow := [name for name, grid in stored.items() if not _has_kernel(grid)]:
             remarks.append(f"vLLM has no kernel for the bits or groups of {shorten(slow)}; transformers loads them.")
@@ -122,14 +105,48 @@ class CompressedTensors(Target):
             quantized.update(names)
         config = QuantizationConfig(
             config_groups=groups,
-            ignore=[name for name in _linear_layers(model) if name not in quantized],
+            ignore=[name for name in model.stock.linear_layers() if name not in quantized],
             format=FORMAT,
             quantization_status=QuantizationStatus.COMPRESSED,
         )
         settings = {"quant_method": "compressed-tensors", **config.model_dump(mode="json", exclude_none=True)}
-        if any(not arguments["symmetric"] for arguments, _ in schemes):
+        if self.dequantize or any(not arguments["symmetric"] for arguments, _ in schemes):
             settings["dequantize"] = True  # transformers loads zero points in no other way
         return settings
+
+
+def decompressed(
+    settings: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder of this format, decoded by its library.
+
+    Args:
+        settings: the ``quantization_config`` of config.json.
+        tensors: by name, as the files hold them.
+        dtype: to decode in; None for that of the scales, as the library does.
+
+    Raises:
+        ValueError: the settings say nothing about a layer that has codes.
+    """
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils import is_match
+
+    own = {key: value for key, value in settings.items() if key != "dequantize"}  # that one is transformers'
+    config = QuantizationConfig.model_validate(own)
+    held = dict(tensors)
+    layers = [name.removesuffix(".weight_scale") for name in held if name.endswith(".weight_scale")]
+    linear = nn.Linear(1, 1, device="meta")  # targets may name the kind of a layer
+    for layer in layers:
+        parts = {part: held.pop(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in held}
+        if dtype is not None:
+            parts["weight_scale"] = parts["weight_scale"].to(dtype)
+        scheme = next((s for s in config.config_groups.values() if is_match(layer, linear, s.targets)), None)
+        if scheme is None:
+            raise ValueError(f"no group of settings names {layer}")
+        compressor = BaseCompressor.get_value_from_registry(scheme.format or config.format)
+        yield f"{layer}.weight", compressor.decompress(parts, scheme)["weight"]
+    yield from held.items()
 
 
 def _stored_grids(model: ExportedModel) -> dict[str, Grid]:
@@ -158,15 +175,8 @@ def _alike(grids: dict[str, Grid]) -> dict[str, Grid]:
     return alike
 
 
-def _needs_one_setting(grids: dict[str, Grid]) -> bool:
-    """Whether there are zero points and several settings."""
-    settings = {str(_arguments(grid)) for grid in grids.values()}
-    return len(settings) > 1 and any(grid.zero is not None for grid in grids.values())
-
-
-def _half_joined(grids: dict[str, Grid], linear: list[str]) -> list[str]:
-    """The dense layers that servers join with quantized ones."""
-    return [name for name in linear if name not in grids and any(n in grids for n in fused_with(name, linear))]
+def _has_several_settings(grids: dict[str, Grid]) -> bool:
+    return len({str(_arguments(grid)) for grid in grids.values()}) > 1
 
 
 def _has_kernel(grid: Grid) -> bool:
@@ -197,16 +207,3 @@ def _arguments(grid: Grid) -> dict[str, Any]:
     if grid.scale.shape[1] > 1:
         arguments |= {"strategy": "group", "group_size": grid.group_size}
     return arguments
-
-
-def _is_exact(scale: Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(scale.to(dtype).float(), scale.float())
-
-
-def _exact_dtype(names: list[str], grids: dict[str, Grid]) -> str:
-    half = all(_is_exact(grids[name].scale, torch.float16) for name in names)
-    return "float16" if half else "float32"
-
-
-def _linear_layers(model: ExportedModel) -> list[str]:
-    return [name for name, module in model.stock.build().named_modules() if isinstance(module, nn.Linear)]

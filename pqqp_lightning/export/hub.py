@@ -1,0 +1,72 @@
+"""Uploads an exported folder to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pqqp_lightning.errors import Problem
+from pqqp_lightning.export.card import HUB_ID
+from pqqp_lightning.export.target import Target
+
+OPTION = "push_to_hub"
+TOKEN_WAY_OUT = "Run hf auth login, or set HF_TOKEN to a token that may write."
+
+
+class NotUploaded(Exception):
+    """The export is complete on this machine, but the hub did not take it."""
+
+
+def check_hub(hub_id: str | None, out: Path, target: Target | None) -> list[Problem]:
+    """What stands against an upload, before any work.
+
+    Args:
+        hub_id: OWNER/NAME, or None for no upload.
+        out: what is written on this machine.
+        target: what writes it, if it is known.
+    """
+    if hub_id is None:
+        return []
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    problems = []
+    well_formed = isinstance(hub_id, str) and HUB_ID.fullmatch(hub_id) is not None
+    try:
+        validate_repo_id(hub_id)
+    except HFValidationError:
+        well_formed = False
+    if not well_formed:
+        way_out = "Write OWNER/NAME, such as me/my-model: letters, digits, - and . in NAME."
+        problems.append(Problem(OPTION, hub_id, "is not an id of the hub", way_out))
+    if constants.HF_HUB_OFFLINE:
+        way_out = "Unset HF_HUB_OFFLINE, or leave it out and upload the folder later: hf upload OWNER/NAME FOLDER."
+        problems.append(Problem(OPTION, hub_id, "needs the hub, and HF_HUB_OFFLINE is set", way_out))
+    elif not get_token():
+        problems.append(Problem(OPTION, hub_id, "needs a token of the hub, and there is none", TOKEN_WAY_OUT))
+    if target is not None and target.is_file(out):
+        way_out = "Name a folder in --out."
+        problems.append(Problem(OPTION, hub_id, f"uploads a folder with its model card, and {out} is a file", way_out))
+    return problems
+
+
+def upload(folder: Path, hub_id: str) -> str:
+    """Upload everything in ``folder``; the repository is created if there is none.
+
+    Returns:
+        The address.
+
+    Raises:
+        NotUploaded: the hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(hub_id, repo_type="model", exist_ok=True)
+        api.upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Export from pqqp-lightning")
+    except Exception as error:  # its libraries for requests have errors of their own, which changed between versions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        words = f"{folder} is complete, but cannot be uploaded to {hub_id}: {reason}."
+        raise NotUploaded(f"{words} {TOKEN_WAY_OUT} Then: hf upload {hub_id} '{folder}'.") from error
+    return str(address)
