@@ -145,6 +145,7 @@ def test_a_pipeline_clearly_behind_is_stopped_and_the_answer_stays(folder):
     assert all(full[tuple(entry["steps"])] > best for entry in stopped)
 
 
+@pytest.mark.long  # resuming, in the test of the latency, is quicker
 def test_killed_at_random_moments_the_search_ends_with_the_same_front(folder):
     words = [
         "-m",
