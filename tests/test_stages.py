@@ -132,7 +132,7 @@ def test_a_stage_keeps_its_promises_and_its_checkpoint_loads(tmp_path, name, kin
         average = sum(layer.bits * layer.entries for layer in size.layers) / size.entries
         asked = collect_constraints(module)[next(iter(layers))].grid.bits if name == "INT8" else 4
         assert asked - 0.2 < average <= asked  # bits that differ by layer leave a remainder
-    check_expected_size(module, kind, tmp_path, [make(name)])
+    check_expected_size(module, kind, tmp_path, stages_named(name))
     check_loads(tmp_path / "run", module, kind)
     assert trainer.callbacks  # the stages are ordinary callbacks
 
