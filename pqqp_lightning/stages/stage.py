@@ -106,8 +106,6 @@ class Stage(Callback):
     ``comparable_layers`` (a layer has the same inputs and outputs as in the dense model, so that its outputs can be
     compared). ``search_space`` has the values of arguments that ``search`` tries if its user names none.
 
-    ``search_space`` maps arguments to the values that ``search`` tries if its user names none.
-
     Args:
         targets: name patterns of the layers to act on, "depthwise" for depthwise convolutions; every layer inside the
             blocks by default.
