@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import tiny
@@ -17,7 +18,7 @@ from pqqp_lightning import load
 from pqqp_lightning.callbacks import LoRA
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.export import runtime_check
-from pqqp_lightning.export.discovery import known_targets
+from pqqp_lightning.export.discovery import find_target, known_targets
 from pqqp_lightning.export.export_run import FAILED, CheckFailed, export_run
 from pqqp_lightning.export.runtime_check import RuntimeFailed
 from pqqp_lightning.export.targets.hf import HuggingFace
@@ -202,6 +203,45 @@ def test_an_export_that_is_interrupted_leaves_nothing_that_looks_whole(tmp_path,
     assert not (tmp_path / "model").exists()
 
 
+# --- options of one target ---
+
+
+class Chatty(HuggingFace):
+    """A target with options of its own.
+
+    Args:
+        voice: how it speaks.
+        loud: whether it shouts.
+        times: how often.
+    """
+
+    name = "chatty"
+
+    def __init__(self, voice: Literal["low", "high"] = "low", loud: bool = False, times: int | None = None) -> None:
+        self.given = (voice, loud, times)
+
+
+def test_a_target_gets_its_own_options(tmp_path):
+    assert find_target("chatty", voice="high", loud="true", times="3").given == ("high", True, 3)
+    assert find_target("chatty", loud=True).given == ("low", True, None)
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        ("chatty", {"voice": "hig"}, "voice='hig' is not one of low, high. Did you mean 'high'?"),
+        ("chatty", {"times": "many"}, "times='many' is not a whole number. The default is None."),
+        ("chatty", {"loud": 1}, "loud=1 is not one of true, false. The default is false."),
+        ("chatty", {"void": "low"}, "void is not an option of --to chatty. Did you mean 'voice'?"),
+        ("hf", {"voice": "low"}, "voice is an option of --to chatty; hf does not have it. Leave --voice out."),
+    ],
+)
+def test_an_option_that_a_target_does_not_have_is_refused_with_words(to, options, message):
+    with pytest.raises(RecipeError) as refusal:
+        find_target(to, **options)
+    assert [str(problem) for problem in refusal.value.problems] == [message]
+
+
 # --- the command ---
 
 
@@ -246,6 +286,7 @@ def test_a_failed_check_exits_with_1(folder, capsys):
         ("run --to hf --out x --dtype f16", "command line: dtype='f16' is not one of"),
         ("run --to hf --out x --widen yes", "command line: widen='yes' is neither true nor false"),
         ("run --to hf --out", "command line: out has no value. Write --out VALUE."),
+        ("run --to hf --out x --voice low", "command line: voice is an option of --to chatty; hf does not have it."),
         ("run more --to hf --out x", "command line: Unexpected argument 'more'"),
         ("--to hf --out x", "command line: export needs a run folder"),
         ("run --out x", "command line: export needs --to. Choose one of"),
@@ -269,7 +310,7 @@ def test_an_unfinished_run_is_refused(folder):
 def test_help_lists_targets_and_options(folder, capsys):
     assert run("export", "--help") == 0
     words = capsys.readouterr().out
-    for expected in ("hf", "--dtype", "--widen", "--pad", "--check", "[float16]"):
+    for expected in ("hf", "--dtype", "--widen", "--pad", "--check", "[float16]", "--voice", "how it speaks. [low]"):
         assert expected in words
 
 

@@ -1,4 +1,4 @@
-"""``pqqp-lightning export``: reads its options from the signature of ``export_run``, and prints what was done."""
+"""``pqqp-lightning export``: reads its options from the signatures of ``export_run`` and of the target."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from pqqp_lightning.cli.settings import COMMAND_LINE, word_pairs
 from pqqp_lightning.errors import Problem, RecipeError, near_miss
 from pqqp_lightning.export.discovery import known_targets
 from pqqp_lightning.export.export_run import CheckFailed, Export, export_run
-from pqqp_lightning.export.target import Target
+from pqqp_lightning.export.options import BOOLEANS, options_of, owners_of
 from pqqp_lightning.report.formatting import human_bytes
 
 USAGE = "pqqp-lightning export RUN --to TARGET --out PATH"
-BOOLEANS = {"true": True, "false": False}
 
 
 def run_export(arguments: Sequence[str]) -> None:
@@ -40,13 +39,14 @@ def run_export(arguments: Sequence[str]) -> None:
     except CheckFailed as error:
         print(error, file=sys.stderr)
         sys.exit(1)
-    for line in _report(done, known_targets()[options["to"]]()):
+    for line in _report(done):
         print(line)
 
 
 def _parameters() -> dict[str, inspect.Parameter]:
-    """The options by name; ``run`` is the only word without one."""
-    return {name: p for name, p in inspect.signature(export_run).parameters.items() if name != "run"}
+    """The options of every target by name; ``run`` is the only word without one, ``options`` those of one target."""
+    own = ("run", "options")
+    return {name: p for name, p in inspect.signature(export_run).parameters.items() if name not in own}
 
 
 def _read_options(arguments: Sequence[str]) -> dict[str, Any]:
@@ -77,11 +77,13 @@ def _read_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _wrong_word(name: str, value: str | None) -> Problem | None:
     """The problem of an option and its value, or of a word without an option."""
-    parameters = _parameters()
+    targets = known_targets()
     if name == "":
         return _whole(f"Unexpected argument '{value}'", "Options start with --.")
-    if name not in parameters:
-        known = [f"--{known}" for known in parameters]
+    if name not in _parameters() and not owners_of(name, targets):
+        known = [f"--{known}" for known in _parameters()]
+        for target in targets.values():
+            known += [f"--{option}" for option in options_of(target)]
         near = near_miss(f"--{name}", known).strip()
         return _whole(f"Unknown option '--{name}'", near or f"Known: {', '.join(known)}.")
     if value is None:
@@ -93,7 +95,8 @@ def _wrong_word(name: str, value: str | None) -> Problem | None:
 
 
 def _is_switch(name: str) -> bool:
-    return typing.get_type_hints(export_run)[name] is bool
+    """Whether it is true or false; the options of one target are read with it."""
+    return typing.get_type_hints(export_run).get(name) is bool
 
 
 def _whole(sentence: str, way_out: str) -> Problem:
@@ -104,11 +107,11 @@ def _missing(name: str) -> str:
     return f"Choose one of {', '.join(known_targets())}." if name == "to" else f"Run {USAGE}."
 
 
-def _report(done: Export, target: Target) -> list[str]:
+def _report(done: Export) -> list[str]:
     """What was written, what to know about it, what was checked, and how to load it."""
     lines = [f"{done.out}: {human_bytes(done.size_bytes)} (the run's own checkpoint: {human_bytes(done.own_bytes)})."]
     lines += [*done.remarks, *done.checks]
-    lines += [f"{program}: {words}" for program, words in target.loading_words(done.out).items()]
+    lines += [f"{program}: {words}" for program, words in done.loading.items()]
     return lines
 
 
@@ -119,6 +122,9 @@ def _help() -> str:
     lines = [f"usage: {USAGE} [options]", "", documented.short_description or "", "", "targets:"]
     for name, target in known_targets().items():
         lines.append(f"  {name:<20} {target.summary}")
+        for option in options_of(target).values():
+            default = "" if option.default is None else f" [{str(option.default).lower()}]"
+            lines.append(f"    --{option.name:<16} {option.meaning}{default}")
     lines += ["", "options:"]
     for name, parameter in _parameters().items():
         default = "" if parameter.default is parameter.empty else f" [{str(parameter.default).lower()}]"

@@ -4,7 +4,7 @@
 
 - ``export_run``: one export from reading to report; ``source``: what the run folder holds; ``card``: the model card.
 - ``stock``: the run's network as an ordinary transformers model; ``grids``: its codes, widened.
-- ``target``: the contract of a format; ``targets/``: one file a format; ``discovery``: finds them.
+- ``target``: the contract of a format; ``targets/``: one file a format; ``discovery``: finds them; ``options``: their own.
 - ``tensor_check``, ``runtime_check``: compare the written files; ``runtimes/``: the scripts that load them elsewhere.
 """
 

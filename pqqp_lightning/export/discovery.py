@@ -6,8 +6,10 @@ import sys
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
+from typing import Any
 
 from pqqp_lightning.errors import Problem, RecipeError, suggest
+from pqqp_lightning.export.options import read_options
 from pqqp_lightning.export.target import Target
 
 GROUP = "pqqp_lightning.export"
@@ -34,16 +36,24 @@ def known_targets() -> dict[str, type[Target]]:
     return dict(sorted(found.items()))
 
 
-def find_target(name: str) -> Target:
+def find_target(name: str, **options: Any) -> Target:
     """The target of ``--to``.
 
+    Args:
+        name: of the target.
+        options: its own.
+
     Raises:
-        RecipeError: there is none of that name, or a library that it needs is not installed.
+        RecipeError: there is none of that name, or it has not these options, or a library that it needs is not
+            installed.
     """
     targets = known_targets()
     if name not in targets:
         raise RecipeError(Problem("to", name, "is not a target", suggest(name, targets).strip()))
-    target = targets[name]()
+    arguments, problems = read_options(name, options, targets)
+    if problems:
+        raise RecipeError(problems)
+    target = targets[name](**arguments)
     if problems := target.check_installed():
         raise RecipeError(problems)
     return target

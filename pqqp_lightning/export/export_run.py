@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +44,7 @@ class Export:
         checks: what was compared, in whole sentences.
         agreement: with the run's outputs, where the format's program was run.
         failures: what differs; empty for a good export.
+        loading: how to load it, by program.
     """
 
     out: Path
@@ -52,6 +54,7 @@ class Export:
     checks: list[str] = field(default_factory=list)
     agreement: Agreement | None = None
     failures: list[str] = field(default_factory=list)
+    loading: dict[str, str] = field(default_factory=dict)
 
 
 def export_run(
@@ -63,6 +66,7 @@ def export_run(
     widen: bool = True,
     pad: bool = False,
     check: bool = True,
+    **options: Any,
 ) -> Export:
     """Write the model of a run in a format that other programs load.
 
@@ -78,14 +82,15 @@ def export_run(
         pad: write zeros in place of channels, heads or sublayers that were removed unevenly. This is exact.
         check: compare every written tensor with the run's, and load the result in another process where its program is
             installed.
+        options: those of the target alone, such as weights="qdq" of onnx; see the ``Args`` of its class, or --help.
 
     Raises:
         RecipeError: with everything that stands against the export, before anything is written.
         CheckFailed: the result differs from the run; its folder is marked.
     """
     run, out = Path(run), Path(out)
-    target, model = _prepare(run, to, out, dtype, widen, pad)
-    done = Export(out, own_bytes=model.source.checkpoint_bytes)
+    target, model = _prepare(run, to, out, dtype, widen, pad, options)
+    done = Export(out, own_bytes=model.source.checkpoint_bytes, loading=target.loading_words(out))
     done.remarks = [*model.stock.rewritten, *_zeros_remark(model), *target.remarks(model)]
     if model.source.tokenizer is None:
         done.remarks.append("The run has no tokenizer; copy one into the folder.")
@@ -128,7 +133,9 @@ def failed_name(out: Path) -> Path:
     return out.with_name(f"{out.name}.failed")
 
 
-def _prepare(run: Path, to: str, out: Path, dtype: DType, widen: bool, pad: bool) -> tuple[Target, ExportedModel]:
+def _prepare(
+    run: Path, to: str, out: Path, dtype: DType, widen: bool, pad: bool, options: dict[str, Any]
+) -> tuple[Target, ExportedModel]:
     """The target and what it writes.
 
     Raises:
@@ -137,7 +144,7 @@ def _prepare(run: Path, to: str, out: Path, dtype: DType, widen: bool, pad: bool
     problems = [*_check_out(out, run), *_check_dtype(dtype)]
     target = None
     try:
-        target = find_target(to)
+        target = find_target(to, **options)
     except RecipeError as error:
         problems += error.problems
     try:
