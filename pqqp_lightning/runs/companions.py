@@ -1,26 +1,36 @@
-"""What a run folder keeps for exports besides the model: the tokenizer, and a few evaluation samples."""
+"""What a run folder keeps for exports besides the model: the tokenizer, and a few samples of its data."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pqqp_lightning.checkpoint.nested import tensors_in
+from pqqp_lightning.checkpoint.probe import first_call, undisturbed
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.seeding import keep_random_state
 from pqqp_lightning.storage.files import new_folder
 from pqqp_lightning.storage.run_folder import RunFolder
 
 SAMPLES = 4
-"""Evaluation samples that are kept."""
+"""Evaluation samples of a language model that are kept."""
+MOST_SAMPLES = 64
+"""Samples of other models that are kept, of evaluation and calibration each."""
+MOST_BYTES = 8_000_000
+"""Of fewer samples, if so many are larger."""
 
 
 def keep_companions(folder: RunFolder, data: RunData) -> None:
-    """Write the tokenizer and the first evaluation samples of a language model; nothing for other models."""
+    """Write the first samples of the data, and a language model's tokenizer."""
     save_tokenizer = getattr(data.module, "save_tokenizer", None)
     if not callable(save_tokenizer):
+        _keep_inputs(folder, data)
         return
     with keep_random_state():  # an iterator over a loader draws a seed
         ids = _first_samples(data)
@@ -49,3 +59,55 @@ def _first_samples(data: RunData) -> Tensor | None:
         if len(rows) >= SAMPLES:
             break
     return torch.stack(rows[:SAMPLES]) if rows else None
+
+
+def _keep_inputs(folder: RunFolder, data: RunData) -> None:
+    """Write the model's inputs on the first evaluation and calibration samples, with the labels; none if it fails.
+
+    Inputs are the tensors that the validation step passes to the first part of the module that it calls, most often the
+    module itself. The metadata names this part, and says how the images were normalised.
+    """
+    try:
+        with keep_random_state():
+            called, tensors = _inputs_of(data, calibration=False)
+            if data.has_calibration_data():
+                calibration_called, calibration = _inputs_of(data, calibration=True)
+                if calibration_called == called:
+                    tensors |= {f"calibration.{name}": x for name, x in calibration.items() if name != "labels"}
+    except Exception:  # data and step are the user's; an export then asks for an example
+        return
+    normalisation = getattr(data.datamodule, "normalization", None)
+    preprocessing = normalisation() if callable(normalisation) else {}
+    save_file(tensors, folder.samples, metadata={"called": called, "preprocessing": json.dumps(preprocessing)})
+
+
+def _inputs_of(data: RunData, *, calibration: bool) -> tuple[str, dict[str, Tensor]]:
+    """The part of the module that the step calls first, and its inputs by position ("input.0"), with "labels".
+
+    Raises:
+        ValueError: the inputs are not tensors alone.
+    """
+    one = data.first_samples(1, calibration=calibration)
+    size_bytes = sum(tensor.nbytes for tensor in tensors_in(one))
+    count = max(1, min(MOST_SAMPLES, MOST_BYTES // max(size_bytes, 1)))
+    batch = data.first_samples(count, calibration=calibration)
+    with undisturbed(data.module):
+        called, (given, named) = first_call(data.module, move_data_to_device(batch, data.module.device))
+    if named or not given or not all(isinstance(value, Tensor) for value in given):
+        raise ValueError("the inputs are not tensors alone")
+    tensors = {f"input.{i}": value.detach().cpu().contiguous().clone() for i, value in enumerate(given)}
+    labels = _labels_in(batch)
+    if labels is not None and labels.shape == tensors["input.0"].shape[:1]:
+        tensors["labels"] = labels.cpu().contiguous().clone()
+    return called, tensors
+
+
+def _labels_in(batch: Any) -> Tensor | None:
+    """The class of each sample in a batch such as (images, labels) or {..., labels: ...}; None if there is none."""
+    if isinstance(batch, Mapping):
+        found = batch.get("labels")
+    elif isinstance(batch, list | tuple) and len(batch) == 2:
+        found = batch[1]
+    else:
+        found = None
+    return found if isinstance(found, Tensor) and not found.is_floating_point() else None
