@@ -124,7 +124,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_written(name, opti
 
 def test_an_earlier_run_folder_is_tried_on_the_samples_of_its_checkpoint(tmp_path, checks_here):  # noqa: F811
     shutil.copytree(run_of("rtn5", "convolutions"), tmp_path / "run")
-    RunFolder(tmp_path / "run").samples.unlink()
+    RunFolder(tmp_path / "run").inputs.unlink()
     done = export_run(tmp_path / "run", to="onnx", out=tmp_path / "model.onnx")
     assert done.agreement.samples > 1
     (tmp_path / "run" / "model" / "probe.safetensors").unlink()
@@ -135,7 +135,7 @@ def test_an_earlier_run_folder_is_tried_on_the_samples_of_its_checkpoint(tmp_pat
 
 
 def test_a_run_keeps_inputs_labels_and_normalisation(tmp_path):
-    kept = load_file(RunFolder(run_of("rtn5", "convolutions")).samples)
+    kept = load_file(RunFolder(run_of("rtn5", "convolutions")).inputs)
     assert {name: list(tensor.shape) for name, tensor in kept.items()} == {
         "input.0": [32, 3, 32, 32],
         "labels": [32],

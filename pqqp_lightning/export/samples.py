@@ -76,7 +76,7 @@ def samples_of(run: FinishedRun, example: str | None = None) -> Samples:
 
 def _kept(run: FinishedRun) -> Samples | None:
     """Those in the run folder."""
-    file = RunFolder(run.folder).samples
+    file = RunFolder(run.folder).inputs
     if not file.is_file():
         return None
     try:

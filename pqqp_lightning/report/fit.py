@@ -110,10 +110,13 @@ def _size_blocks(folder: RunFolder, report: FitReport) -> list[Block]:
         counted = human_bytes(records[-1]["size_bytes"])
         loading = f"Load it with pqqp_lightning.load({str(folder.path)!r})."
         lines = [f"{where}: {on_disk} on disk ({counted} counted). {loading}"]
-        if folder.samples.is_file():  # a language model, which exports write
-            run = shlex.quote(str(folder.path))
+        run = shlex.quote(str(folder.path))
+        if folder.samples.is_file():  # a language model
             out = shlex.quote(f"{folder.path.name}-hf")
             lines.append(f"For other programs: pqqp-lightning export {run} --to hf --out {out} (--help lists more).")
+        elif folder.inputs.is_file():
+            out = shlex.quote(f"{folder.path.name}.onnx")
+            lines.append(f"For other programs: pqqp-lightning export {run} --to onnx --out {out} (--help lists more).")
         blocks.append(Words(lines, in_summary=True))
     if layers:
         rows = []

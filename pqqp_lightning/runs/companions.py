@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pqqp_lightning.checkpoint.nested import tensors_in
 from pqqp_lightning.checkpoint.probe import first_call, undisturbed
+from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.seeding import keep_random_state
 from pqqp_lightning.storage.files import new_folder
@@ -70,7 +71,8 @@ def _keep_inputs(folder: RunFolder, data: RunData) -> None:
     try:
         with keep_random_state():
             called, tensors = _inputs_of(data, calibration=False)
-            if data.has_calibration_data():
+            quantized = any(constraints.grid for _, _, constraints in constrained_layers(data.module))
+            if quantized and data.has_calibration_data():  # the ranges of its activations come from there
                 calibration_called, calibration = _inputs_of(data, calibration=True)
                 if calibration_called == called:
                     tensors |= {f"calibration.{name}": x for name, x in calibration.items() if name != "labels"}
@@ -78,7 +80,7 @@ def _keep_inputs(folder: RunFolder, data: RunData) -> None:
         return
     normalisation = getattr(data.datamodule, "normalization", None)
     preprocessing = normalisation() if callable(normalisation) else {}
-    save_file(tensors, folder.samples, metadata={"called": called, "preprocessing": json.dumps(preprocessing)})
+    save_file(tensors, folder.inputs, metadata={"called": called, "preprocessing": json.dumps(preprocessing)})
 
 
 def _inputs_of(data: RunData, *, calibration: bool) -> tuple[str, dict[str, Tensor]]:

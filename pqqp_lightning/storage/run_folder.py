@@ -50,7 +50,9 @@ class RunFolder:
     tokenizer = _File("tokenizer")
     """The model's tokenizer and generation config, for exports; not every run has them."""
     samples = _File("samples.safetensors")
-    """A few samples of the data (token ids; or the model's inputs and labels), for exports; not every run has them."""
+    """A few evaluation samples of a language model (token ids), for the checks of exports; not every run has them."""
+    inputs = _File("inputs.safetensors")
+    """Inputs of another model on a few samples, with their labels, for exports; not every run has them."""
     logs = _File("logs")
     """The output of Lightning's loggers."""
     report = _File("report.json")
