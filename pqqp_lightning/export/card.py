@@ -31,7 +31,7 @@ def write_card(
     """
     source = model.source
     head: dict[str, Any] = {**target.card, "tags": ["pqqp-lightning"]}
-    if source.base_model:
+    if source.base_model and HUB_ID.fullmatch(source.base_model):
         head["base_model"] = source.base_model
     records = source.report.get("stages") or []
     base = source.base_model or model.described

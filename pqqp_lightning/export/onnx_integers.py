@@ -7,8 +7,10 @@ samples.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,9 +69,15 @@ def integer_weights(
         scale = in_rows(entry.grid, len(matrix)).scale[:, 0].float().numpy().copy()
         weights[name] = IntegerWeight(as_weight(levels, tensors[name].shape, entry.layout).numpy().copy(), scale)
     _transpose_weights(model, weights)
+    read = {value for node in model.graph.node if node.op_type in LAYERS for value in node.input}
+    weights = {name: weight for name, weight in weights.items() if name in read}
     _take_up_batch_norm(model, weights)
     for name, weight in weights.items():
         _set(model, name, weight.values())
+    used = {value for node in model.graph.node for value in node.input}
+    for name, tensor in initializers(model.graph).items():
+        if name not in used:
+            model.graph.initializer.remove(tensor)
     return weights
 
 
@@ -105,7 +113,7 @@ def quantize_activations(
     operators = list(LAYERS)
     if not any(node.op_type == "LayerNormalization" for node in model.graph.node):
         operators += BETWEEN  # rounding the sums of a transformer's residual stream costs too much
-    with tempfile.TemporaryDirectory(prefix="pqqp-export-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pqqp-export-") as folder, _quiet():
         file = Path(folder) / "integers.onnx"
         quantize_static(
             model,
@@ -124,6 +132,18 @@ def quantize_activations(
             },
         )
         return onnx.load(file)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, the library does not advise to change the graph first."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _override(weight: IntegerWeight) -> list[dict[str, Any]]:

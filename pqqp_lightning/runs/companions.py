@@ -71,7 +71,7 @@ def _keep_inputs(folder: RunFolder, data: RunData) -> None:
     try:
         with keep_random_state():
             called, tensors = _inputs_of(data, calibration=False)
-            quantized = any(constraints.grid for _, _, constraints in constrained_layers(data.module))
+            quantized = any(constraints.grid is not None for _, _, constraints in constrained_layers(data.module))
             if quantized and data.has_calibration_data():  # the ranges of its activations come from there
                 calibration_called, calibration = _inputs_of(data, calibration=True)
                 if calibration_called == called:
