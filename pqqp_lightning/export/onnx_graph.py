@@ -42,7 +42,7 @@ def trace(
 
     Args:
         network: takes ``inputs`` by position, and returns one tensor.
-        inputs: [B, ...] each, B of 2 or more.
+        inputs: [B, ...] each.
         names: of the inputs in the graph.
         output: the name of the output.
 
@@ -53,8 +53,9 @@ def trace(
         CannotTrace: torch.onnx does not export it.
     """
     dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
-    try:
-        return _export(network, tuple(tensor[:2] for tensor in inputs), names, output, dynamic), None
+    two = tuple(tensor[:2] if len(tensor) > 1 else torch.cat([tensor, tensor]) for tensor in inputs)
+    try:  # a single sample would make its number a constant
+        return _export(network, two, names, output, dynamic), None
     except CannotTrace:  # its computation may depend on the number of samples
         return _export(network, tuple(tensor[:1] for tensor in inputs), names, output, None), 1
 

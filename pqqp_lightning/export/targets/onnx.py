@@ -170,6 +170,8 @@ class Onnx(Target[ExportedNetwork]):
             remarks.append(f"Quantized weights are written as {model.dtype} values (--weights dense).")
         if wider := [name for name, c in coded.items() if self._bits(c, model.widen) > c.grid.bits]:
             remarks.append(f"The codes of {shorten(wider, what='weight')} are stored in more bits; no value changes.")
+        if self.weights == "qdq":
+            return [*remarks, *self._integer_remarks(model)]
         if coded:
             remarks.append(
                 "ONNX Runtime and OpenVINO compute in floats with these codes: the file is smaller, not faster."
@@ -210,6 +212,18 @@ class Onnx(Target[ExportedNetwork]):
             text = f"leaves {shorten(wider, what='weight')} in bits that integer kernels lack"
             problems.append(Problem("widen", False, text, "Use --widen true."))
         return problems
+
+    def _integer_remarks(self, model: ExportedNetwork) -> list[str]:
+        """What integers change."""
+        used = model.samples.calibration or model.samples.inputs
+        kind = "calibration" if model.samples.calibration else model.samples.kind
+        remarks = [
+            f"Activations have 8 bits in ranges from {len(used[0])} {kind} samples, biases 32; BatchNorm is multiplied "
+            "into the scales."
+        ]
+        if model.rounding_layers():
+            remarks.append("The run rounds activations with a scale for each sample; here ranges are fixed.")
+        return remarks
 
     def _coded(self, model: ExportedNetwork) -> dict[str, CodedWeight]:
         """The weights that are written as codes."""
