@@ -82,8 +82,8 @@ def _model(kind: str) -> LightningModule:
     torch.manual_seed(0)
     if kind == "deit":
         return tiny.make_model(kind)
-    if kind == "resnet":  # shorter than that of tiny: torch.onnx takes a second for five convolutions
-        shape = {"stem_width": 8, "layers": [1, 1], "channels": [8, 16]}
+    if kind == "resnet":  # half as many convolutions as that of tiny: torch.onnx takes a second for five
+        shape = {"stem_width": 8, "layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
         return ImageClassifier("resnet18", pretrained=False, num_classes=10, model_args=shape)
     if kind == "opt":
         return CausalLM(tiny.OPT)

@@ -1,6 +1,7 @@
 """--to timm and --to torchvision: a network that the library builds by name."""
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -57,6 +58,16 @@ def test_another_structure_is_refused_with_the_way_out(name, kind, message, tmp_
     with pytest.raises(RecipeError, match=rf"{message}.*--to onnx"):
         export_run(run_of(name, kind), to="timm", out=tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_run_folder_needs_an_example(tmp_path, checks_here):  # noqa: F811
+    shutil.copytree(run_of("sparse", "resnet"), tmp_path / "run")
+    (tmp_path / "run" / "inputs.safetensors").unlink()
+    (tmp_path / "run" / "model" / "probe.safetensors").unlink()
+    with pytest.raises(RecipeError, match="keeps no samples of its inputs"):
+        export_run(tmp_path / "run", to="timm", out=tmp_path / "model")
+    done = export_run(tmp_path / "run", to="timm", out=tmp_path / "model", example="3x32x32")
+    assert any("does not say how its images are normalised" in remark for remark in done.remarks)
 
 
 def test_torchvision_builds_its_own_networks(tmp_path, checks_here):  # noqa: F811

@@ -132,7 +132,7 @@ def network_of(module: LightningModule, run: Path) -> PreTrainedModel:
     network: Any = getattr(module, "model", None)
     if is_language_model(network):
         return network
-    text = f"holds a {type(module).__name__}, which is not a language model of transformers"
+    text = f"holds {type(module).__name__}, which is not a language model of transformers"
     way_out = "Use --to onnx, which writes other models."
     raise RecipeError(Problem("run", str(run), text, way_out))
 

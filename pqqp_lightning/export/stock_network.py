@@ -56,6 +56,7 @@ def stock_network(
     library: str,
     build: Callable[[str, dict[str, Any]], nn.Module],
     *,
+    example: str | None,
     dtype: DType,
     widen: bool,
     pad: bool,
@@ -66,6 +67,7 @@ def stock_network(
         run: of an ImageClassifier.
         library: "timm" or "torchvision".
         build: makes the network from its name and arguments.
+        example: for a run that keeps no samples: the shape of an image, or a .npy file.
         dtype: of the written weights.
         widen: as for every target.
         pad: whether zeros may take the place of channels and heads that were removed.
@@ -75,7 +77,7 @@ def stock_network(
     """
     refuse_language_model(run, library)
     name, arguments = _builder_arguments(run, library)
-    model = network_of_run(run, samples_of(run), dtype=dtype, widen=widen, largest_relative=AGREES[dtype])
+    model = network_of_run(run, samples_of(run, example), dtype=dtype, widen=widen, largest_relative=AGREES[dtype])
     network: Any = run.module.model
     reference = build(name, arguments)
     blocked, changes = _fit(network, reference, model, pad)
@@ -99,7 +101,7 @@ def _builder_arguments(run: FinishedRun, library: str) -> tuple[str, dict[str, A
         text = f"holds a network of {found}"
         raise RecipeError(Problem("run", str(run.folder), text, f"Use --to {found}."))
     if found != library or not isinstance(getattr(run.module, "model", None), nn.Module):
-        text = f"holds a {type(run.module).__name__} whose network was not built by {library}"
+        text = f"holds {type(run.module).__name__}, whose network was not built by {library}"
         raise RecipeError(Problem("run", str(run.folder), text, OTHERWISE))
     arguments = {"num_classes": given["num_classes"], **(given.get("model_args") or {})}
     if library == "timm":

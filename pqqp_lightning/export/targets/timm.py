@@ -17,7 +17,11 @@ from pqqp_lightning.export.target import DType, Runtime, Target
 
 
 class Timm(Target[StockNetwork]):
-    """Dense tensors, and the architecture's name and preprocessing, in timm's own layout."""
+    """Dense tensors, and the architecture's name and preprocessing, in timm's own layout.
+
+    Args:
+        example: for a run that keeps no samples of its inputs: the shape of one, as in 3x224x224, or a .npy file.
+    """
 
     name = "timm"
     summary = "a timm network's dense weights, as timm loads them"
@@ -27,8 +31,11 @@ class Timm(Target[StockNetwork]):
     dtypes: ClassVar[tuple[DType, ...]] = ("float32", "float16", "bfloat16")
     card: ClassVar[dict[str, str]] = {"library_name": "timm", "pipeline_tag": "image-classification"}
 
+    def __init__(self, example: str | None = None) -> None:
+        self.example = example
+
     def prepare(self, run: FinishedRun, *, dtype: DType, widen: bool, pad: bool) -> StockNetwork:
-        return stock_network(run, "timm", _build, dtype=dtype, widen=widen, pad=pad)
+        return stock_network(run, "timm", _build, example=self.example, dtype=dtype, widen=widen, pad=pad)
 
     def problems(self, model: StockNetwork) -> list[Problem]:
         from timm.models import save_for_hf

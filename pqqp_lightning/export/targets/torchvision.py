@@ -18,7 +18,11 @@ from pqqp_lightning.export.target import DType, Runtime, Target
 
 
 class Torchvision(Target[StockNetwork]):
-    """Dense tensors in model.safetensors; name, arguments and preprocessing in config.json."""
+    """Dense tensors in model.safetensors; name, arguments and preprocessing in config.json.
+
+    Args:
+        example: for a run that keeps no samples of its inputs: the shape of one, as in 3x224x224, or a .npy file.
+    """
 
     name = "torchvision"
     summary = "a torchvision network's dense weights, with its name and arguments"
@@ -34,8 +38,11 @@ class Torchvision(Target[StockNetwork]):
     dtypes: ClassVar[tuple[DType, ...]] = ("float32", "float16", "bfloat16")
     card: ClassVar[dict[str, str]] = {"library_name": "torchvision", "pipeline_tag": "image-classification"}
 
+    def __init__(self, example: str | None = None) -> None:
+        self.example = example
+
     def prepare(self, run: FinishedRun, *, dtype: DType, widen: bool, pad: bool) -> StockNetwork:
-        return stock_network(run, "torchvision", _build, dtype=dtype, widen=widen, pad=pad)
+        return stock_network(run, "torchvision", _build, example=self.example, dtype=dtype, widen=widen, pad=pad)
 
     def problems(self, model: StockNetwork) -> list[Problem]:
         return []
