@@ -224,7 +224,7 @@ def _multiply(weight: IntegerWeight, factor: np.ndarray) -> bool:
     if levels.max(initial=0) > 127:
         return False
     weight.levels = levels.astype(np.int8)
-    weight.scale = np.where(factor == 0, 1.0, weight.scale * np.abs(factor)).astype(np.float32)
+    weight.scale = np.where(factor == 0, weight.scale, weight.scale * np.abs(factor)).astype(np.float32)
     return True
 
 
