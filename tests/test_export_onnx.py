@@ -72,6 +72,11 @@ def test_scales_of_groups_of_columns_go_over_too(tmp_path, checks_here):  # noqa
     assert (kind, codes.shape) == ("INT4", (144, 48))
 
 
+def test_the_file_holds_no_source_code_of_the_machine(tmp_path):
+    export_run(run_of("rtn5", "convolutions"), to="onnx", out=tmp_path / "model.onnx", check=False)
+    assert b".py" not in (tmp_path / "model.onnx").read_bytes()
+
+
 def test_a_residual_network_is_written_with_dense_weights(tmp_path, checks_here):  # noqa: F811
     done = export_run(run_of("sparse", "resnet"), to="onnx", out=tmp_path, weights="dense")
     close(done)
