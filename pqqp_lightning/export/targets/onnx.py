@@ -174,9 +174,7 @@ class Onnx(Target[ExportedNetwork]):
         if self.weights == "qdq":
             return [*remarks, *self._integer_remarks(model)]
         if coded:
-            remarks.append(
-                "ONNX Runtime and OpenVINO compute in floats with these codes: the file is smaller, not faster."
-            )
+            remarks.append("Programs compute in floats with these codes: the file is smaller, not faster.")
         if rounding := list(model.rounding_layers()):
             remarks.append(f"{shorten(rounding)} round their inputs in floats, as in the run, which takes time.")
         remarks.append(f"The weights that carry no codes are {model.dtype}.")
