@@ -113,7 +113,7 @@ def test_activations_of_a_run_that_rounds_them_get_fixed_ranges(tmp_path, checks
     [
         ("rtn3-asymmetric", {"weights": "qdq"}, "with zero points, which integer kernels lack"),
         ("grouped-convolution", {"weights": "qdq"}, "with scales for groups of columns, which integer kernels lack"),
-        ("sparse", {"weights": "qdq"}, "has no quantized layer"),
+        ("sparse", {"weights": "qdq"}, "has no layer with integer codes"),
         ("rtn5", {"widen": False}, "in bits that ONNX does not have"),
         ("rtn5", {"dtype": "float16"}, "dtype='float16' is not written by --to onnx. Use float32."),
         ("rtn5", {"pad": True}, "means nothing for --to onnx"),

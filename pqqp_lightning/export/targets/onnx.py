@@ -195,7 +195,7 @@ class Onnx(Target[ExportedNetwork]):
                 Problem("weights", "qdq", "needs onnxruntime, which is not installed", f"Install it: {EXTRA}.")
             )
         if not coded:
-            problems.append(Problem("run", run, "has no quantized layer", "Use --weights dense."))
+            problems.append(Problem("run", run, "has no layer with integer codes", "Use --weights dense."))
         if grouped := [name for name, c in coded.items() if c.grid.scale.shape[1] > 1]:
             text = (
                 f"has {shorten(grouped, what='weight')} with scales for groups of columns, which integer kernels lack"
