@@ -30,6 +30,11 @@ THREE = "--stages.quantize {} --stages.quantize.group_size 64 --stages.quantize.
 RECOVER = "--stages.recover {} --stages.recover.epochs 1 --stages.recover.learning_rate {}"
 CLIP, PLAIN = "--stages.quantize.clip true", "--stages.quantize.clip false"
 RTN, GPTQ = FOUR.format("RTN"), FOUR.format("GPTQ")
+SPARSE24 = "--stages.prune SparseGPT --stages.prune.pattern 2:4"
+CORRECT = (
+    "--stages.correct LoRA --stages.correct.initialization eora --stages.correct.rank 64 --stages.correct.epochs 0 "
+)
+CORRECT += "--stages.correct.merge false"
 EIGHT = "--stages.quantize GPTQ --stages.quantize.bits 8"
 GPTQ_3 = f"{THREE.format('GPTQ')} --stages.quantize.bits 3"
 MIXED_3 = f"{THREE.format('MixedPrecision')} --stages.quantize.average_bits 3"
@@ -42,6 +47,9 @@ METHODS = {
         "sparsegpt-60": "--stages.prune SparseGPT --stages.prune.sparsity 0.6",
         "sparsegpt-60-sensitivity": "--stages.prune SparseGPT --stages.prune.sparsity 0.6 "
         "--stages.prune.allocation sensitivity",
+        "sparsegpt-70": "--stages.prune SparseGPT --stages.prune.sparsity 0.7",
+        "alps": "--stages.prune ALPS --stages.prune.sparsity 0.5",
+        "alps-70": "--stages.prune ALPS --stages.prune.sparsity 0.7",
         "channels": "--stages.prune ChannelPruning --stages.prune.ratio 0.1 --stages.prune.importance taylor",
     },
     "Quantization": {
@@ -77,6 +85,8 @@ METHODS = {
         "finetune": f"{HALF} {RECOVER.format('Finetune', 0.00002)}",
         "lora": f"{HALF} {RECOVER.format('LoRA', 0.0005)}",
         "lora-aware": f"{HALF} {RECOVER.format('LoRA', 0.0005)} --stages.recover.merge_aware true",
+        "sparse24-gptq": f"{SPARSE24} {GPTQ}",
+        "sparse24-gptq-eora": f"{SPARSE24} {GPTQ} {CORRECT}",
         "gradual": "--stages.prune GradualPruning --stages.prune.sparsity 0.5 --stages.prune.epochs 1 "
         "--stages.prune.ramp 0.5 --stages.prune.learning_rate 0.00005 --trainer.limit_train_batches 12",
         "qat": "--stages.quantize QAT --stages.quantize.bits 4 --stages.quantize.learning_rate 0.00002 "
@@ -99,6 +109,9 @@ RECIPES = {
     "mixed-regressive": f"quantization/mixed-progressive.yaml {FEW} --stages.quantize.schedule regressive",
     "sleb-rtn": "pruning/sleb-rtn.yaml",
     "rtn-sleb": "pruning/sleb-rtn.yaml --stage_order [quantize,shorten]",
+    "alps": "pruning/alps.yaml",
+    "alps-sparsegpt": "pruning/alps.yaml --stages.prune SparseGPT --stages.prune.sparsity 0.7",
+    "sparse24-gptq4-eora": "recovery/sparse24-gptq4-eora.yaml",
     "prune-lora-quantize": "recovery/prune-lora-quantize.yaml --trainer.limit_train_batches 48",
     "sparsegpt-qlora": "recovery/sparsegpt-qlora.yaml",
     "qlora-sparsegpt": "recovery/sparsegpt-qlora.yaml --stage_order [recover,prune]",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,7 +15,7 @@ from pqqp_lightning.errors import shorten
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.layers import is_adapter
 from pqqp_lightning.network.name_patterns import matches
-from pqqp_lightning.stages import Context, Hessian, Layer, Plan, Problem, Reading, Stage, constraints_of
+from pqqp_lightning.stages import Context, Hessian, Layer, Plan, Problem, Reading, SearchSpace, Stage, constraints_of
 from pqqp_lightning.surgery.factored import factor_layers, factors_of, group_layers
 
 SHARING = [
@@ -57,6 +57,7 @@ class BasisSharing(Stage):
     compresses = True
     needs_forward = True
     needs_calibration = True
+    search_space: ClassVar[SearchSpace] = {"ratio": (0.1, 0.2, 0.3)}
 
     def __init__(
         self,

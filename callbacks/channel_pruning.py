@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -18,7 +18,7 @@ from pqqp_lightning.network.blocks import is_selected, tied_weights
 from pqqp_lightning.network.layers import columns_of, is_adapter, layout_of, named_layers
 from pqqp_lightning.network.name_patterns import value_for
 from pqqp_lightning.network.structure import weightless_copy
-from pqqp_lightning.stages import Context, Layer, Plan, PruningStage, Stage
+from pqqp_lightning.stages import Context, Layer, Plan, PruningStage, SearchSpace, Stage
 from pqqp_lightning.surgery.coupling import CoupledGroup, Coupling, built_groups, has_attention
 from pqqp_lightning.surgery.dependency import example_input, run_example, traced_groups
 from pqqp_lightning.surgery.narrowing import conflicting_settings, narrow, plan_narrowing, rebuild_narrowed
@@ -62,6 +62,7 @@ class ChannelPruning(Stage):
     source = "Li et al. 2017, arXiv 1608.08710; Fang et al. 2023, DepGraph, arXiv 2301.12900"
     compresses = True
     comparable_layers = False
+    search_space: ClassVar[SearchSpace] = {"ratio": (0.125, 0.25, 0.375, 0.5)}
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pqqp_lightning.algorithms.rtn import quantize_int8
-from pqqp_lightning.stages import Compressed, GridStage, LayerInputs
+from pqqp_lightning.stages import Compressed, DenseScales, ExpectedGrid, ExpectedWeight, GridStage, Layer, LayerInputs
 
 
 class INT8(GridStage):
@@ -23,6 +23,11 @@ class INT8(GridStage):
     """
 
     source = "Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339; bitsandbytes"
+
+    def expected_grid(
+        self, name: str, layer: Layer, before: ExpectedWeight, dense: DenseScales
+    ) -> tuple[ExpectedGrid, bool]:
+        return ExpectedGrid(8, before.shape[0], 4), True
 
     def compress_layer(self, inputs: LayerInputs) -> Compressed:
         quantized = quantize_int8(inputs.weight)

@@ -13,7 +13,17 @@ from pqqp_lightning.algorithms.lora import Merged, merge_low_rank
 from pqqp_lightning.errors import shorten
 from pqqp_lightning.network.layer_kinds import is_transposed_linear
 from pqqp_lightning.network.layers import matrix_shape, set_weight_matrix
-from pqqp_lightning.stages import Context, Layer, Plan, Problem, Stage, constraints_of, weight_matrix
+from pqqp_lightning.stages import (
+    Context,
+    Layer,
+    Plan,
+    Problem,
+    Stage,
+    check_aims_at_dense,
+    constraints_of,
+    correct_outputs,
+    weight_matrix,
+)
 from pqqp_lightning.surgery.adapters import (
     Adapters,
     base_of,
@@ -27,7 +37,7 @@ from pqqp_lightning.surgery.adapters import (
     wrappers,
 )
 
-Initialization = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+Initialization = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eora"]
 LINEAR_ONLY = ("orthogonal", "pissa", "olora")
 CHANGES_THE_WEIGHT = ("pissa", "olora")
 LITTLE = 0.1
@@ -53,20 +63,21 @@ class LoRA(Stage):
         dropout: on the adapters' input, in training; in [0, 1).
         initialization: how A and B start. "default" and "gaussian" draw A and start B at zero; "orthogonal" draws both
             so that B A is zero; "pissa" (arXiv 2404.02948) and "olora" (arXiv 2406.01775) move part of the weight into
-            them.
+            them; "eora" (arXiv 2410.21271) sets B A to the correction of this rank that brings the compressed layer's
+            outputs nearest to the dense layer's, on the calibration data.
         merge: add the adapters to the weights after training; false keeps them separate.
         merge_aware: on layers with a mask or a grid, train with the weights as they will be after merging, so that
             merging loses nothing (MaskLoRA, arXiv 2312.15230, and LR-QAT, arXiv 2406.06385). A step then costs about
             as much as one of full finetuning. Use it on a grid, where rounding may cancel the update; on a mask it
             made no difference (docs/methods.md).
-        epochs: epochs of training, 1 or more.
+        epochs: epochs of training, 1 or more; or 0 with initialization: eora and merge: false.
         learning_rate: the highest learning rate, chosen for Adam; null uses the model's own.
+        adapter_bits: round A and B to a grid of so many bits, which later training would leave: it needs epochs: 0.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
     source = "Hu et al. 2021, LoRA, arXiv 2106.09685"
     compresses = True
-    changes_before_training = False  # an adapter starts as zero
     needs_forward = True
 
     def __init__(
@@ -79,18 +90,45 @@ class LoRA(Stage):
         merge_aware: bool = False,
         epochs: int = 1,
         learning_rate: float | None = 2e-4,
+        adapter_bits: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(epochs=epochs, learning_rate=learning_rate, **kwargs)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.initialization, self.merge, self.merge_aware = initialization, merge, merge_aware
+        self.adapter_bits = adapter_bits
         self._validated: dict[str, float] = {}
 
+    @property
+    def corrects(self) -> bool:
+        """Whether the adapters start as a correction of the compressed weights, and not as zero."""
+        return self.initialization == "eora"
+
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        """Whether the correction reads the layers' inputs."""
+        return self.corrects
+
+    @property
+    def needs_dense(self) -> bool:  # type: ignore[override]
+        """Whether the correction aims at the dense weights."""
+        return self.corrects
+
+    @property
+    def changes_before_training(self) -> bool:  # type: ignore[override]
+        """Whether the adapters start as something else than zero."""
+        return self.corrects
+
     def check_arguments(self) -> list[Problem]:
-        # with epochs=0, super() would also report the default learning_rate, which the user did not set
-        problems = [Problem("epochs", self.epochs, "trains no adapter", "Use 1 or more.")]
-        if self.epochs:
-            problems = super().check_arguments()
+        # without training, the default learning_rate has no effect, but the user did not set it
+        problems = [p for p in super().check_arguments() if self.epochs or p.key != "learning_rate"]
+        if not self.epochs and not self.corrects:
+            way_out = "Use 1 or more, or initialization: eora, which needs no training."
+            problems.append(Problem("epochs", self.epochs, "trains no adapter", way_out))
+        if not self.epochs and self.corrects and self.merge:
+            text = "would mask and round the correction away, which nothing trains"
+            problems.append(Problem("merge", self.merge, text, "Set merge: false, or epochs to 1 or more."))
+        problems += self._check_adapter_bits()
         if not self.rank > 0:
             problems.append(Problem("rank", self.rank, "is not above 0"))
         if not self.alpha > 0:
@@ -100,6 +138,18 @@ class LoRA(Stage):
         if self.initialization == "orthogonal" and self.rank % 2:
             text = "is odd, which initialization='orthogonal' does not support"
             problems.append(Problem("rank", self.rank, text, "Use an even rank."))
+        return problems
+
+    def _check_adapter_bits(self) -> list[Problem]:
+        bits = self.adapter_bits
+        if bits is None:
+            return []
+        problems = []
+        if not 2 <= bits <= 8:
+            problems.append(Problem("adapter_bits", bits, "is not from 2 to 8", "Leave it out for the weights' dtype."))
+        if self.epochs or not self.corrects:
+            text = "needs adapters that are not trained, since training leaves the grid"
+            problems.append(Problem("adapter_bits", bits, text, "Drop it, or set initialization: eora and epochs: 0."))
         return problems
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
@@ -124,7 +174,15 @@ class LoRA(Stage):
     def compress(self, model: LightningModule, context: Context) -> Plan:
         plan = self._plan(model)
         required = {id(p) for p in model.parameters() if p.requires_grad}
-        inject(model, Adapters(**plan["adapters"]), True if self.initialization == "default" else self.initialization)
+        adapters = Adapters(**plan["adapters"])
+        # PEFT's own start, which "eora" replaces
+        inject(model, adapters, True if self.initialization in ("default", "eora") else self.initialization)
+        if self.corrects:
+            correct_outputs(
+                model, self.find_layers(model), self.find_blocks(model), context, adapters, self.adapter_bits
+            )
+        if not self.epochs:
+            return plan
         plan["trained_before"] = [name for name, p in model.named_parameters() if id(p) in required]
         plan["through_merge"] = self.merge and self.merge_aware
         _prepare_training(model, plan)
@@ -199,13 +257,28 @@ class LoRA(Stage):
             text = f"is for Linear layers, not for {shorten(convolutions)}"
             way_out = "Use default or gaussian, or add them to ignore."
             problems.append(Problem("initialization", chosen, text, way_out))
-        # the other initializations start with B A = 0, so that an earlier mask or grid still holds
-        if chosen not in CHANGES_THE_WEIGHT:
+        if self.corrects:
+            found = check_aims_at_dense(self, model, earlier)
+            # QLoRA itself rounds what no earlier stage compressed
+            if (
+                layers
+                and not found
+                and "grid" not in self.promises
+                and not self.overlaps(model, earlier, ("mask", "grid"))
+            ):
+                text = "has nothing to correct: no earlier stage prunes or quantizes its layers"
+                found.append(Problem(text=text, way_out="Put it after them."))
+            problems += [replace(problem, key="initialization", value=chosen) for problem in found]
+        # the other initializations keep the weight, so that an earlier mask or grid still holds
+        if chosen not in (*CHANGES_THE_WEIGHT, "eora"):
             return problems
         if small := [n for n, x in layers.items() if self.rank > min(matrix_shape(x))]:
-            text = f"takes rank={self.rank} directions out of the weight; {shorten(small)} have fewer"
+            out_of = "the error" if self.corrects else "the weight"
+            text = f"takes rank={self.rank} directions out of {out_of}; {shorten(small)} have fewer"
             way_out = "Lower rank, use default, or add them to ignore."
             problems.append(Problem("initialization", chosen, text, way_out))
+        if self.corrects:
+            return problems
         undone = self.refuse_after(
             model, earlier, ("mask", "grid"), "would change the weights", "Use default or gaussian."
         )

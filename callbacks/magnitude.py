@@ -11,6 +11,7 @@ from pqqp_lightning.algorithms.magnitude import prune_magnitude_global
 from pqqp_lightning.stages import (
     Compressed,
     Context,
+    ExpectedWeights,
     Layer,
     OneShotPruning,
     Problem,
@@ -58,6 +59,9 @@ class Magnitude(OneShotPruning):
             text = "contradicts allocation='sensitivity': both decide each layer's sparsity"
             problems.append(Problem("scope", self.scope, text, "Set one of scope and allocation."))
         return problems
+
+    def expected_weights(self, model: LightningModule, weights: ExpectedWeights) -> ExpectedWeights:
+        return super().expected_weights(model, weights).changed({}, exact=self.scope == "layer")
 
     def scores(self, weight: Tensor, statistic: None) -> Tensor:
         return weight.abs()

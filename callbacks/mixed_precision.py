@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,16 +17,19 @@ from pqqp_lightning.algorithms.rtn import quantize_rtn
 from pqqp_lightning.callbacks.gptq import GPTQ
 from pqqp_lightning.callbacks.rtn import RTN
 from pqqp_lightning.checkpoint.encoding import encode_weight
+from pqqp_lightning.checkpoint.expected import Structure
 from pqqp_lightning.checkpoint.size import measure_size
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.constraints import Constraints
 from pqqp_lightning.stages import (
     Context,
+    ExpectedWeights,
     GroupSize,
     Layer,
     Plan,
     Problem,
     QuantizationStage,
+    SearchSpace,
     Sensitivity,
     Stage,
     check_hessian_arguments,
@@ -71,6 +75,10 @@ class MixedPrecision(QuantizationStage):
 
     source = "Kim et al. 2026, Prune-then-Quantize or Quantize-then-Prune?, arXiv 2603.18426"
     needs_calibration = True  # type: ignore[assignment]
+    search_space: ClassVar[SearchSpace] = {
+        "average_bits": (2.5, 3.0, 3.5, 4.0, 5.0, 6.0),
+        "group_size": ("channel", 128, 64),
+    }
 
     def __init__(
         self,
@@ -133,6 +141,25 @@ class MixedPrecision(QuantizationStage):
             # the sizes were foreseen with round to nearest; GPTQ's scales may need float32
             context.notes.append(f"counted {counted} bytes, above size_bytes={self.size_bytes}: scales in float32")
         return {}
+
+    def expected_weights(self, model: LightningModule, weights: ExpectedWeights) -> ExpectedWeights:
+        """The whole budget, as so many bits on average: which layer gets which is up to the data."""
+        layers = self.find_layers(model)
+        rounded = {}
+        for bits in (self._widths[0], self._widths[-1]):
+            rounded[bits] = self._stage(bits).expected_of(layers, weights)
+        least, most = rounded[self._widths[0]], rounded[self._widths[-1]]
+        average = self._average
+        if self.size_bytes is not None:
+            structure = Structure(model, set())
+            smallest, largest = (structure.size(weights.changed(each)).size_bytes for each in (least, most))
+            share = (self.size_bytes - smallest) / max(1, largest - smallest)
+            average = self._widths[0] + min(1.0, max(0.0, share)) * (self._widths[-1] - self._widths[0])
+        chosen = {}
+        for name, weight in most.items():
+            assert weight.grid is not None
+            chosen[name] = replace(weight, grid=replace(weight.grid, bits=average), exact=False)
+        return weights.changed(chosen)
 
     @property
     def _widths(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
@@ -10,7 +11,7 @@ from lightning.pytorch import LightningModule
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.activation_hooks import Transform, transformed_layers
 from pqqp_lightning.network.layers import is_adapter
-from pqqp_lightning.stages import Context, Layer, Plan, Stage
+from pqqp_lightning.stages import Context, ExpectedWeights, Layer, Plan, Stage
 from pqqp_lightning.surgery.decoder import describe_decoder
 from pqqp_lightning.surgery.rotation import plan_structure, rotate_decoder, rotate_structure
 
@@ -93,6 +94,15 @@ class QuaRot(Stage):
         return plan_structure(
             model, describe_decoder(model), fold=self.gains == "fold", online=self.online, seed=self.seed
         )
+
+    def expected_weights(self, model: LightningModule, weights: ExpectedWeights) -> ExpectedWeights:
+        # with allow_undo: a rotation leaves no mask and no grid
+        rotated, exact = {}, True
+        for name in self.find_layers(model):
+            before = weights.weights[name]
+            exact = exact and before.kept is None and before.grid is None
+            rotated[name] = replace(before, kept=None, row_kept=None, pattern=None, grid=None)
+        return weights.changed(rotated, exact)
 
     @staticmethod
     def restructure(model: LightningModule, plan: Plan) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -17,7 +17,7 @@ from pqqp_lightning.calibration.walk import Walk, calibrating
 from pqqp_lightning.errors import Problem, RecipeError, near_miss
 from pqqp_lightning.network.blocks import keep_blocks, model_blocks
 from pqqp_lightning.network.name_patterns import matches, matches_any
-from pqqp_lightning.stages import Context, Layer, Plan, Stage
+from pqqp_lightning.stages import Context, ExpectedWeights, Layer, Plan, SearchSpace, Stage
 from pqqp_lightning.surgery.removal import (
     Sublayer,
     outside_of_a_list,
@@ -74,6 +74,7 @@ class SLEB(Stage):
     source = "Song et al. 2024, SLEB: Streamlining LLMs through Redundancy Verification, arXiv 2402.09025"
     compresses = True
     needs_calibration = True
+    search_space: ClassVar[SearchSpace] = {"amount": (0.1, 0.2, 0.3)}
 
     def __init__(self, amount: int | float, granularity: Literal["block", "sublayer"] = "block", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -111,8 +112,17 @@ class SLEB(Stage):
         return problems
 
     def expected_plan(self, model: LightningModule) -> Plan:
-        units = self._units(model)
+        """The last of the smallest units, so that the expected size is the exact one or an upper bound."""
+        units = sorted(self._units(model), key=lambda unit: -_parameters_of(model, unit))
         return self._plan(model, units[-self._count(model) :], {})
+
+    def expected_weights(self, model: LightningModule, weights: ExpectedWeights) -> ExpectedWeights:
+        kinds = set()
+        for unit in self._units(model):
+            inside = [name for name in weights.weights if name.startswith(f"{unit.name}.")]
+            stored = [weights.weights[name].size_bytes() for name in inside]
+            kinds.add((_parameters_of(model, unit), tuple(stored)))
+        return weights.changed({}, exact=len(kinds) == 1)
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         walk = context.walk(self.find_blocks(model))
@@ -275,6 +285,10 @@ class SLEB(Stage):
             f"{self.granularity} evaluations a batch in each round: {', '.join(map(str, ours))}; whole forward passes "
             f"would take {', '.join(map(str, naive))}"
         )
+
+
+def _parameters_of(model: nn.Module, unit: _Unit) -> int:
+    return sum(parameter.numel() for parameter in model.get_submodule(unit.name).parameters())
 
 
 def _make_losses(

@@ -42,6 +42,8 @@ PIPELINES: dict[str, Callable[[], list[Stage]]] = {
     "SparseGPT 2:4, RTN 8": lambda: [c.SparseGPT(pattern="2:4"), c.RTN(8)],
     "QuaRot, GPTQ asymmetric": lambda: [c.QuaRot(), c.GPTQ(4, symmetric=False)],
     "SLEB, Wanda, RTN 3": lambda: [c.SLEB(1), c.Wanda(0.5), c.RTN(3)],
+    "SLEB of sublayers, RTN": lambda: [c.SLEB(1, granularity="sublayer"), c.RTN(4)],
+    "ChannelPruning of one block, RTN": lambda: [c.ChannelPruning(0.3, targets=["*.1.*"]), c.RTN(4, targets=["*.0.*"])],
     "ChannelPruning, GPTQ, LoRA": lambda: [c.ChannelPruning(0.5), c.GPTQ(4), c.LoRA()],
     "GPTQ, LoRA kept apart": lambda: [c.GPTQ(4), c.LoRA(merge=False)],
 }

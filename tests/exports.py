@@ -16,8 +16,15 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 import pqqp_lightning.callbacks as c
+from pqqp_lightning import Stage
 from pqqp_lightning.export import runtime_check
 from pqqp_lightning.models import CausalLM
+
+
+def _without(*sublayers: str) -> list[Stage]:
+    """Stages that remove these sublayers, and quantize what is left."""
+    return [c.SLEB(len(sublayers), granularity="sublayer", targets=list(sublayers)), c.RTN(4)]
+
 
 RUNS: dict[str, Any] = {
     "dense": lambda: [],
@@ -39,12 +46,17 @@ RUNS: dict[str, Any] = {
     "sublayer": lambda: [c.SLEB(1, granularity="sublayer")],
     "channels": lambda: [c.ChannelPruning(0.5, head_ratio=0.5)],
     "uneven": lambda: [c.ChannelPruning(0.5, targets=["*.0.mlp.*"]), c.RTN(4)],
+    "narrow": lambda: [c.ChannelPruning(0.3, head_ratio=0.5, targets=["*.1.*"]), c.RTN(4, targets=["*.0.*"])],
+    "no-first-attention": lambda: _without("*.0.self_attn"),
+    "no-attention": lambda: _without("*.1.self_attn"),
+    "no-mlp": lambda: _without("*.1.mlp"),
+    "no-last-block": lambda: _without("*.1.self_attn", "*.1.mlp"),
     "basis": lambda: [c.BasisSharing(0.2), c.RTN(4)],
     "quarot": lambda: [c.QuaRot(), c.RTN(4)],
     "online": lambda: [c.QuaRot(online=True)],
     "kept-gains": lambda: [c.QuaRot(gains="keep")],
     "activations": lambda: [c.ActivationQuantization(kv_bits=4)],
-    "narrow": lambda: [c.ChannelPruning(0.5)],
+    "narrow-channels": lambda: [c.ChannelPruning(0.5)],
     "grouped": lambda: [c.RTN(4, group_size=4, targets=["*attn*"])],
     "grouped-convolution": lambda: [c.RTN(4, group_size=4, targets=["*grouped"])],
     "rtn4-rows": lambda: [c.RTN(4)],

@@ -7,6 +7,8 @@ the fast implementations are compared with. Shapes: O out, I in, G groups of col
 - Wanda: arXiv 2306.11695
 - SparseGPT: arXiv 2301.00774, Algorithm 1
 - GPTQ: arXiv 2210.17323, Algorithm 1
+- EoRA: arXiv 2410.21271, the projection into the eigenspace of the inputs
+- ALPS: arXiv 2406.07831, Algorithm 1 with the rho update of its appendix
 
 SparseGPT and GPTQ are one loop over the columns with a different decision at each column, so the loop
 (how an error is compensated) and the decisions (which value a column takes) are kept apart. There are
@@ -301,6 +303,56 @@ def sparsegpt(
         return np.where(kept[:, column], target, 0.0)
 
     return loop(weight, hessian, decide), kept
+
+
+def alps(weight, hessian, *, sparsity=None, pattern=None, damping=0.01, mask=None) -> tuple[np.ndarray, np.ndarray]:
+    """ALPS: ADMM for the mask, then the least-squares solution of every row on its kept columns.
+
+    The W update solves its system anew in every iteration. The columns are scaled so that H has a diagonal of 1.
+    """
+    weight, hessian = prepare(weight, hessian, damping)
+    rows, columns = weight.shape
+    scale = np.sqrt(np.diag(hessian))
+    target = weight * scale
+    scaled = hessian / np.outer(scale, scale)
+
+    def support(values: np.ndarray) -> np.ndarray:
+        if pattern is not None:
+            return prune_pattern(np.abs(values), pattern, mask)
+        earlier = None if mask is None else mask.reshape(-1)
+        return prune_scores(np.abs(values).reshape(-1), round(sparsity * values.size), earlier).reshape(rows, columns)
+
+    rho = 0.1
+    sparse = np.where(support(target), target, 0.0)
+    multipliers = np.zeros_like(target)
+    before = support(target)
+    for iteration in range(300):
+        free = np.linalg.solve(scaled + rho * np.eye(columns), (target @ scaled - multipliers + rho * sparse).T).T
+        kept = support(free + multipliers / rho)
+        sparse = np.where(kept, free + multipliers / rho, 0.0)
+        multipliers = multipliers + rho * (free - sparse)
+        if iteration % 3 == 2:
+            changed = int((kept != before).sum())
+            if changed == 0:
+                break
+            amount = int(kept.sum())
+            rho *= 1.3 if changed >= 0.1 * amount else 1.2 if changed >= 0.005 * amount else 1.1
+            before = kept
+    solved = np.zeros_like(weight)
+    for row in range(rows):
+        columns_kept = np.flatnonzero(kept[row])
+        system = hessian[np.ix_(columns_kept, columns_kept)]
+        solved[row, columns_kept] = np.linalg.solve(system, (weight[row] @ hessian)[columns_kept])
+    return solved, kept
+
+
+def eora(error, hessian, rank: int) -> np.ndarray:
+    """B A [O, I]: the first `rank` singular values of the error in the eigenspace of the inputs, projected back."""
+    values, vectors = np.linalg.eigh(np.asarray(hessian, dtype=np.float64))
+    projection = vectors * np.sqrt(values)  # Q L^1/2
+    left, singular, right = np.linalg.svd(np.asarray(error, dtype=np.float64) @ projection, full_matrices=False)
+    b = left[:, :rank] * singular[:rank]
+    return b @ right[:rank] @ np.diag(1 / np.sqrt(values)) @ vectors.T
 
 
 def gptq(

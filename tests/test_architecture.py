@@ -16,6 +16,7 @@ FLOORS = {
     "cli": 9,
     "experiments": 8,
     "trials": 7,
+    "inference": 7,
     "runs": 6,
     "callbacks": 6,
     "data": 6,

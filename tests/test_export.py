@@ -287,6 +287,7 @@ def test_a_failed_check_exits_with_1(folder, capsys):
         ("run --to hf --out x --widen yes", "command line: widen='yes' is neither true nor false"),
         ("run --to hf --out", "command line: out has no value. Write --out VALUE."),
         ("run --to hf --out x --voice low", "command line: voice is an option of --to chatty; hf does not have it."),
+        ("run --to gguf --to hf --out x", "command line: to='hf' is given twice. Write it once."),
         ("run more --to hf --out x", "command line: Unexpected argument 'more'"),
         ("--to hf --out x", "command line: export needs a run folder"),
         ("run --out x", "command line: export needs --to. Choose one of"),

@@ -1,7 +1,6 @@
 """The GGUF target: our codes in llama.cpp's blocks, and llama.cpp computes what the run does."""
 
 import importlib.util
-import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from exports import checks_here, run_of  # noqa: F401  # a fixture
 
 from pqqp_lightning import load
-from pqqp_lightning.callbacks import RTN
+from pqqp_lightning.callbacks import RTN, SLEB, ChannelPruning
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.export.export_run import CheckFailed, export_run
 from pqqp_lightning.export.targets import gguf as target_file
@@ -26,8 +25,10 @@ BLOCK_TYPES = {
     "rtn8": "Q8_0",
     "pruned-rtn4": "Q4_0",
 }
+UNEVEN = ["uneven", "narrow", "sublayer", "no-first-attention", "no-attention", "no-mlp", "no-last-block"]
 OTHERS = ["dense", "sparse", "sleb", "channels", "basis", "quarot", "adapters", "mixed"]
-REFUSED = {"nf4": "levels of NF4 or FP4", "uneven": "uneven widths", "online": "rotate their inputs"}
+REFUSED = {"nf4": "levels of NF4 or FP4", "online": "rotate their inputs"}
+F32 = {"dtype": "float32"}
 LONGEST_DIFFERENCE = 2e-2
 """Of a logit: llama.cpp rounds activations to 8 bits in front of quantized layers."""
 
@@ -43,7 +44,7 @@ def export(tmp_path, name, **options):
     return export_run(run_of(name), to="gguf", out=tmp_path / "model.gguf", **options)
 
 
-@pytest.mark.parametrize("name", [*BLOCK_TYPES, *OTHERS])
+@pytest.mark.parametrize("name", [*BLOCK_TYPES, *OTHERS, *UNEVEN])
 def test_llama_cpp_computes_the_same(name, tmp_path, checks_here):  # noqa: F811
     done = export(tmp_path, name, dtype="float32")
     if LLAMA_CPP:
@@ -56,6 +57,39 @@ def test_llama_cpp_computes_the_same(name, tmp_path, checks_here):  # noqa: F811
 @pytest.mark.skipif(not LLAMA_CPP, reason="the package xllamacpp is not installed")
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
 def test_llamas_kin_are_written_too(kind, tmp_path, checks_here):  # noqa: F811
+    done = export_run(run_of_kind(kind, tmp_path, RTN(4, group_size=32)), to="gguf", out=tmp_path / "m.gguf", **F32)
+    assert done.agreement.largest_difference < 5 * LONGEST_DIFFERENCE
+    assert done.agreement.divergence < 1e-4
+
+
+@pytest.mark.skipif(not LLAMA_CPP, reason="the package xllamacpp is not installed")
+def test_uneven_blocks_with_a_tied_head_are_written_too(tmp_path, checks_here):  # noqa: F811
+    done = export_run(run_of("no-attention", tied=True), to="gguf", out=tmp_path / "model.gguf", **F32)
+    assert "output.weight" not in read(tmp_path / "model.gguf")
+    assert done.agreement.divergence < 1e-3
+
+
+@pytest.mark.skipif(not LLAMA_CPP, reason="the package xllamacpp is not installed")
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+def test_llamas_kin_keep_uneven_widths(kind, tmp_path, checks_here):  # noqa: F811
+    stages = [
+        ChannelPruning(0.3, head_ratio=0.5, targets=["*.1.*"]),
+        SLEB(1, granularity="sublayer", targets=["*.0.self_attn"]),
+    ]
+    done = export_run(run_of_kind(kind, tmp_path, *stages), to="gguf", out=tmp_path / "m.gguf", **F32)
+    assert done.agreement.largest_difference < 5 * LONGEST_DIFFERENCE
+    assert done.agreement.divergence < 1e-4
+
+
+def test_an_architecture_with_one_width_takes_zeros(tmp_path, checks_here):  # noqa: F811
+    run = run_of_kind("qwen3", tmp_path, ChannelPruning(0.5, targets=["*.1.mlp.*"]))
+    with pytest.raises(RecipeError, match="Set --pad true"):
+        export_run(run, to="gguf", out=tmp_path / "m.gguf")
+    export_run(run, to="gguf", out=tmp_path / "m.gguf", pad=True, **F32)
+
+
+def run_of_kind(kind, folder, *stages):
+    """The folder of a run of a small model of type ``kind``."""
     settings = tiny.LLAMA | {"model_type": kind, "head_dim": 16, "sliding_window": None}
     if kind == "qwen2":
         del settings["head_dim"]
@@ -64,11 +98,8 @@ def test_llamas_kin_are_written_too(kind, tmp_path, checks_here):  # noqa: F811
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))  # biases are zeros at first
-    trainer = tiny.trainer(tmp_path / "run", RTN(4, group_size=32))
-    trainer.fit(module, datamodule=tiny.make_data("llama", tmp_path))
-    done = export_run(tmp_path / "run", to="gguf", out=tmp_path / "model.gguf", dtype="float32")
-    assert done.agreement.largest_difference < 5 * LONGEST_DIFFERENCE
-    assert done.agreement.divergence < 1e-4
+    tiny.trainer(folder / "run", *stages).fit(module, datamodule=tiny.make_data("llama", folder))
+    return folder / "run"
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
@@ -162,14 +193,6 @@ def test_requantized_blocks_fail_the_check(tmp_path, monkeypatch):
 
 
 # --- the tokenizer ---
-
-
-def test_a_tokenizer_of_another_kind_names_llama_cpps_converter(tmp_path):
-    shutil.copytree(run_of("rtn4"), tmp_path / "run")
-    (tmp_path / "run" / "tokenizer").mkdir()
-    (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"did not come from a GGUF file.*convert_hf_to_gguf\.py"):
-        export_run(tmp_path / "run", to="gguf", out=tmp_path / "model.gguf")
 
 
 def test_the_vocabulary_of_a_gguf_file_is_kept_as_it_is(tmp_path):

@@ -37,7 +37,7 @@ def test_weights_are_rounded_once_to_the_dtype(tmp_path, checks_here):  # noqa: 
     assert 0 < done.agreement.relative_difference < 1e-2
 
 
-@pytest.mark.parametrize(("name", "kind"), [("narrow", "resnet"), ("channels", "deit")])
+@pytest.mark.parametrize(("name", "kind"), [("narrow-channels", "resnet"), ("channels", "deit")])
 def test_zeros_in_place_of_removed_channels_and_heads_change_nothing(name, kind, tmp_path, checks_here):  # noqa: F811
     with pytest.raises(RecipeError, match=r"other widths than the library's network.*Set --pad true"):
         export_run(run_of(name, kind), to="timm", out=tmp_path / "model")

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from pqqp_lightning import load
 from pqqp_lightning.calibration.chain import first_output
 from pqqp_lightning.callbacks import (
+    ALPS,
     GPTQ,
     NF4,
     QAT,
@@ -230,6 +231,8 @@ ORDERS = [
     (lambda: SparseGPT(0.5), lambda: GPTQ(4)),
     (lambda: GPTQ(4, symmetric=False), lambda: SparseGPT(pattern="2:4")),
     (lambda: Wanda(0.5), lambda: GPTQ(3, group_size=4)),
+    (lambda: ALPS(0.5), lambda: GPTQ(4)),
+    (lambda: GPTQ(4), lambda: ALPS(pattern="2:4")),
 ]
 
 

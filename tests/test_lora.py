@@ -427,7 +427,7 @@ def test_a_run_that_stops_after_training_goes_on_to_the_same_end(tmp_path, monke
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs=0 trains no adapter. Use 1 or more."),
+        ({"epochs": 0}, "epochs=0 trains no adapter. Use 1 or more"),
         ({"rank": 0}, "rank=0 is not above 0"),
         ({"alpha": 0}, "alpha=0 is not above 0"),
         ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),

@@ -116,6 +116,14 @@ def test_an_order_is_the_same_bit_for_bit(folder):
     assert models(folder / "ray") == models(folder / "local") == ["+".join(local["best"])]
 
 
+def test_a_search_is_the_same_bit_for_bit(folder):
+    space = ["--space.prune.sparsity", "[0.5,0.8]", "--space.quantize.bits", "[4,3]", "--target_rate", "2.2"]
+    local, remote = both(folder, "search", *space, "--at_once", "2", "--stop_early", "false", "--trials", "4")
+    assert remote == local
+    assert len(local["trials"]) == 4
+    assert models(folder / "ray") == models(folder / "local")
+
+
 def test_a_sweep_is_the_same_bit_for_bit(folder):
     local, remote = both(folder, "sweep", "--grid.prune.sparsity", "[0.5,0.8]", "--grid.quantize.bits", "[4,3]")
     assert remote == local

@@ -17,6 +17,7 @@ from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
 from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
 from pqqp_lightning.runs.checks import check_stages
+from pqqp_lightning.runs.forecast import Forecast
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.stages.arguments import arguments_of, documentation
@@ -79,6 +80,25 @@ def check_promises(module, stages):
                 assert constraints[name].grid is not None, name
 
 
+ROUNDED = 0.002
+"""What whole bytes make of a total that the data spreads over the layers, as a fraction."""
+
+
+def check_expected_size(module, kind, tmp_path, stages):
+    """The size is known before anything runs: exactly, or as a bound where the data decides."""
+    data = RunData(tiny.make_model(kind), datamodule=tiny.make_data(kind, tmp_path))
+    turn = Forecast(data, stages).after(stages)
+    assert not turn.problems
+    targeted = dict.fromkeys(name for stage in stages for name in stage.find_layers(data.module))
+    counted = measure_size(module, targeted)
+    layer_bytes = sum(layer.size_bytes for layer in counted.layers)
+    print(turn.size, counted.size_bytes, layer_bytes)
+    if turn.size.exact:
+        assert (turn.size.size_bytes, turn.size.layer_bytes) == (counted.size_bytes, layer_bytes)
+    else:
+        assert counted.size_bytes <= turn.size.size_bytes * (1 + ROUNDED)
+
+
 def check_loads(folder, module, kind):
     """The checkpoint alone gives the same weights, constraints and outputs, bit for bit."""
     loaded = load(folder)
@@ -112,6 +132,7 @@ def test_a_stage_keeps_its_promises_and_its_checkpoint_loads(tmp_path, name, kin
         average = sum(layer.bits * layer.entries for layer in size.layers) / size.entries
         asked = collect_constraints(module)[next(iter(layers))].grid.bits if name == "INT8" else 4
         assert asked - 0.2 < average <= asked  # bits that differ by layer leave a remainder
+    check_expected_size(module, kind, tmp_path, [make(name)])
     check_loads(tmp_path / "run", module, kind)
     assert trainer.callbacks  # the stages are ordinary callbacks
 
@@ -184,6 +205,7 @@ def test_every_ordered_pair_runs_with_both_constraints_or_is_refused_with_the_wa
         return
     module = run_second(tmp_path, kind, first, stages)
     check_promises(module, stages)
+    check_expected_size(module, kind, tmp_path, stages_named(first, second))
     check_loads(tmp_path / "run", module, kind)
 
 
@@ -222,6 +244,7 @@ def test_every_order_of_pruning_quantizing_and_recovering_runs(tmp_path, names):
     stages = stages_named(*names)
     module, _ = run(tmp_path, "llama", *stages)
     check_promises(module, stages)
+    check_expected_size(module, "llama", tmp_path, stages_named(*names))
     check_loads(tmp_path / "run", module, "llama")
 
 

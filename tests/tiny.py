@@ -218,7 +218,7 @@ def make_stage(cls: type[Stage], name: str | None = None) -> Stage:
 def make_stages(cls: type[Stage]) -> list[Stage]:
     """A stage as :func:`make_stage` makes it; before one that repairs, the stages of its docstring's example."""
     earlier: list[Stage] = []
-    for name, item in example_stages(cls).items() if cls.needs_dense else ():
+    for name, item in example_stages(cls).items() if make_stage(cls).needs_dense else ():
         if item["class_path"] == cls.__name__:
             break
         stage = known_stages()[item["class_path"]](**item.get("init_args", {}))

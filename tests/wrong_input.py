@@ -34,6 +34,7 @@ class Wrong:
 RECIPE_DATA = RECIPE[RECIPE.index("  class_path: TokenData") : RECIPE.index("trainer:")]
 PRUNE = "{class_path: Magnitude, init_args: {sparsity: 0.5}}"
 SWEEP = "sweep --config recipe.yaml"
+SEARCH = "search --config recipe.yaml"
 TRAINED = {"evaluation: evaluation.npy": "evaluation: evaluation.npy, train: train.npy"}
 BARE_MODELS = """
 from lightning.pytorch import LightningModule
@@ -732,6 +733,87 @@ WRONG = [
         "command line: grid ~ 6 points",
         "--grid.prune.sparsity [0.3,0.5] --grid.quantize.bits [8,4,3] --max_points 5",
         command=SWEEP,
+    ),
+    Wrong(
+        "search under two budgets, by an unknown sampler, for no pipeline",
+        ["command line: target_rate=8", "command line: sampler='tpee' ~ Did you mean 'tpe'?", "command line: trials=0"],
+        "--target_rate 8 --target_bits 3 --sampler tpee --trials 0",
+        command=SEARCH,
+    ),
+    Wrong(
+        "search under a budget that is no size",
+        "command line: target_size='60mugs'",
+        "--target_size 60mugs",
+        command=SEARCH,
+    ),
+    Wrong(
+        "search under a rate that nothing reaches",
+        "command line: target_rate=50.0 ~ than the smallest pipeline reaches: prune[sparsity=0.7] -> quantize[bits=2]",
+        "--target_rate 50 --space.prune.sparsity [0.5,0.7] --space.quantize.bits [2,4]",
+        command=SEARCH,
+    ),
+    Wrong(
+        "search in a space that names no stage and no argument, in no order",
+        [
+            "command line: space.prun ~ Did you mean 'prune'?",
+            "command line: space.prune.optional='maybe'",
+            "command line: space.quantize.bitz ~ Did you mean 'bits'?",
+            "command line: space.order='backwards'",
+        ],
+        "--space.prun.sparsity [0.5] --space.quantize.bitz [8,4] --space.prune.optional maybe --space.order backwards",
+        command=SEARCH,
+    ),
+    Wrong(
+        "search in ranges that are none",
+        [
+            "command line: space.prune.sparsity={'low': 0.3, 'high': 0.7}",
+            "command line: space.quantize.bits={'low': 8, 'hi': 3}",
+        ],
+        '--space.prune.sparsity {"low":0.3,"high":0.7} --space.quantize.bits {"low":8,"hi":3}',
+        command=SEARCH,
+    ),
+    Wrong(
+        "search with values that the stage refuses",
+        ["command line: space.prune.sparsity=1.5", "command line: space.quantize.bits=9"],
+        "--space.prune.sparsity [0.5,1.5] --space.quantize.bits [4,9]",
+        command=SEARCH,
+    ),
+    Wrong(
+        "search with a value that the model refuses",
+        ["command line: space.quantize.group_size=24", "command line: space.quantize.group_size=24"],
+        "--space.quantize.group_size [24,32]",
+        command=SEARCH,
+    ),
+    Wrong(
+        "search over a stage without a search space",
+        "command line: space.quantize ~ no search space",
+        "--space.quantize {}",
+        recipe={"RTN, init_args: {bits: 4}": "INT8"},
+        command=SEARCH,
+    ),
+    Wrong(
+        "search with nothing to choose",
+        "command line: space ~ nothing to choose",
+        "--space.prune.sparsity [0.5] --space.order fixed",
+        command=SEARCH,
+    ),
+    Wrong(
+        "search in a space of too many pipelines",
+        "command line: space ~ 12 pipelines",
+        "--space.prune.sparsity [0.3,0.5] --space.quantize.bits [8,4,3] --max_points 5",
+        command=SEARCH,
+    ),
+    Wrong(
+        "search for an objective that nobody measures",
+        "command line: objectives='perplexty' ~ Did you mean 'perplexity'?",
+        "--objectives [perplexty,size]",
+        command=SEARCH,
+    ),
+    Wrong(
+        "search for the size alone, and with an order that lacks a stage",
+        ["command line: objectives=['size']", "command line: space.order=['prune']"],
+        "--objectives [size] --space.order [[prune]]",
+        command=SEARCH,
     ),
     Wrong(
         "curve of no stage",

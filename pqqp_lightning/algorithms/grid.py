@@ -106,7 +106,8 @@ class Grid:
         """Decode ``codes`` to float32; scale and zero broadcast to them. Float codes are overwritten."""
         if self.codebook is None:
             return codes.sub_(zero).mul_(scale)
-        return levels_of(self.codebook, codes).take(codes).mul_(scale)
+        levels = levels_of(self.codebook, codes)
+        return levels.index_select(0, codes.flatten()).view(codes.shape).mul_(scale)
 
     def _expand(self, x: Tensor) -> Tensor:
         return x if x.shape[1] == 1 else x.repeat_interleave(self.group_size, dim=1)
@@ -161,6 +162,20 @@ def fit_grid(
     return _spanning(lowest * best, highest * best, bits, symmetric, columns, grid.scale.dtype)
 
 
+def span_range(
+    weight: Tensor, *, group_size: int | None = None, symmetric: bool = True, per_tensor: bool = False
+) -> tuple[float, float]:
+    """Return the smallest positive and the largest span of the groups that :func:`fit_grid` gives one scale each.
+
+    Without a positive span both are what a group of zeros gets. Arguments as in :func:`fit_grid`.
+    """
+    w = weight.float()
+    grouped = w.reshape(1, 1, -1) if per_tensor else w.unflatten(1, (-1, group_size or weight.shape[1]))
+    span = _spans(grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0), symmetric)
+    positive = span[span > 0]
+    return (1.0, 1.0) if not len(positive) else (float(positive.min()), float(positive.max()))
+
+
 def fit_codebook(weight: Tensor, codebook: Codebook, group_size: int | None = None) -> Grid:
     """Fit a codebook's grid to ``weight`` [O, I]: one scale max|w| for every ``group_size`` columns of a row.
 
@@ -180,8 +195,10 @@ def encode(weight: Tensor, grid: Grid) -> Tensor:
 def decode(codes: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the weights [O, I] that ``codes`` represent."""
     # A uniform grid computes with the codes; a codebook looks levels up by them.
-    numbers = codes.to(torch.float32 if grid.codebook is None else torch.int64, copy=True)
-    return grid.values(numbers, grid.expanded_scale(), grid.expanded_zero()).to(dtype)
+    numbers = codes.to(torch.float32 if grid.codebook is None else torch.int32, copy=True)
+    groups = numbers.unflatten(1, (grid.scale.shape[1], -1))  # [O, G, size]: scales broadcast without being repeated
+    zero = grid.middle if grid.zero is None else grid.zero.float()[..., None]
+    return grid.values(groups, grid.scale.float()[..., None], zero).flatten(1).to(dtype)
 
 
 def round_to_grid(weight: Tensor, grid: Grid) -> Tensor:
@@ -279,7 +296,7 @@ def _spanning(
     ``dtype`` is that of the scales; by default float16 if it is precise enough, else float32.
     """
     levels = 2**bits - 1
-    span = 2 * torch.maximum(highest, -lowest) if symmetric else highest - lowest
+    span = _spans(lowest, highest, symmetric)
     scale = torch.where(span > 0, span / levels, torch.ones_like(span))  # a group of zeros needs a scale above 0
     scale = _in_storage_dtype(scale) if dtype is None else scale.to(dtype)
     zero = None
@@ -287,6 +304,11 @@ def _spanning(
         # From the scale as stored, since that is what the weights are decoded with.
         zero = (-lowest / scale.float()).round().clamp(0, levels).to(torch.uint8)
     return Grid(bits, scale, zero, columns)
+
+
+def _spans(lowest: Tensor, highest: Tensor, symmetric: bool) -> Tensor:
+    """The width of the range that each group's levels cover, from ``lowest`` <= 0 to ``highest`` >= 0."""
+    return 2 * torch.maximum(highest, -lowest) if symmetric else highest - lowest
 
 
 def _clip_errors(grouped: Tensor, trials: Grid, importance: Tensor | None) -> Tensor:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from math import gcd
 
 import torch
 from torch import Tensor
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer type of as many bytes."""
 
-def packed_bytes(count: int, bits: int) -> int:
-    """Return the bytes that ``count`` integers of ``bits`` bits take."""
-    return (count * bits + 7) // 8
+
+def packed_bytes(count: int, bits: float) -> int:
+    """Return the bytes that ``count`` integers of ``bits`` bits, or of so many on average, take."""
+    return math.ceil(count * bits / 8)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -32,9 +37,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """Return the ``count`` codes (uint8) that :func:`pack_bits` packed."""
-    if 8 % bits == 0:  # no code crosses a byte: one shift for all
-        offsets = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        return ((packed[:, None] >> offsets) & (2**bits - 1)).flatten()[:count]
+    if 8 % bits == 0:  # no code crosses a byte: look up all codes of a byte at once
+        return _codes_of_bytes(bits, packed.device).index_select(0, packed.int()).view(torch.uint8)[:count]
     groups = (count + 7) // 8
     padded = torch.zeros(groups * bits, dtype=torch.uint8, device=packed.device)
     padded[: packed.numel()] = packed
@@ -49,6 +53,15 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     return lanes.flatten()[:count]
 
 
+@cache
+@torch.inference_mode(False)  # the cached tensor outlives this call
+def _codes_of_bytes(bits: int, device: torch.device) -> Tensor:
+    """The codes in each of the 256 bytes, [256]: an entry is one integer, whose bytes are the 8 / bits codes."""
+    offsets = torch.arange(0, 8, bits, device="cpu")
+    codes = (torch.arange(256, device="cpu")[:, None] >> offsets) & (2**bits - 1)  # [256, codes in a byte]
+    return codes.to(torch.uint8).contiguous().view(_INTEGERS[8 // bits]).flatten().to(device)
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """Pack a bool mask of any shape, one bit per entry."""
     return pack_bits(mask.flatten().to(torch.uint8), 1)
@@ -57,6 +70,26 @@ def pack_mask(mask: Tensor) -> Tensor:
 def unpack_mask(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Return the bool mask of ``shape`` that :func:`pack_mask` packed."""
     return unpack_bits(packed, 1, torch.Size(shape).numel()).bool().view(shape)
+
+
+def expand_kept(values: Tensor, mask: Tensor, fill: int = 0) -> Tensor:
+    """Return the matrix [O, I] that holds ``values`` [n], in order, where ``mask`` [O, I] is True, else ``fill``.
+
+    Boolean indexing would branch at every entry, which takes ten times as long on a CPU.
+    """
+    if values.numel() == 0:
+        return values.new_full(mask.shape, fill)
+    counter = torch.int32 if mask.numel() < 2**31 else torch.int64
+    position = mask.flatten().cumsum(0, dtype=counter).sub_(1).clamp_(min=0)  # of each entry's value, if it has one
+    kept = zero_removed(values.index_select(0, position).view(mask.shape), mask)
+    return kept.add_(mask.logical_not().to(kept.dtype), alpha=fill) if fill else kept
+
+
+def zero_removed(matrix: Tensor, mask: Tensor) -> Tensor:
+    """Return ``matrix`` with zeros where ``mask`` is False, whatever it held there, NaN included."""
+    integer = _INTEGERS[matrix.element_size()]
+    every_bit = mask.view(torch.uint8).to(integer).neg()  # 0 or -1: no bits or all bits
+    return matrix.view(integer).bitwise_and(every_bit).view(matrix.dtype)
 
 
 def position_bits(size: int) -> int:

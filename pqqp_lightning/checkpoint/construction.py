@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.parsing import AttributeDict
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pqqp_lightning.network.structure import class_path
 
@@ -60,6 +66,38 @@ def unknown_arguments(module_class: type, init_args: dict[str, Any]) -> str:
     if not missing:
         return ""
     return f"{module_class.__name__} was built with the defaults of {_list(missing)}: {_how_recorded(init_args)}"
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, modules are built with parameters on the meta device, which takes no memory. Buffers are as always.
+
+    A constructor may compute buffers that no checkpoint holds (rotary frequencies). ``torch.device("meta")`` would
+    leave them empty.
+    """
+    register = nn.Module.register_parameter
+    # A parameter that two modules share must stay one. The keys are weak: the dense ones shall not be kept.
+    on_meta: Any = WeakIdKeyDictionary()
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta and not is_lazy(parameter):
+            if parameter not in on_meta:
+                on_meta[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            parameter = on_meta[parameter]
+        register(module, name, parameter)
+
+    with patch.object(nn.Module, "register_parameter", register_on_meta):
+        yield
+
+
+def left_on_meta(module: nn.Module) -> list[str]:
+    """The tensors of a built module that have no values, besides its parameters: it computed them from parameters."""
+    names = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    for prefix, part in module.named_modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                names.append(f"{prefix}.{name}".lstrip("."))
+    return names
 
 
 def arguments_for(module_class: type, init_args: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pqqp_lightning.algorithms.grid import Grid, decode, encode
 from pqqp_lightning.algorithms.packing import (
+    expand_kept,
     mask_to_positions,
     pack_bits,
     pack_mask,
@@ -16,6 +17,7 @@ from pqqp_lightning.algorithms.packing import (
     positions_to_slots,
     unpack_bits,
     unpack_mask,
+    zero_removed,
 )
 from pqqp_lightning.checkpoint.encoding import encode_weight
 from pqqp_lightning.network.constraints import Constraints
@@ -71,34 +73,47 @@ def pack_weight(
 
 def unpack_weight(entry: dict[str, Any], parts: dict[str, Tensor]) -> tuple[Tensor, Constraints]:
     """Rebuild a weight and its constraints from the results of :func:`pack_weight`."""
-    rows, columns = entry["matrix"]
-    dtype = getattr(torch, entry["dtype"])
     mask = _unpack_mask(entry, parts)
-    grid = None
-    values = parts["values"]
-    if entry["bits"] is not None:
-        scale = parts["scale"]
-        zero = None
-        if "zero" in parts:
-            zero = unpack_bits(parts["zero"], entry["bits"], scale.numel()).view(scale.shape)
-        grid = Grid(entry["bits"], scale, zero, columns, entry.get("codebook"))
-        count = rows * columns if mask is None else int(mask.sum())
-        values = unpack_bits(values, entry["bits"], count)
-
-    if mask is None:
-        matrix = values.view(rows, columns)
-    else:
-        matrix = torch.zeros(mask.shape, dtype=values.dtype)
-        matrix[mask] = values
-    if grid is not None:
-        matrix = decode(matrix, grid, dtype)
-    if mask is not None:
-        matrix = matrix.masked_fill(~mask, 0)  # pruned entries got code 0, which does not decode to 0
-
+    bits = parts.get("mask")
+    if mask is not None and bits is None:
+        bits = pack_mask(mask)
+    rows, columns = entry["matrix"]
     pattern = None if entry["pattern"] is None else (entry["pattern"][0], entry["pattern"][1])
-    packed_mask = None if mask is None else pack_mask(mask)
-    weight = as_weight(matrix, entry["shape"], entry.get("layout", default_layout(len(entry["shape"]))))
-    return weight, Constraints((rows, columns), packed_mask, pattern, grid)
+    return _unpack_values(entry, parts, mask), Constraints((rows, columns), bits, pattern, _unpack_grid(entry, parts))
+
+
+def unpack_values(entry: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:
+    """Rebuild a weight, without its constraints, on the device of ``parts``."""
+    return _unpack_values(entry, parts, _unpack_mask(entry, parts))
+
+
+def _unpack_values(entry: dict[str, Any], parts: dict[str, Tensor], mask: Tensor | None) -> Tensor:
+    rows, columns = entry["matrix"]
+    grid = _unpack_grid(entry, parts)
+    values = parts["values"]
+    if grid is not None:
+        # An upper limit where a mask removes entries: padding codes at the end are never read.
+        count = min(rows * columns, 8 * values.numel() // grid.bits)
+        values = unpack_bits(values, grid.bits, count)
+    # Code 0 does not decode to 0. The zero point does, which is one number in a symmetric grid.
+    symmetric = grid is not None and grid.zero is None and grid.codebook is None
+    fill = int(grid.middle) if grid is not None and symmetric else 0
+    matrix = values.view(rows, columns) if mask is None else expand_kept(values, mask, fill)
+    if grid is not None:
+        matrix = decode(matrix, grid, getattr(torch, entry["dtype"]))
+        if mask is not None and not symmetric:
+            matrix = zero_removed(matrix, mask)
+    return as_weight(matrix, entry["shape"], entry.get("layout", default_layout(len(entry["shape"]))))
+
+
+def _unpack_grid(entry: dict[str, Any], parts: dict[str, Tensor]) -> Grid | None:
+    if entry["bits"] is None:
+        return None
+    scale = parts["scale"]
+    zero = None
+    if "zero" in parts:
+        zero = unpack_bits(parts["zero"], entry["bits"], scale.numel()).view(scale.shape)
+    return Grid(entry["bits"], scale, zero, entry["matrix"][1], entry.get("codebook"))
 
 
 def _unpack_mask(entry: dict[str, Any], parts: dict[str, Tensor]) -> Tensor | None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from pqqp_lightning.checkpoint.nested import CannotStore, describe, map_tensors, rebuild, tensors_in
+from pqqp_lightning.checkpoint.packed_layers import PackedWeight
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.activation_hooks import QuantizeInput, transformed_layers
 from pqqp_lightning.network.single_step import validation_step
@@ -151,7 +152,7 @@ def first_call(module: LightningModule, batch: Any) -> tuple[str, tuple[tuple[An
     Raises:
         CannotStore: the step calls none.
     """
-    with torch.no_grad(), _calls(module) as calls:
+    with torch.no_grad(), outermost_calls(module) as calls:
         validation_step(module, batch)
     if not calls:
         raise CannotStore("the step calls no module")
@@ -189,7 +190,7 @@ def _run(module: LightningModule, form: dict[str, Any], inputs: list[Tensor], se
         return tensor.to(dtype) if tensor.dtype == torch.float16 else tensor.clone()
 
     arguments = map_tensors(rebuild(form["arguments"], inputs), placed)
-    with keep_random_state(), undisturbed(module), _calls(module) as calls, torch.no_grad():
+    with keep_random_state(), undisturbed(module), outermost_calls(module) as calls, torch.no_grad():
         seed_from(seed)
         if form["run"] == "step":
             calls.append(("", None, validation_step(module, arguments)))
@@ -217,7 +218,9 @@ def _sample(tensor: Tensor) -> Tensor:
 def undisturbed(module: LightningModule) -> Iterator[None]:
     """Inside, the module is in evaluation mode and without a trainer; modes and buffers are restored on exit."""
     modes = {part: part.training for part in module.modules()}
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    # The parts of packed weights are buffers that no pass changes; a copy would double their memory.
+    fixed = {id(part) for weight in module.modules() if isinstance(weight, PackedWeight) for part in weight.buffers()}
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if id(buffer) not in fixed}
     trainers = {m: m._trainer for m in module.modules() if isinstance(m, LightningModule)}
     # Python calls the user's `eval`, which may keep a part in another mode on purpose.
     module.eval()
@@ -236,7 +239,7 @@ def undisturbed(module: LightningModule) -> Iterator[None]:
 
 
 @contextmanager
-def _calls(module: nn.Module) -> Iterator[list[tuple[str, Any, Any]]]:
+def outermost_calls(module: nn.Module) -> Iterator[list[tuple[str, Any, Any]]]:
     """Collect (name, (args, kwargs), output) of the outermost calls of the module's parts, without its metrics."""
     collected: list[tuple[str, Any, Any]] = []
     metrics = {part for metric in module.modules() if isinstance(metric, Metric) for part in metric.modules()}

@@ -127,7 +127,7 @@ def measure_size(
         bits = 8 * tensor.element_size()
         encoding = encode_weight(constraints, bits)
         total += encoding.size_bytes
-        if _is_within(owner, targeted_names):
+        if is_within(owner, targeted_names):
             entries = tensor.numel()
             layers.append(
                 LayerSize(
@@ -150,7 +150,7 @@ def measure_size(
     return ModelSize(total, layers, dense_entries, dense_parameters, total - buffer_bytes)
 
 
-def _is_within(name: str, parents: set[str]) -> bool:
+def is_within(name: str, parents: set[str]) -> bool:
     """Whether ``name`` is one of ``parents`` or lies below one."""
     parts = name.split(".")
     return any(".".join(parts[:end]) in parents for end in range(len(parts), 0, -1))

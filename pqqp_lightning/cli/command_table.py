@@ -56,6 +56,9 @@ COMMANDS = {
         resumable=True,
         is_experiment=True,
     ),
+    "search": Command(
+        "the best pipeline that fits a size", (f"{QUICKSTART} --target_rate 8",), resumable=True, is_experiment=True
+    ),
     "analyze": Command("errors of the layers in both orders", (QUICKSTART,), resumable=True, is_experiment=True),
     "validate": Command("measure a model, or a run's checkpoint", ("--run_dir runs/quickstart",)),
     "test": Command("the same on the test data", ("--run_dir runs/quickstart",)),
@@ -63,6 +66,18 @@ COMMANDS = {
     "export": Command(
         "write a run's model for other programs",
         ("runs/quickstart --to hf --out model",),
+        takes_recipe=False,
+        has_options=True,
+    ),
+    "generate": Command(
+        "continue a prompt with a run's model",
+        ('runs/quickstart --prompt "Once upon"',),
+        takes_recipe=False,
+        has_options=True,
+    ),
+    "classify": Command(
+        "classify images with a run's model",
+        ("runs/digits photos",),
         takes_recipe=False,
         has_options=True,
     ),

@@ -12,9 +12,11 @@ from pqqp_lightning.cli.command_table import COMMANDS
 from pqqp_lightning.experiments import (
     AnalysisOptions,
     OrderOptions,
+    PipelineOptions,
     SweepOptions,
     analyze_pair,
     search_orders,
+    search_pipelines,
     sweep_grid,
 )
 from pqqp_lightning.report.pages import show_run
@@ -33,7 +35,7 @@ NOT_OPTIONS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_d
 
 
 class CommandTrainer(Trainer):
-    """Adds the commands ``order``, ``sweep`` and ``analyze`` to the trainer.
+    """Adds the commands ``order``, ``sweep``, ``search`` and ``analyze`` to the trainer.
 
     The parser reads the options of each command from the method's signature. jsonargparse finds in the method's source
     that ``**options`` are the fields of a dataclass.
@@ -74,6 +76,24 @@ class CommandTrainer(Trainer):
         """
         chosen = SweepOptions(**options)
         sweep_grid(self, model, datamodule, chosen, resume=is_resume(ckpt_path, "sweep"), show=show_run)
+
+    def search(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Find the best pipeline that fits a size: which stages, in which order, and how strong.
+
+        Args:
+            model: the dense model.
+            datamodule: its data.
+            ckpt_path: "last" resumes the search in the run folder.
+            options: the fields of PipelineOptions.
+        """
+        chosen = PipelineOptions(**options)
+        search_pipelines(self, model, datamodule, chosen, resume=is_resume(ckpt_path, "search"), show=show_run)
 
     def analyze(
         self,

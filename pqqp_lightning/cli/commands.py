@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pqqp_lightning.cli.diagnosis import check_sections, diagnose, refuse_nulls
 from pqqp_lightning.cli.export_command import run_export
+from pqqp_lightning.cli.inference_commands import run_classify, run_generate
 from pqqp_lightning.cli.methods import print_methods
 from pqqp_lightning.cli.parser import CommandLine, NotStarted, problems_behind
 from pqqp_lightning.cli.saved_recipe import packaged, with_saved_recipe
@@ -41,6 +42,9 @@ from pqqp_lightning.stages.discovery import (
     known_stages,
     load_installed,
 )
+
+MERGED = {"sweep": "grid", "search": "space"}
+"""The sections of dictionaries by stage and argument, which the recipe and the command line set together."""
 
 
 def run_command(arguments: Sequence[str]) -> None:
@@ -71,6 +75,10 @@ def run_command(arguments: Sequence[str]) -> None:
         show_run(Path(rest[0]))
     elif command == "export":
         run_export(rest)
+    elif command == "generate":
+        run_generate(rest)
+    elif command == "classify":
+        run_classify(rest)
     else:
         with with_saved_recipe(command, [packaged(argument) for argument in rest]) as complete:
             _run_recipe(command, complete)
@@ -105,7 +113,7 @@ def _run_recipe(command: str, arguments: list[str]) -> None:
         for note in replaced_stages(settings):
             rank_zero_only(print)(note)
     try:
-        CommandLine(command, _with_one_grid(arguments, settings) if command == "sweep" else arguments)
+        CommandLine(command, _with_one_option(arguments, settings, MERGED.get(command, "")))
     except ArgumentError as error:
         raise RecipeError(diagnose(command, arguments, error)) from error
     except (RecipeError, MisconfigurationException, OSError) as error:
@@ -118,9 +126,9 @@ def _run_recipe(command: str, arguments: list[str]) -> None:
         raise RecipeError(problems) from error
 
 
-def _with_one_grid(arguments: list[str], settings: list[Setting]) -> list[str]:
-    """Merge the grid into one option, because the parser keeps only the last of two arguments of one stage."""
-    grid = merged_section(settings, "grid")
-    if not grid or not isinstance(grid, dict):
+def _with_one_option(arguments: list[str], settings: list[Setting], section: str) -> list[str]:
+    """Merge ``section`` into one option, because the parser keeps only the last of two arguments of one stage."""
+    merged = merged_section(settings, section)
+    if not merged or not isinstance(merged, dict):
         return arguments
-    return [*without_section(arguments, "grid"), f"--grid={json.dumps(grid, default=str)}"]
+    return [*without_section(arguments, section), f"--{section}={json.dumps(merged, default=str)}"]

@@ -111,7 +111,7 @@ def _suggest_name(setting: Setting, command: str, known: set[str], settings: Seq
     if setting.where != COMMAND_LINE:
         return suggest(name, known).strip()
     if any(other.key.split(".")[:2] == ["stages", name] for other in settings):
-        section = "grid" if "grid" in known else "stages"
+        section = next((section for section in ("grid", "space") if section in known), "stages")
         return f"Did you mean '--{section}.{setting.key}'?"
     near = near_miss(f"--{name}", [f"--{option}" for option in (*known, "config", "print_config")], cutoff=0.7)
     if not near and name in {action.dest for action in parser_of(Trainer)._actions} - PARSER_OPTIONS:

@@ -63,6 +63,8 @@ def _read_options(arguments: Sequence[str]) -> dict[str, Any]:
             options["run"] = value
         elif problem := _wrong_word(name, value):
             problems.append(problem)
+        elif name in options:
+            problems.append(Problem(name, value, "is given twice", "Write it once.", source=COMMAND_LINE))
         else:
             options[name] = BOOLEANS[str(value)] if _is_switch(name) else value
     if "run" not in options:

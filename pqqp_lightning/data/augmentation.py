@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +17,33 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # These transforms take a batch, other transforms or a function: a name and plain arguments cannot describe them.
 NOT_FOR_ONE_IMAGE = {"MixUp", "CutMix", "Compose", "RandomApply", "RandomChoice", "RandomOrder", "Lambda", "Transform"}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become a model's inputs, as a run keeps it: plain data.
+
+    Attributes:
+        channels: 3 for colour, 1 for grey.
+        mean: per channel, for values in 0..1.
+        std: as ``mean``.
+        image_size: see :func:`build_pipeline`.
+        transforms: of evaluation, see :func:`build_pipeline`.
+        input_size: height and width of the inputs that the run evaluated; empty if unknown.
+        classes: the names of the classes; empty if they have none.
+    """
+
+    channels: int
+    mean: list[float]
+    std: list[float]
+    image_size: int | None = None
+    transforms: list[Spec] = field(default_factory=list)
+    input_size: list[int] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+
+    def pipeline(self) -> nn.Module:
+        """The module that turns a uint8 image [C, H, W] into an input [C, H, W]."""
+        return build_pipeline(self.transforms, "evaluation_transforms", self.image_size, self.mean, self.std)
 
 
 def build_pipeline(

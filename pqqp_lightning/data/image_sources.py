@@ -53,7 +53,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
             image, label = self.read(index)
-            return _to_tensor(image, self.channels), int(label)
+            return to_tensor(image, self.channels), int(label)
         except (OSError, SyntaxError, TypeError, ValueError) as error:  # SyntaxError: Pillow's word for a broken PNG
             problem = Problem(text=f"image {index} or its label cannot be read ({error})", way_out="Remove it.")
             raise RecipeError(problem.within("data")) from error
@@ -152,8 +152,9 @@ def read_image_table(
         text = f"of {source!r} contains {kind} instead of class numbers"
         raise RecipeError(Problem("label_column", label, text).within("data"))
     classes = kind.num_classes if isinstance(kind, ClassLabel) else max(table[label]) + 1
+    names = kind.names if isinstance(kind, ClassLabel) else ()
     table = table.select_columns([image, label])  # reading a row decodes all of its columns
-    return LabelledImages(partial(_read_row, table, image, label), len(table), classes, channels)
+    return LabelledImages(partial(_read_row, table, image, label), len(table), classes, channels, names)
 
 
 def _read_pair(images: Tensor, labels: list[int], index: int) -> tuple[Tensor, int]:
@@ -192,7 +193,8 @@ def _find_label(table: Table, source: str, name: str | None) -> str:
     return candidates[0]
 
 
-def _to_tensor(image: Any, channels: int) -> Tensor:
+def to_tensor(image: Any, channels: int) -> Tensor:
+    """A uint8 tensor [C, H, W] of an image (PIL, or uint8 [1, H, W])."""
     if not isinstance(image, Tensor):
         from torchvision.transforms.v2.functional import pil_to_tensor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from pqqp_lightning.data import hub_tables as sources
 from pqqp_lightning.data import image_sources as pictures
-from pqqp_lightning.data.augmentation import Spec, build_pipeline, normalization
+from pqqp_lightning.data.augmentation import Preprocessing, Spec, build_pipeline, normalization
 from pqqp_lightning.data.loaders import (
     check_positive,
     draw_indices,
@@ -163,6 +164,19 @@ class ImageData(LightningDataModule):
     def calibration_dataloader(self) -> DataLoader[Any]:
         """The calibration images, without augmentation; the seed decides which."""
         return fixed_loader(self._calibration_subset(), self.calibration_batch_size, self.num_workers, pictures.collate)
+
+    def image_preprocessing(self, *, read: bool = True) -> Preprocessing:
+        """How evaluation images become inputs, for a run to keep.
+
+        Args:
+            read: also read the names of the classes and an image's size; the data must then be there.
+        """
+        mean, std = normalization(self.channels, self.mean, self.std)
+        known = Preprocessing(self.channels, mean, std, self.image_size, list(self.evaluation_transforms))
+        if not read:
+            return known
+        image, _ = self._evaluation_subset()[0]
+        return replace(known, input_size=list(image.shape[-2:]), classes=self._read(True).classes)
 
     def _refuse_problems(self) -> None:
         problems = self.check()

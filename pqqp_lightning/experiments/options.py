@@ -1,4 +1,4 @@
-"""The options of ``order``, ``sweep`` and ``analyze``: the only place with their names, types, defaults and meaning.
+"""The experiments' options: the only place with their names, types, defaults and meaning.
 
 The command line creates its parser and ``--help`` from these classes, and checks recipes with them. Python users pass
 an instance to :func:`~pqqp_lightning.experiments.search_orders` and its siblings.
@@ -76,6 +76,41 @@ class SweepOptions(SearchOptions):
     curve: str | None = None
     curve_bits: list[int] = field(default_factory=list)
     max_points: int = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineOptions(SearchOptions):
+    """The options of ``search``.
+
+    Args:
+        space: what to choose from: values by stage and argument, as in --space.prune.sparsity [0.3,0.5] or {low: 0.3,
+            high: 0.7, step: 0.1}; "optional: true" beside them lets the stage be left out; "order" is any, fixed or a
+            list of orders. By default each stage's own search space, in any order.
+        target_rate: the dense model's counted size divided by the largest allowed one.
+        target_size: the largest allowed counted size, in bytes or as in 60MB.
+        target_bits: the largest allowed average of stored bits (codes, scales, masks) for each targeted weight.
+        objectives: what to trade off, the deciding metric first: metrics, "size" and "latency_ms". By default the
+            deciding metric under a budget, and the metric and the size without one.
+        trials: measure at most this many pipelines.
+        sampler: "tpe", "nsga2" or "random" of Optuna.
+        sampler_seed: seed of the sampler's choices.
+        at_once: pipelines that are chosen before the next one is known; 1, or 4 with --executor ray.
+        stop_early: stop to evaluate a pipeline once it is clearly behind the best, after an eighth or a quarter of the
+            samples; with one objective and --executor local.
+        max_points: refuse a space with more pipelines.
+    """
+
+    space: dict[str, Any] = field(default_factory=dict)
+    target_rate: float | None = None
+    target_size: int | float | str | None = None
+    target_bits: float | None = None
+    objectives: list[str] | None = None
+    trials: int = 40
+    sampler: str = "tpe"
+    sampler_seed: int = 0
+    at_once: int | None = None
+    stop_early: bool = True
+    max_points: int = 5000
 
 
 @dataclass(frozen=True, kw_only=True)

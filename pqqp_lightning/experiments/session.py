@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pqqp_lightning.errors import Problem
+from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.experiments.options import ExperimentOptions
 from pqqp_lightning.runs.run import run_identity
 from pqqp_lightning.runs.run_data import RunData
@@ -53,6 +54,7 @@ def open_search(
     options: ExperimentOptions,
     *,
     resume: bool,
+    objectives: Sequence[str] = (),
 ) -> Judge:
     """Measure the dense model, choose the deciding metric, then start or resume in the run folder.
 
@@ -63,16 +65,28 @@ def open_search(
         asked: the command, and the options that a resumed search must share.
         options: with the metric and its direction.
         resume: continue the search in the run folder.
+        objectives: further metrics that the evaluation must measure.
 
     Raises:
-        RecipeError: the run folder has another search, or the metric is unknown.
+        RecipeError: the run folder has another search, or a metric is unknown.
     """
     metric, higher = options.metric, options.higher_is_better
+
+    def check(names: Iterable[str]) -> tuple[str, bool]:
+        measured = list(names)
+        for name in objectives:
+            direction = higher if name == metric else None  # the user says that of the deciding metric only
+            try:
+                deciding_metric(data.module, measured, name, direction)
+            except RecipeError as error:
+                raise RecipeError([replace(problem, key="objectives") for problem in error.problems]) from error
+        return deciding_metric(data.module, measured, metric, higher)
+
     # Resuming checks the folder before any work. A new search moves an old folder aside, so only once it can run.
     if resume:
         start_or_resume(trainer, data, asked, resume=True)
-    dense = tree.open(lambda names: deciding_metric(data.module, names, metric, higher))
-    judge = Judge(tree, *deciding_metric(data.module, dense["metrics"], metric, higher))
+    dense = tree.open(check)
+    judge = Judge(tree, *check(dense["metrics"]))
     if not resume:
         start_or_resume(trainer, data, asked, resume=False)
     return judge

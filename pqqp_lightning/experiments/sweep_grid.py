@@ -112,7 +112,7 @@ def make_points(variants: Mapping[str, Sequence[Variant]], data: RunData) -> lis
         for order in permutations(point.variants):
             steps = tuple(variant.step for variant in order)
             if found := check_places([variant.stage for variant in order], data):
-                point.refused[steps] = [_of_the_grid(problem, point.variants) for problem in found]
+                point.refused[steps] = [of_section("grid", problem, point.variants) for problem in found]
             else:
                 point.orders.append(steps)
     stuck = [point for point in points if not point.orders]
@@ -121,12 +121,12 @@ def make_points(variants: Mapping[str, Sequence[Variant]], data: RunData) -> lis
     return points
 
 
-def own_problems(variant: Variant) -> list[Problem]:
-    """The problems of a variant's values for any model."""
+def own_problems(variant: Variant, section: str = "grid") -> list[Problem]:
+    """The problems of a variant's values, which ``section`` of the recipe sets, for any model."""
     problems = []
     for problem in variant.stage.check_arguments():
         placed = problem.within(f"stages.{variant.name}", type(variant.stage).__name__)
-        problems.append(_of_the_grid(placed, [variant]))
+        problems.append(of_section(section, placed, [variant]))
     return problems
 
 
@@ -150,8 +150,8 @@ def read_values(stage: Stage, argument: str, values: Any) -> tuple[list[Any], li
     return read, problems
 
 
-def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:
-    """A new stage with ``chosen`` among its arguments, and with the same name.
+def vary(stage: Stage, chosen: dict[str, Any], section: str = "grid") -> Variant:
+    """A new stage with ``chosen`` among its arguments, which ``section`` sets, and with the same name.
 
     The constructor runs again, because it may derive attributes from the arguments.
 
@@ -163,16 +163,16 @@ def vary(stage: Stage, chosen: dict[str, Any]) -> Variant:
     if lost := [name for name in arguments_of(type(stage)) if name not in vars(stage)]:
         text = f"cannot be created again, since it has no attribute {', '.join(lost)}"
         problem = Problem(text=text, way_out="Have its constructor keep every argument under its own name.")
-        raise RecipeError(problem.within(f"grid.{stage.name}", type(stage).__name__))
+        raise RecipeError(problem.within(f"{section}.{stage.name}", type(stage).__name__))
     kept = {name: vars(stage)[name] for name in arguments_of(type(stage))}
     changed = type(stage)(**copy.deepcopy(kept | chosen))
     changed.name = stage.name
     return Variant(changed, chosen)
 
 
-def _of_the_grid(problem: Problem, variants: Iterable[Variant]) -> Problem:
-    """The problem, with a key in the grid if the grid sets its argument."""
+def of_section(section: str, problem: Problem, variants: Iterable[Variant]) -> Problem:
+    """The problem, with a key in the grid (or the space) if that sets its argument."""
     for variant in variants:
         if problem.section == f"stages.{variant.name}" and problem.argument in variant.arguments:
-            return replace(problem, key=problem.argument).within(f"grid.{variant.name}", problem.owner)
+            return replace(problem, key=problem.argument).within(f"{section}.{variant.name}", problem.owner)
     return problem

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.export.card import CARD, write_card
+from pqqp_lightning.export.compressed_size import compressed_remark
+from pqqp_lightning.export.destination import check_kind, check_out, destination, failed_name, new_parents, read_paths
 from pqqp_lightning.export.discovery import find_target
 from pqqp_lightning.export.runtime_check import Agreement, RuntimeFailed
 from pqqp_lightning.export.source import read_run
 from pqqp_lightning.export.target import DTYPES, DType, Exported, Target
 from pqqp_lightning.export.tensor_check import compare_tensors
-from pqqp_lightning.storage.files import new_folder, sync
-from pqqp_lightning.storage.run_folder import RunFolder
 
 FAILED = "CHECK_FAILED.txt"
 """Marks a folder whose check failed, and says why."""
-WAY_OUT = "Free some space, or choose another --out."
 
 
 class CheckFailed(Exception):
@@ -92,12 +90,16 @@ def export_run(
         RecipeError: with everything that stands against the export, before anything is written.
         CheckFailed: the result differs from the run; its folder is marked.
     """
-    run, out = Path(run), Path(out)
+    run, out = read_paths(run=run, out=out).values()
     target, model = _prepare(run, to, out, dtype, widen, pad, options)
     done = Export(out, own_bytes=model.source.checkpoint_bytes, loading=target.loading_words(out))
-    done.remarks = [*model.rewritten, *_zeros_remark(model), *target.remarks(model), *model.incomplete]
-    with _destination(out, target, done) as folder:
+    zeros = _zeros_remark(model)
+    done.remarks = [*model.rewritten, *zeros, *target.remarks(model), *model.incomplete]
+    rank_zero_info(" ".join([f"Writing {run} to {out}{new_parents(out)}.", *done.remarks]))
+    with destination(out, target, lambda: bool(done.failures)) as folder:
         target.write(model, folder)
+        if zeros:
+            done.remarks.append(compressed_remark(folder))
         done.size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         if check:
             _check(target, model, folder, done)
@@ -115,26 +117,6 @@ def export_run(
     return done
 
 
-@contextmanager
-def _destination(out: Path, target: Target, done: Export) -> Iterator[Path]:
-    """Yield a temporary folder to fill; on success it becomes ``out`` as a whole, or its one file does."""
-    if not target.is_file(out):
-        with new_folder(out, WAY_OUT) as folder:
-            yield folder
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(out.with_name(f".{out.name}.files"), WAY_OUT) as folder:
-        yield folder
-        sync(folder / target.file)
-        (folder / target.file).replace(failed_name(out) if done.failures else out)
-    shutil.rmtree(out.with_name(f".{out.name}.files"))
-
-
-def failed_name(out: Path) -> Path:
-    """The name of a file whose check failed."""
-    return out.with_name(f"{out.name}.failed")
-
-
 def _prepare(
     run: Path, to: str, out: Path, dtype: DType | None, widen: bool, pad: bool, options: dict[str, Any]
 ) -> tuple[Target, Exported]:
@@ -143,10 +125,11 @@ def _prepare(
     Raises:
         RecipeError: with all problems of the arguments, or all of the model.
     """
-    problems = _check_out(out, run)
+    problems = check_out(out, run)
     target = None
     try:
         target = find_target(to, **options)
+        problems += check_kind(out, target)
     except RecipeError as error:
         problems += error.problems
     problems += _check_dtype(dtype, target.dtypes if target else DTYPES, to)
@@ -161,19 +144,6 @@ def _prepare(
     if problems:
         raise RecipeError(problems)
     return target, model
-
-
-def _check_out(out: Path, run: Path) -> list[Problem]:
-    """The problem if something is at ``out`` already, or nothing can be written there."""
-    if out.absolute().is_relative_to(RunFolder(run).model.absolute()):
-        text = "lies in the run's own checkpoint"
-        return [Problem("out", str(out), text, "Choose a folder beside it.")]
-    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
-        return [Problem("out", str(out), "exists already", "Choose another --out, or delete it.")]
-    nearest = next(folder for folder in out.absolute().parents if folder.exists())
-    if not nearest.is_dir():
-        return [Problem("out", str(out), f"cannot be written: {nearest} is a file", "Choose another --out.")]
-    return []
 
 
 def _check_dtype(dtype: str | None, known: Sequence[str], to: str) -> list[Problem]:

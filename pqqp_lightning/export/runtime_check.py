@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,6 +137,19 @@ def compare_outputs(model: ExportedModel, runtime: Runtime, folder: Path) -> Tok
         version = run_script(runtime, [str(folder), str(given), str(logits_file)])
         logits = np.load(logits_file, mmap_mode="r")  # [B, T, V]
         return _compare(model, runtime, ids, logits, version)
+
+
+def tokens_of(runtime: Runtime, file: Path, texts: Sequence[str]) -> list[list[int]] | None:
+    """The token ids of each text by llama.cpp, with the vocabulary in ``file``; None if it does not load the file.
+
+    Raises:
+        RuntimeFailed: with the last line that the program wrote.
+    """
+    given = file.with_name("texts.json")
+    given.write_text(json.dumps(list(texts)), encoding="utf-8")
+    ids = file.with_name("ids.json")
+    run_script(replace(runtime, script="llama_cpp_tokens.py"), [str(file), str(given), str(ids)])
+    return json.loads(ids.read_text(encoding="utf-8"))
 
 
 def run_script(runtime: Runtime, arguments: list[str]) -> str:

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pqqp_lightning.checkpoint.format import model_folder, origin_of
-from pqqp_lightning.checkpoint.load import load
+from pqqp_lightning.checkpoint.load import load_quietly
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.storage.files import read_json
-from pqqp_lightning.storage.run_folder import RunFolder, checkpoint_bytes
+from pqqp_lightning.storage.run_folder import RunFolder, check_finished, checkpoint_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -98,15 +98,12 @@ def read_run(run: Path) -> FinishedRun:
     Raises:
         RecipeError: the folder is not a finished run's, or is damaged.
     """
-    if not run.is_dir():
-        raise RecipeError(Problem("run", str(run), "is not a folder", "Name a run folder, such as runs/quickstart."))
+    if problems := check_finished(run):
+        raise RecipeError(problems)
     files = RunFolder(run)
-    if files.holds_run and not files.model.is_dir():
-        way_out = "Finish it (fit with --ckpt_path last), or name a run of fit."
-        raise RecipeError(Problem("run", str(run), "has no finished model", way_out))
     return FinishedRun(
         folder=run,
-        module=load(run),
+        module=load_quietly(model_folder(run)),
         checkpoint_bytes=checkpoint_bytes(model_folder(run)),
         report=read_json(files.report) if files.report.is_file() else {},
         recipe=files.recipe.read_text(encoding="utf-8") if files.recipe.is_file() else "",

@@ -8,7 +8,8 @@ removed parts. Everything else becomes a problem.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 
 from pqqp_lightning.algorithms.grid import Grid
 from pqqp_lightning.errors import Problem, shorten
+from pqqp_lightning.export.padding import can_fill, differing_names, fill_with_zeros
 from pqqp_lightning.network.activation_hooks import QuantizeHeads, QuantizeInput, RotateInput, transforms_of
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.layers import is_packed
 from pqqp_lightning.surgery.adapters import BASE, is_wrapper, update_of
 from pqqp_lightning.surgery.factored import Factored
-from pqqp_lightning.surgery.removal import Removed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -53,6 +54,7 @@ class StockModel:
         tied: whether the head is the embedding.
         rewritten: what was changed to make it stock, in whole sentences.
         problems: why it cannot be made stock; then the rest is incomplete.
+        uneven: whether blocks have widths of their own, which ``config`` does not state.
     """
 
     model_class: type[PreTrainedModel]
@@ -62,6 +64,7 @@ class StockModel:
     tied: bool
     rewritten: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    uneven: bool = False
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors that files hold: a tied head is not stored."""
@@ -77,13 +80,20 @@ class StockModel:
         return "lm_head.weight"
 
 
-def stock_model(network: PreTrainedModel, dense_config: PretrainedConfig, *, pad: bool) -> StockModel:
+UnevenShapes = Callable[[StockModel, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+def stock_model(
+    network: PreTrainedModel, dense_config: PretrainedConfig, *, pad: bool, uneven_shapes: UnevenShapes | None = None
+) -> StockModel:
     """Rewrite a network as a stock one.
 
     Args:
         network: a run's; it is not changed.
         dense_config: of the model before any stage.
         pad: whether zeros may take the place of what was removed.
+        uneven_shapes: without ``pad``, the shapes to store where blocks have different widths, from the model and the
+            tensors that its configuration describes. None where the format has one width for all blocks.
     """
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     grids: dict[str, Grid] = {}
@@ -104,7 +114,7 @@ def stock_model(network: PreTrainedModel, dense_config: PretrainedConfig, *, pad
     _multiply_factors(network, stock)
     _fold_norms(network, stock)
     if not stock.problems:
-        _fit_structure(network, stock, dense_config, pad)
+        _fit_structure(network, stock, dense_config, None if pad else uneven_shapes, pad)
     return stock
 
 
@@ -233,10 +243,16 @@ def _is_rms_norm(fresh: Any, norm: Any) -> bool:
     return torch.allclose(tried(x), norm(x), atol=1e-5)
 
 
-def _fit_structure(network: nn.Module, stock: StockModel, dense_config: PretrainedConfig, pad: bool) -> None:
+def _fit_structure(
+    network: nn.Module,
+    stock: StockModel,
+    dense_config: PretrainedConfig,
+    uneven_shapes: UnevenShapes | None,
+    pad: bool,
+) -> None:
     """Compare the tensors with those that the configuration describes; with ``pad`` fill in zeros."""
     expected = _described(stock.model_class, stock.config)
-    if expected is None or _differences(stock.weights, expected):
+    if expected is None or differing_names(stock.weights, expected):
         # A stage that leaves layers of several widths may have changed the configuration; the dense one has room.
         wide = copy_config(dense_config)
         wide.tie_word_embeddings = stock.config.tie_word_embeddings
@@ -248,21 +264,27 @@ def _fit_structure(network: nn.Module, stock: StockModel, dense_config: Pretrain
         text = f"has a structure that no configuration of {stock.config.model_type} describes"
         stock.problems.append(Problem("run", text=text, way_out=LOAD_HERE))
         return
-    differing = _differences(stock.weights, expected)
+    differing = differing_names(stock.weights, expected)
     if not differing:
         _check_classes(network, stock)
         return
-    if not _can_pad(network, stock.weights, expected):
+    if not can_fill(network, stock.weights, expected):
         text = (
             f"has a structure that no model of type {stock.config.model_type} has: {shorten(differing, what='weight')}"
         )
         stock.problems.append(Problem("run", text=text, way_out=LOAD_HERE))
+    elif shapes := uneven_shapes(stock, expected) if uneven_shapes else None:
+        stock.uneven = True
+        stock.rewritten.append("Blocks keep their own numbers of heads and channels.")
+        filled = fill_with_zeros(stock.weights, stock.grids, shapes)
+        if filled:
+            stock.rewritten.append(f"Zeros fill {shorten(filled, what='weight')} up to what this format needs.")
     elif not pad:
         text = f"has layers of uneven widths or without sublayers: {shorten(differing, what='weight')}"
         way_out = "Set --pad true: zeros take their place, which is exact and takes the dense model's room."
         stock.problems.append(Problem("run", text=text, way_out=way_out))
     else:
-        _pad(stock, expected)
+        fill_with_zeros(stock.weights, stock.grids, expected)
         stock.rewritten.append(f"Zeros fill what was removed from {shorten(differing, what='weight')}.")
 
 
@@ -272,12 +294,6 @@ def _described(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
         return dict(build_on_meta(model_class, config).state_dict())
     except (ValueError, RuntimeError, AssertionError):
         return None
-
-
-def _differences(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """The names that only one of the two has, and those of different shapes."""
-    names = sorted(weights.keys() ^ expected.keys())
-    return names + [name for name in weights if name in expected and weights[name].shape != expected[name].shape]
 
 
 def _check_classes(network: nn.Module, stock: StockModel) -> None:
@@ -294,77 +310,6 @@ def _check_classes(network: nn.Module, stock: StockModel) -> None:
     if foreign:
         text = f"has {shorten(foreign, what='module')} that no model of type {stock.config.model_type} has"
         stock.problems.append(Problem("run", text=text, way_out=LOAD_HERE))
-
-
-def _can_pad(network: nn.Module, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    """Whether zeros can take the place of all that is missing: removed sublayers, and narrower Linear layers."""
-    removed = [name for name, module in network.named_modules() if isinstance(module, Removed | nn.Identity)]
-    for name in _differences(weights, expected):
-        owner = name.rpartition(".")[0]
-        if name not in expected:
-            return False
-        if name not in weights:
-            if not any(name.startswith(f"{part}.") for part in removed):
-                return False
-        elif not (isinstance(_submodule(network, owner), nn.Linear) and _fits(weights[name], expected[name])):
-            return False
-    return True
-
-
-def _fits(weight: Tensor, target: Tensor) -> bool:
-    """Whether ``weight`` is nowhere larger than ``target``."""
-    return all(have <= want for have, want in zip(weight.shape, target.shape, strict=True))
-
-
-def _submodule(network: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return network.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def _pad(stock: StockModel, expected: dict[str, Tensor]) -> None:
-    """Append zeros to narrow weights, and write zeros for removed ones.
-
-    This is exact: a row of zeros computes 0, which SiLU, GELU and ReLU keep, and a column of zeros ignores it. Heads
-    that were removed come last, so that each key head keeps its query heads.
-    """
-    dtype = next(iter(stock.weights.values())).dtype
-    for name, target in expected.items():
-        weight = stock.weights.get(name)
-        if weight is not None and weight.shape == target.shape:
-            continue
-        padded = torch.zeros(target.shape, dtype=dtype if weight is None else weight.dtype)
-        if weight is not None:
-            padded[tuple(slice(size) for size in weight.shape)] = weight
-        stock.weights[name] = padded
-        layer = name.removesuffix(".weight")
-        if layer in stock.grids and name.endswith(".weight"):
-            grid = _padded_grid(stock.grids.pop(layer), weight, padded)
-            if grid is not None:
-                stock.grids[layer] = grid
-
-
-def _padded_grid(grid: Grid, weight: Tensor | None, padded: Tensor) -> Grid | None:
-    """The grid with rows and groups for the zeros; None if the added columns are not whole groups."""
-    assert weight is not None
-    rows, columns = padded.shape
-    added = columns - grid.columns
-    scale = grid.scale.expand(len(weight), -1)
-    zero = None if grid.zero is None else grid.zero.expand(len(weight), -1)
-    grouped = scale.shape[1] > 1
-    if grouped and added % grid.group_size:
-        return None
-    groups = scale.shape[1] + (added // grid.group_size if grouped else 0)
-    filled_zero = None if zero is None else _filled(zero, rows, groups)
-    return replace(grid, scale=_filled(scale, rows, groups), zero=filled_zero, columns=columns)
-
-
-def _filled(values: Tensor, rows: int, groups: int) -> Tensor:
-    """``values`` [O, G] in the corner of ones [rows, groups]: 0 is on a grid of any scale and zero point."""
-    larger = values.new_ones(rows, groups)
-    larger[: values.shape[0], : values.shape[1]] = values
-    return larger
 
 
 def _name_of(network: nn.Module, wanted: nn.Module) -> str:

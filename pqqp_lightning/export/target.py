@@ -201,12 +201,24 @@ class Target(ABC, Generic[Model]):
 
     def is_file(self, out: Path) -> bool:
         """Whether ``out`` names the format's one file, not a folder to put it into."""
-        return bool(self.file) and out.suffix == Path(self.file).suffix
+        return bool(self.file) and out.suffix.lower() == Path(self.file).suffix
 
     def loading_words(self, out: Path) -> dict[str, str]:
         """:attr:`loading` for an export at ``out``."""
         path = out if self.is_file(out) or not self.file else out / self.file
         return {program: words.format(out=path) for program, words in self.loading.items()}
+
+    def uneven_shapes(self, stock: StockModel, expected: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """The shapes to store where the blocks of a model have different widths.
+
+        Args:
+            stock: the model with its own widths.
+            expected: the tensors that its configuration describes, which has one width for all blocks.
+
+        Returns:
+            Tensors on the meta device, or None where the format needs one width, as most do.
+        """
+        return None
 
     def prepare(self, run: FinishedRun, *, dtype: DType, widen: bool, pad: bool) -> Model:
         """What the target writes of a run.
@@ -215,7 +227,7 @@ class Target(ABC, Generic[Model]):
             RecipeError: it does not write this kind of model.
         """
         source = language_model_of(run)
-        stock = stock_model(source.network, source.dense_config, pad=pad)
+        stock = stock_model(source.network, source.dense_config, pad=pad, uneven_shapes=self.uneven_shapes)
         model: Any = ExportedModel(source, dtype, widen, stock)
         return model
 

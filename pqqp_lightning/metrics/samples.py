@@ -75,15 +75,34 @@ class Samples:
         return torch.tensor(values, dtype=torch.float64)
 
 
+class Recorded(dict[str, Samples]):
+    """The samples of each metric by its name in ``model``, filled at the end of :func:`recording`.
+
+    Args:
+        model: the model.
+        rows: what each sample added to a metric so far, by the metric's name.
+    """
+
+    def __init__(self, model: nn.Module, rows: dict[str, list[Tensor]]) -> None:
+        super().__init__()
+        self._model, self._rows = model, rows
+
+    def so_far(self) -> dict[str, Tensor]:
+        """What each sample so far added to a metric, float64 [n, S], by the metric's name."""
+        leaders = _leaders(self._model)
+        own = {name: self._rows.get(leaders.get(name, name)) for name in self._rows}
+        return {name: torch.stack(rows) for name, rows in own.items() if rows}
+
+
 @contextmanager
-def recording(model: nn.Module) -> Iterator[dict[str, Samples]]:
+def recording(model: nn.Module) -> Iterator[Recorded]:
     """Record what every sample adds to the metrics of ``model``; the yielded dict has them by name after the block.
 
     A sample is one row of the tensors passed to ``update``. Metrics whose states are not sums are left out.
     """
     metrics = {name: m for name, m in model.named_modules() if isinstance(m, Metric) and _adds_up(m)}
     rows: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    found: dict[str, Samples] = {}
+    found = Recorded(model, rows)
     for name, metric in metrics.items():
         _record(metric, rows[name])
     try:

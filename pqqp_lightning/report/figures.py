@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from pqqp_lightning.report.analysis_figures import draw_layers
 from pqqp_lightning.report.basic_figures import draw_bars, draw_dots, draw_lines
 from pqqp_lightning.report.figure_style import LIGHT, Style, save_png, styled, svg_text
-from pqqp_lightning.report.plots import AdvantagePlot, BarPlot, CurvePlot, DotPlot, LayerPlot, LinePlot, Plot
+from pqqp_lightning.report.plots import AdvantagePlot, BarPlot, CurvePlot, DotPlot, FrontPlot, LayerPlot, LinePlot, Plot
+from pqqp_lightning.report.search_figures import draw_front
 from pqqp_lightning.report.sweep_figures import draw_advantage, draw_curve
 
 DRAW: dict[type, Callable[[Any, Style], Figure]] = {
@@ -24,6 +25,7 @@ DRAW: dict[type, Callable[[Any, Style], Figure]] = {
     CurvePlot: draw_curve,
     AdvantagePlot: draw_advantage,
     LayerPlot: draw_layers,
+    FrontPlot: draw_front,
 }
 
 

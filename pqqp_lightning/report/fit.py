@@ -111,7 +111,11 @@ def _size_blocks(folder: RunFolder, report: FitReport) -> list[Block]:
         loading = f"Load it with pqqp_lightning.load({str(folder.path)!r})."
         lines = [f"{where}: {on_disk} on disk ({counted} counted). {loading}"]
         run = shlex.quote(str(folder.path))
-        if folder.samples.is_file():  # a language model
+        if folder.tokenizer.is_dir():
+            lines.append(f'Try it: pqqp-lightning generate {run} --prompt "Once upon a time"')
+        elif folder.preprocessing.is_file():
+            lines.append(f"Try it: pqqp-lightning classify {run} IMAGES")
+        if folder.samples.is_file():  # a language model, which exports write
             out = shlex.quote(f"{folder.path.name}-hf")
             lines.append(f"For other programs: pqqp-lightning export {run} --to hf --out {out} (--help lists more).")
         elif folder.inputs.is_file():

@@ -12,6 +12,7 @@ from pqqp_lightning.report.html import to_html
 from pqqp_lightning.report.markdown import to_markdown
 from pqqp_lightning.report.order import order_page, read_order_report
 from pqqp_lightning.report.prediction import prediction_page, read_prediction
+from pqqp_lightning.report.search import read_search_report, search_page
 from pqqp_lightning.report.sweep import read_sweep_report, sweep_page
 from pqqp_lightning.report.terminal import print_page
 from pqqp_lightning.storage.files import write_text
@@ -19,7 +20,7 @@ from pqqp_lightning.storage.run_folder import RunFolder
 
 
 def read_page(folder: Path) -> Page:
-    """Read the page of a fit, a search for the best order, a sweep, an analysis or a prediction.
+    """Read the page of a fit, a search for the best order or pipeline, a sweep, an analysis or a prediction.
 
     Raises:
         RecipeError: the folder has no report, or a damaged one.
@@ -27,6 +28,8 @@ def read_page(folder: Path) -> Page:
     files = RunFolder(folder)
     if files.sweep.is_file():
         return sweep_page(files, read_sweep_report(files))
+    if files.search.is_file():
+        return search_page(files, read_search_report(files))
     if files.order.is_file():
         return order_page(files, read_order_report(files))
     if files.analysis.is_file():

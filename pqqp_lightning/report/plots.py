@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from pqqp_lightning.storage.reports import AnalysisReport, SweepReport
+from pqqp_lightning.storage.reports import AnalysisReport, SearchReport, SweepReport
 
 LARGEST = 1e300
 """Larger values do not fit on an axis."""
@@ -114,7 +114,14 @@ class LayerPlot:
     report: AnalysisReport
 
 
-Plot = DotPlot | LinePlot | BarPlot | CurvePlot | AdvantagePlot | LayerPlot
+@dataclass(frozen=True)
+class FrontPlot:
+    """A search's pipelines over their size, with the front."""
+
+    report: SearchReport
+
+
+Plot = DotPlot | LinePlot | BarPlot | CurvePlot | AdvantagePlot | LayerPlot | FrontPlot
 
 
 def is_number(value: float | None) -> TypeGuard[float]:

@@ -35,6 +35,11 @@ def print_page(page: Page, console: Console | None = None) -> None:
         console.print(ascii_arrows(line), highlight=False, markup=False, soft_wrap=True)
 
 
+def print_table(table: Table) -> None:
+    """Print one table."""
+    wide_console().print(_table(table))
+
+
 def ascii_arrows(text: str) -> str:
     """Replace arrows by ``->``, because a terminal or a log may lack the character."""
     return text.replace("→", "->")

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from pqqp_lightning.checkpoint.packed_layers import is_packed_model
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.structure import weightless_copy
@@ -83,14 +84,15 @@ def check_stages(stages: Sequence[Stage], data: RunData) -> list[list[Problem]]:
     if any(type(stage).expected_plan is not Stage.expected_plan for stage in stages):
         model = weightless_copy(model)
     for position, stage in enumerate(stages):
-        problems = _check_stage(stage, data, stages[:position], model)
+        problems = check_stage(stage, data, stages[:position], model)
         found.append(problems)
         if not problems and model is not data.module:
             stage.restructure(model, stage.expected_plan(model))
     return found
 
 
-def _check_stage(stage: Stage, data: RunData, earlier: Sequence[Stage], model: LightningModule) -> list[Problem]:
+def check_stage(stage: Stage, data: RunData, earlier: Sequence[Stage], model: LightningModule) -> list[Problem]:
+    """The problems of ``stage`` on ``model``, which has the structure that ``earlier`` leave."""
     try:
         problems = stage.check(model, data.datamodule, earlier)
     except RecipeError as error:
@@ -154,6 +156,9 @@ def _check_teacher(stages: Sequence[Stage]) -> list[Problem]:
 
 
 def _check_model(module: LightningModule) -> list[Problem]:
+    if is_packed_model(module):
+        text = "has packed weights, which cannot be trained or compressed"
+        return [Problem(text=text, way_out="Load it without packed=True.").within("model")]
     bad = [n for n, p in module.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
     if not bad:
         return []

@@ -1,9 +1,10 @@
-"""What a run folder keeps for exports besides the model: the tokenizer, and a few samples of its data."""
+"""What a run folder keeps besides the model, to use it: tokenizer, samples, or how images are prepared."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from pqqp_lightning.checkpoint.probe import first_call, undisturbed
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.seeding import keep_random_state
-from pqqp_lightning.storage.files import new_folder
+from pqqp_lightning.storage.files import new_folder, write_json
 from pqqp_lightning.storage.run_folder import RunFolder
 
 SAMPLES = 4
@@ -28,18 +29,25 @@ MOST_BYTES = 8_000_000
 
 
 def keep_companions(folder: RunFolder, data: RunData) -> None:
-    """Write the first samples of the data, and a language model's tokenizer."""
-    save_tokenizer = getattr(data.module, "save_tokenizer", None)
-    if not callable(save_tokenizer):
-        _keep_inputs(folder, data)
-        return
-    with keep_random_state():  # an iterator over a loader draws a seed
-        ids = _first_samples(data)
+    """Write what the model's use needs: samples; a tokenizer, or the preprocessing of images."""
+    with keep_random_state():  # an iterator over a loader draws a seed, and a transform may draw numbers
+        if callable(getattr(data.module, "save_tokenizer", None)):
+            _keep_text_companions(folder, data)
+        else:
+            _keep_inputs(folder, data)
+        describe = getattr(data.datamodule, "image_preprocessing", None)
+        if callable(describe) and not folder.preprocessing.exists():
+            write_json(folder.preprocessing, asdict(describe()))
+
+
+def _keep_text_companions(folder: RunFolder, data: RunData) -> None:
+    module: Any = data.module
+    ids = _first_samples(data)
     if ids is not None:
         save_file({"input_ids": ids}, folder.samples)
     if not folder.tokenizer.exists():
         with new_folder(folder.tokenizer) as temporary:
-            save_tokenizer(temporary, getattr(data.datamodule, "tokenizer", None))
+            module.save_tokenizer(temporary, getattr(data.datamodule, "tokenizer", None))
         if not any(folder.tokenizer.iterdir()):
             folder.tokenizer.rmdir()
 

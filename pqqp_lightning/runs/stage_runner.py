@@ -27,7 +27,7 @@ from pqqp_lightning.checkpoint.probe import Probe, take_probe
 from pqqp_lightning.checkpoint.save import save_checkpoint
 from pqqp_lightning.checkpoint.size import ModelSize, measure_size, size_numbers
 from pqqp_lightning.errors import Problem, RecipeError, shorten
-from pqqp_lightning.metrics.samples import Samples, gather_samples, recording
+from pqqp_lightning.metrics.samples import Recorded, Samples, gather_samples, recording
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.constraints import (
     Promise,
@@ -42,6 +42,7 @@ from pqqp_lightning.network.layers import Layer, weight_matrix
 from pqqp_lightning.network.structure import Skeleton
 from pqqp_lightning.runs.callback_state import SameWeights
 from pqqp_lightning.runs.distillation import make_teacher
+from pqqp_lightning.runs.early_stop import Watch, WatchSamples, stoppable
 from pqqp_lightning.runs.finetuning import logged_steps, train_segment
 from pqqp_lightning.runs.peak_memory import peak_memory
 from pqqp_lightning.runs.preparation import preparation_notes
@@ -142,18 +143,24 @@ class StageRunner:
             mark_uses(self.module, self._uses)
         self.applied = restore(self.module, folder)["applied"]
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, watch: Watch | None = None) -> dict[str, float]:
         """Run Lightning's validation and return its metrics; the random state is restored.
+
+        Args:
+            watch: may stop it early; needs ``keep_samples``.
 
         Raises:
             RecipeError: a callback exchanged the weights for the evaluation.
+            StoppedEarly: ``watch`` said so.
         """
-        watching = recording(self.module) if self.keep_samples else nullcontext({})
+        watching = recording(self.module) if self.keep_samples else nullcontext(Recorded(self.module, {}))
         callbacks = list(self.trainer.callbacks)
         weights = SameWeights(callbacks)
         self.trainer.callbacks = weights.callbacks
         try:
-            with keep_random_state(), watching as found:
+            with keep_random_state(), stoppable(self.module), watching as found:
+                if watch is not None:
+                    self.trainer.callbacks = [*weights.callbacks, WatchSamples(found, watch)]
                 results = self.trainer.validate(
                     self.module, dataloaders=self.data.validation, datamodule=self.data.datamodule, verbose=False
                 )
@@ -230,23 +237,26 @@ class StageRunner:
         comparable = all(item.stage.comparable_layers for item in self.applied)
         return self._dense_weights.of(layer) if comparable and self._dense_weights is not None else None
 
-    def apply(self, stage: Stage, folder: Path, half: bool = True) -> Record:
+    def apply(self, stage: Stage, folder: Path, half: bool = True, watch: Watch | None = None) -> Record:
         """Apply ``stage``: compress, verify and measure, then finetune and measure again; save to ``folder``.
 
         Args:
             stage: the stage to apply.
             folder: where the checkpoint is written.
             half: save before finetuning as well, so that a killed run resumes there.
+            watch: may stop the evaluation of a stage that does not train.
 
         Raises:
             RecipeError: the stage fails, or broke an earlier stage's constraint.
+            StoppedEarly: ``watch`` stopped the evaluation; nothing is saved.
         """
         coverage = self._coverage(stage)  # before the stage changes the model's structure
         start = time.perf_counter()
         with peak_memory(self.trainer.strategy.root_device) as peak:
             context = self.compress(stage)
         elapsed = time.perf_counter() - start
-        record = self._record(stage, elapsed, peak.size_bytes, context.all_notes(), context.undone)
+        metrics = self.evaluate(None if stage.epochs else watch)
+        record = self._record(stage, metrics, elapsed, peak.size_bytes, context.all_notes(), context.undone)
         if coverage is not None:
             record["coverage"] = coverage
         if half or not stage.epochs:
@@ -321,7 +331,7 @@ class StageRunner:
         peak_bytes = max(compressed["peak_memory_bytes"], peak.size_bytes)
         notes = [*compressed["notes"], *context.all_notes()]
         undone = compressed.get("undone", False) or context.undone  # runs of earlier versions did not record it
-        record = self._record(stage, elapsed, peak_bytes, notes, undone)
+        record = self._record(stage, self.evaluate(), elapsed, peak_bytes, notes, undone)
         if "coverage" in compressed:
             record["coverage"] = compressed["coverage"]
         record["metrics_before_finetuning"] = compressed["metrics"]
@@ -381,12 +391,20 @@ class StageRunner:
             dense=self._dense_weight,
         )
 
-    def _record(self, stage: Stage, elapsed_s: float, peak_bytes: int, notes: list[str], undone: bool) -> Record:
+    def _record(
+        self,
+        stage: Stage,
+        metrics: dict[str, float],
+        elapsed_s: float,
+        peak_bytes: int,
+        notes: list[str],
+        undone: bool,
+    ) -> Record:
         return make_record(
             name=stage.name,
             method=type(stage).__name__,
             options=stage.arguments(),
-            metrics=self.evaluate(),
+            metrics=metrics,
             size=self._size_numbers(),
             dense=self.dense,
             elapsed_s=elapsed_s,

@@ -6,9 +6,12 @@ A method file imports what it needs from here and from :mod:`pqqp_lightning.algo
 from pqqp_lightning.algorithms.selection import Pattern
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Hessian, SquaredNorm, Statistic
+from pqqp_lightning.checkpoint.expected import DenseScales, ExpectedGrid, ExpectedWeight, ExpectedWeights
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import Layer, weight_matrix
+from pqqp_lightning.stages.correction import correct_outputs
+from pqqp_lightning.stages.dense_target import check_aims_at_dense
 from pqqp_lightning.stages.distillation import Distillation
 from pqqp_lightning.stages.hessian import check_hessian_arguments, factorize
 from pqqp_lightning.stages.layerwise import Compressed, Found, LayerInputs, LayerwiseStage, write_back
@@ -17,14 +20,18 @@ from pqqp_lightning.stages.pruning import PatternArgument, PruningStage, parse_p
 from pqqp_lightning.stages.quantization import BlockSize, CodebookStage, GridStage, GroupSize, QuantizationStage
 from pqqp_lightning.stages.repair import RepairInputs, RepairStage
 from pqqp_lightning.stages.sensitivity import Sensitivity, measure_costs
-from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.stages.stage import Context, Plan, SearchSpace, Stage
 
 __all__ = [
     "BlockSize",
     "CodebookStage",
     "Compressed",
     "Context",
+    "DenseScales",
     "Distillation",
+    "ExpectedGrid",
+    "ExpectedWeight",
+    "ExpectedWeights",
     "Found",
     "GridStage",
     "GroupSize",
@@ -42,12 +49,15 @@ __all__ = [
     "Reading",
     "RepairInputs",
     "RepairStage",
+    "SearchSpace",
     "Sensitivity",
     "SquaredNorm",
     "Stage",
     "Statistic",
+    "check_aims_at_dense",
     "check_hessian_arguments",
     "constraints_of",
+    "correct_outputs",
     "factorize",
     "measure_costs",
     "parse_pattern",

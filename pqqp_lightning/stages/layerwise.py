@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from pqqp_lightning.algorithms.grid import Grid, concatenate_rows
 from pqqp_lightning.algorithms.selection import Pattern
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Statistic
+from pqqp_lightning.checkpoint.expected import ExpectedWeights
 from pqqp_lightning.network.constraints import constraints_of, set_constraints
 from pqqp_lightning.network.layers import (
     Layer,
@@ -98,6 +99,11 @@ class LayerwiseStage(Stage):
         if self.needs_calibration and not has_readable_inputs(layer):
             return "cannot read their inputs, which it calibrates on"
         return ""
+
+    def expected_weights(self, model: LightningModule, weights: ExpectedWeights) -> ExpectedWeights:
+        """Other values, with the masks and grids as they were."""
+        layers = self.find_layers(model)
+        return weights.changed({name: replace(weights.weights[name], changed=True) for name in layers})
 
     def compress_layer(self, inputs: LayerInputs) -> Compressed:
         """The method itself: the new weight, which keeps the mask and the grid in ``inputs``."""

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from pqqp_lightning.algorithms.allocation import SparsityOptions, allocate_sparsities
 from pqqp_lightning.algorithms.selection import keep_by_score, keep_highest
+from pqqp_lightning.checkpoint.expected import ExpectedWeights
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import Layer, groups_of, rows_of, weight_matrix
 from pqqp_lightning.stages.layerwise import Compressed, LayerInputs
 from pqqp_lightning.stages.pruning import PatternArgument, PruningStage
 from pqqp_lightning.stages.sensitivity import measure_costs
-from pqqp_lightning.stages.stage import Context, Stage
+from pqqp_lightning.stages.stage import Context, SearchSpace, Stage
 
 STEP, STEPS, MOST = 0.05, 4, 0.95
 """Each layer's sparsity is at most STEPS steps from the target, and not above MOST."""
@@ -41,6 +42,8 @@ class OneShotPruning(PruningStage):
 
     compared_within: ClassVar[Literal["row", "matrix"]] = "row"
     """Where scores compete: within each output row, or within the matrix (each group of a grouped convolution)."""
+
+    search_space: ClassVar[SearchSpace] = {"sparsity": (0.3, 0.4, 0.5, 0.6, 0.7)}
 
     without_statistics = "pruned by magnitude, since no calibration token reached it"
 
@@ -138,8 +141,12 @@ class OneShotPruning(PruningStage):
         groups = zip(matrix.chunk(len(prepared)), prepared, strict=True)
         return torch.cat([self.scores(weight, statistic) for weight, statistic in groups])
 
+    def expected_weights(self, model: LightningModule, weights: ExpectedWeights) -> ExpectedWeights:
+        expected = super().expected_weights(model, weights)
+        # the data spreads the zeros over the layers; all of them together are as many
+        return expected.changed({}, exact=self.allocation == "uniform")
+
     def _parts(self, layer: Layer) -> int:
-        """The number of equal parts of the matrix that each lose the same fraction."""
         if self.compared_within == "row":
             return rows_of(layer)
         return 1 if self.statistic is None else groups_of(layer)

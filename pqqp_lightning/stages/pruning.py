@@ -8,8 +8,9 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.algorithms.selection import Pattern
+from pqqp_lightning.checkpoint.expected import ExpectedWeights
 from pqqp_lightning.errors import Problem, RecipeError, shorten
-from pqqp_lightning.network.layers import channels_of
+from pqqp_lightning.network.layers import Layer, channels_of
 from pqqp_lightning.network.name_patterns import value_for, values_of
 from pqqp_lightning.stages.layerwise import LayerwiseStage
 from pqqp_lightning.stages.stage import Stage
@@ -62,6 +63,20 @@ class PruningStage(LayerwiseStage):
         if pattern is not None:
             return {"pattern": parse_pattern(pattern)}
         return {"sparsity": None if self.sparsity is None else value_for(name, self.sparsity)}
+
+    def expected_weights(self, model: LightningModule, weights: ExpectedWeights) -> ExpectedWeights:
+        pruned = {}
+        for name, layer in self.find_layers(model).items():
+            amount, before = self.amount(name), weights.weights[name]
+            if "pattern" in amount:
+                pruned[name] = before.with_pattern(amount["pattern"])
+            else:
+                pruned[name] = before.with_sparsity(amount["sparsity"], self._parts(layer))
+        return weights.changed(pruned)
+
+    def _parts(self, layer: Layer) -> int:
+        """The number of equal parts of the matrix that each lose the same fraction."""
+        return 1
 
     def check_arguments(self) -> list[Problem]:
         problems = super().check_arguments()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule
 
 from pqqp_lightning.algorithms.codebook import Codebook
 from pqqp_lightning.algorithms.rtn import quantize_codebook, quantize_rtn
+from pqqp_lightning.checkpoint.expected import DenseScales, ExpectedGrid, ExpectedWeight, ExpectedWeights
 from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.network.constraints import constraints_of
-from pqqp_lightning.network.layers import Layer, columns_of, is_depthwise
+from pqqp_lightning.network.layers import Layer, columns_of, groups_of, is_depthwise
 from pqqp_lightning.network.name_patterns import value_for, values_of
 from pqqp_lightning.stages.layerwise import Compressed, LayerInputs, LayerwiseStage
-from pqqp_lightning.stages.stage import Context, Plan, Stage
+from pqqp_lightning.stages.stage import Context, Plan, SearchSpace, Stage
 
 GroupSize = int | Literal["channel", "tensor"]
 BlockSize = int | Literal["auto"]
@@ -38,6 +40,32 @@ class GridStage(LayerwiseStage):
     """
 
     promises = ("grid",)
+
+    def expected_grid(
+        self, name: str, layer: Layer, before: ExpectedWeight, dense: DenseScales
+    ) -> tuple[ExpectedGrid, bool]:
+        """The grid that the stage will put a layer's weight on, and whether that is certain.
+
+        Args:
+            name: the layer's.
+            layer: its structure; it may have no weights.
+            before: what is stored of it before this stage.
+            dense: the dense model's scales.
+        """
+        # a grid of a method's own: the most that a grid can take
+        return ExpectedGrid(8, before.entries, 4), False
+
+    def expected_weights(self, model: LightningModule, weights: ExpectedWeights) -> ExpectedWeights:
+        return weights.changed(self.expected_of(self.find_layers(model), weights))
+
+    def expected_of(self, layers: dict[str, Layer], weights: ExpectedWeights) -> dict[str, ExpectedWeight]:
+        """What will be stored of ``layers`` on this stage's grid."""
+        rounded = {}
+        for name, layer in layers.items():
+            before = weights.weights[name]
+            grid, exact = self.expected_grid(name, layer, before, weights.dense)
+            rounded[name] = replace(before, grid=grid, changed=True, exact=before.exact and exact)
+        return rounded
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
@@ -89,6 +117,11 @@ class QuantizationStage(GridStage):
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
+    search_space: ClassVar[SearchSpace] = {
+        "bits": (2, 3, 4, 5, 6, 8),
+        "group_size": ("channel", 128, 64, 32),
+    }
+
     without_statistics = "rounded to nearest, since no calibration token reached it"
 
     def __init__(
@@ -116,6 +149,23 @@ class QuantizationStage(GridStage):
             "symmetric": self.symmetric,
             "clip": self.clip,
         }
+
+    def expected_grid(
+        self, name: str, layer: Layer, before: ExpectedWeight, dense: DenseScales
+    ) -> tuple[ExpectedGrid, bool]:
+        options, (rows, columns) = self.grid_options(name), before.shape
+        bits, group_size = options["bits"], options["group_size"]
+        scales = rows * (columns // (group_size or columns))
+        # row groups that are calibrated one by one have scales of their own, joined row by row
+        if options["per_tensor"] and (self.statistic is None or groups_of(layer) == 1):
+            scales = 1
+        kind = {name: options[name] for name in ("symmetric", "per_tensor")}
+        scale_bytes, exact = dense.bytes_of(self._as_rounded(before), bits, group_size, **kind)
+        return ExpectedGrid(bits, scales, scale_bytes, 0 if self.symmetric else bits), exact
+
+    def _as_rounded(self, before: ExpectedWeight) -> ExpectedWeight:
+        """The weight as its grid is fitted: feedback of errors and training change its values before that."""
+        return replace(before, changed=before.changed or self.statistic is not None or self.epochs > 0)
 
     def check_arguments(self) -> list[Problem]:
         problems = super().check_arguments()
@@ -174,6 +224,14 @@ class CodebookStage(GridStage):
         if isinstance(size, int):
             return size
         return max(d for d in range(1, min(LARGEST_BLOCK, columns) + 1) if columns % d == 0)
+
+    def expected_grid(
+        self, name: str, layer: Layer, before: ExpectedWeight, dense: DenseScales
+    ) -> tuple[ExpectedGrid, bool]:
+        rows, columns = before.shape
+        size = self.block_size(name, columns)
+        scale_bytes, exact = dense.codebook_bytes_of(before, self.codebook, size)
+        return ExpectedGrid(4, rows * (columns // size), scale_bytes), exact
 
     def compress_layers(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> None:
         for name, layer in layers.items():

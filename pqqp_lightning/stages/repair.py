@@ -12,9 +12,10 @@ from torch import Tensor
 from pqqp_lightning.algorithms.grid import Grid
 from pqqp_lightning.algorithms.polish import Repaired, damped_hessian, dense_inputs_map
 from pqqp_lightning.calibration.statistics import Hessian, PairedHessian
-from pqqp_lightning.errors import Problem, shorten
-from pqqp_lightning.network.constraints import constrained_layers, constraints_of
+from pqqp_lightning.errors import Problem
+from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.layers import Layer
+from pqqp_lightning.stages.dense_target import check_aims_at_dense, describe_gain
 from pqqp_lightning.stages.hessian import check_hessian_arguments
 from pqqp_lightning.stages.layerwise import Compressed, Found, LayerInputs, LayerwiseStage
 from pqqp_lightning.stages.stage import Context, Plan, Stage
@@ -88,20 +89,10 @@ class RepairStage(LayerwiseStage):
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         layers = self.find_layers(model)
-        loaded = sorted(name for name, _, _ in constrained_layers(model) if name in layers)
-        if loaded:
-            text = f"aims at the dense weights, and the model was compressed before this run: {shorten(loaded)}"
-            problems.append(Problem(text=text, way_out="Run all stages in one recipe, from the dense model."))
-        elif layers and not problems:
+        aims = check_aims_at_dense(self, model, earlier)
+        if layers and not problems and not aims:
             problems += self._check_earlier(model, earlier, layers)
-        for stage in earlier:
-            if not stage.comparable_layers:
-                text = f"aims at the dense weights, and stage '{stage.name}' changed what the layers compute"
-                problems.append(Problem(text=text, way_out="Leave one of the two out."))
-            elif stage.epochs and not self.allow_undo:
-                text = f"aims at the dense weights and would undo the training of stage '{stage.name}'"
-                problems.append(Problem(text=text, way_out="Put it before that training, or set allow_undo: true."))
-        return problems
+        return problems + aims
 
     def _check_earlier(
         self, model: LightningModule, earlier: Sequence[Stage], layers: dict[str, Layer]
@@ -159,10 +150,5 @@ class RepairStage(LayerwiseStage):
             else:
                 layers[name] = layer
         self.compress_layers(model, layers, context)
-        if self._ratios:
-            mean = sum(self._ratios) / len(self._ratios)
-            context.notes.append(
-                f"squared output error that masks and grids cause: {mean:.3f} of what it was, averaged over the layers "
-                f"({min(self._ratios):.3f} to {max(self._ratios):.3f})"
-            )
+        context.notes += describe_gain(self._ratios, "masks and grids")
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.calibration.walk import Compress, Unreached, Walk
+from pqqp_lightning.checkpoint.expected import ExpectedWeights
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten
 from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, is_selected, model_blocks, tied_weights
 from pqqp_lightning.network.constraints import constrained_layers
@@ -23,6 +24,8 @@ from pqqp_lightning.stages.distillation import Distillation
 from pqqp_lightning.surgery.parametrized import parametrized_tensors
 
 Plan = dict[str, Any]
+SearchSpace = Mapping[str, Sequence[Any]]
+"""The values of arguments that a search tries."""
 BatchNormStep = Literal["recalibrate", "keep"]
 
 FORWARD_NOT_CALLED = "needs a forward that is called, but the model passes their weights to a function"
@@ -101,7 +104,9 @@ class Stage(Callback):
     function instead cannot take part), ``keeps_function`` (the model's outputs do not change),
     ``changes_before_training`` (``compress`` changes the outputs, not only the training after it), and
     ``comparable_layers`` (a layer has the same inputs and outputs as in the dense model, so that its outputs can be
-    compared).
+    compared). ``search_space`` has the values of arguments that ``search`` tries if its user names none.
+
+    ``search_space`` maps arguments to the values that ``search`` tries if its user names none.
 
     Args:
         targets: name patterns of the layers to act on, "depthwise" for depthwise convolutions; every layer inside the
@@ -125,6 +130,7 @@ class Stage(Callback):
     keeps_function: ClassVar[bool] = False
     changes_before_training: ClassVar[bool] = True
     comparable_layers: ClassVar[bool] = True
+    search_space: ClassVar[SearchSpace] = {}
 
     def __init__(
         self,
@@ -309,6 +315,18 @@ class Stage(Callback):
         Later stages are checked on a copy of the model with this plan's structure.
         """
         return {}
+
+    def expected_weights(self, model: LightningModule, weights: ExpectedWeights) -> ExpectedWeights:
+        """What will be stored of the layers' weights after this stage, from shapes and arguments alone.
+
+        ``search`` counts the size of a model with it before anything runs. A stage that only changes the structure
+        needs nothing here: its ``expected_plan`` says it.
+
+        Args:
+            model: as in :meth:`check`, before this stage.
+            weights: what is stored before this stage.
+        """
+        return weights
 
     @staticmethod
     def restructure(model: LightningModule, plan: Plan) -> None:

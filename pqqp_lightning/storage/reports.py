@@ -302,6 +302,65 @@ class SweepReport(Origin):
     figures: NotRequired[list[str]]
 
 
+class BudgetReport(TypedDict):
+    """A search's budget: the option and its value, and the largest counted size or average of bits."""
+
+    name: str
+    value: float | int | str | None
+    size_bytes: float | None
+    bits: float | None
+
+
+class PipelineEntry(TypedDict):
+    """A pipeline that a search chose: its stages in order with the arguments that the space sets.
+
+    ``expected_bytes`` was known before it ran. ``record`` is that of its last stage; None if it was stopped after the
+    part of the evaluation that ``behind`` is from. ``applications`` is how many stage applications all pipelines up to
+    this one need.
+    """
+
+    number: int
+    order: list[str]
+    steps: list[str]
+    arguments: dict[str, dict[str, Any]]
+    expected_bytes: int
+    exact: bool
+    fits: bool
+    record: Record | None
+    values: dict[str, float | None]
+    interval: list[float] | None
+    behind: DifferenceReport | None
+    stopped: str
+    applications: int
+
+
+class SearchReport(Origin):
+    """``search.json``: the pipelines that were measured, the front, and the answer.
+
+    ``front`` and ``best`` are numbers of pipelines; the front is sorted by size.
+    """
+
+    metric: str
+    higher_is_better: bool
+    objectives: list[str]
+    sampler: str
+    budget: BudgetReport
+    space: dict[str, Any]
+    fitting: int
+    over: int
+    refused: int
+    smallest: dict[str, Any]
+    dense: Record
+    trials: list[PipelineEntry]
+    front: list[int]
+    best: int | None
+    verdict: str
+    importance: dict[str, float]
+    applications: int
+    notes: list[str]
+    figures: NotRequired[list[str]]
+
+
 class LayerErrors(TypedDict):
     """A layer's relative squared output error after each stage and each order."""
 

@@ -21,10 +21,10 @@ class _File:
     """Descriptor of a file or folder in a run folder: gives its path."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
 
     def __get__(self, folder: RunFolder, owner: type[RunFolder]) -> Path:
-        return folder.path / self._name
+        return folder.path / self.name
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class RunFolder:
     """A few evaluation samples of a language model (token ids), for the checks of exports; not every run has them."""
     inputs = _File("inputs.safetensors")
     """Inputs of another model on a few samples, with their labels, for exports; not every run has them."""
+    preprocessing = _File("preprocessing.json")
+    """How the model's images were prepared, and the names of the classes; only runs of an ImageData have it."""
     logs = _File("logs")
     """The output of Lightning's loggers."""
     report = _File("report.json")
@@ -77,6 +79,18 @@ class RunFolder:
     """One row per layer of an analysis."""
     layers_figure = _File("layers.png")
     """The plot of ``layers``."""
+    search = _File("search.json")
+    """The report of ``search``."""
+    pipelines = _File("search.csv")
+    """One row per pipeline that a search chose."""
+    best_recipe = _File("best.yaml")
+    """The recipe of a search's answer."""
+    study = _File("optuna.log")
+    """The journal of a search's Optuna study."""
+    latencies = _File("latency.json")
+    """The measured latency of each pipeline of a search, which another run would not measure the same."""
+    front_figure = _File("front.png")
+    """The plot of a search's pipelines and their front."""
     html = _File("report.html")
     """The report as HTML."""
     markdown = _File("report.md")
@@ -85,6 +99,11 @@ class RunFolder:
     def stage(self, position: int, name: str) -> Path:
         """The checkpoint of an unfinished run after the stage at ``position``, counted from 0."""
         return self.stages / f"{position + 1}-{name}"
+
+    @classmethod
+    def file_names(cls) -> set[str]:
+        """The names of everything that a run may write into its folder."""
+        return {file.name for file in vars(cls).values() if isinstance(file, _File)}
 
     @property
     def marks(self) -> tuple[str, str]:
@@ -145,6 +164,32 @@ class RunFolder:
 def checkpoint_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's weights and manifest; its probe is not part of the model."""
     return sum((folder / name).stat().st_size for name in (WEIGHTS, MANIFEST))
+
+
+def check_finished(run: Path) -> list[Problem]:
+    """The problem if ``run``, named by a command's ``run``, is not the folder of a finished run or its checkpoint."""
+    if not run.is_dir():
+        reason = "is a file" if run.is_file() else "is not a folder"
+        return [Problem("run", str(run), reason, "Name a run folder, such as runs/quickstart.")]
+    files = RunFolder(run)
+    if files.holds_run and not files.model.is_dir():
+        way_out = "Finish it (fit with --ckpt_path last), or name a run of fit."
+        return [Problem("run", str(run), "has no finished model", way_out)]
+    return []
+
+
+def check_run_folder(run: Path) -> list[Problem]:
+    """As :func:`check_finished`, and the problem if the folder has no checkpoint."""
+    if problems := check_finished(run):
+        return problems
+    if RunFolder(run).model.is_dir() or (run / MANIFEST).is_file():
+        return []
+    return [Problem("run", str(run), "is not a run folder", "Name one, such as runs/quickstart.")]
+
+
+def files_beside_model(run: Path) -> RunFolder:
+    """The run folder of ``run``, which may also be the checkpoint folder in it."""
+    return RunFolder(run.absolute().parent if (run / MANIFEST).is_file() else run)
 
 
 def check_folder(path: Path, marks: Sequence[str]) -> list[Problem]:

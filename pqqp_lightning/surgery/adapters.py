@@ -22,7 +22,7 @@ from pqqp_lightning.algorithms.grid import Grid
 from pqqp_lightning.algorithms.lora import change_through_merge, low_rank_update
 from pqqp_lightning.network.activation_hooks import leave_fast_path, move_transforms
 from pqqp_lightning.network.constraints import Constraints, constraints_of
-from pqqp_lightning.network.layers import Layer, mark_adapter, to_weight, weight_matrix
+from pqqp_lightning.network.layers import Layer, mark_adapter, set_weight_matrix, to_weight, weight_matrix
 from pqqp_lightning.network.layouts import as_matrix, default_layout
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ def wrapped_name(name: str, model: nn.Module) -> str:
     """Return the wrapper's name for a wrapped layer (``q_proj`` for ``q_proj.base_layer``), else ``name``."""
     parent, _, last = name.rpartition(".")
     return parent if last == BASE and is_wrapper(model.get_submodule(parent)) else name
+
+
+def wrapper_of(name: str, model: nn.Module) -> LoraLayer:
+    """Return the wrapper of the wrapped layer ``name``."""
+    return model.get_submodule(wrapped_name(name, model))  # type: ignore[return-value]
 
 
 def unused_name(model: nn.Module, wanted: str) -> str:
@@ -135,6 +140,21 @@ def update_of(layer: LoraLayer, name: str) -> Tensor:
     """Compute what the adapter adds to its layer's matrix: float32 [O, I]."""
     a, b = _parts(layer, name)
     return low_rank_update(weight_matrix(a), weight_matrix(b), layer.scaling[name])  # type: ignore[arg-type]
+
+
+def set_factors(layer: LoraLayer, name: str, a: Tensor, b: Tensor) -> tuple[Layer, Layer]:
+    """Set an adapter to the update B A of its layer's matrix, and return the layers that hold A and B.
+
+    Args:
+        layer: the wrapper.
+        name: of the adapter.
+        a: A [r, I], in the columns of :func:`~pqqp_lightning.network.layers.weight_matrix`.
+        b: B [O, r].
+    """
+    holds_a, holds_b = _parts(layer, name)
+    set_weight_matrix(holds_a, a)  # type: ignore[arg-type]
+    set_weight_matrix(holds_b, b / layer.scaling[name])  # type: ignore[arg-type]
+    return holds_a, holds_b  # type: ignore[return-value]
 
 
 def train_through_merge(model: nn.Module, adapters: Adapters) -> None:

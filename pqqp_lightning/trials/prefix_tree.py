@@ -11,15 +11,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from pqqp_lightning.calibration.layer_errors import mark_blocks
 from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.checkpoint.save import save_checkpoint
 from pqqp_lightning.metrics.samples import Samples, restored
 from pqqp_lightning.network.blocks import model_blocks
+from pqqp_lightning.runs.early_stop import StoppedEarly, Watch
+from pqqp_lightning.runs.latency import Latency, measure_latency
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.runs.trainer import Trainer
@@ -162,6 +165,46 @@ class PrefixTree:
             self._results[order] = result
         return self._results[order]
 
+    def measure_unless(self, order: Order, metric: str, stops: Callable[[Tensor], bool]) -> Result | Tensor:
+        """The result of ``order``, or what its first samples added to ``metric`` [n, S], if ``stops`` says so of them.
+
+        A result that is known is looked at in the same way, so that a search does not depend on what others measured.
+
+        Args:
+            order: the node; its parent is measured. One whose last stage trains is always measured.
+            metric: whose samples decide.
+            stops: called with the samples so far, again and again.
+        """
+        if self._stages[order[-1]].epochs:  # the training has cost more than the evaluation would save
+            return self.measure(order)
+        key = self.key(order)
+        part_key = f"{key}-part"
+        path = self._results[()].paths.get(metric)
+        watch = None if path is None else lambda states: path in states and stops(states[path])
+        if not self.is_known(order) and watch is not None:
+            part = self._store.read(part_key)
+            if part is not None and metric in part.samples and stops(part.samples[metric]):
+                return part.samples[metric]
+            with self._locked(key):
+                if not self.is_known(order):
+                    try:
+                        self._results[order] = self._compute(order, key, watch)
+                    except StoppedEarly as stopped:
+                        self.applications += 1
+                        states = stopped.states[self._results[()].paths[metric]]
+                        record = cast(Record, {"name": self._stages[order[-1]].name, "metrics": {}})
+                        self._store.write(part_key, Result(record, {metric: states}, {metric: str(path)}))
+                        return states
+        result = self.measure(order)
+        known = result.samples.get(metric)
+        return known if known is not None and stops(known) else result
+
+    def latency(self, order: Order) -> Latency:
+        """The time of a forward pass of ``order``'s model here and now, on the first evaluation batch."""
+        self._go_to(order)
+        with self._runner.on_device():
+            return measure_latency(self._trainer, self._data.module, self._data.first_evaluation_batch())
+
     @property
     def names(self) -> list[str]:
         """The stages' names in orders, as given to the tree."""
@@ -231,10 +274,10 @@ class PrefixTree:
             self._store.drop_snapshot(self._model_key(order))
         self._trainer.strategy.barrier("dropped")
 
-    def _compute(self, order: Order, key: str) -> Result:
+    def _compute(self, order: Order, key: str, watch: Watch | None = None) -> Result:
         if order:
             self._go_to(order[:-1])
-            record = self._apply(order)
+            record = self._apply(order, watch=watch)
         else:
             record = self._runner.measure_dense(list(self._stages.values()))
         samples = self._runner.samples
@@ -245,7 +288,7 @@ class PrefixTree:
         self._trainer.strategy.barrier("measured")
         return result
 
-    def _apply(self, order: Order, measured: Result | None = None) -> Record:
+    def _apply(self, order: Order, measured: Result | None = None, watch: Watch | None = None) -> Record:
         """Apply the last stage of ``order`` to its parent's model; with a known result, do not evaluate again."""
         start = time.perf_counter()
         self._in_memory = None
@@ -255,7 +298,8 @@ class PrefixTree:
             record = measured.record
             self._runner.apply_again(stage, folder, record)
         else:
-            record = self._runner.apply(stage, folder, half=False)
+            watched = {} if watch is None else {"watch": watch}
+            record = self._runner.apply(stage, folder, half=False, **watched)
             record.pop("logged_steps", None)  # depends on what this process ran before, unlike the result
             self.seconds.append(time.perf_counter() - start)
         self._in_memory = order

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pqqp_lightning.algorithms.grid import Grid, encode
 from pqqp_lightning.errors import Problem, shorten
 from pqqp_lightning.export.grids import fused_with, in_groups, in_rows, wider_bits, with_zero_points
+from pqqp_lightning.export.larger import finer_scales, wider_codes
 from pqqp_lightning.export.stock_files import read_config, read_tensors, write_stock_folder
 from pqqp_lightning.export.target import ExportedModel, Target
 from pqqp_lightning.export.targets.hf import TRANSFORMERS
@@ -90,11 +91,9 @@ class CompressedTensors(Target):
     def remarks(self, model: ExportedModel) -> list[str]:
         grids = model.stock.grids
         stored = _stored_grids(model)
-        remarks = []
-        if wider := [name for name, grid in grids.items() if stored[name].bits != grid.bits]:
-            remarks.append(f"The codes of {shorten(wider)} are stored in more bits; no value changes.")
-        if finer := [name for name, grid in grids.items() if stored[name].scale.shape[1] != grid.scale.shape[1]]:
-            remarks.append(f"The scales of {shorten(finer)} are repeated for smaller groups; no value changes.")
+        remarks = wider_codes(model.stock, {name: grid.bits for name, grid in stored.items()})
+        groups = {name: grid.scale.shape[1] for name, grid in stored.items()}
+        remarks += finer_scales(model.stock, groups, model.torch_dtype.itemsize)
         linear = _linear_layers(model)
         if dense := [name for name in linear if name not in grids and name != "lm_head"]:
             remarks.append(f"{shorten(dense)} without codes stay dense ({model.dtype}).")

@@ -13,18 +13,25 @@ from torch import Tensor
 
 from pqqp_lightning.algorithms.grid import encode
 from pqqp_lightning.errors import Problem, shorten
+from pqqp_lightning.export.gguf_vocabulary import NoVocabulary, Vocabulary, convert_tokenizer, read_vocabulary
+from pqqp_lightning.export.gguf_widths import BLOCK, deci_shapes, head_width, widths_of
+from pqqp_lightning.export.larger import finer_scales, wider_codes
+from pqqp_lightning.export.stock import StockModel
 from pqqp_lightning.export.target import ExportedModel, Runtime, Target
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-BLOCK = 32
-"""Columns of a block, which has one scale."""
+SCALE_BYTES = 2
+"""Of a block's scale, which is float16."""
 FILE = "model.gguf"
 VOCABULARY = "tokenizer.gguf"
 """The tokenizer as GGUF files hold it, in the run's tokenizer folder."""
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """transformers' model type to llama.cpp's architecture."""
+UNEVEN = "deci"
+"""The architecture whose blocks have widths of their own. It computes what LLaMA does, with optional biases."""
+UNEVEN_TYPES = ("llama", "mistral", "qwen2")
 CONVERTER = "Use --to hf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
 
 
@@ -63,11 +70,15 @@ class GGUF(Target):
 
     def __init__(self) -> None:
         self._kinds: dict[str, BlockType | None] = {}
+        self._vocabulary: Vocabulary | None = None
+
+    def uneven_shapes(self, stock: StockModel, expected: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        return deci_shapes(stock, expected) if stock.config.model_type in UNEVEN_TYPES else None
 
     def problems(self, model: ExportedModel) -> list[Problem]:
         run = str(model.source.folder)
         config = model.stock.config
-        problems = [*_architecture_problems(run, config), *_tokenizer_problems(run, model)]
+        problems = [*_architecture_problems(run, config), *self._tokenizer_problems(model)]
         kinds: dict[str, tuple[str, list[str]]] = {}
         for name, grid in model.stock.grids.items():
             whole_rows = grid.scale.shape[1] == 1
@@ -91,9 +102,12 @@ class GGUF(Target):
     def write(self, model: ExportedModel, folder: Path) -> None:
         from gguf import GGUFWriter
 
-        writer = GGUFWriter(folder / FILE, ARCHITECTURES[model.stock.config.model_type])
+        writer = GGUFWriter(folder / FILE, _architecture(model))
         _write_settings(writer, model)
-        _write_tokenizer(writer, model.source.tokenizer)
+        if self._vocabulary is None:
+            writer.add_tokenizer_model("no_vocab")  # such a model takes and gives token ids
+        else:
+            self._vocabulary.write(writer)
         for name, tensor in model.stock.stored().items():
             data, kind = self._stored(model, name, tensor)
             writer.add_tensor(_gguf_name(model, name), data, raw_dtype=kind)
@@ -118,13 +132,31 @@ class GGUF(Target):
 
     def remarks(self, model: ExportedModel) -> list[str]:
         grids = model.stock.grids
-        remarks = []
-        if coarse := [name for name, grid in grids.items() if grid.group_size > BLOCK]:
-            remarks.append(f"The scales of {shorten(coarse)} are repeated for blocks of {BLOCK}; no value changes.")
-        if wider := [name for name, grid in grids.items() if self._kind_of(model, name).bits > grid.bits]:
-            remarks.append(f"The codes of {shorten(wider)} are stored in more bits; no value changes.")
+        bits = {name: self._kind_of(model, name).bits for name in grids}
+        groups = {name: grid.columns // BLOCK for name, grid in grids.items()}
+        remarks = [*wider_codes(model.stock, bits), *finer_scales(model.stock, groups, SCALE_BYTES)]
+        if self._vocabulary is not None and self._vocabulary.compared:
+            remarks.append(self._vocabulary.compared)
         remarks.append(f"Embedding and dense layers are stored as {model.dtype}, norms as float32.")
         return remarks
+
+    def _tokenizer_problems(self, model: ExportedModel) -> list[Problem]:
+        """Read or convert the run's tokenizer; the problem if llama.cpp has none like it, or its size is another."""
+        folder = model.source.tokenizer
+        if folder is None:
+            return []
+        run = str(model.source.folder)
+        rows = len(model.source.network.get_input_embeddings().weight)  # type: ignore[arg-type]
+        if not (folder / VOCABULARY).is_file():
+            try:
+                self._vocabulary = convert_tokenizer(folder, rows, self.runtime)
+            except NoVocabulary as error:
+                return [Problem("run", run, str(error), CONVERTER)]
+            return []
+        self._vocabulary = read_vocabulary(folder / VOCABULARY)
+        if self._vocabulary.size != rows:
+            return [Problem("run", run, f"has {self._vocabulary.size} tokens for {rows} embeddings", CONVERTER)]
+        return []
 
     def _kind(self, model: ExportedModel, layer: str) -> BlockType | None:
         """The smallest type that holds a layer's levels, which are looked at once."""
@@ -156,6 +188,11 @@ class GGUF(Target):
         return quantize(values, GGMLQuantizationType[kind_name]), GGMLQuantizationType[kind_name]
 
 
+def _architecture(model: ExportedModel) -> str:
+    """llama.cpp's name of the architecture."""
+    return UNEVEN if model.stock.uneven else ARCHITECTURES[model.stock.config.model_type]
+
+
 def _architecture_problems(run: str, config: Any) -> list[Problem]:
     """What llama.cpp's architectures, as they are written here, do not compute."""
     if config.model_type not in ARCHITECTURES:
@@ -173,34 +210,22 @@ def _architecture_problems(run: str, config: Any) -> list[Problem]:
     return problems
 
 
-def _tokenizer_problems(run: str, model: ExportedModel) -> list[Problem]:
-    """The problem if the run has a tokenizer, but not as GGUF files hold it; or one of another vocabulary."""
-    folder = model.source.tokenizer
-    if folder is None:
-        return []
-    if not (folder / VOCABULARY).is_file():
-        return [Problem("run", run, "has a tokenizer that did not come from a GGUF file", CONVERTER)]
-    from gguf import GGUFReader
-
-    tokens = GGUFReader(folder / VOCABULARY).fields["tokenizer.ggml.tokens"]
-    rows = len(model.source.network.get_input_embeddings().weight)  # type: ignore[arg-type]
-    if len(tokens.data) != rows:
-        return [Problem("run", run, f"has {len(tokens.data)} tokens for {rows} embeddings", CONVERTER)]
-    return []
-
-
 def _write_settings(writer: GGUFWriter, model: ExportedModel) -> None:
     """What llama.cpp needs to know about the architecture."""
     config: Any = model.stock.config
-    head_dim = _head_dim(config)
+    head_dim = head_width(config)
+    blocks = widths_of(model.stock.weights, config)
+    channels = [widths.channels for widths in blocks]
+    heads = [widths.heads for widths in blocks]
+    key_heads = [widths.key_heads for widths in blocks]
     rope = getattr(config, "rope_parameters", None) or {}
     writer.add_name(model.source.base_model or config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_feed_forward_length(channels if model.stock.uneven else channels[0])
+    writer.add_head_count(heads if model.stock.uneven else heads[0])
+    writer.add_head_count_kv(key_heads if model.stock.uneven else key_heads[0])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -209,42 +234,25 @@ def _write_settings(writer: GGUFWriter, model: ExportedModel) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def _write_tokenizer(writer: GGUFWriter, folder: Path | None) -> None:
-    """Copy the tokenizer; a model without one takes and gives token ids."""
-    from gguf import GGUFReader, GGUFValueType
-
-    if folder is None:
-        writer.add_tokenizer_model("no_vocab")
-        return
-    for field in GGUFReader(folder / VOCABULARY).fields.values():
-        if field.name.startswith("tokenizer."):
-            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
-
-
 def _gguf_name(model: ExportedModel, name: str) -> str:
     """llama.cpp's name of a tensor."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     config: Any = model.stock.config
-    architecture = MODEL_ARCH[ARCHITECTURES[config.model_type].upper()]
+    architecture = MODEL_ARCH[_architecture(model).upper()]
     names = get_tensor_name_map(architecture, config.num_hidden_layers)
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
     assert found is not None, name
     return found
 
 
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _permuted(model: ExportedModel, name: str, rows: np.ndarray) -> np.ndarray:
     """The rows of q and k in llama.cpp's order: it rotates neighbours where transformers rotates halves of a head."""
     config: Any = model.stock.config
     layer = name.rpartition(".")[0]
-    if ARCHITECTURES[config.model_type] != "llama" or not layer.endswith(("q_proj", "k_proj")):
+    if _architecture(model) not in ("llama", UNEVEN) or not layer.endswith(("q_proj", "k_proj")):
         return rows
-    halves = rows.reshape(-1, 2, _head_dim(config) // 2, *rows.shape[1:])
+    halves = rows.reshape(-1, 2, head_width(config) // 2, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 
 

@@ -1,0 +1,1 @@
+"""Uses a finished run's model: ``generation`` continues a prompt, ``classification`` classifies images."""
