@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
 
 import pqqp_lightning.callbacks as c
 from pqqp_lightning import Stage
@@ -54,6 +56,11 @@ RUNS: dict[str, Any] = {
     "online": lambda: [c.QuaRot(online=True)],
     "kept-gains": lambda: [c.QuaRot(gains="keep")],
     "activations": lambda: [c.ActivationQuantization(kv_bits=4)],
+    "narrow-channels": lambda: [c.ChannelPruning(0.5)],
+    "grouped": lambda: [c.RTN(4, group_size=4, targets=["*attn*"])],
+    "grouped-convolution": lambda: [c.RTN(4, group_size=4, targets=["*grouped"])],
+    "rtn4-rows": lambda: [c.RTN(4)],
+    "rounded": lambda: [c.RTN(8), c.ActivationQuantization()],
     "adapters": lambda: [c.RTN(4), c.LoRA(merge=False, learning_rate=0.05)],
 }
 """The stages of each run by name."""
@@ -65,18 +72,50 @@ def run_of(name: str, kind: str = "llama", tied: bool = False) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="exports-")) / f"a run {name}"
     torch.manual_seed(0)
     settings = (tiny.LLAMA if kind == "llama" else tiny.OPT) | {"tie_word_embeddings": tied}
-    module = tiny.make_model(kind) if kind in ("deit", "resnet") else CausalLM(settings)
+    module = _model(kind, settings)
     with torch.no_grad():
         for layer, parameter in module.named_parameters():
             if "norm" in layer:
                 parameter.add_(0.1 * torch.randn_like(parameter))  # gains and biases as in trained models
             elif tied:
                 parameter.mul_(5)
-    data = tiny.make_data(kind, Path(tempfile.mkdtemp(prefix="exports-data-")))
+    data = tiny.make_data("resnet" if kind == "convolutions" else kind, Path(tempfile.mkdtemp(prefix="exports-data-")))
     stages = RUNS[name]()
     trainer = tiny.trainer(folder, *stages, **({} if stages else {"max_epochs": 0}))
     trainer.fit(module, datamodule=data)
     return folder
+
+
+class Convolutions(LightningModule):
+    """A user's module: a depthwise and a grouped convolution with BatchNorm, and a Linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet = nn.Conv2d(3, 16, 4, stride=4, bias=False)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.grouped = nn.Conv2d(16, 32, 1, groups=2)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm(self.depthwise(self.inlet(images))).relu()
+        return self.fc(self.grouped(x).relu().mean((2, 3)))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+
+def _model(kind: str, settings: dict[str, Any]) -> LightningModule:
+    """A tiny model whose norms are not those of initialization."""
+    if kind in ("llama", "opt"):
+        return CausalLM(settings)
+    module = Convolutions() if kind == "convolutions" else tiny.make_model(kind)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.weight, 0.5, 0.5)  # some are negative
+            nn.init.normal_(norm.running_mean, 0, 0.1)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return module
 
 
 def run_here(runtime: Any, arguments: list[str]) -> str:
@@ -88,5 +127,5 @@ def run_here(runtime: Any, arguments: list[str]) -> str:
 @pytest.fixture
 def checks_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the scripts of checks in this process."""
-    monkeypatch.setattr(runtime_check, "_run_script", run_here)
+    monkeypatch.setattr(runtime_check, "run_script", run_here)
     monkeypatch.setattr(sys, "path", [*sys.path])

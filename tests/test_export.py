@@ -311,7 +311,16 @@ def test_an_unfinished_run_is_refused(folder):
 def test_help_lists_targets_and_options(folder, capsys):
     assert run("export", "--help") == 0
     words = capsys.readouterr().out
-    for expected in ("hf", "--dtype", "--widen", "--pad", "--check", "[float16]", "--voice", "how it speaks. [low]"):
+    for expected in (
+        "hf",
+        "--dtype",
+        "--widen",
+        "--pad",
+        "--check",
+        "By default float16",
+        "--voice",
+        "how it speaks. [low]",
+    ):
         assert expected in words
 
 
@@ -325,7 +334,7 @@ def test_a_model_that_the_other_program_does_not_load_fails_the_check(tmp_path, 
     def refuse(*arguments):
         raise RuntimeFailed("ValueError: unknown model type")
 
-    monkeypatch.setattr(runtime_check, "_run_script", refuse)
+    monkeypatch.setattr(runtime_check, "run_script", refuse)
     with pytest.raises(CheckFailed, match="transformers does not load it: ValueError: unknown model type"):
         export_run(run_of("rtn4"), to="hf", out=tmp_path / "model")
 

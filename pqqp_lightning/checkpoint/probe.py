@@ -140,14 +140,24 @@ def _step_with_short_sequences(module: LightningModule, batch: Any) -> tuple[dic
 
 def _call(module: LightningModule, batch: Any) -> tuple[dict[str, Any], list[Tensor]]:
     """The form and the tensors of the first outermost call in the validation step, which runs as in the run."""
+    name, arguments = first_call(module, batch)
+    tensors: list[Tensor] = []
+    structure = describe(arguments, tensors)
+    return {"run": "call", "module": name, "arguments": structure}, _small(tensors)
+
+
+def first_call(module: LightningModule, batch: Any) -> tuple[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The first outermost call of a part of ``module`` in its validation step: the part's name, (args, kwargs).
+
+    Raises:
+        CannotStore: the step calls none.
+    """
     with torch.no_grad(), outermost_calls(module) as calls:
         validation_step(module, batch)
     if not calls:
         raise CannotStore("the step calls no module")
     name, arguments, _ = calls[0]
-    tensors: list[Tensor] = []
-    structure = describe(arguments, tensors)
-    return {"run": "call", "module": name, "arguments": structure}, _small(tensors)
+    return name, arguments
 
 
 def _shortened(tensors: list[Tensor], longest: int) -> list[Tensor]:
@@ -180,7 +190,7 @@ def _run(module: LightningModule, form: dict[str, Any], inputs: list[Tensor], se
         return tensor.to(dtype) if tensor.dtype == torch.float16 else tensor.clone()
 
     arguments = map_tensors(rebuild(form["arguments"], inputs), placed)
-    with keep_random_state(), _undisturbed(module), outermost_calls(module) as calls, torch.no_grad():
+    with keep_random_state(), undisturbed(module), outermost_calls(module) as calls, torch.no_grad():
         seed_from(seed)
         if form["run"] == "step":
             calls.append(("", None, validation_step(module, arguments)))
@@ -205,7 +215,7 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _undisturbed(module: LightningModule) -> Iterator[None]:
+def undisturbed(module: LightningModule) -> Iterator[None]:
     """Inside, the module is in evaluation mode and without a trainer; modes and buffers are restored on exit."""
     modes = {part: part.training for part in module.modules()}
     # The parts of packed weights are buffers that no pass changes; a copy would double their memory.

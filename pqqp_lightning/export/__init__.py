@@ -3,7 +3,8 @@
 ``pqqp_lightning.export(run, to=..., out=...)`` calls :func:`pqqp_lightning.export.export_run.export_run`.
 
 - ``export_run``: one export from reading to report; ``source``: what the run folder holds; ``card``: the model card.
-- ``stock``: the run's network as an ordinary transformers model; ``grids``: its codes, widened.
+- ``stock``: a language model as an ordinary one of transformers; ``grids``: its codes, widened.
+- ``network``: any other network, and ``samples``: inputs for it; ``onnx_graph``: as a graph with codes.
 - ``target``: the contract of a format; ``options``: its own; ``targets/``: one file a format; ``discovery`` finds them.
 - ``tensor_check``, ``runtime_check``: compare the written files; ``runtimes/``: the scripts that load them elsewhere.
 """

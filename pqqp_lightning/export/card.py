@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from pqqp_lightning.export.target import ExportedModel, Target
+from pqqp_lightning.export.target import Exported, Target
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -17,7 +17,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def write_card(
-    folder: Path, target: Target, model: ExportedModel, remarks: Sequence[str], checks: Sequence[str], name: str
+    folder: Path, target: Target, model: Exported, remarks: Sequence[str], checks: Sequence[str], name: str
 ) -> None:
     """Write the model card.
 
@@ -30,15 +30,11 @@ def write_card(
         name: of the exported folder, as the loading commands shall show it.
     """
     source = model.source
-    head: dict[str, Any] = {
-        "library_name": target.library,
-        "pipeline_tag": "text-generation",
-        "tags": ["pqqp-lightning"],
-    }
-    if source.base_model:
+    head: dict[str, Any] = {**target.card, "tags": ["pqqp-lightning"]}
+    if source.base_model and HUB_ID.fullmatch(source.base_model):
         head["base_model"] = source.base_model
     records = source.report.get("stages") or []
-    base = source.base_model or f"a {model.stock.config.model_type} model"
+    base = source.base_model or model.described
     lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", f"# {name}", ""]
     lines += [f"{base}, compressed by pqqp-lightning and written as {target.summary} ({model.dtype}).", ""]
     if records:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,13 @@ from pqqp_lightning.export.compressed_size import compressed_remark
 from pqqp_lightning.export.destination import check_kind, check_out, destination, failed_name, new_parents, read_paths
 from pqqp_lightning.export.discovery import find_target
 from pqqp_lightning.export.hub import check_hub, upload
-from pqqp_lightning.export.runtime_check import Agreement, RuntimeFailed, compare_outputs
-from pqqp_lightning.export.source import read_source
-from pqqp_lightning.export.stock import stock_model
-from pqqp_lightning.export.target import DType, ExportedModel, Target
+from pqqp_lightning.export.runtime_check import Agreement, RuntimeFailed
+from pqqp_lightning.export.source import read_run
+from pqqp_lightning.export.target import DTYPES, DType, Exported, Target
 from pqqp_lightning.export.tensor_check import compare_tensors
 
 FAILED = "CHECK_FAILED.txt"
 """Marks a folder whose check failed, and says why."""
-DTYPES = ("float16", "bfloat16", "float32")
 
 
 class CheckFailed(Exception):
@@ -40,7 +39,7 @@ class Export:
         own_bytes: of the run's own checkpoint.
         remarks: what was rewritten, and what the format loses or makes larger.
         checks: what was compared, in whole sentences.
-        agreement: with the run's outputs, where the format's program was run.
+        agreements: with the run's outputs, by program that was run.
         failures: what differs; empty for a good export.
         loading: how to load it, by program.
         uploaded: its address on the hub; empty if it was not uploaded.
@@ -51,10 +50,15 @@ class Export:
     own_bytes: int = 0
     remarks: list[str] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
-    agreement: Agreement | None = None
+    agreements: dict[str, Agreement] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     loading: dict[str, str] = field(default_factory=dict)
     uploaded: str = ""
+
+    @property
+    def agreement(self) -> Any:
+        """That with the first program; None if none was run."""
+        return next(iter(self.agreements.values()), None)
 
 
 def export_run(
@@ -62,7 +66,7 @@ def export_run(
     *,
     to: str,
     out: str | Path,
-    dtype: DType = "float16",
+    dtype: DType | None = None,
     widen: bool = True,
     pad: bool = False,
     check: bool = True,
@@ -78,7 +82,8 @@ def export_run(
         run: the run folder.
         to: the target, such as hf.
         out: the folder to write, which may exist if it is empty; or the file, as in model.gguf.
-        dtype: of everything that is not stored as codes: float16, bfloat16 or float32.
+        dtype: of everything that is not stored as codes: float16, bfloat16 or float32. By default float16 for language
+            models, float32 for others.
         widen: store codes in more bits where the target has no such width. No value changes.
         pad: write zeros in place of channels, heads or sublayers that were removed unevenly. This is exact.
         check: compare every written tensor with the run's, and load the result in another process where its program is
@@ -96,9 +101,7 @@ def export_run(
     target, model = _prepare(run, to, out, dtype, widen, pad, push_to_hub, options)
     done = Export(out, own_bytes=model.source.checkpoint_bytes, loading=target.loading_words(out))
     zeros = _zeros_remark(model)
-    done.remarks = [*model.stock.rewritten, *zeros, *target.remarks(model)]
-    if model.source.tokenizer is None:
-        done.remarks.append("The run has no tokenizer; copy one into the folder.")
+    done.remarks = [*model.rewritten, *zeros, *target.remarks(model), *model.incomplete]
     rank_zero_info(" ".join([f"Writing {run} to {out}{new_parents(out)}.", *done.remarks]))
     with destination(out, target, lambda: bool(done.failures)) as folder:
         target.write(model, folder)
@@ -125,14 +128,21 @@ def export_run(
 
 
 def _prepare(
-    run: Path, to: str, out: Path, dtype: DType, widen: bool, pad: bool, hub_id: str | None, options: dict[str, Any]
-) -> tuple[Target, ExportedModel]:
+    run: Path,
+    to: str,
+    out: Path,
+    dtype: DType | None,
+    widen: bool,
+    pad: bool,
+    hub_id: str | None,
+    options: dict[str, Any],
+) -> tuple[Target, Exported]:
     """The target and what it writes.
 
     Raises:
         RecipeError: with all problems of the arguments, or all of the model.
     """
-    problems = [*check_out(out, run), *_check_dtype(dtype)]
+    problems = check_out(out, run)
     target = None
     try:
         target = find_target(to, **options)
@@ -140,40 +150,34 @@ def _prepare(
     except RecipeError as error:
         problems += error.problems
     problems += check_hub(hub_id, out, target)
+    problems += _check_dtype(dtype, target.dtypes if target else DTYPES, to)
     try:
-        source = read_source(run)
+        source = read_run(run)
     except RecipeError as error:
         raise RecipeError([*problems, *error.problems]) from error
     if problems or target is None:
         raise RecipeError(problems)
-    stock = stock_model(
-        source.network,
-        source.dense_config,
-        pad=pad,
-        uneven_shapes=target.uneven_shapes,
-        keep_adapters=target.keeps_adapters,
-    )
-    model = ExportedModel(source, stock, dtype, widen)
-    named = [replace(problem, value=str(run)) for problem in stock.problems]
-    problems = [*named, *_check_range(model), *target.problems(model)]
+    model = target.prepare(source, dtype=dtype or target.dtypes[0], widen=widen, pad=pad)
+    problems = [*model.problems, *_check_range(model), *target.problems(model)]
     if problems:
         raise RecipeError(problems)
     return target, model
 
 
-def _check_dtype(dtype: str) -> list[Problem]:
-    if dtype in DTYPES:
+def _check_dtype(dtype: str | None, known: Sequence[str], to: str) -> list[Problem]:
+    if dtype is None or dtype in known:
         return []
-    return [Problem("dtype", dtype, f"is not one of {', '.join(DTYPES)}", "Use float16.")]
+    text = f"is not one of {', '.join(DTYPES)}" if dtype not in DTYPES else f"is not written by --to {to}"
+    return [Problem("dtype", dtype, text, f"Use {known[0]}.")]
 
 
-def _check_range(model: ExportedModel) -> list[Problem]:
+def _check_range(model: Exported) -> list[Problem]:
     """The problem if values are too large for the exported dtype."""
     largest = torch.finfo(model.torch_dtype).max
     too_large = [
         name
-        for name, tensor in model.stock.weights.items()
-        if tensor.is_floating_point() and float(tensor.abs().max()) > largest
+        for name, tensor in model.weights.items()
+        if tensor.is_floating_point() and tensor.numel() and float(tensor.abs().max()) > largest
     ]
     if not too_large:
         return []
@@ -181,48 +185,39 @@ def _check_range(model: ExportedModel) -> list[Problem]:
     return [Problem("dtype", model.dtype, text, "Use --dtype bfloat16 or float32.")]
 
 
-def _zeros_remark(model: ExportedModel) -> list[str]:
+def _zeros_remark(model: Exported) -> list[str]:
     """What happens to pruned entries, if there are many."""
     entries = zeros = 0
-    for name, tensor in model.stock.weights.items():
-        if tensor.dim() == 2 and name.endswith("proj.weight"):
-            entries += tensor.numel()
-            zeros += int((tensor == 0).sum())
+    for name in model.compressible:
+        tensor = model.weights[name]
+        entries += tensor.numel()
+        zeros += int((tensor == 0).sum())
     if not entries or zeros / entries < 0.2:
         return []
     return [f"{zeros / entries:.0%} zeros are kept as values: this format does not store them compactly."]
 
 
-def _check(target: Target, model: ExportedModel, folder: Path, done: Export) -> None:
+def _check(target: Target, model: Exported, folder: Path, done: Export) -> None:
     """Compare the tensors, then the outputs."""
     count, done.failures = compare_tensors(target, model, folder)
     if done.failures:
         return
     done.checks.append(f"{count} tensors, decoded from the files, equal the run's in {model.dtype}.")
-    runtime = target.runtime
-    if runtime is None:
-        return
-    if runtime.missing():
-        done.checks.append(f"Not checked in {runtime.name}: pip install {runtime.package}.")
-        return
-    if runtime.needs_tokenizer and model.source.tokenizer is None:
-        done.checks.append(f"Not checked in {runtime.name}: it needs a tokenizer, and the run has none.")
-        return
-    try:
-        agreement = compare_outputs(model, runtime, folder)
-    except RuntimeFailed as error:
-        done.failures.append(f"{runtime.name} does not load it: {error}.")
-        return
-    done.agreement = agreement
-    samples, tokens = agreement.shape
-    kind = "evaluation" if model.source.has_samples() else "random"
-    words = (
-        f"{runtime.name} {agreement.version} in a process of its own: perplexity {agreement.perplexity:.4f} "
-        f"(this run: {agreement.own_perplexity:.4f}), largest logit difference {agreement.largest_difference:.3g}, "
-        f"KL {agreement.divergence:.1e}, same top {agreement.same_top:.1%} ({samples} x {tokens} {kind} tokens)."
-    )
-    if agreement.agrees(runtime, model.dtype):
-        done.checks.append(words)
-    else:
-        limit = runtime.largest_divergence[model.dtype]
-        done.failures.append(f"Outputs differ too much (KL above {limit:g}): {words}")
+    for runtime in target.runtimes:
+        if runtime.missing():
+            done.checks.append(f"Not checked in {runtime.name}: pip install {runtime.package}.")
+            continue
+        if lacking := model.missing_for(runtime):
+            done.checks.append(f"Not checked in {runtime.name}: it needs {lacking}, and the run has none.")
+            continue
+        try:
+            agreement = model.compare(runtime, folder)
+        except RuntimeFailed as error:
+            done.failures.append(f"{runtime.name} does not load it: {error}.")
+            continue
+        done.agreements[runtime.name] = agreement
+        words = f"{runtime.name} {agreement.version} in a process of its own: {agreement.words()}."
+        if limit := agreement.limit():
+            done.failures.append(f"Outputs differ too much ({limit}): {words}")
+        else:
+            done.checks.append(words)

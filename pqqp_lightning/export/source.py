@@ -27,37 +27,54 @@ TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Source:
-    """A finished run.
+class FinishedRun:
+    """A finished run of any model.
 
     Attributes:
         folder: the run folder, or the checkpoint folder in it.
-        network: the transformers model with the run's weights, structure and constraints.
-        dense_config: the configuration of the model before any stage.
+        module: with the run's weights, structure and constraints.
         checkpoint_bytes: of the run's own checkpoint.
         report: ``report.json``, or an empty dict.
         recipe: the text of the recipe; empty for a run that was started from Python.
     """
 
     folder: Path
-    network: PreTrainedModel
-    dense_config: PretrainedConfig
+    module: LightningModule
     checkpoint_bytes: int
     report: dict[str, Any]
     recipe: str
+
+    @property
+    def base_model(self) -> str | None:
+        """The hub id, path or name of the model that the run started from, if its recipe names one."""
+        model = (self.report.get("recipe") or {}).get("model") or {}
+        name = (model.get("init_args") or {}).get("model") if isinstance(model, dict) else None
+        return name if isinstance(name, str) else None
+
+    @property
+    def skeleton(self) -> dict[str, Any]:
+        """The arguments that build the dense module; empty if the checkpoint does not know them."""
+        origin = origin_of(self.module)
+        return dict((origin.skeleton or {}).get("init_args") or {}) if origin else {}
+
+
+@dataclass(frozen=True)
+class Source(FinishedRun):
+    """A finished run of a language model.
+
+    Attributes:
+        network: the transformers model with the run's weights, structure and constraints.
+        dense_config: the configuration of the model before any stage.
+    """
+
+    network: PreTrainedModel
+    dense_config: PretrainedConfig
 
     @property
     def tokenizer(self) -> Path | None:
         """The folder with the tokenizer and the generation config; None if the run has none."""
         folder = RunFolder(self.folder).tokenizer
         return folder if folder.is_dir() else None
-
-    @property
-    def base_model(self) -> str | None:
-        """The hub id or path that the run started from, if its recipe names one."""
-        model = (self.report.get("recipe") or {}).get("model") or {}
-        name = (model.get("init_args") or {}).get("model") if isinstance(model, dict) else None
-        return name if isinstance(name, str) else None
 
     def samples(self) -> Tensor:
         """Token ids [samples, tokens] to compare outputs on: the run's evaluation samples, else random ones."""
@@ -75,25 +92,32 @@ class Source:
         return RunFolder(self.folder).samples.is_file()
 
 
-def read_source(run: Path) -> Source:
+def read_run(run: Path) -> FinishedRun:
     """Load a finished run.
 
     Raises:
-        RecipeError: the folder is not a finished run's, is damaged, or holds another kind of model.
+        RecipeError: the folder is not a finished run's, or is damaged.
     """
     if problems := check_finished(run):
         raise RecipeError(problems)
     files = RunFolder(run)
-    module = load_quietly(model_folder(run))
-    network = network_of(module, run)
-    return Source(
+    return FinishedRun(
         folder=run,
-        network=network,
-        dense_config=_dense_config(module, network),
+        module=load_quietly(model_folder(run)),
         checkpoint_bytes=checkpoint_bytes(model_folder(run)),
         report=read_json(files.report) if files.report.is_file() else {},
         recipe=files.recipe.read_text(encoding="utf-8") if files.recipe.is_file() else "",
     )
+
+
+def language_model_of(run: FinishedRun) -> Source:
+    """The run as one of a language model.
+
+    Raises:
+        RecipeError: it holds another kind of model.
+    """
+    network = network_of(run.module, run.folder)
+    return Source(**vars(run), network=network, dense_config=_dense_config(run, network))
 
 
 def network_of(module: LightningModule, run: Path) -> PreTrainedModel:
@@ -102,18 +126,22 @@ def network_of(module: LightningModule, run: Path) -> PreTrainedModel:
     Raises:
         RecipeError: the module holds none.
     """
-    from transformers import PreTrainedModel
-
-    network = getattr(module, "model", None)
-    if isinstance(network, PreTrainedModel) and network.can_generate():
+    network: Any = getattr(module, "model", None)
+    if is_language_model(network):
         return network
-    text = f"holds a {type(module).__name__}, which is not a language model of transformers"
-    way_out = "Use pqqp_lightning.load(RUN) for it: no target writes other models."
+    text = f"holds {type(module).__name__}, which is not a language model of transformers"
+    way_out = "Use --to onnx, which writes other models."
     raise RecipeError(Problem("run", str(run), text, way_out))
 
 
-def _dense_config(module: LightningModule, network: PreTrainedModel) -> PretrainedConfig:
+def is_language_model(network: object) -> bool:
+    """Whether it is one of transformers."""
+    from transformers import PreTrainedModel
+
+    return isinstance(network, PreTrainedModel) and network.can_generate()
+
+
+def _dense_config(run: FinishedRun, network: PreTrainedModel) -> PretrainedConfig:
     """The configuration in the checkpoint, which describes the model before its stages."""
-    origin = origin_of(module)
-    settings = ((origin.skeleton or {}).get("init_args") or {}).get("model") if origin else None
+    settings = run.skeleton.get("model")
     return type(network.config).from_dict(dict(settings)) if isinstance(settings, dict) else network.config

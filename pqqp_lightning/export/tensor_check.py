@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from pqqp_lightning.export.target import ExportedModel, Target
+from pqqp_lightning.export.target import Exported, Target
 
 
-def compare_tensors(target: Target, model: ExportedModel, folder: Path) -> tuple[int, list[str]]:
+def compare_tensors(target: Target, model: Exported, folder: Path) -> tuple[int, list[str]]:
     """Decode the files in ``folder``, and compare each tensor bit for bit.
 
     Returns:

@@ -118,6 +118,9 @@ def _size_blocks(folder: RunFolder, report: FitReport) -> list[Block]:
         if folder.samples.is_file():  # a language model, which exports write
             out = shlex.quote(f"{folder.path.name}-hf")
             lines.append(f"For other programs: pqqp-lightning export {run} --to hf --out {out} (--help lists more).")
+        elif folder.inputs.is_file():
+            out = shlex.quote(f"{folder.path.name}.onnx")
+            lines.append(f"For other programs: pqqp-lightning export {run} --to onnx --out {out} (--help lists more).")
         blocks.append(Words(lines, in_summary=True))
     if layers:
         rows = []

@@ -1,28 +1,40 @@
-"""What a run folder keeps besides the model, to use it: the tokenizer and samples, or how images are prepared."""
+"""What a run folder keeps besides the model, to use it: tokenizer, samples, or how images are prepared."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pqqp_lightning.checkpoint.nested import tensors_in
+from pqqp_lightning.checkpoint.probe import first_call, undisturbed
+from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.seeding import keep_random_state
 from pqqp_lightning.storage.files import new_folder, write_json
 from pqqp_lightning.storage.run_folder import RunFolder
 
 SAMPLES = 4
-"""Evaluation samples that are kept."""
+"""Evaluation samples of a language model that are kept."""
+MOST_SAMPLES = 64
+"""Samples of other models that are kept, of evaluation and calibration each."""
+MOST_BYTES = 8_000_000
+"""Of fewer samples, if so many are larger."""
 
 
 def keep_companions(folder: RunFolder, data: RunData) -> None:
-    """Write what the model's use needs: tokenizer and evaluation samples, or the preprocessing of images."""
+    """Write what the model's use needs: samples; a tokenizer, or the preprocessing of images."""
     with keep_random_state():  # an iterator over a loader draws a seed, and a transform may draw numbers
         if callable(getattr(data.module, "save_tokenizer", None)):
             _keep_text_companions(folder, data)
+        else:
+            _keep_inputs(folder, data)
         describe = getattr(data.datamodule, "image_preprocessing", None)
         if callable(describe) and not folder.preprocessing.exists():
             write_json(folder.preprocessing, asdict(describe()))
@@ -56,3 +68,56 @@ def _first_samples(data: RunData) -> Tensor | None:
         if len(rows) >= SAMPLES:
             break
     return torch.stack(rows[:SAMPLES]) if rows else None
+
+
+def _keep_inputs(folder: RunFolder, data: RunData) -> None:
+    """Write the model's inputs on the first evaluation and calibration samples, with the labels; none if it fails.
+
+    Inputs are the tensors that the validation step passes to the first part of the module that it calls, most often the
+    module itself. The metadata names this part, and says how the images were normalised.
+    """
+    try:
+        with keep_random_state():
+            called, tensors = _inputs_of(data, calibration=False)
+            quantized = any(constraints.grid is not None for _, _, constraints in constrained_layers(data.module))
+            if quantized and data.has_calibration_data():  # the ranges of its activations come from there
+                calibration_called, calibration = _inputs_of(data, calibration=True)
+                if calibration_called == called:
+                    tensors |= {f"calibration.{name}": x for name, x in calibration.items() if name != "labels"}
+    except Exception:  # data and step are the user's; an export then asks for an example
+        return
+    normalisation = getattr(data.datamodule, "normalization", None)
+    preprocessing = normalisation() if callable(normalisation) else {}
+    save_file(tensors, folder.inputs, metadata={"called": called, "preprocessing": json.dumps(preprocessing)})
+
+
+def _inputs_of(data: RunData, *, calibration: bool) -> tuple[str, dict[str, Tensor]]:
+    """The part of the module that the step calls first, and its inputs by position ("input.0"), with "labels".
+
+    Raises:
+        ValueError: the inputs are not tensors alone.
+    """
+    one = data.first_samples(1, calibration=calibration)
+    size_bytes = sum(tensor.nbytes for tensor in tensors_in(one))
+    count = max(1, min(MOST_SAMPLES, MOST_BYTES // max(size_bytes, 1)))
+    batch = data.first_samples(count, calibration=calibration)
+    with undisturbed(data.module):
+        called, (given, named) = first_call(data.module, move_data_to_device(batch, data.module.device))
+    if named or not given or not all(isinstance(value, Tensor) for value in given):
+        raise ValueError("the inputs are not tensors alone")
+    tensors = {f"input.{i}": value.detach().cpu().contiguous().clone() for i, value in enumerate(given)}
+    labels = _labels_in(batch)
+    if labels is not None and labels.shape == tensors["input.0"].shape[:1]:
+        tensors["labels"] = labels.cpu().contiguous().clone()
+    return called, tensors
+
+
+def _labels_in(batch: Any) -> Tensor | None:
+    """The class of each sample in a batch such as (images, labels) or {..., labels: ...}; None if there is none."""
+    if isinstance(batch, Mapping):
+        found = batch.get("labels")
+    elif isinstance(batch, list | tuple) and len(batch) == 2:
+        found = batch[1]
+    else:
+        found = None
+    return found if isinstance(found, Tensor) and not found.is_floating_point() else None

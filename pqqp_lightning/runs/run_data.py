@@ -164,6 +164,15 @@ class RunData:
                 batch = larger
         return batch
 
+    def first_samples(self, count: int, *, calibration: bool = False) -> Any:
+        """A batch of the first ``count`` evaluation or calibration samples; without an index, the first batch."""
+        loader = self._calibration_loader() if calibration else self._first_evaluation_loader()
+        dataset = _indexed_dataset(loader)
+        if dataset is None or _gives_batches(loader):
+            return next(iter(loader))
+        count = min(count, len(dataset))
+        return next(iter(_plain_loader(Subset(dataset, range(count)), loader, count)))
+
     def first_evaluation_batch(self) -> Any:
         """The first batch of the first evaluation loader, as it comes from there."""
         return next(iter(self._first_evaluation_loader()))

@@ -50,7 +50,9 @@ class RunFolder:
     tokenizer = _File("tokenizer")
     """The model's tokenizer and generation config, for exports; not every run has them."""
     samples = _File("samples.safetensors")
-    """A few evaluation samples (token ids), for the checks of exports; not every run has them."""
+    """A few evaluation samples of a language model (token ids), for the checks of exports; not every run has them."""
+    inputs = _File("inputs.safetensors")
+    """Inputs of another model on a few samples, with their labels, for exports; not every run has them."""
     preprocessing = _File("preprocessing.json")
     """How the model's images were prepared, and the names of the classes; only runs of an ImageData have it."""
     logs = _File("logs")

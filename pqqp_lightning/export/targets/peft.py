@@ -43,7 +43,7 @@ class PEFT(Target):
         "PEFT": 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{out}/base"), "{out}")',
         "vLLM": 'vllm serve "{out}/base" --enable-lora --lora-modules adapter="{out}"',
     }
-    library = "peft"
+    card: ClassVar[dict[str, str]] = Target.card | {"library_name": "peft"}
     keeps_adapters = True
 
     def __init__(self, base: Literal["hf", "compressed-tensors", "bitsandbytes", "gptq"] = "hf") -> None:
