@@ -109,11 +109,6 @@ class ImageData(LightningDataModule):
         counts = [images.num_classes for images in self._images.values() if images.num_classes is not None]
         return max(counts, default=None)
 
-    def normalization(self) -> dict[str, list[float]]:
-        """The mean and the standard deviation of each channel, which images have subtracted and are divided by."""
-        mean, std = normalization(self.channels, self.mean, self.std)
-        return {"mean": mean, "std": std}
-
     def check(self) -> list[Problem]:
         """Problems that can be seen without reading the data."""
         problems = check_positive(

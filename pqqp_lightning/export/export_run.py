@@ -149,8 +149,8 @@ def _prepare(
         problems += check_kind(out, target)
     except RecipeError as error:
         problems += error.problems
-    problems += check_hub(hub_id, out, target)
     problems += _check_dtype(dtype, target.dtypes if target else DTYPES, to)
+    problems += check_hub(hub_id, out, target)
     try:
         source = read_run(run)
     except RecipeError as error:

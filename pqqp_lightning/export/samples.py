@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pqqp_lightning.checkpoint.nested import rebuild
 from pqqp_lightning.checkpoint.probe import first_call, read_probe, undisturbed
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.export.source import FinishedRun
+from pqqp_lightning.storage.files import read_json
 from pqqp_lightning.storage.run_folder import RunFolder
 
 RANDOM = 8
@@ -89,12 +89,14 @@ def _kept(run: FinishedRun) -> Samples | None:
     inputs = _numbered(tensors, "input")
     if not inputs:
         return None
+    preprocessing = RunFolder(run.folder).preprocessing
+    how = read_json(preprocessing, "mean", "std") if preprocessing.is_file() else {}
     return Samples(
         called=about.get("called", ""),
         inputs=inputs,
         labels=tensors.get("labels"),
         calibration=_numbered(tensors, "calibration.input"),
-        preprocessing=json.loads(about.get("preprocessing", "{}")),
+        preprocessing={name: how[name] for name in ("mean", "std")} if how else {},
     )
 
 

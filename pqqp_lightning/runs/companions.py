@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -74,7 +73,7 @@ def _keep_inputs(folder: RunFolder, data: RunData) -> None:
     """Write the model's inputs on the first evaluation and calibration samples, with the labels; none if it fails.
 
     Inputs are the tensors that the validation step passes to the first part of the module that it calls, most often the
-    module itself. The metadata names this part, and says how the images were normalised.
+    module itself. The metadata names this part.
     """
     try:
         with keep_random_state():
@@ -86,9 +85,7 @@ def _keep_inputs(folder: RunFolder, data: RunData) -> None:
                     tensors |= {f"calibration.{name}": x for name, x in calibration.items() if name != "labels"}
     except Exception:  # data and step are the user's; an export then asks for an example
         return
-    normalisation = getattr(data.datamodule, "normalization", None)
-    preprocessing = normalisation() if callable(normalisation) else {}
-    save_file(tensors, folder.inputs, metadata={"called": called, "preprocessing": json.dumps(preprocessing)})
+    save_file(tensors, folder.inputs, metadata={"called": called})
 
 
 def _inputs_of(data: RunData, *, calibration: bool) -> tuple[str, dict[str, Tensor]]:
