@@ -92,6 +92,13 @@ METHODS = {
         "qat": "--stages.quantize QAT --stages.quantize.bits 4 --stages.quantize.learning_rate 0.00002 "
         "--stages.quantize.epochs 1 --trainer.limit_train_batches 12",
     },
+    "Repair": {
+        "sparsegpt-gptq-polish": f"{HALF} {GPTQ} --stages.polish Polish",
+        "gptq-sparsegpt-polish": f"{HALF} {GPTQ} --stages.polish Polish --stage_order [quantize,prune,polish]",
+        "gptq-polish": f"{GPTQ} --stages.polish Polish",
+        "wanda-refit": "--stages.prune Wanda --stages.prune.sparsity 0.5 --stages.refit Refit",
+        "sparsegpt-refit": f"{HALF} --stages.refit Refit",
+    },
     "Sharing": {
         "svd": "--stages.share BasisSharing --stages.share.ratio 0.2 --stages.share.group 1",
         "sharing-2": "--stages.share BasisSharing --stages.share.ratio 0.2 --stages.share.group 2",

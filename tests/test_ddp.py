@@ -69,6 +69,7 @@ class Die(Stage):
 '''
 PRUNE = {"class_path": "SparseGPT", "init_args": {"sparsity": 0.5}}
 QUANTIZE = {"class_path": "GPTQ", "init_args": {"bits": 4, "group_size": 16}}
+POLISH = {"class_path": "Polish", "init_args": {"inputs": "dense"}}
 FINETUNE = {"class_path": "Finetune", "init_args": {"epochs": 2, "learning_rate": 0.01}}
 
 
@@ -92,7 +93,7 @@ def write_recipe(folder: Path, name: str, stages: dict) -> None:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "watcher.py").write_text(WATCHER)
-    write_recipe(folder, "compress.yaml", {"prune": PRUNE, "quantize": QUANTIZE})
+    write_recipe(folder, "compress.yaml", {"prune": PRUNE, "quantize": QUANTIZE, "polish": POLISH})
     write_recipe(folder, "train.yaml", {"prune": PRUNE, "finetune": FINETUNE, "quantize": QUANTIZE})
     return folder
 
@@ -149,7 +150,7 @@ def two(folder) -> Path:
 
 
 def test_two_processes_compress_as_one_does(folder, one, two):
-    assert [[line["world"] for line in rank] for rank in digests(folder, "two")] == [[2] * 3] * 2
+    assert [[line["world"] for line in rank] for rank in digests(folder, "two")] == [[2] * 4] * 2
     a, b = records(one), records(two)
     one, two = load_weights(one), load_weights(two)
     assert list(one) == list(two)
@@ -159,7 +160,7 @@ def test_two_processes_compress_as_one_does(folder, one, two):
             assert float((one[name] - two[name]).norm() / one[name].norm()) < 0.05, name
         else:
             assert torch.equal(one[name], two[name])
-    assert [r["name"] for r in b] == ["dense", "prune", "quantize"]
+    assert [r["name"] for r in b] == ["dense", "prune", "quantize", "polish"]
     dense = [run[0]["metrics"]["perplexity"] for run in (a, b)]
     assert dense[0] == pytest.approx(dense[1], rel=1e-6)  # of five windows none counts twice
     for ours, theirs in zip(a, b, strict=True):
@@ -234,14 +235,15 @@ def test_processes_that_end_a_stage_with_different_weights_are_stopped(folder):
 
 
 def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder, two):
-    write_recipe(folder, "die.yaml", {"prune": PRUNE, "die": {"class_path": "watcher.Die"}, "quantize": QUANTIZE})
+    die = {"class_path": "watcher.Die"}
+    write_recipe(folder, "die.yaml", {"prune": PRUNE, "die": die, "quantize": QUANTIZE, "polish": POLISH})
     killed = run(folder, *on_two("die.yaml", "killed"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [r["name"] for r in records(folder / "killed")] == ["dense", "prune"]
     finish(folder, *on_two("die.yaml", "killed"), "--ckpt_path", "last")
     ours, theirs = load_weights(folder / "killed"), load_weights(two)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert [[line["world"] for line in rank] for rank in digests(folder, "killed")] == [[2] * 4] * 2
+    assert [[line["world"] for line in rank] for rank in digests(folder, "killed")] == [[2] * 5] * 2
 
 
 def test_a_strategy_whose_processes_do_not_last_is_refused(folder, here, capsys):
@@ -252,9 +254,10 @@ def test_a_strategy_whose_processes_do_not_last_is_refused(folder, here, capsys)
 
 
 def test_a_search_on_two_processes_has_intervals_over_the_samples_of_both(folder, here):
-    finish(folder, "order", *on_two("compress.yaml", "search")[1:])
+    write_recipe(folder, "pair.yaml", {"prune": PRUNE, "quantize": QUANTIZE})
+    finish(folder, "order", *on_two("pair.yaml", "search")[1:])
     report = json.loads((folder / "search/order.json").read_text())
-    main(["order", "--config", "compress.yaml", "--run_dir", "alone", "--trainer.devices", "1", "--store", "other"])
+    main(["order", "--config", "pair.yaml", "--run_dir", "alone", "--trainer.devices", "1", "--store", "other"])
     alone = json.loads((folder / "alone/order.json").read_text())
     orders = {tuple(entry["order"]): entry for entry in alone["orders"]}
     for entry in report["orders"]:

@@ -38,7 +38,8 @@ def result(path: Path, options: list[str]) -> dict:
 def few(path: Path) -> list[str]:
     """One value less for each argument: the smallest grid that is still one."""
     grids = {"prune-quantize": {"prune": {"sparsity": [0.5, 0.7]}, "quantize": {"bits": [8, 3]}}}
-    grids["resnet"] = grids["deit"] = grids["prune-quantize"]
+    for alike in ("resnet", "deit", "polish-both-orders", "digits-deit-polish", "digits-resnet-polish"):
+        grids[alike] = grids["prune-quantize"]
     grids["block-pruning"] = {"prune": {"amount": [1]}, "quantize": {"bits": [8, 4]}}
     return ["--grid", json.dumps(grids[path.stem])] if path.stem in grids else []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 from itertools import pairwise, product
 from pathlib import Path
@@ -265,6 +266,28 @@ def test_three_stages_are_measured_in_all_orders_without_a_pair(folder, capsys):
     (first, _) = rows(folder)
     assert first["tune.learning_rate"] == "0.01"
     assert first["M(prune->tune->quantize)"]
+
+
+def test_a_stage_that_stays_last_ends_both_orders(folder):
+    grid = ["--grid.prune.sparsity", "[0.5,0.8]", "--grid.quantize.bits", "[4]"]
+    report = sweep(folder, "--stages.polish", "Polish", "--last", "[polish]", grid=grid)
+    for point in report["points"]:
+        metrics = {"->".join(order["order"]): order["record"]["metrics"] for order in point["orders"]}
+        assert metrics.keys() == {"prune->quantize->polish", "quantize->prune->polish"}
+        there, back = (metrics[order]["perplexity"] for order in ("quantize->prune->polish", "prune->quantize->polish"))
+        assert point["pair"]["advantage"]["value"] == pytest.approx(back - there)
+        assert not point["refused"]
+    assert report["hypothesis"]["advantage"] == "A(quantize->prune)"
+    assert "prune -> quantize -> polish" in html.unescape((folder / "sweep/report.html").read_text())
+
+
+@pytest.mark.parametrize(("last", "reason"), [("[polsh]", "Did you mean"), ("[polish,polish]", "names polish twice")])
+def test_what_stays_last_must_be_a_stage(folder, capsys, last, reason):
+    grid = ["--grid.prune.sparsity", "[0.5,0.8]"]
+    arguments = ["--run_dir", "sweep", *grid, "--stages.polish", "Polish", "--last", last]
+    assert run("sweep", "--config", "recipe.yaml", *arguments) == 2
+    assert reason in capsys.readouterr().err
+    assert not (folder / "sweep").exists()
 
 
 def test_one_stage_alone(folder):

@@ -69,12 +69,14 @@ class SweepOptions(SearchOptions):
         grid: values by stage and argument, as in --grid.prune.sparsity [0.5,0.7].
         curve: the stage that quantizes, if the grid does not determine it.
         curve_bits: further bit widths for the curve of quantization alone.
+        last: names of stages that stay at the end of every order, in this sequence; the orders are those of the others.
         max_points: refuse a grid with more points.
     """
 
     grid: dict[str, Any] = field(default_factory=dict)
     curve: str | None = None
     curve_bits: list[int] = field(default_factory=list)
+    last: list[str] = field(default_factory=list)
     max_points: int = 200
 
 

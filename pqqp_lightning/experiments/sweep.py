@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
@@ -86,7 +88,7 @@ def check_sweep(trainer: Trainer, data: RunData, store: ResultStore, options: Sw
     problems += check_time_limit(options.time_limit) + check_executor(options.executor, trainer)
     # a bad max_points is already reported, so that make_plan must not report it again
     try:
-        plan = make_plan(trainer.stages, data, options.grid, options.curve, options.curve_bits, max(1, max_points))
+        plan = make_plan(trainer.stages, data, replace(options, max_points=max(1, max_points)))
     except RecipeError as error:
         problems += error.problems
     if problems:
@@ -117,7 +119,9 @@ class Sweep:
 
     def run(self, *, resume: bool) -> None:
         """Measure what the store does not have, and write report, tables and figures."""
-        asked = {"command": "sweep", "grid": self._grid}
+        asked: dict[str, Any] = {"command": "sweep", "grid": self._grid}
+        if self._options.last:  # folders of earlier versions do not name them
+            asked["last"] = list(self._options.last)
         with open_executor(self._options.executor, self._trainer, self._tree, self._progress) as executor:
             judge = open_search(self._trainer, self._data, self._tree, asked, self._options, resume=resume)
             self._announce()
@@ -172,8 +176,10 @@ class Sweep:
             "points": points,
             "notes": notes,
         }
+        if self._options.last:
+            report["last"] = self._options.last
         if plan.curve is not None:
-            analysis = PairAnalysis(judge, plan.curve)
+            analysis = PairAnalysis(judge, plan.curve, self._options.last)
             curves = analysis.curves()
             for entry, point in zip(points, plan.points, strict=True):
                 entry["pair"] = analysis.point(point, curves)

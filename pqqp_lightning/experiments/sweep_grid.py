@@ -101,15 +101,22 @@ def make_variants(stages: Sequence[Stage], grid: Grid) -> dict[str, list[Variant
     return variants
 
 
-def make_points(variants: Mapping[str, Sequence[Variant]], data: RunData) -> list[Point]:
+def make_points(variants: Mapping[str, Sequence[Variant]], data: RunData, last: Sequence[str] = ()) -> list[Point]:
     """Every combination of variants, with the orders that can run.
+
+    Args:
+        variants: of every stage.
+        data: the dense model and its data, for the checks.
+        last: names of the stages that end every order.
 
     Raises:
         RecipeError: combinations that cannot run in any order.
     """
     points = [Point(chosen) for chosen in product(*variants.values())]
     for point in points:
-        for order in permutations(point.variants):
+        end = [variant for name in last for variant in point.variants if variant.name == name]
+        for beginning in permutations([variant for variant in point.variants if variant.name not in last]):
+            order = [*beginning, *end]
             steps = tuple(variant.step for variant in order)
             if found := check_places([variant.stage for variant in order], data):
                 point.refused[steps] = [of_section("grid", problem, point.variants) for problem in found]

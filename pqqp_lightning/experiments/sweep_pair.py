@@ -39,10 +39,11 @@ class PairAnalysis:
     Args:
         judge: has the measured scores.
         curve: the stage that quantizes, with its variants.
+        last: names of the stages that follow both in every order.
     """
 
-    def __init__(self, judge: Judge, curve: Curve) -> None:
-        self._judge, self._curve = judge, curve
+    def __init__(self, judge: Judge, curve: Curve, last: Sequence[str] = ()) -> None:
+        self._judge, self._curve, self._last = judge, curve, last
         self._known = judge.tree.results()
 
     def curves(self) -> list[CurveReport]:
@@ -67,7 +68,9 @@ class PairAnalysis:
         """A, G, C_P, C_Q, C*_P and C*_P - C_Q; None if not measured or not finite."""
         p = next(v for v in point.variants if v.name == self._curve.other)
         q = next(v for v in point.variants if v.name == self._curve.name)
-        there, back = (q.step, p.step), (p.step, q.step)
+        steps = {variant.name: variant.step for variant in point.variants}
+        last = tuple(steps[name] for name in self._last)
+        there, back = (q.step, p.step, *last), (p.step, q.step, *last)
         both = there in self._known and back in self._known
         label = self._curve.label(q)
         curve: list[CurvePoint] = next((c["points"] for c in curves if c["label"] == label), [])

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from pqqp_lightning.errors import Problem, RecipeError, suggest
+from pqqp_lightning.experiments.options import SweepOptions
 from pqqp_lightning.experiments.sweep_grid import (
-    Grid,
     Point,
     Variant,
     arguments_text,
@@ -80,12 +80,14 @@ class Plan:
 def make_plan(
     stages: Sequence[Stage],
     data: RunData,
-    grid: Grid,
-    curve: str | None,
-    curve_bits: Sequence[int],
-    max_points: int,
+    options: SweepOptions,
 ) -> Plan:
     """Check the grid and make the plan.
+
+    Args:
+        stages: of the recipe.
+        data: the dense model and its data, for the checks.
+        options: the grid, the curve, the stages that stay last and the limit of points.
 
     Raises:
         RecipeError: with every problem.
@@ -93,24 +95,37 @@ def make_plan(
     if not 1 <= len(stages) <= MOST_STAGES:
         text = f"sweep needs 1 to {MOST_STAGES} stages, but the recipe has {len(stages)}"
         raise RecipeError(Problem(text=text, way_out="Change them.").within("stages"))
-    if not grid:
+    if not options.grid:
         names = " or ".join(stage.name for stage in stages)
         way_out = f"Add --grid.STAGE.ARGUMENT [a,b], where STAGE is {names}."
         raise RecipeError(Problem(text="is missing", way_out=way_out).within("grid"))
-    variants = make_variants(stages, grid)
+    variants = make_variants(stages, options.grid)
     problems = [problem for own in variants.values() for variant in own for problem in own_problems(variant)]
-    found = _find_curve(variants, curve, curve_bits, problems)
-    if (count := math.prod(map(len, variants.values()))) > max_points:
-        text = f"has {count} points, more than max_points={max_points}"
+    problems += _check_last(options.last, variants)
+    ordered = {name: own for name, own in variants.items() if name not in options.last}
+    found = _find_curve(ordered, options.curve, options.curve_bits, problems)
+    if (count := math.prod(map(len, variants.values()))) > options.max_points:
+        text = f"has {count} points, more than max_points={options.max_points}"
         problems.append(Problem(text=text, way_out="Shorten it, or raise max_points.").within("grid"))
     if problems:
         raise RecipeError(problems)
-    points = make_points(variants, data)
+    points = make_points(variants, data, options.last)
     if found is not None:
         # a stage of the recipe may be unable to run alone on this model
         able = [variant for variant in found.variants if not check_places([variant.stage], data)]
         found = replace(found, variants=able) if able else None
     return Plan(variants, points, found)
+
+
+def _check_last(last: Sequence[str], variants: Variants) -> list[Problem]:
+    """The problems of the stages that stay last."""
+    problems = []
+    for name in last:
+        if name not in variants:
+            problems.append(Problem("last", name, "is not the name of a stage", suggest(name, variants).strip()))
+    if twice := [name for i, name in enumerate(last) if name in last[:i]]:
+        problems.append(Problem("last", list(last), f"names {twice[0]} twice", "Name every stage once."))
+    return problems
 
 
 def _find_curve(variants: Variants, named: str | None, bits: Sequence[int], problems: list[Problem]) -> Curve | None:
@@ -125,7 +140,7 @@ def _find_curve(variants: Variants, named: str | None, bits: Sequence[int], prob
     if len(variants) != 2:
         if named is not None or bits:
             argument, value = ("curve", named) if named is not None else ("curve_bits", list(bits))
-            text = f"needs two stages, but the recipe has {len(variants)}"
+            text = f"needs two stages that change places, but the recipe has {len(variants)}"
             problems.append(Problem(argument, value, text, "Leave it out."))
         return None
     name = named or _quantizing(variants, problems)

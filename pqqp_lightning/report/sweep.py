@@ -114,13 +114,14 @@ def _pair_cells(report: SweepReport) -> tuple[str, list[str], list[list[str]]]:
     varied = list(arguments_of(report["points"][0], report))
     metric = report["metric"] if report["higher_is_better"] else f"-{report['metric']}"
     what = f"A = A({q}->{p}) and G = G({q}, {p}) in {metric}; C*-C = C*_{p} - C_{q}"
-    head = [*_short(varied), p, q, f"{p} -> {q}", f"{q} -> {p}", "A", "G", "C*-C"]
+    orders = [[p, q, *report.get("last", [])], [q, p, *report.get("last", [])]]
+    head = [*_short(varied), p, q, *(" -> ".join(order) for order in orders), "A", "G", "C*-C"]
     sign = 1 if report["higher_is_better"] else -1
     rows = []
     for point in report["points"]:
         row = point_row(point, report)
         pair = point["pair"]
-        shown = [row.get(f"M({name})") for name in (p, q, f"{p}->{q}", f"{q}->{p}")]
+        shown = [row.get(f"M({name})") for name in (p, q, *("->".join(order) for order in orders))]
         values = [number_text(None if m is None else sign * m) for m in shown]
         gap = "-" if pair["gap"] is None else f"{pair['gap']:+.3g}"
         difference = "-"  # C*_P - C_Q, or its known bound, such as ">+5.33"

@@ -295,6 +295,7 @@ class SweepReport(Origin):
     grid: NotRequired[dict[str, Any]]
     applications: NotRequired[int]
     dense: NotRequired[Record]
+    last: NotRequired[list[str]]
     pruning: NotRequired[str]
     quantizing: NotRequired[str]
     curves: NotRequired[list[CurveReport]]
