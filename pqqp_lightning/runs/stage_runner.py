@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -26,28 +25,25 @@ from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.checkpoint.probe import Probe, take_probe
 from pqqp_lightning.checkpoint.save import save_checkpoint
 from pqqp_lightning.checkpoint.size import ModelSize, measure_size, size_numbers
-from pqqp_lightning.errors import Problem, RecipeError, shorten
-from pqqp_lightning.metrics.samples import Recorded, Samples, gather_samples, recording
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.metrics.samples import Samples
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.constraints import (
-    Promise,
-    broken_promises,
     collect_promises,
-    constraints_of,
-    set_constraints,
 )
 from pqqp_lightning.network.coverage import count_nonzero_parameters, count_parameters, measure_coverage
 from pqqp_lightning.network.layer_uses import LayerUse, mark_uses, marked_uses
-from pqqp_lightning.network.layers import Layer, weight_matrix
+from pqqp_lightning.network.layers import Layer
 from pqqp_lightning.network.structure import Skeleton
-from pqqp_lightning.runs.callback_state import SameWeights
 from pqqp_lightning.runs.distillation import make_teacher
-from pqqp_lightning.runs.early_stop import Watch, WatchSamples, stoppable
+from pqqp_lightning.runs.early_stop import Watch
+from pqqp_lightning.runs.evaluation import evaluate, evaluate_batches, require_metrics
 from pqqp_lightning.runs.finetuning import logged_steps, train_segment
 from pqqp_lightning.runs.peak_memory import peak_memory
 from pqqp_lightning.runs.preparation import preparation_notes
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.single_steps import evaluate_batch, has_calibration_step, loss_of, run_batch, transfer
+from pqqp_lightning.runs.verification import require_equal_ranks, verify
 from pqqp_lightning.seeding import keep_random_state, run_seed, seed_from
 from pqqp_lightning.stages.stage import Context, Stage
 from pqqp_lightning.storage.records import make_record
@@ -104,7 +100,7 @@ class StageRunner:
 
         A run whose baseline is already measured still needs these side effects of an evaluation.
         """
-        self._evaluate_batches(0)
+        evaluate_batches(self.trainer, self.data, 0)
 
     def metric_names(self) -> list[str]:
         """Names of the metrics, from evaluating one batch.
@@ -112,28 +108,9 @@ class StageRunner:
         Raises:
             RecipeError: it logs none.
         """
-        metrics = self._evaluate_batches(1)
-        self._require_metrics(metrics)
+        metrics = evaluate_batches(self.trainer, self.data, 1)
+        require_metrics(self.trainer, self.module, metrics)
         return list(metrics)
-
-    def _require_metrics(self, metrics: dict[str, float]) -> None:
-        """Refuse an evaluation that measures nothing, unless ``limit_val_batches: 0`` asks for none."""
-        if metrics or not self.trainer.limit_val_batches:
-            return
-        name = type(self.module).__name__
-        text = f"validation_step of {name} logs no metric, so that there is nothing to compare"
-        problem = Problem(text=text, way_out='Log one: self.log("val_loss", loss).').within("model")
-        if not sum(self.trainer.num_val_batches):
-            problem = Problem(text="the evaluation data has no batch", way_out="Give more samples.").within("data")
-        raise RecipeError(problem)
-
-    def _evaluate_batches(self, batches: int) -> dict[str, float]:
-        limit = self.trainer.limit_val_batches
-        self.trainer.limit_val_batches = batches if limit else limit
-        try:
-            return self.evaluate()
-        finally:
-            self.trainer.limit_val_batches = limit
 
     def load(self, folder: Path) -> None:
         """Load the checkpoint in ``folder`` into the model."""
@@ -144,57 +121,16 @@ class StageRunner:
         self.applied = restore(self.module, folder)["applied"]
 
     def evaluate(self, watch: Watch | None = None) -> dict[str, float]:
-        """Run Lightning's validation and return its metrics; the random state is restored.
-
-        Args:
-            watch: may stop it early; needs ``keep_samples``.
-
-        Raises:
-            RecipeError: a callback exchanged the weights for the evaluation.
-            StoppedEarly: ``watch`` said so.
-        """
-        watching = recording(self.module) if self.keep_samples else nullcontext(Recorded(self.module, {}))
-        callbacks = list(self.trainer.callbacks)
-        weights = SameWeights(callbacks)
-        self.trainer.callbacks = weights.callbacks
-        try:
-            with keep_random_state(), stoppable(self.module), watching as found:
-                if watch is not None:
-                    self.trainer.callbacks = [*weights.callbacks, WatchSamples(found, watch)]
-                results = self.trainer.validate(
-                    self.module, dataloaders=self.data.validation, datamodule=self.data.datamodule, verbose=False
-                )
-        finally:
-            self.trainer.callbacks = callbacks
-        weights.require()
-        metrics: dict[str, float] = {}
-        for result in results:
-            metrics.update({name: float(value) for name, value in result.items()})
-        self.samples = {}
-        recorded = gather_samples(found)
-        for name, path in self._logged_metrics():
-            if name in metrics and path in recorded and recorded[path].reproduces(metrics[name]):
-                self.samples[name] = recorded[path]
-        return metrics
-
-    def _logged_metrics(self) -> Iterator[tuple[str, str]]:
-        """The names under which the evaluation logged torchmetrics metrics, each with the metric's path in the model.
-
-        This reads Lightning's own pairing, which has no public name. Equal values cannot identify a metric, since two
-        metrics may have the same value.
-        """
-        results = self.trainer.validate_loop._results
-        for logged in results.values():
-            path = logged.meta.metric_attribute
-            if path is not None:
-                for name in dict.fromkeys(results._forked_name(logged, on_step=False)):
-                    yield name, path
+        """The metrics of the model as it is now; :attr:`samples` gets what each sample added. See ``evaluate``."""
+        evaluated = evaluate(self.trainer, self.data, keep_samples=self.keep_samples, watch=watch)
+        self.samples = evaluated.samples
+        return evaluated.metrics
 
     def measure_dense(self, stages: Sequence[Stage]) -> Record:
         """Evaluate the dense model and keep its record as the baseline."""
         with peak_memory(self.trainer.strategy.root_device) as peak:
             metrics = self.evaluate()
-        self._require_metrics(metrics)
+        require_metrics(self.trainer, self.module, metrics)
         self.describe_dense(stages)
         self.dense = make_record(
             name="dense",
@@ -289,8 +225,8 @@ class StageRunner:
             plan = stage.compress(self.module, context) if stage.compresses else {}
             if stage.recalibrates_batch_norm:
                 self._recalibrate_batch_norms(stage, context)
-        self._require_equal_ranks()
-        self._verify(stage, promised, context)
+        require_equal_ranks(self.trainer, self.module)
+        verify(self.module, stage, promised, context)
         self.applied.append(Applied(type(stage), plan))
         return context
 
@@ -347,8 +283,8 @@ class StageRunner:
         train_segment(self.trainer, self.data, stage, len(self.applied), resume_point, self.teacher)
         with self.on_device():
             plan = stage.finish(self.module, context, self.applied[-1].plan)
-        self._require_equal_ranks()
-        self._verify(stage, promised, context)
+        require_equal_ranks(self.trainer, self.module)
+        verify(self.module, stage, promised, context)
         self.applied[-1] = replace(self.applied[-1], plan=plan)
         return context
 
@@ -441,39 +377,6 @@ class StageRunner:
             yield
         finally:
             self.module.to(home)
-
-    def _verify(self, stage: Stage, promised: list[Promise], context: Context) -> None:
-        """Verify that the weights keep the promises made before the stage, and its own.
-
-        With ``allow_undo``, broken constraints of earlier stages are dropped and noted in ``context``.
-
-        Raises:
-            RecipeError: a promise is broken.
-        """
-        broken = broken_promises(self.module, promised)
-        if broken and stage.allow_undo:
-            for promise, faults in broken:
-                kept = constraints_of(promise.layer).without_broken(weight_matrix(promise.layer), promise.constraints)
-                set_constraints(promise.layer, kept)
-                context.undone = True
-                context.notes.append(f"undone in {promise.name}: {'; '.join(faults)}")
-            broken = []
-        broken += broken_promises(self.module, collect_promises(self.module))
-        if broken:
-            first, faults = broken[0]
-            names = dict.fromkeys(promise.name for promise, _ in broken)
-            text = f"broke what was promised for {shorten(names)}; {first.name}: {'; '.join(faults)}"
-            way_out = "Put this stage before the one that it undoes, or set allow_undo: true."
-            raise RecipeError(Problem(text=text, way_out=way_out).within(f"stages.{stage.name}", type(stage).__name__))
-
-    def _require_equal_ranks(self) -> None:
-        """Raise if the ranks hold different weights after a stage, which DDP would train on silently."""
-        if self.trainer.world_size == 1:
-            return
-        total = torch.stack([p.detach().double().abs().sum() for p in self.module.parameters()]).sum()
-        sums = self.trainer.strategy.all_gather(total.to(self.trainer.strategy.root_device))
-        if not bool((sums == sums.flatten()[0]).all()):
-            raise RuntimeError("the ranks' weights differ after the stage")
 
     def _shows_progress(self) -> bool:
         return self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
