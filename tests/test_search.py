@@ -246,3 +246,10 @@ def test_a_stage_with_a_pattern_keeps_it(folder):
     space = read_space([stage, RTN(4)], {})
     assert [variant.stage.pattern for variant in space.variants["magnitude"].values()] == ["2:4"]
     assert len(space.variants["rtn"]) > 1
+
+
+def test_a_budget_of_the_command_line_replaces_the_recipes(folder, capsys):
+    with (folder / "recipe.yaml").open("a") as recipe:
+        recipe.write("target_bits: 3\n")
+    assert run("search", "--config", "recipe.yaml", *SPACE, "--target_size", "1kB") == 2
+    assert "target_size='1kB' is below the smallest pipeline's size" in capsys.readouterr().err

@@ -57,7 +57,7 @@ COMMANDS = {
         is_experiment=True,
     ),
     "search": Command(
-        "the best pipeline that fits a size", (f"{QUICKSTART} --target_rate 8",), resumable=True, is_experiment=True
+        "the best pipeline that fits a size", (f"{QUICKSTART} --target_rate 3.5",), resumable=True, is_experiment=True
     ),
     "analyze": Command("errors of the layers in both orders", (QUICKSTART,), resumable=True, is_experiment=True),
     "validate": Command("measure a model, or a run's checkpoint", ("--run_dir runs/quickstart",)),

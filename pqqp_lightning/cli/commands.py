@@ -113,7 +113,8 @@ def _run_recipe(command: str, arguments: list[str]) -> None:
         for note in replaced_stages(settings):
             rank_zero_only(print)(note)
     try:
-        CommandLine(command, _with_one_option(arguments, settings, MERGED.get(command, "")))
+        merged = _with_one_option(arguments, settings, MERGED.get(command, ""))
+        CommandLine(command, _with_last_budget(merged, settings) if command == "search" else merged)
     except ArgumentError as error:
         raise RecipeError(diagnose(command, arguments, error)) from error
     except (RecipeError, MisconfigurationException, OSError) as error:
@@ -124,6 +125,17 @@ def _run_recipe(command: str, arguments: list[str]) -> None:
         if isinstance(error, NotStarted):  # the stages' checks did not run: check the rest of the recipe as well
             problems += check_sections(settings)
         raise RecipeError(problems) from error
+
+
+def _with_last_budget(arguments: list[str], settings: list[Setting]) -> list[str]:
+    """Let a budget of the command line replace the recipe's, which would be a second one."""
+    from pqqp_lightning.experiments.search_budget import TARGETS
+
+    given = [name for name in TARGETS if option(arguments, name) is not None]
+    if not given:
+        return arguments
+    replaced = {setting.key for setting in settings if setting.key in TARGETS and setting.key not in given}
+    return [*arguments, *(f"--{name}=null" for name in sorted(replaced))]
 
 
 def _with_one_option(arguments: list[str], settings: list[Setting], section: str) -> list[str]:
