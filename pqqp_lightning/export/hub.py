@@ -37,7 +37,7 @@ def check_hub(hub_id: str | None, out: Path, target: Target | None) -> list[Prob
     except HFValidationError:
         well_formed = False
     if not well_formed:
-        way_out = "Write OWNER/NAME, such as me/my-model: letters, digits, - and . in NAME."
+        way_out = "Write OWNER/NAME, such as me/my-model: letters, digits, -, _ and . in NAME."
         problems.append(Problem(OPTION, hub_id, "is not an id of the hub", way_out))
     if constants.HF_HUB_OFFLINE:
         way_out = "Unset HF_HUB_OFFLINE, or leave it out and upload the folder later: hf upload OWNER/NAME FOLDER."
