@@ -6,11 +6,11 @@ import inspect
 import sys
 import typing
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import docstring_parser
 
+from pqqp_lightning.cli.run_options import command_problem, with_command_line
 from pqqp_lightning.cli.settings import COMMAND_LINE, word_pairs
 from pqqp_lightning.errors import Problem, RecipeError, near_miss
 from pqqp_lightning.export.discovery import known_targets
@@ -35,8 +35,7 @@ def run_export(arguments: Sequence[str]) -> None:
     try:
         done = export_run(**options)
     except RecipeError as error:
-        named = [replace(p, source=COMMAND_LINE) if p.key and not p.source else p for p in error.problems]
-        raise RecipeError(named) from error
+        raise RecipeError(with_command_line(error.problems)) from error
     except (CheckFailed, NotUploaded) as error:
         print(error, file=sys.stderr)
         sys.exit(1)
@@ -69,10 +68,10 @@ def _read_options(arguments: Sequence[str]) -> dict[str, Any]:
         else:
             options[name] = BOOLEANS[str(value)] if _is_switch(name) else value
     if "run" not in options:
-        problems.append(_whole("export needs a run folder", f"Run {USAGE}."))
+        problems.append(command_problem("export needs a run folder", f"Run {USAGE}."))
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:
-            problems.append(_whole(f"export needs --{name}", _missing(name)))
+            problems.append(command_problem(f"export needs --{name}", _missing(name)))
     if problems:
         raise RecipeError(problems)
     return options
@@ -82,13 +81,13 @@ def _wrong_word(name: str, value: str | None) -> Problem | None:
     """The problem of an option and its value, or of a word without an option."""
     targets = known_targets()
     if name == "":
-        return _whole(f"Unexpected argument '{value}'", "Options start with --.")
+        return command_problem(f"Unexpected argument '{value}'", "Options start with --.")
     if name not in _parameters() and not owners_of(name, targets):
         known = [f"--{known}" for known in _parameters()]
         for target in targets.values():
             known += [f"--{option}" for option in options_of(target)]
         near = near_miss(f"--{name}", known).strip()
-        return _whole(f"Unknown option '--{name}'", near or f"Known: {', '.join(known)}.")
+        return command_problem(f"Unknown option '--{name}'", near or f"Known: {', '.join(known)}.")
     if value is None:
         return Problem(name, text="has no value", way_out=f"Write --{name} VALUE.", source=COMMAND_LINE)
     if _is_switch(name) and value not in BOOLEANS:
@@ -100,10 +99,6 @@ def _wrong_word(name: str, value: str | None) -> Problem | None:
 def _is_switch(name: str) -> bool:
     """Whether it is true or false; the options of one target are read with it."""
     return typing.get_type_hints(export_run).get(name) is bool
-
-
-def _whole(sentence: str, way_out: str) -> Problem:
-    return Problem(text=sentence, way_out=way_out, source=COMMAND_LINE, complete=True)
 
 
 def _missing(name: str) -> str:

@@ -16,8 +16,8 @@ import docstring_parser
 
 from pqqp_lightning.cli.settings import COMMAND_LINE, word_pairs
 from pqqp_lightning.errors import Problem, RecipeError, near_miss
+from pqqp_lightning.export.options import BOOLEANS
 
-BOOLEANS = {"true": True, "false": False}
 NUMBERS = {int: "a whole number", float: "a number"}
 
 
@@ -49,8 +49,7 @@ class RunOptions:
         try:
             return self.function(**options)
         except RecipeError as error:
-            named = [replace(p, source=COMMAND_LINE) if p.key and not p.source else p for p in error.problems]
-            raise RecipeError(named) from error
+            raise RecipeError(with_command_line(error.problems)) from error
 
     def help(self, *more: str) -> str:
         """The function's summary, the lines of ``more``, and every option from the docstring."""
@@ -87,12 +86,12 @@ class RunOptions:
             else:
                 options[name] = self._converted(name, value)
         if "run" not in options:
-            problems.append(_whole(f"{self.command} needs a run folder", f"Run {self.usage}."))
+            problems.append(command_problem(f"{self.command} needs a run folder", f"Run {self.usage}."))
         for name, parameter in self._parameters().items():
             if parameter.default is parameter.empty and name not in options:
                 what = name if name == self._rest else f"--{name}"
                 way_out = self.when_missing.get(name, f"Run {self.usage}.")
-                problems.append(_whole(f"{self.command} needs {what}", way_out))
+                problems.append(command_problem(f"{self.command} needs {what}", way_out))
         if problems:
             raise RecipeError(problems)
         return options
@@ -110,12 +109,12 @@ class RunOptions:
     def _wrong_word(self, name: str, value: str | None) -> Problem | None:
         """The problem of an option and its value, or of a word without an option."""
         if name == "":
-            return _whole(f"Unexpected argument '{value}'", "Options start with --.")
+            return command_problem(f"Unexpected argument '{value}'", "Options start with --.")
         parameters = {known: p for known, p in self._parameters().items() if known != self._rest}
         if name not in parameters:
             known = [f"--{known}" for known in parameters]
             near = near_miss(f"--{name}", known).strip()
-            return _whole(f"Unknown option '--{name}'", near or f"Known: {', '.join(known)}.")
+            return command_problem(f"Unknown option '--{name}'", near or f"Known: {', '.join(known)}.")
         kind = self._kind(name)
         if value is None and not self._is_flag(name):
             return Problem(name, text="has no value", way_out=f"Write --{name} VALUE.", source=COMMAND_LINE)
@@ -146,5 +145,11 @@ class RunOptions:
         return self._kind(name) is bool and self._parameters()[name].default is False
 
 
-def _whole(sentence: str, way_out: str) -> Problem:
+def command_problem(sentence: str, way_out: str) -> Problem:
+    """The problem of a command line as a whole."""
     return Problem(text=sentence, way_out=way_out, source=COMMAND_LINE, complete=True)
+
+
+def with_command_line(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems of a function's arguments, with the command line as where they were given."""
+    return [replace(p, source=COMMAND_LINE) if p.key and not p.source else p for p in problems]
