@@ -180,20 +180,21 @@ class PrefixTree:
         key = self.key(order)
         part_key = f"{key}-part"
         path = self._results[()].paths.get(metric)
-        watch = None if path is None else lambda states: path in states and stops(states[path])
-        if not self.is_known(order) and watch is not None:
+        if path is not None and not self.is_known(order):
             part = self._store.read(part_key)
             if part is not None and metric in part.samples and stops(part.samples[metric]):
                 return part.samples[metric]
             with self._locked(key):
                 if not self.is_known(order):
                     try:
-                        self._results[order] = self._compute(order, key, watch)
+                        self._results[order] = self._compute(
+                            order, key, lambda states: path in states and stops(states[path])
+                        )
                     except StoppedEarly as stopped:
                         self.applications += 1
-                        states = stopped.states[self._results[()].paths[metric]]
+                        states = stopped.states[path]
                         record = cast(Record, {"name": self._stages[order[-1]].name, "metrics": {}})
-                        self._store.write(part_key, Result(record, {metric: states}, {metric: str(path)}))
+                        self._store.write(part_key, Result(record, {metric: states}, {metric: path}))
                         return states
         result = self.measure(order)
         known = result.samples.get(metric)
