@@ -1,0 +1,183 @@
+"""BlockMatching: train a block at a time so that its outputs match the dense block's (EfficientQAT, 3BASiL)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal, get_args
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pqqp_lightning.calibration.batch_norm import BlockNorms, norms_of_blocks
+from pqqp_lightning.calibration.block_training import BlockTraining, Matched, TrainedLayer
+from pqqp_lightning.calibration.chain import is_chain
+from pqqp_lightning.calibration.walk import BlockPass, Walk, calibrating
+from pqqp_lightning.errors import RecipeError, shorten
+from pqqp_lightning.network.activation_hooks import without_transforms
+from pqqp_lightning.network.layers import is_adapter
+from pqqp_lightning.network.parameter_layers import ParameterLayer
+from pqqp_lightning.stages import Compressed, Context, DenseAimedStage, Layer, Plan, Problem, Stage, write_back
+from pqqp_lightning.surgery.factored import Factored
+
+MatchingInputs = Literal["dense", "compressed"]
+
+NAME_BLOCKS = "Name blocks that follow one another in blocks, or recover with Finetune and distill."
+
+
+class BlockMatching(DenseAimedStage):
+    """Trains each block in turn so that its outputs match those of the dense block, without labels.
+
+    It comes after pruning and quantization, in either order, and keeps every mask, bit width and group. Removed weights
+    stay zero, weights with a grid are rounded in every forward pass (straight-through), and their scales are trained;
+    zero points, codebooks, biases and norms stay. A block ends with the best of the states after each pass, which is
+    the one that it began with if no other is better. Only one block, its inputs and its targets are held at a time.
+
+    Example::
+
+        stages:
+          prune:    {class_path: SparseGPT, init_args: {sparsity: 0.5}}
+          quantize: {class_path: GPTQ, init_args: {bits: 4}}
+          match:    {class_path: BlockMatching}
+
+    BatchNorm: with ``batch_norm: recalibrate`` the statistics of a block, and those of the dense block, are estimated
+    again on the calibration samples before each pass and are fixed during it. ``keep`` leaves them all as they are.
+
+    Args:
+        passes: over the calibration samples, for each block; more fit better and take longer.
+        step: how far Adam moves a weight at first, as a fraction of the root mean square of its layer's weights; it
+            falls to 0 on a cosine.
+        inputs: what the dense block reads for its targets: the "dense" model's own hidden states, so that each block
+            also makes up for the errors of earlier ones, or the "compressed" model's.
+        scales: train the scales of the grids, too.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
+    """
+
+    source = "Chen et al. 2024, EfficientQAT, arXiv 2407.11062; targets as in 3BASiL's transformer matching"
+    needs_calibration = True
+    compresses = True
+
+    def __init__(
+        self,
+        passes: int = 8,
+        step: float = 0.01,
+        inputs: MatchingInputs = "dense",
+        scales: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.passes, self.step, self.inputs, self.scales = passes, step, inputs, scales
+
+    def reason_to_leave(self, layer: Layer) -> str:
+        # An RNN keeps its parameters in a list as well, and would not compute with the trained ones.
+        recurrent = isinstance(layer, ParameterLayer) and layer.family == "recurrent"
+        return "cannot exchange their weights in a forward pass" if recurrent else ""
+
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments()
+        if self.passes < 1:
+            problems.append(Problem("passes", self.passes, "is not above 0", "8 is the default."))
+        if not 0 < self.step < 1:
+            problems.append(Problem("step", self.step, "is not between 0 and 1", "0.01 is the default."))
+        if self.inputs not in get_args(MatchingInputs):  # Python does not enforce the signature
+            text = f"is not one of {', '.join(get_args(MatchingInputs))}"
+            problems.append(Problem("inputs", self.inputs, text, "Leave it out for the default."))
+        return problems
+
+    def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
+        problems = super().check(model, data, earlier)
+        blocks = self.find_blocks(model)
+        if "" in blocks:
+            problems.append(Problem("blocks", text="the model has no blocks to train one by one", way_out=NAME_BLOCKS))
+        changed = []
+        for name, block in blocks.items():
+            if any(is_adapter(module) or isinstance(module, Factored) for module in block.modules()):
+                changed.append(name)
+        if changed:
+            text = f"{shorten(changed)} hold adapters or factors, so that no dense block corresponds to them"
+            problems.append(Problem(text=text, way_out="Put this stage before the one that adds them."))
+        return problems
+
+    def compress(self, model: LightningModule, context: Context) -> Plan:
+        walk = context.walk(self.find_blocks(model))
+        layers = self.repairable_layers(model, context)
+        of_block: dict[str, dict[str, Layer]] = {name: {} for name in walk.blocks}
+        for name, layer in layers.items():
+            block = walk.block_of(name)
+            if block is None:
+                context.found("left as it is: it is not in a block", [name])
+            else:
+                of_block[block][name] = layer
+        found = []
+        with calibrating(model):
+            for block, matched in self._match_blocks(walk, of_block, context):
+                for name, (weight, grid) in matched.weights.items():
+                    write_back(layers[name], Compressed(weight, grid=grid))
+                if not matched.weights:
+                    context.found("as before: no pass lowered the error of its outputs", [block])
+                found.append(matched)
+        if found:
+            before = sum(matched.before for matched in found) / len(found)
+            after = sum(matched.after for matched in found) / len(found)
+            context.notes.append(
+                f"squared error of the blocks' outputs, relative to the dense blocks': {after:.4g} on average, before "
+                f"{before:.4g}; of the last block {found[-1].after:.4g}, before {found[-1].before:.4g}"
+            )
+        return {}
+
+    def _match_blocks(
+        self, walk: Walk, of_block: dict[str, dict[str, Layer]], context: Context
+    ) -> Iterator[tuple[str, Matched]]:
+        """Train each block that has layers; the consumer writes its weights before it asks for the next block."""
+        chained, same = is_chain(walk.blocks, walk.forward, walk.probe)
+        if not chained:
+            problem = Problem("blocks", text="the blocks do not feed one another directly", way_out=NAME_BLOCKS)
+            raise RecipeError(problem.within(f"stages.{self.name}", type(self).__name__))
+        masks = walk.masks()
+        norms = norms_of_blocks(walk) if self.batch_norm == "recalibrate" else {}
+        steps = sum(bool(layers) for layers in of_block.values()) * self.passes * len(walk.batches)
+        bar = tqdm(total=steps, desc=context.title, unit="step", disable=not context.progress, leave=False)
+        dense_hidden: list[Tensor] = []
+        for block, run in walk.block_passes(every_block=not same):
+            if self.inputs == "compressed" or not dense_hidden:
+                dense_hidden = list(run.hidden)
+            targets = dense_outputs(walk, run, dense_hidden, norms.get(block))
+            if of_block[block]:
+                trained = {}
+                for name, layer in of_block[block].items():
+                    dense = context.dense(layer)
+                    assert dense is not None  # repairable_layers has seen it
+                    trained[name] = TrainedLayer(layer, dense, self.scales)
+                training = BlockTraining(run, trained, targets, masks, norms.get(block), bar.update)
+                yield block, self._train(block, training)
+            if block in norms:
+                norms[block].recalibrate(run)
+            dense_hidden = targets
+        bar.close()
+
+    def _train(self, block: str, training: BlockTraining) -> Matched:
+        try:
+            return training.train(self.passes, self.step)
+        except ArithmeticError as error:
+            problem = Problem(text=f"{block}: {error}", way_out="Check the model and the calibration data.")
+            raise RecipeError(problem.within(f"stages.{self.name}", type(self).__name__)) from error
+
+
+def dense_outputs(walk: Walk, run: BlockPass, hidden: Sequence[Tensor], norms: BlockNorms | None) -> list[Tensor]:
+    """What a block computes from ``hidden`` with the dense model's weights and without rounded activations.
+
+    Args:
+        walk: that the block belongs to.
+        run: the block's forward pass.
+        hidden: for each calibration batch, what the block reads.
+        norms: the BatchNorm layers whose statistics become those of ``hidden``; None takes those of the dense model.
+    """
+    assert walk.dense is not None
+    with ExitStack() as stack:
+        stack.enter_context(walk.dense(run.block))
+        for module in run.block.modules():
+            stack.enter_context(without_transforms(module))
+        if norms is not None:
+            norms.recalibrate(run, hidden)
+        return [run(i, state) for i, state in enumerate(hidden)]

@@ -1,0 +1,228 @@
+"""Block matching: the loss and Adam's steps by hand, constraints that hold, and errors that never rise."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_polish import GRIDS
+from tiny import Regressor, blamed, make_data, make_model, regression_loader, trainer
+from torch import nn
+
+from pqqp_lightning.algorithms.block_matching import cosine_decay, start_in_cells
+from pqqp_lightning.algorithms.grid import round_to_grid
+from pqqp_lightning.calibration.batch_norm import batch_norms, norms_of_blocks, recalibrate_batch_norms
+from pqqp_lightning.calibration.block_training import BlockTraining, TrainedLayer
+from pqqp_lightning.calibration.chain import Call
+from pqqp_lightning.calibration.token_mask import TokenMask
+from pqqp_lightning.calibration.walk import BlockPass, Walk, calibrating
+from pqqp_lightning.callbacks.basis_sharing import BasisSharing
+from pqqp_lightning.callbacks.block_matching import BlockMatching
+from pqqp_lightning.callbacks.gptq import GPTQ
+from pqqp_lightning.callbacks.magnitude import Magnitude
+from pqqp_lightning.callbacks.nf4 import NF4
+from pqqp_lightning.callbacks.quarot import QuaRot
+from pqqp_lightning.callbacks.rtn import RTN
+from pqqp_lightning.callbacks.sleb import SLEB
+from pqqp_lightning.callbacks.sparsegpt import SparseGPT
+from pqqp_lightning.callbacks.wanda import Wanda
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.network.blocks import find_blocks
+from pqqp_lightning.network.constraints import Constraints, broken_constraints, collect_constraints, set_constraints
+from pqqp_lightning.storage.records import read_records
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_training_starts_at_the_stored_weights_as_near_to_the_dense_ones_as_they_allow(kind):
+    dense = torch.randn(8, 128, generator=torch.manual_seed(0))
+    grid = GRIDS[kind](dense)
+    weight = round_to_grid(dense + 0.4 * dense.std() * torch.randn(8, 128), grid)  # as GPTQ: not the nearest level
+    start = start_in_cells(weight, dense, grid)
+    assert torch.equal(round_to_grid(start, grid), weight)
+    assert ((start - dense).abs() <= (weight - dense).abs() + 0.02 * grid.scale.max().float()).all()
+    nearest = round_to_grid(dense, grid) == weight
+    inside = nearest & (round_to_grid(dense * 1.02, grid) == weight) & (round_to_grid(dense * 0.98, grid) == weight)
+    assert (start - dense).abs()[inside & (weight.abs() < 0.5 * weight.abs().max())].max() < 1e-5
+
+
+def block_training(weight, mask, inputs, targets, masks=None):
+    block = nn.Linear(*reversed(weight.shape), bias=False)
+    with torch.no_grad():
+        block.weight.copy_(weight)
+    set_constraints(block, Constraints(tuple(weight.shape)).with_mask(mask))
+    run = BlockPass(block, [Call((torch.empty(0),), {})] * len(inputs), list(inputs))
+    run.calls = [Call((x,), {}) for x in inputs]
+    return BlockTraining(run, {"layer": TrainedLayer(block, weight, True)}, targets, masks or [None] * len(inputs))
+
+
+def toy(seed=0):
+    generator = torch.manual_seed(seed)
+    mask = torch.rand(4, 6, generator=generator) > 0.5
+    weight = torch.randn(4, 6, generator=generator) * mask
+    inputs = [torch.randn(5, 6, generator=generator) for _ in range(2)]
+    dense = torch.randn(4, 6, generator=generator)
+    return weight, mask, inputs, [x @ dense.T for x in inputs]
+
+
+def test_two_steps_are_adams_on_the_loss_by_hand():
+    weight, mask, inputs, targets = toy()
+    matched = block_training(weight, mask, inputs, targets).train(passes=1, step=0.05)
+    w, m = weight.double().numpy().copy(), mask.numpy()
+    x, t = [a.double().numpy() for a in inputs], [a.double().numpy() for a in targets]
+
+    def loss(w):
+        return sum(((a @ w.T - b) ** 2).sum() for a, b in zip(x, t, strict=True)) / sum((b**2).sum() for b in t)
+
+    assert matched.before == pytest.approx(loss(w), rel=1e-5)
+    size = math.sqrt((w[m] ** 2).mean())
+    first = second = np.zeros_like(w)
+    for i in range(2):
+        gradient = 2 * (x[i] @ w.T - t[i]).T @ x[i] * m * len(x) / sum((b**2).sum() for b in t)
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        rate = 0.05 * size * (1 + math.cos(math.pi * i / 2)) / 2
+        w -= rate * (first / (1 - 0.9 ** (i + 1))) / (np.sqrt(second / (1 - 0.999 ** (i + 1))) + 1e-8)
+    assert matched.after == pytest.approx(loss(w), rel=1e-4)
+    assert matched.after < matched.before
+    assert matched.weights["layer"][0].numpy() == pytest.approx(w, abs=1e-5)
+    assert cosine_decay(0, 7) == 1
+    assert cosine_decay(7, 7) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_step_too_large_leaves_the_block_as_it_was():
+    matched = block_training(*toy()).train(passes=2, step=0.9)
+    good = block_training(*toy()).train(passes=2, step=0.01)
+    assert good.after < good.before
+    assert matched.after <= matched.before
+    weight, mask, inputs, _ = toy()
+    perfect = block_training(weight, mask, inputs, [x @ weight.T for x in inputs]).train(passes=2, step=0.9)
+    assert perfect.weights == {}
+    assert perfect.after == perfect.before == pytest.approx(0, abs=1e-12)
+
+
+def test_padded_positions_do_not_count():
+    weight, mask, inputs, targets = toy()
+    counts = TokenMask(torch.tensor([[True, True, True, False, False]]))
+    inputs, targets = [x[None] for x in inputs], [t[None] for t in targets]
+    other = [torch.cat([t[:, :3], t[:, 3:] + 100], dim=1) for t in targets]
+    results = [block_training(weight, mask, inputs, t, [counts, counts]).train(2, 0.05) for t in (targets, other)]
+    assert results[0].after == results[1].after < results[0].before
+    assert torch.equal(results[0].weights["layer"][0], results[1].weights["layer"][0])
+
+
+def fit(folder, kind, *stages):
+    module = make_model(kind)
+    trainer(folder, *stages).fit(module, datamodule=make_data(kind, folder.parent))
+    return module, read_records(folder)[-1]
+
+
+PREFIXES = {
+    "SparseGPT, GPTQ": lambda: [SparseGPT(0.5), GPTQ(4)],
+    "GPTQ in groups, SparseGPT": lambda: [GPTQ(3, group_size=16, symmetric=False), SparseGPT(pattern="2:4")],
+    "a mask alone": lambda: [Wanda(0.5)],
+    "NF4": lambda: [NF4(group_size=32)],
+    "a shorter model": lambda: [SLEB(1, granularity="sublayer"), Wanda(0.5)],
+    "one scale for all": lambda: [RTN(4, group_size="tensor")],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix"),
+    [
+        *[("llama", prefix) for prefix in PREFIXES],
+        ("opt", "a mask alone"),
+        *[(k, "SparseGPT, GPTQ") for k in ("deit", "resnet")],
+    ],
+)
+@pytest.mark.parametrize("inputs", ["dense", "compressed"])
+def test_masks_and_grids_hold_and_the_error_falls(tmp_path, kind, prefix, inputs):
+    if inputs == "compressed" and prefix != "SparseGPT, GPTQ":
+        return
+    before, _ = fit(tmp_path / "before", kind, *PREFIXES[prefix]())
+    after, record = fit(tmp_path / "after", kind, *PREFIXES[prefix](), BlockMatching(inputs=inputs))
+    promised, kept = collect_constraints(before), collect_constraints(after)
+    assert not broken_constraints(after, kept)
+    assert promised.keys() == kept.keys()
+    for name, constraints in promised.items():
+        if constraints.mask_bits is not None:
+            assert torch.equal(constraints.mask(), kept[name].mask())
+            assert constraints.pattern == kept[name].pattern
+        if constraints.grid is not None:
+            assert kept[name].grid.is_like(constraints.grid)
+            assert kept[name].grid.scale.dtype == constraints.grid.scale.dtype
+    (note,) = [note for note in record["notes"] if note.startswith("squared error of the blocks' outputs")]
+    numbers = [float(word.strip(",")) for word in note.split() if word[0].isdigit()]
+    assert numbers[0] < 0.97 * numbers[1]
+    assert not all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_scales_stay_where_they_are_not_trained(tmp_path):
+    before, _ = fit(tmp_path / "before", "llama", GPTQ(3))
+    after, _ = fit(tmp_path / "after", "llama", GPTQ(3), BlockMatching(scales=False))
+    moved, _ = fit(tmp_path / "moved", "llama", GPTQ(3), BlockMatching())
+    scales = [[c.grid.scale for c in collect_constraints(module).values()] for module in (before, after, moved)]
+    assert all(torch.equal(a, b) for a, b in zip(scales[0], scales[1], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(scales[0], scales[2], strict=True))
+
+
+def test_a_blocks_statistics_are_those_that_the_whole_model_gets(tmp_path):
+    """The engine estimates them again after the stage, which must not change what the blocks were matched with."""
+    module = make_model("resnet").eval()
+    batches = [torch.randn(8, 3, 32, 32, generator=torch.manual_seed(i)) for i in range(2)]
+    walk = Walk(module, find_blocks(module), batches, batches[0][:1], module, progress=False)
+    recalibrate_batch_norms(walk)
+    with torch.no_grad():
+        next(iter(walk.blocks.values())).conv1.weight.mul_(-1.5)
+    whole = copy.deepcopy(module)
+    recalibrate_batch_norms(Walk(whole, find_blocks(whole), batches, batches[0][:1], whole, progress=False))
+    with calibrating(module):
+        norms = norms_of_blocks(walk)
+        for block, run in walk.block_passes(every_block=False):
+            norms[block].recalibrate(run)
+    for name, norm in batch_norms(module).items():
+        assert torch.allclose(norm.running_var, batch_norms(whole)[name].running_var, rtol=1e-4, atol=1e-6), name
+
+
+class Skipping(Regressor):
+    """Its blocks do not feed one another directly."""
+
+    def forward(self, x):
+        x = self.inlet(x)
+        for block in self.blocks:
+            x = block(x * 2)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "stages", "key", "reason"),
+    [
+        (Regressor, [BlockMatching()], "", "has nothing to repair"),
+        (Regressor, [Magnitude(0.5), BlockMatching(passes=0)], "passes", "is not above 0"),
+        (Regressor, [Magnitude(0.5), BlockMatching(step=1.0)], "step", "is not between 0 and 1"),
+        (Regressor, [Magnitude(0.5), BlockMatching(inputs="other")], "inputs", "is not one of"),
+        (lambda: Regressor(blocks=1), [Magnitude(0.5), BlockMatching()], "blocks", "has no blocks"),
+        (Skipping, [Magnitude(0.5), BlockMatching()], "blocks", "do not feed one another"),
+        (Regressor, [Magnitude(0.5, epochs=1), BlockMatching()], "", "would undo the training"),
+    ],
+)
+def test_what_cannot_be_matched_is_refused_with_the_way_out(tmp_path, model, stages, key, reason):
+    with pytest.raises(RecipeError) as caught:
+        trainer(tmp_path / "run", *stages).fit(model(), regression_loader(), regression_loader(16, seed=1))
+    (problem,) = caught.value.problems
+    assert problem.key == ".".join(["stages", "blockmatching", *([key] if key else [])])
+    assert reason in problem.text
+    assert problem.way_out.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("stage", "reason"),
+    [(QuaRot(), "changed what the layers compute"), (BasisSharing(ratio=0.5), "no dense block corresponds")],
+)
+def test_a_changed_structure_is_refused(tmp_path, stage, reason):
+    with pytest.raises(RecipeError) as caught:
+        fit(tmp_path / "run", "llama", stage, RTN(4), BlockMatching())
+    assert any(reason in problem.text for problem in caught.value.problems)
+    assert blamed(caught.value)
