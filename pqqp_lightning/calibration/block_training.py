@@ -185,7 +185,7 @@ class BlockTraining:
             self.norms.recalibrate(self.run, tensors=tensors)
         total = torch.zeros((), dtype=torch.float64, device=self.targets[0].device)
         for i in range(len(self.targets)):
-            total += self._batch_error(i, tensors).double()
+            total += self._batch_error(i, tensors).detach().double()
         sum_over_ranks(total)
         if not bool(torch.isfinite(total)):
             raise ArithmeticError("its outputs, or those of the dense block, hold NaN or infinite values")
