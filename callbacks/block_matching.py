@@ -14,6 +14,7 @@ from pqqp_lightning.calibration.batch_norm import BlockNorms, norms_of_blocks
 from pqqp_lightning.calibration.block_training import BlockTraining, Matched, TrainedLayer
 from pqqp_lightning.calibration.chain import is_chain
 from pqqp_lightning.calibration.walk import BlockPass, Walk, calibrating
+from pqqp_lightning.checkpoint.expected import ExpectedWeights
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.network.activation_hooks import without_transforms
 from pqqp_lightning.network.layers import is_adapter
@@ -41,8 +42,12 @@ class BlockMatching(DenseAimedStage):
           quantize: {class_path: GPTQ, init_args: {bits: 4}}
           match:    {class_path: BlockMatching}
 
-    BatchNorm: with ``batch_norm: recalibrate`` the statistics of a block, and those of the dense block, are estimated
-    again on the calibration samples before each pass and are fixed during it. ``keep`` leaves them all as they are.
+    With ``batch_norm: recalibrate`` the statistics of a block, and those of the dense block, are estimated again on the
+    calibration samples before each pass and are fixed during it. ``keep`` leaves them all as they are.
+
+    It needs enough steps: with a single calibration batch, whose error GPTQ has already made small, 8 passes may end
+    where they began, and 64 do not. On the small ResNet-18 of CIFAR-10 (SparseGPT 70%, GPTQ 4 bits, 2000 images) the
+    defaults take top-1 from 47.5 to 50.9 (dense 54.9), ``inputs: compressed`` to 49.0, and ``Polish`` instead to 47.4.
 
     Args:
         passes: over the calibration samples, for each block; more fit better and take longer.
@@ -98,6 +103,10 @@ class BlockMatching(DenseAimedStage):
             text = f"{shorten(changed)} hold adapters or factors, so that no dense block corresponds to them"
             problems.append(Problem(text=text, way_out="Put this stage before the one that adds them."))
         return problems
+
+    def expected_weights(self, model: LightningModule, weights: ExpectedWeights) -> ExpectedWeights:
+        """Other values, with the masks and grids as they were."""
+        return weights.values_changed(self.find_layers(model))
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         walk = context.walk(self.find_blocks(model))

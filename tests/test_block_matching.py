@@ -141,12 +141,16 @@ PREFIXES = {
         *[(k, "SparseGPT, GPTQ") for k in ("deit", "resnet")],
     ],
 )
+PASSES = {"llama": 8, "opt": 8, "deit": 64, "resnet": 24}
+"""Enough to fall: the images are one batch, so a pass is one step; GPTQ has made DeiT's error on it small (1e-6)."""
+
+
 @pytest.mark.parametrize("inputs", ["dense", "compressed"])
 def test_masks_and_grids_hold_and_the_error_falls(tmp_path, kind, prefix, inputs):
     if inputs == "compressed" and prefix != "SparseGPT, GPTQ":
         return
     before, _ = fit(tmp_path / "before", kind, *PREFIXES[prefix]())
-    after, record = fit(tmp_path / "after", kind, *PREFIXES[prefix](), BlockMatching(inputs=inputs))
+    after, record = fit(tmp_path / "after", kind, *PREFIXES[prefix](), BlockMatching(PASSES[kind], inputs=inputs))
     promised, kept = collect_constraints(before), collect_constraints(after)
     assert not broken_constraints(after, kept)
     assert promised.keys() == kept.keys()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,6 +71,7 @@ class Die(Stage):
 PRUNE = {"class_path": "SparseGPT", "init_args": {"sparsity": 0.5}}
 QUANTIZE = {"class_path": "GPTQ", "init_args": {"bits": 4, "group_size": 16}}
 POLISH = {"class_path": "Polish", "init_args": {"inputs": "dense"}}
+MATCH = {"class_path": "BlockMatching"}
 FINETUNE = {"class_path": "Finetune", "init_args": {"epochs": 2, "learning_rate": 0.01}}
 
 
@@ -94,6 +96,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "watcher.py").write_text(WATCHER)
     write_recipe(folder, "compress.yaml", {"prune": PRUNE, "quantize": QUANTIZE, "polish": POLISH})
+    write_recipe(folder, "match.yaml", {"prune": PRUNE, "quantize": QUANTIZE, "match": MATCH})
     write_recipe(folder, "train.yaml", {"prune": PRUNE, "finetune": FINETUNE, "quantize": QUANTIZE})
     return folder
 
@@ -175,6 +178,17 @@ def test_half_of_the_calibration_set_gives_other_weights(folder, here, one):
     whole, half = load_weights(one), load_weights(folder / "half")
     name = "model.model.layers.0.mlp.down_proj.weight"
     assert float((whole[name] - half[name]).norm() / whole[name].norm()) > 0.05
+
+
+def test_processes_train_a_block_together(folder):
+    finish(folder, *on_two("match.yaml", "matched"))
+    first, second = ([line["digest"] for line in rank] for rank in digests(folder, "matched"))
+    assert first == second
+    assert first[2] != first[3]
+    notes = [note for note in records(folder / "matched")[3]["notes"] if "blocks' outputs" in note]
+    assert len(notes) == 1
+    after, before = (float(number) for number in re.findall(r"[0-9.]+(?:e-[0-9]+)?", notes[0])[:2])
+    assert after < before
 
 
 def test_processes_end_with_equal_weights_also_after_finetuning(folder):
