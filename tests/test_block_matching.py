@@ -131,6 +131,8 @@ PREFIXES = {
     "a shorter model": lambda: [SLEB(1, granularity="sublayer"), Wanda(0.5)],
     "one scale for all": lambda: [RTN(4, group_size="tensor")],
 }
+PASSES = {"llama": 8, "opt": 8, "deit": 64, "resnet": 24}
+"""Enough to fall: the images are one batch, so a pass is one step; GPTQ has made DeiT's error on it small (1e-6)."""
 
 
 @pytest.mark.parametrize(
@@ -141,10 +143,6 @@ PREFIXES = {
         *[(k, "SparseGPT, GPTQ") for k in ("deit", "resnet")],
     ],
 )
-PASSES = {"llama": 8, "opt": 8, "deit": 64, "resnet": 24}
-"""Enough to fall: the images are one batch, so a pass is one step; GPTQ has made DeiT's error on it small (1e-6)."""
-
-
 @pytest.mark.parametrize("inputs", ["dense", "compressed"])
 def test_masks_and_grids_hold_and_the_error_falls(tmp_path, kind, prefix, inputs):
     if inputs == "compressed" and prefix != "SparseGPT, GPTQ":
