@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pqqp_lightning.calibration.batch_norm import BlockNorms, norms_of_blocks
+from pqqp_lightning.calibration.batch_norm import BlockNorms, norms_of_blocks, recalibrate_batch_norms
 from pqqp_lightning.calibration.block_training import BlockTraining, Matched, TrainedLayer
-from pqqp_lightning.calibration.chain import is_chain
+from pqqp_lightning.calibration.chain import is_chain, is_unchained
 from pqqp_lightning.calibration.walk import BlockPass, Walk, calibrating
 from pqqp_lightning.checkpoint.expected import ExpectedWeights
 from pqqp_lightning.errors import RecipeError, shorten
-from pqqp_lightning.network.activation_hooks import without_transforms
+from pqqp_lightning.network.activation_hooks import transforms_of, without_transforms
+from pqqp_lightning.network.blocks import containing_block
+from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.layers import is_adapter
 from pqqp_lightning.network.parameter_layers import ParameterLayer
 from pqqp_lightning.stages import Compressed, Context, DenseAimedStage, Layer, Plan, Problem, Stage, write_back
@@ -24,6 +27,7 @@ from pqqp_lightning.surgery.factored import Factored
 
 MatchingInputs = Literal["dense", "compressed"]
 
+UNCHAINED = "the blocks do not feed one another directly"
 NAME_BLOCKS = "Name blocks that follow one another in blocks, or recover with Finetune and distill."
 
 
@@ -61,6 +65,7 @@ class BlockMatching(DenseAimedStage):
 
     source = "Chen et al. 2024, EfficientQAT, arXiv 2407.11062; targets as in 3BASiL's transformer matching"
     needs_calibration = True
+    needs_chain = True
     compresses = True
 
     def __init__(
@@ -93,8 +98,14 @@ class BlockMatching(DenseAimedStage):
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
         blocks = self.find_blocks(model)
+        layers = self.find_layers(model)
         if "" in blocks:
             problems.append(Problem("blocks", text="the model has no blocks to train one by one", way_out=NAME_BLOCKS))
+        elif is_unchained(model, blocks):
+            problems.append(Problem("blocks", text=UNCHAINED, way_out=NAME_BLOCKS))
+        elif layers and not any(containing_block(name, blocks) for name in layers):
+            text = f"selects no layer in the blocks, and {shorten(layers)} cannot be trained alone"
+            problems.append(Problem("targets", self.targets, text, f"Choose layers in {shorten(blocks)}."))
         changed = []
         for name, block in blocks.items():
             if any(is_adapter(module) or isinstance(module, Factored) for module in block.modules()):
@@ -139,15 +150,20 @@ class BlockMatching(DenseAimedStage):
         self, walk: Walk, of_block: dict[str, dict[str, Layer]], context: Context
     ) -> Iterator[tuple[str, Matched]]:
         """Train each block that has layers; the consumer writes its weights before it asks for the next block."""
+        trained_blocks = [name for name, layers in of_block.items() if layers]
+        if not trained_blocks:
+            return
         chained, same = is_chain(walk.blocks, walk.forward, walk.probe)
         if not chained:
-            problem = Problem("blocks", text="the blocks do not feed one another directly", way_out=NAME_BLOCKS)
+            problem = Problem("blocks", text=UNCHAINED, way_out=NAME_BLOCKS)
             raise RecipeError(problem.within(f"stages.{self.name}", type(self).__name__))
         masks = walk.masks()
         norms = norms_of_blocks(walk) if self.batch_norm == "recalibrate" else {}
-        steps = sum(bool(layers) for layers in of_block.values()) * self.passes * len(walk.batches)
+        steps = len(trained_blocks) * self.passes * len(walk.batches)
         bar = tqdm(total=steps, desc=context.title, unit="step", disable=not context.progress, leave=False)
         dense_hidden: list[Tensor] = []
+        if self.inputs == "dense" and changes_outside_blocks(walk):
+            dense_hidden = dense_first_inputs(walk, every_block=not same, recalibrate=bool(norms))
         for block, run in walk.block_passes(every_block=not same):
             if self.inputs == "compressed" or not dense_hidden:
                 dense_hidden = list(run.hidden)
@@ -160,6 +176,8 @@ class BlockMatching(DenseAimedStage):
                     trained[name] = TrainedLayer(layer, dense, self.scales)
                 training = BlockTraining(run, trained, targets, masks, norms.get(block), bar.update)
                 yield block, self._train(block, training)
+            if block == trained_blocks[-1]:  # later ones have nothing to train
+                break
             if block in norms:
                 norms[block].recalibrate(run)
             dense_hidden = targets
@@ -173,8 +191,41 @@ class BlockMatching(DenseAimedStage):
             raise RecipeError(problem.within(f"stages.{self.name}", type(self).__name__)) from error
 
 
+def changes_outside_blocks(walk: Walk) -> bool:
+    """Whether layers outside of the blocks are compressed, so that the first block may read other values."""
+    names = [name for name, _, _ in constrained_layers(walk.model)]
+    names += [name for name, module in walk.model.named_modules() if transforms_of(module)]
+    return any(walk.block_of(name) is None for name in names)
+
+
+@contextmanager
+def dense_computation(walk: Walk, module: nn.Module) -> Iterator[None]:
+    """Inside, ``module`` computes with the dense model's weights and without rounded activations."""
+    assert walk.dense is not None
+    with ExitStack() as stack:
+        stack.enter_context(walk.dense(module))
+        for inner in module.modules():
+            stack.enter_context(without_transforms(inner))
+        yield
+
+
+def dense_first_inputs(walk: Walk, *, every_block: bool, recalibrate: bool) -> list[Tensor]:
+    """What the first block reads in the dense model, for each calibration batch.
+
+    Args:
+        walk: of the compressed model.
+        every_block: see ``Walk.block_passes``.
+        recalibrate: with the dense model's BatchNorm statistics estimated again on the calibration data.
+    """
+    with dense_computation(walk, walk.model):
+        if recalibrate:
+            recalibrate_batch_norms(replace(walk, progress=False))
+        _, run = next(walk.block_passes(every_block=every_block))
+        return list(run.hidden)
+
+
 def dense_outputs(walk: Walk, run: BlockPass, hidden: Sequence[Tensor], norms: BlockNorms | None) -> list[Tensor]:
-    """What a block computes from ``hidden`` with the dense model's weights and without rounded activations.
+    """What a block computes in the dense model from ``hidden``.
 
     Args:
         walk: that the block belongs to.
@@ -182,11 +233,7 @@ def dense_outputs(walk: Walk, run: BlockPass, hidden: Sequence[Tensor], norms: B
         hidden: for each calibration batch, what the block reads.
         norms: the BatchNorm layers whose statistics become those of ``hidden``; None takes those of the dense model.
     """
-    assert walk.dense is not None
-    with ExitStack() as stack:
-        stack.enter_context(walk.dense(run.block))
-        for module in run.block.modules():
-            stack.enter_context(without_transforms(module))
+    with dense_computation(walk, run.block):
         if norms is not None:
             norms.recalibrate(run, hidden)
         return [run(i, state) for i, state in enumerate(hidden)]

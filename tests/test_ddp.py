@@ -180,14 +180,19 @@ def test_half_of_the_calibration_set_gives_other_weights(folder, here, one):
     assert float((whole[name] - half[name]).norm() / whole[name].norm()) > 0.05
 
 
-def test_processes_train_a_block_together(folder):
+@pytest.fixture(scope="module")
+def matched(folder) -> Path:
+    """The run folder of two processes that trained blocks and that nothing disturbed."""
     finish(folder, *on_two("match.yaml", "matched"))
+    return folder / "matched"
+
+
+def test_processes_train_a_block_together(folder, matched):
     first, second = ([line["digest"] for line in rank] for rank in digests(folder, "matched"))
     assert first == second
     assert first[2] != first[3]
-    notes = [note for note in records(folder / "matched")[3]["notes"] if "blocks' outputs" in note]
-    assert len(notes) == 1
-    after, before = (float(number) for number in re.findall(r"[0-9.]+(?:e-[0-9]+)?", notes[0])[:2])
+    (note,) = [note for note in records(matched)[3]["notes"] if "blocks' outputs" in note]
+    after, before = (float(number) for number in re.findall(r"[0-9.]+(?:e-[0-9]+)?", note)[:2])
     assert after < before
 
 
@@ -248,14 +253,14 @@ def test_processes_that_end_a_stage_with_different_weights_are_stopped(folder):
     assert [r["name"] for r in records(folder / "differ")] == ["dense"]
 
 
-def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder, two):
+def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder, matched):
     die = {"class_path": "watcher.Die"}
-    write_recipe(folder, "die.yaml", {"prune": PRUNE, "die": die, "quantize": QUANTIZE, "polish": POLISH})
+    write_recipe(folder, "die.yaml", {"prune": PRUNE, "die": die, "quantize": QUANTIZE, "match": MATCH})
     killed = run(folder, *on_two("die.yaml", "killed"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [r["name"] for r in records(folder / "killed")] == ["dense", "prune"]
     finish(folder, *on_two("die.yaml", "killed"), "--ckpt_path", "last")
-    ours, theirs = load_weights(folder / "killed"), load_weights(two)
+    ours, theirs = load_weights(folder / "killed"), load_weights(matched)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [[line["world"] for line in rank] for rank in digests(folder, "killed")] == [[2] * 5] * 2
 

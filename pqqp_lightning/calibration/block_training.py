@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from pqqp_lightning.algorithms.block_matching import cosine_decay, root_mean_square, start_in_cells
-from pqqp_lightning.algorithms.grid import Grid, round_to_grid
-from pqqp_lightning.algorithms.lsq import fake_quantize, grid_of, scale_from_units, scale_unit, stored_scale
+from pqqp_lightning.algorithms.grid import SMALLEST_HALF, Grid, round_to_grid
+from pqqp_lightning.algorithms.lsq import SMALLEST_STEP, fake_quantize, scale_from_units, scale_unit, stored_scale
 from pqqp_lightning.calibration.batch_norm import BlockNorms
 from pqqp_lightning.calibration.statistics import sum_over_ranks
 from pqqp_lightning.calibration.token_mask import TokenMask, positions_of
@@ -58,24 +58,34 @@ class TrainedLayer:
         """The root mean square of the weights that are not zero."""
         self.values = nn.Parameter(start)  # [O, I]
         self.parameters = [self.values]
-        if self._grid is not None and self._grid.codebook is None:
+        self._scale: nn.Parameter | None = None
+        if scales and self._grid is not None and self._grid.codebook is None:
             # in units in which Adam moves a scale by the same fraction as the weights
             self._scale_unit = scale_unit(self._grid.scale, matrix)
-            self._scale = nn.Parameter(self._grid.scale.float() / self._scale_unit, requires_grad=scales)  # [O, G]
-            if scales:
-                self.parameters.append(self._scale)
+            self._scale = nn.Parameter(self._grid.scale.float() / self._scale_unit)  # [O, G]
+            self.parameters.append(self._scale)
 
     def weight(self) -> Tensor:
         """The rounded weight in the layer's layout and dtype, with straight-through gradients."""
         values: Tensor = self.values
-        if self._grid is not None and self._grid.codebook is not None:
-            values = values + (round_to_grid(values, self._grid) - values).detach()
-        elif self._grid is not None:
-            scale = stored_scale(scale_from_units(self._scale, self._scale_unit))
-            values = fake_quantize(values, scale, self._grid.zero, self._grid.bits)
+        grid = self._grid
+        if grid is not None and grid.codebook is not None:
+            values = values + (round_to_grid(values, grid) - values).detach()
+        elif grid is not None:
+            scale = grid.scale.float()
+            if self._scale is not None:
+                scale = self._trained_scale(self._scale, grid)
+            values = fake_quantize(values, scale, grid.zero, grid.bits)
         if self._mask is not None:
             values = values.masked_fill(~self._mask, 0.0)
         return to_weight(self.layer, values).to(self.layer.weight.dtype)
+
+    def _trained_scale(self, parameter: Tensor, grid: Grid) -> Tensor:
+        """The scale [O, G] that ``parameter`` stands for, float32, as ``grid`` stores it: in the same precision."""
+        scale = scale_from_units(parameter, self._scale_unit).abs()
+        if grid.scale.dtype == torch.float32:
+            return scale.clamp(min=SMALLEST_STEP)
+        return stored_scale(scale.clamp(SMALLEST_HALF, torch.finfo(torch.float16).max))
 
     @torch.no_grad()
     def stored(self) -> tuple[Tensor, Grid | None]:
@@ -83,8 +93,8 @@ class TrainedLayer:
         values: Tensor = self.values
         grid = self._grid
         if grid is not None:
-            if grid.codebook is None:
-                grid = grid_of(self._scale * self._scale_unit, grid.zero, grid.bits, grid.columns)
+            if self._scale is not None:
+                grid = replace(grid, scale=self._trained_scale(self._scale, grid).to(grid.scale.dtype))
             values = round_to_grid(values, grid)
         if self._mask is not None:
             values = values.masked_fill(~self._mask, 0.0)
@@ -123,22 +133,21 @@ class BlockTraining:
         """
         paths = self._paths()
         layers = self.trained.values()
+        parameters = [parameter for item in layers for parameter in item.parameters]
         optimizer = torch.optim.Adam([{"params": item.parameters, "lr": step * item.size} for item in layers])
         length = self._longest()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: cosine_decay(done, passes * length))
         square = self._target_square()
-        before = self._error({}) / square
-        best = Matched({}, before, before)
+        before = self._error({})
+        best = Matched({}, before / square, before / square)
+        if before == 0:
+            return best
         for _ in range(passes):
             for i in range(length):
-                optimizer.zero_grad()
-                if i < len(self.targets):
-                    with torch.enable_grad():
-                        tensors = {paths[name]: item.weight() for name, item in self.trained.items()}
-                        # times the number of batches, so that a batch's loss is about the relative error
-                        (self._batch_error(i, tensors) * (length / square)).backward()
-                for item in layers:
-                    _sum_gradients(item.parameters)
+                # in units of a batch's mean error, so that Adam's epsilon does not matter
+                gradients = self._gradients(i, paths, parameters, before / length)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = sum_over_ranks(gradient)
                 optimizer.step()
                 schedule.step()
                 self.after_step()
@@ -148,8 +157,25 @@ class BlockTraining:
                 tensors[paths[name]] = to_weight(self.trained[name].layer, weight)
             error = self._error(tensors) / square
             if error < best.after:
-                best = Matched(stored, before, error)
+                best = Matched(stored, best.before, error)
         return best
+
+    def _gradients(self, i: int, paths: Mapping[str, str], parameters: Sequence[Tensor], unit: float) -> list[Tensor]:
+        """The gradients of the squared error on batch ``i``, as a multiple of ``unit``, with respect to ``parameters``.
+
+        They are zero where this rank has no such batch, and for a layer that the batch does not reach (an expert).
+        """
+        gradients: Sequence[Tensor | None] = [None] * len(parameters)
+        if i < len(self.targets):
+            with torch.enable_grad():
+                tensors = {paths[name]: item.weight() for name, item in self.trained.items()}
+                error = self._batch_error(i, tensors) / unit
+            if error.requires_grad:
+                gradients = torch.autograd.grad(error, parameters, allow_unused=True)
+        filled = []
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            filled.append(torch.zeros_like(parameter) if gradient is None else gradient)
+        return filled
 
     def _paths(self) -> dict[str, str]:
         """The name in the block of each layer's weight."""
@@ -163,7 +189,7 @@ class BlockTraining:
     def _longest(self) -> int:
         """The number of batches of the rank that has most: every rank takes as many steps."""
         count = torch.tensor(len(self.targets), device=self.targets[0].device)
-        if _is_distributed():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
         return int(count)
 
@@ -190,17 +216,3 @@ class BlockTraining:
         if not bool(torch.isfinite(total)):
             raise ArithmeticError("its outputs, or those of the dense block, hold NaN or infinite values")
         return float(total)
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _sum_gradients(parameters: Sequence[Tensor]) -> None:
-    """Sum the gradients over the ranks; a rank without a batch adds nothing."""
-    if not _is_distributed():
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        sum_over_ranks(parameter.grad)

@@ -19,7 +19,7 @@ from pqqp_lightning.calibration.functional import without_fast_paths
 from pqqp_lightning.calibration.statistics import PairedHessian, Statistic
 from pqqp_lightning.calibration.token_mask import TokenMask, token_masks
 from pqqp_lightning.errors import Problem, RecipeError, shorten
-from pqqp_lightning.network.blocks import Blocks
+from pqqp_lightning.network.blocks import Blocks, containing_block
 from pqqp_lightning.network.layers import Layer
 from pqqp_lightning.seeding import keep_random_state
 
@@ -171,7 +171,7 @@ class Walk:
 
     def block_of(self, layer: str) -> str | None:
         """The name of the block that the layer lies in or is, or None."""
-        return next((block for block in self.blocks if layer == block or layer.startswith(f"{block}.")), None)
+        return containing_block(layer, self.blocks)
 
     def _collect_outside(
         self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, unreached: Unreached | None
