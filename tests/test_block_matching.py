@@ -13,7 +13,7 @@ from test_polish import GRIDS
 from tiny import Regressor, blamed, make_data, make_model, regression_loader, trainer
 from torch import nn
 
-from pqqp_lightning.algorithms.block_matching import cosine_decay, start_in_cells
+from pqqp_lightning.algorithms.block_matching import FROM_END, cosine_decay, start_in_cells
 from pqqp_lightning.algorithms.grid import encode, fit_grid, round_to_grid
 from pqqp_lightning.calibration.batch_norm import batch_norms, norms_of_blocks, recalibrate_batch_norms
 from pqqp_lightning.calibration.block_training import BlockTraining, TrainedLayer
@@ -45,13 +45,16 @@ def test_training_starts_at_the_stored_weights_as_near_to_the_dense_ones_as_they
     weight = round_to_grid(dense + 0.4 * dense.std() * torch.randn(8, 128), grid)  # as GPTQ: not the nearest level
     start = start_in_cells(weight, dense, grid)
     assert torch.equal(round_to_grid(start, grid), weight)
-    assert ((start - dense).abs() <= (weight - dense).abs() + 0.02 * grid.scale.max().float()).all()
+    assert ((start - dense).abs() <= (weight - dense).abs() + 1.01 * FROM_END * grid.scale.max()).all()
     if grid.codebook is None:
         codes = encode(weight, grid)
         inner = (codes > 0) & (codes < grid.levels)  # at the ends the gradient would be zero
-        inner &= (dense - weight).abs() < 0.4 * grid.expanded_scale()
-        assert inner.any()
-        assert torch.allclose(start[inner], dense[inner], atol=1e-5)
+        distance = (dense - weight).abs() / grid.expanded_scale()
+        near, far = inner & (distance < 0.39), inner & (distance > 0.41)
+        assert near.any()
+        assert far.any()
+        assert torch.allclose(start[near], dense[near], atol=1e-5)
+        assert torch.allclose(((start - weight).abs() / grid.expanded_scale())[far], torch.tensor(0.4), atol=1e-3)
 
 
 def block_training(weight, mask, inputs, targets, masks=None, grid=None):
@@ -146,8 +149,6 @@ PREFIXES = {
     "a shorter model": lambda: [SLEB(1, granularity="sublayer"), Wanda(0.5)],
     "one scale for all": lambda: [RTN(4, group_size="tensor")],
 }
-PASSES = {"llama": 8, "opt": 8, "deit": 64, "resnet": 24}
-"""Enough to fall: the images are one batch, so a pass is one step; GPTQ has made DeiT's error on it small (1e-6)."""
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_masks_and_grids_hold_and_the_error_falls(tmp_path, kind, prefix, inputs
     if inputs == "compressed" and prefix != "SparseGPT, GPTQ":
         return
     before, _ = fit(tmp_path / "before", kind, *PREFIXES[prefix]())
-    after, record = fit(tmp_path / "after", kind, *PREFIXES[prefix](), BlockMatching(PASSES[kind], inputs=inputs))
+    after, record = fit(tmp_path / "after", kind, *PREFIXES[prefix](), BlockMatching(inputs=inputs))
     promised, kept = collect_constraints(before), collect_constraints(after)
     assert not broken_constraints(after, kept)
     assert promised.keys() == kept.keys()
@@ -176,7 +177,7 @@ def test_masks_and_grids_hold_and_the_error_falls(tmp_path, kind, prefix, inputs
             assert kept[name].grid.scale.dtype == constraints.grid.scale.dtype
     (note,) = [note for note in record["notes"] if note.startswith("squared error of the blocks' outputs")]
     numbers = [float(word) for word in re.findall(r"[0-9.]+(?:e-[0-9]+)?", note)]
-    assert numbers[0] < 0.97 * numbers[1]
+    assert numbers[0] < 0.99 * numbers[1]  # the images are one batch, so that 8 passes are 8 steps
     assert not all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
@@ -217,7 +218,7 @@ def test_no_block_ends_further_from_the_dense_one_than_it_began(tmp_path, kind, 
     """Each block on what the finished model gives it, beside the same block before the stage. By hand."""
     prefix = [SparseGPT(0.5, batch_norm="keep"), GPTQ(3, batch_norm="keep")]
     before, _ = fit(tmp_path / "before", kind, *prefix)
-    after, _ = fit(tmp_path / "after", kind, *prefix, BlockMatching(4, inputs=inputs, batch_norm="keep"))
+    after, _ = fit(tmp_path / "after", kind, *prefix, BlockMatching(inputs=inputs, batch_norm="keep"))
     dense = make_model(kind)
     data = make_data(kind, tmp_path)
     data.setup("fit")

@@ -151,7 +151,7 @@ def test_the_recipe_with_questions_measures_both(folder, capsys, monkeypatch):
 
 
 GOES_ON = {
-    "resnet": ["digits-resnet-channels", "digits-qat", "digits-resnet-match"],
+    "resnet": ["digits-resnet-channels", "digits-qat"],
     "deit": ["digits-deit-heads", "digits-deit-match"],
 }
 """What else begins with the network that digits-NETWORK-train.yaml trains."""
