@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,6 +71,7 @@ class Die(Stage):
 PRUNE = {"class_path": "SparseGPT", "init_args": {"sparsity": 0.5}}
 QUANTIZE = {"class_path": "GPTQ", "init_args": {"bits": 4, "group_size": 16}}
 POLISH = {"class_path": "Polish", "init_args": {"inputs": "dense"}}
+MATCH = {"class_path": "BlockMatching"}
 FINETUNE = {"class_path": "Finetune", "init_args": {"epochs": 2, "learning_rate": 0.01}}
 
 
@@ -94,6 +96,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "watcher.py").write_text(WATCHER)
     write_recipe(folder, "compress.yaml", {"prune": PRUNE, "quantize": QUANTIZE, "polish": POLISH})
+    write_recipe(folder, "match.yaml", {"prune": PRUNE, "quantize": QUANTIZE, "match": MATCH})
     write_recipe(folder, "train.yaml", {"prune": PRUNE, "finetune": FINETUNE, "quantize": QUANTIZE})
     return folder
 
@@ -177,6 +180,22 @@ def test_half_of_the_calibration_set_gives_other_weights(folder, here, one):
     assert float((whole[name] - half[name]).norm() / whole[name].norm()) > 0.05
 
 
+@pytest.fixture(scope="module")
+def matched(folder) -> Path:
+    """The run folder of two processes that trained blocks and that nothing disturbed."""
+    finish(folder, *on_two("match.yaml", "matched"))
+    return folder / "matched"
+
+
+def test_processes_train_a_block_together(folder, matched):
+    first, second = ([line["digest"] for line in rank] for rank in digests(folder, "matched"))
+    assert first == second
+    assert first[2] != first[3]
+    (note,) = [note for note in records(matched)[3]["notes"] if "blocks' outputs" in note]
+    after, before = (float(number) for number in re.findall(r"[0-9.]+(?:e-[0-9]+)?", note)[:2])
+    assert after < before
+
+
 def test_processes_end_with_equal_weights_also_after_finetuning(folder):
     finish(folder, *on_two("train.yaml", "trained"))
     first, second = ([line["digest"] for line in rank] for rank in digests(folder, "trained"))
@@ -234,14 +253,14 @@ def test_processes_that_end_a_stage_with_different_weights_are_stopped(folder):
     assert [r["name"] for r in records(folder / "differ")] == ["dense"]
 
 
-def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder, two):
+def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder, matched):
     die = {"class_path": "watcher.Die"}
-    write_recipe(folder, "die.yaml", {"prune": PRUNE, "die": die, "quantize": QUANTIZE, "polish": POLISH})
+    write_recipe(folder, "die.yaml", {"prune": PRUNE, "die": die, "quantize": QUANTIZE, "match": MATCH})
     killed = run(folder, *on_two("die.yaml", "killed"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [r["name"] for r in records(folder / "killed")] == ["dense", "prune"]
     finish(folder, *on_two("die.yaml", "killed"), "--ckpt_path", "last")
-    ours, theirs = load_weights(folder / "killed"), load_weights(two)
+    ours, theirs = load_weights(folder / "killed"), load_weights(matched)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [[line["world"] for line in rank] for rank in digests(folder, "killed")] == [[2] * 5] * 2
 

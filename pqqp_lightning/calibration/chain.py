@@ -20,6 +20,8 @@ from pqqp_lightning.network.blocks import Blocks
 Run = Callable[[Any], object]
 """Runs the whole model on one calibration batch."""
 
+_UNCHAINED = "_pqqp_unchained"
+
 
 @dataclass
 class Call:
@@ -111,6 +113,16 @@ def is_chain(blocks: Blocks, run: Run, batch: Any) -> tuple[bool, bool]:
     disturbed = _watch(blocks, run, batch, disturb=True)
     independent = all(_same(disturbed.rest[name], rest, by_value=True) for name, rest in passage.rest.items())
     return independent, False
+
+
+def mark_unchained(model: nn.Module, blocks: Blocks) -> None:
+    """Mark in ``model`` that ``blocks`` are not a chain; the mark is copied with the model."""
+    vars(model).setdefault(_UNCHAINED, set()).add(tuple(blocks))
+
+
+def is_unchained(model: nn.Module, blocks: Blocks) -> bool:
+    """Whether ``model`` has the mark that ``blocks`` are not a chain; without one nothing is known."""
+    return tuple(blocks) in vars(model).get(_UNCHAINED, ())
 
 
 def _watch(blocks: Blocks, run: Run, batch: Any, *, disturb: bool = False) -> _Passage:

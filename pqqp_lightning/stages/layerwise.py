@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -102,8 +102,7 @@ class LayerwiseStage(Stage):
 
     def expected_weights(self, model: LightningModule, weights: ExpectedWeights) -> ExpectedWeights:
         """Other values, with the masks and grids as they were."""
-        layers = self.find_layers(model)
-        return weights.changed({name: replace(weights.weights[name], changed=True) for name in layers})
+        return weights.values_changed(self.find_layers(model))
 
     def compress_layer(self, inputs: LayerInputs) -> Compressed:
         """The method itself: the new weight, which keeps the mask and the grid in ``inputs``."""

@@ -105,7 +105,8 @@ class Stage(Callback):
     Class attributes describe a stage: ``promises`` (the constraints that its weights satisfy, "mask" or "grid"),
     ``needs_calibration``, ``needs_dense`` (the dense model's weights, to repair what earlier stages did to them),
     ``compresses``, ``needs_forward`` (it changes what its layers' modules compute, so that a weight that is passed to a
-    function instead cannot take part), ``keeps_function`` (the model's outputs do not change),
+    function instead cannot take part), ``needs_chain`` (blocks that feed one another directly; the run marks those that
+    do not), ``keeps_function`` (the model's outputs do not change),
     ``changes_before_training`` (``compress`` changes the outputs, not only the training after it), and
     ``comparable_layers`` (a layer has the same inputs and outputs as in the dense model, so that its outputs can be
     compared). ``search_space`` has the values of arguments that ``search`` tries if its user names none.
@@ -129,6 +130,7 @@ class Stage(Callback):
     needs_dense: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
     needs_forward: ClassVar[bool] = False
+    needs_chain: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = False
     changes_before_training: ClassVar[bool] = True
     comparable_layers: ClassVar[bool] = True
