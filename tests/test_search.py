@@ -11,7 +11,6 @@ import pytest
 import tiny
 import yaml
 from command_line import prepare, run
-from interrupt import run_with_kills
 from tiny import RegressionData, Regressor, trainer
 
 from pqqp_lightning.callbacks import RTN, Magnitude
@@ -143,26 +142,6 @@ def test_a_pipeline_clearly_behind_is_stopped_and_the_answer_stays(folder):
     full = {tuple(e["steps"]): e["record"]["metrics"]["perplexity"] for e in whole["trials"]}
     best = min(full[tuple(e["steps"])] for e in short["trials"] if not e["stopped"])
     assert all(full[tuple(entry["steps"])] > best for entry in stopped)
-
-
-@pytest.mark.long  # resuming, in the test of the latency, is quicker
-def test_killed_at_random_moments_the_search_ends_with_the_same_front(folder):
-    words = [
-        "-m",
-        "pqqp_lightning",
-        "search",
-        "--config",
-        "recipe.yaml",
-        *SPACE,
-        "--target_rate",
-        "2.2",
-        "--trials",
-        "5",
-    ]
-    report = search(folder, *words[5:], "--store", "other", name="undisturbed")
-    run_with_kills([*words, "--run_dir", "search"], folder, seed=0, kills=3, longest=8)
-    assert same(json.loads((folder / "search/search.json").read_text())) == same(report)
-    assert (folder / "search/model" / WEIGHTS).read_bytes() == (folder / "undisturbed/model" / WEIGHTS).read_bytes()
 
 
 def test_from_python_with_a_module_of_ones_own_in_any_order(folder):
