@@ -20,6 +20,7 @@ from pqqp_lightning.calibration.token_mask import TokenMask, token_masks
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.blocks import Blocks
 from pqqp_lightning.network.layers import Layer
+from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.seeding import keep_random_state
 
 Compress = Callable[[Reading], None]
@@ -209,6 +210,7 @@ class Walk:
             assert state is not None  # is_chain has seen it
             hidden.append(state)
             calls.append([call.without_hidden() for call in batch_calls])  # else they keep the first states alive
+        following = [*list(self.blocks.values())[1:], None]
         for position, (name, block) in enumerate(self.blocks.items()):
             outputs: dict[int, Tensor] = {}  # a dense block does not change between its passes
 
@@ -223,10 +225,11 @@ class Walk:
                     outputs[i] = output
                 return output
 
-            yield name, run_block
-            if position + 1 < len(self.blocks):
-                for i in range(len(hidden)):
-                    hidden[i] = outputs.pop(i) if i in outputs else run_block(i)
+            with offload_of(self.model).turn(block, following[position]):
+                yield name, run_block
+                if position + 1 < len(self.blocks):
+                    for i in range(len(hidden)):
+                        hidden[i] = outputs.pop(i) if i in outputs else run_block(i)
 
     def _collect(
         self,

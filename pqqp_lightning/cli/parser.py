@@ -18,6 +18,7 @@ from pqqp_lightning.cli.command_trainer import NOT_OPTIONS, RECIPE_OPTIONS, Comm
 from pqqp_lightning.cli.methods import summarize
 from pqqp_lightning.cli.settings import ENVIRONMENT
 from pqqp_lightning.errors import Problem, RecipeError, suggest
+from pqqp_lightning.network.offload import OPTION as OFFLOAD
 from pqqp_lightning.report.pages import show_run
 from pqqp_lightning.stages.discovery import known_stages
 from pqqp_lightning.stages.stage import Stage
@@ -127,6 +128,7 @@ class CommandLine(LightningCLI):
         trainer.recipe_text = self._resolved_recipe()
         resolved = yaml.safe_load(trainer.recipe_text)
         trainer.recipe = {key: resolved[key] for key in ("model", "data") if resolved.get(key) is not None}
+        trainer.recipe.get("model", {}).get("init_args", {}).pop(OFFLOAD, None)
         # a run may be resumed with other options, as long as they do not change its numbers
         options = resolved["trainer"]
         trainer.recipe["trainer"] = {key: options[key] for key in RESULT_OPTIONS if key in options}

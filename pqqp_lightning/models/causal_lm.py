@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -18,6 +18,7 @@ from pqqp_lightning.metrics.perplexity import Perplexity
 from pqqp_lightning.models import loading
 from pqqp_lightning.models.optimizers import build_optimizer
 from pqqp_lightning.models.transformers_bridge import build_model, plain_config
+from pqqp_lightning.network.offload import Choice, offload_model, offload_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGITS_AT_ONCE = 2**25  # logits per forward pass of the evaluation: 128 MiB in float32
@@ -42,6 +43,10 @@ class CausalLM(LightningModule):
         dtype: of the weights.
         optimizer: builds the finetuning optimizer from the parameters that require a gradient.
         lr_scheduler: builds the learning-rate schedule, stepped once per epoch.
+        offload: where the weights lie while their block is not at work. "none": on the device. "host": in host memory,
+            for a model that is larger than a GPU. "disk": in their files, and in scratch files of the run folder once
+            they have changed; in memory is one block. "auto": the first of these that fits. Results are the same bit
+            for bit; stages that train need "none".
 
     Raises:
         RecipeError: the model cannot be found or read, is quantized in another way, or its weights do not fit.
@@ -56,23 +61,35 @@ class CausalLM(LightningModule):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
+        offload: Choice = "auto",
     ) -> None:
         super().__init__()
         if dtype not in DTYPES:
             text, way_out = f"is not one of {', '.join(DTYPES)}", suggest(dtype, DTYPES).strip()
             raise RecipeError(Problem("dtype", dtype, text, way_out).within("model"))
+        if offload not in get_args(Choice):
+            text, way_out = f"is not one of {', '.join(get_args(Choice))}", suggest(offload, get_args(Choice)).strip()
+            raise RecipeError(Problem("offload", offload, text, way_out).within("model"))
         self._tokenizer: loading.Tokenizer | None = None
         self._tokenizer_source: str | None = None
         self._source = model if isinstance(model, str) else None
         if isinstance(model, str):
             self._tokenizer_source = loading.resolve_source(model)
-            self.model: Any = loading.load_model(self._tokenizer_source, DTYPES[dtype])
+            if offload == "auto" and not loading.fits_in_memory(self._tokenizer_source, DTYPES[dtype]):
+                offload = "disk"
+            # On disk, weights of another dtype are converted one by one, further down.
+            as_stored = offload == "disk"
+            self.model: Any = loading.load_model(self._tokenizer_source, DTYPES[dtype], as_stored=as_stored)
         else:
             self.model = build_model(model, DTYPES[dtype])
         self.model.train()  # from_pretrained returns eval mode, and Lightning's fit keeps the mode it finds
         self.perplexity = Perplexity()
         self.acc = ChoiceAccuracy()
         self.acc_norm = ChoiceAccuracy()
+        offload_model(self, offload)
+        if any(p.dtype != DTYPES[dtype] for p in self.parameters()) and offload == "disk":
+            offload_of(self).connect(self.device)
+            self._apply(lambda tensor: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor)
         self._build_optimizer = optimizer
         self._build_lr_scheduler = lr_scheduler
 
@@ -187,7 +204,7 @@ class CausalLM(LightningModule):
         for module in self.model.modules():
             for name in module._non_persistent_buffers_set:
                 computed.append((module, name, module._buffers[name]))
-        super()._apply(fn, recurse)
+        super()._apply(offload_of(self).staying(fn), recurse)
         for module, name, buffer in computed:
             after = module._buffers[name]
             if buffer is not None and after is not None and after.dtype != buffer.dtype:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from pqqp_lightning.errors import Problem, RecipeError, near_miss
 from pqqp_lightning.models import packed_folders
 from pqqp_lightning.models.transformers_bridge import check_loading, third_party_errors
+from pqqp_lightning.network.free_memory import free_memory
 from pqqp_lightning.network.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -57,10 +58,15 @@ def resolve_source(source: str, key: str = MODEL) -> str:
     return str(path)
 
 
-def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(source: str, dtype: torch.dtype, *, as_stored: bool = False) -> PreTrainedModel:
     """Load a model from a folder or hub id; every weight is read, none is initialised.
 
     Codes of compressed-tensors or the GPTQ format are decoded: the model is dense.
+
+    Args:
+        source: a folder or hub id.
+        dtype: of the weights.
+        as_stored: leave weights in the dtype of their files, from which they are then mapped instead of read.
 
     Raises:
         RecipeError: the model cannot be read, is quantized in another way, needs remote code, or its weights do not fit
@@ -77,10 +83,25 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
             model, info = packed_folders.load_packed(folder, config, settings, dtype)
         else:
             model, info = loader.from_pretrained(
-                source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+                source,
+                config=config,
+                dtype="auto" if as_stored else dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
         check_loading(source, info)
     return model
+
+
+def fits_in_memory(source: str, dtype: torch.dtype) -> bool:
+    """Whether a model's weights can be converted to ``dtype`` in memory; those stored in it take none."""
+    free = free_memory()
+    if free is None or not is_path(source):
+        return True
+    with quiet_transformers(), third_party_errors(_unreadable(MODEL, source, "model")):
+        stored = getattr(_read_config(source), "dtype", None) or dtype
+    file_bytes = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
+    return stored == dtype or file_bytes / stored.itemsize * dtype.itemsize <= free
 
 
 def load_tokenizer(source: str, key: str = MODEL) -> Tokenizer:

@@ -34,6 +34,7 @@ from pqqp_lightning.network.constraints import (
 from pqqp_lightning.network.coverage import count_nonzero_parameters, count_parameters, measure_coverage
 from pqqp_lightning.network.layer_uses import LayerUse, mark_uses, marked_uses
 from pqqp_lightning.network.layers import Layer
+from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.network.structure import Skeleton
 from pqqp_lightning.runs.distillation import make_teacher
 from pqqp_lightning.runs.early_stop import Watch
@@ -83,6 +84,7 @@ class StageRunner:
     samples: dict[str, Samples] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        offload_of(self.module).connect(self.trainer.strategy.root_device, Path(self.trainer.default_root_dir))
         self._build = skeleton_of(self.module)
         mark_layers(self.module)
         self._needs_dense = False
@@ -225,6 +227,7 @@ class StageRunner:
             plan = stage.compress(self.module, context) if stage.compresses else {}
             if stage.recalibrates_batch_norm:
                 self._recalibrate_batch_norms(stage, context)
+        offload_of(self.module).settle(self.module)
         require_equal_ranks(self.trainer, self.module)
         verify(self.module, stage, promised, context)
         self.applied.append(Applied(type(stage), plan))
@@ -325,6 +328,7 @@ class StageRunner:
             title=stage.name,
             progress=self._shows_progress(),
             dense=self._dense_weight,
+            offload=offload_of(self.module),
         )
 
     def _record(

@@ -17,8 +17,9 @@ from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten
 from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, is_selected, model_blocks, tied_weights
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.layer_uses import use_of
-from pqqp_lightning.network.layers import Layer, is_packed, kind_name, named_layers
+from pqqp_lightning.network.layers import Layer, is_packed, kind_name, named_layers, weight_place
 from pqqp_lightning.network.name_patterns import matches, value_for
+from pqqp_lightning.network.offload import Offload
 from pqqp_lightning.stages.arguments import argument_values
 from pqqp_lightning.stages.distillation import Distillation
 from pqqp_lightning.surgery.parametrized import parametrized_tensors
@@ -45,6 +46,7 @@ class Context:
         undone: whether the stage broke a constraint of an earlier stage; a note says which.
         dense: the weight matrix [O, I] that a layer had in the dense model, on the layer's device; None where an
             earlier stage changed what the layer computes. Only for a stage that ``needs_dense``.
+        offload: where the model's weights lie: a stage that works on them outside of a walk takes turns.
     """
 
     walk: Callable[[Blocks], Walk]
@@ -54,6 +56,7 @@ class Context:
     findings: dict[str, list[str]] = field(default_factory=dict)
     undone: bool = False
     dense: Callable[[Layer], Tensor | None] = lambda layer: None
+    offload: Offload = field(default_factory=Offload)
 
     def found(self, what: str, layers: Iterable[str]) -> None:
         """Note that ``what`` was found in ``layers``; the record has their number and the first names."""
@@ -83,12 +86,13 @@ class Context:
         self.notes.extend(walk.notes)
 
     def each(self, layers: dict[str, Layer]) -> Iterator[tuple[str, Layer]]:
-        """The layers one by one, with a progress bar."""
-        return iter(
-            tqdm(
-                layers.items(), desc=self.title, unit="layer", disable=not self.progress, leave=False, total=len(layers)
-            )
-        )
+        """The layers one by one, each in a turn of its weights, with a progress bar."""
+        for name, layer in tqdm(
+            layers.items(), desc=self.title, unit="layer", disable=not self.progress, leave=False, total=len(layers)
+        ):
+            holder, _ = weight_place(layer)
+            with self.offload.turn(holder):
+                yield name, layer
 
 
 class Stage(Callback):
