@@ -53,6 +53,11 @@ class Call:
         values = [*self.args, *(self.kwargs[name] for name in sorted(self.kwargs))]
         return [value for value in values if value is not self.hidden]
 
+    def equals(self, other: Call, *, by_value: bool = False) -> bool:
+        """Whether another call has the same arguments except for the hidden state, see :func:`same`."""
+        form, other_form = (len(self.args), sorted(self.kwargs)), (len(other.args), sorted(other.kwargs))
+        return form == other_form and same(self.rest(), other.rest(), by_value=by_value)
+
 
 def first_output(output: object) -> Tensor | None:
     """Return the hidden state of a block's output: the tensor, or the first item of a tuple."""
@@ -106,12 +111,12 @@ def is_chain(blocks: Blocks, run: Run, batch: Any) -> tuple[bool, bool]:
     """
     passage = _watch(blocks, run, batch)
     arguments = list(passage.rest.values())
-    if passage.order != list(blocks) or not passage.linked or not all(map(_is_plain, arguments)):
+    if passage.order != list(blocks) or not passage.linked or not all(map(is_plain, arguments)):
         return False, False
-    if all(_same(arguments[0], other) for other in arguments[1:]):
+    if all(same(arguments[0], other) for other in arguments[1:]):
         return True, True
     disturbed = _watch(blocks, run, batch, disturb=True)
-    independent = all(_same(disturbed.rest[name], rest, by_value=True) for name, rest in passage.rest.items())
+    independent = all(same(disturbed.rest[name], rest, by_value=True) for name, rest in passage.rest.items())
     return independent, False
 
 
@@ -191,27 +196,27 @@ def capture_calls(blocks: Blocks, run: Run, batches: Iterable[Any], *, every_blo
     return captured
 
 
-def _same(a: Any, b: Any, *, by_value: bool = False) -> bool:
+def same(a: Any, b: Any, *, by_value: bool = False) -> bool:
     """Whether two arguments are the same; tensors must be the same object, or with ``by_value`` hold equal values."""
     if a is b:
         return True
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
-        return by_value and a.shape == b.shape and bool((a == b).all())
+        return by_value and (a.shape, a.dtype) == (b.shape, b.dtype) and bool((a == b).all())
     if isinstance(a, dict):
-        return list(a) == list(b) and all(_same(a[key], b[key], by_value=by_value) for key in a)
+        return list(a) == list(b) and all(same(a[key], b[key], by_value=by_value) for key in a)
     if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(_same(x, y, by_value=by_value) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same(x, y, by_value=by_value) for x, y in zip(a, b, strict=True))
     return bool(a == b)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether ``value`` is plain data. Other objects, such as a cache, may remember a call, which rules out replay."""
     if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
+        return all(map(is_plain, value.values()))
     if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     return value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device)
 
 
