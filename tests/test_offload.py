@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with a model ``large``, whose matrices are larger than ``SMALLEST``, and one ``tiny``; and token files."""
+    """A folder with a model ``large``, of matrices larger than ``SMALLEST``, one ``tiny``, and token files."""
     folder = tmp_path_factory.mktemp("offload")
     torch.manual_seed(0)
     CausalLM(LLAMA).model.save_pretrained(folder / "tiny")
