@@ -164,7 +164,7 @@ class BlockMatching(DenseAimedStage):
         bar = tqdm(total=steps, desc=context.title, unit="step", disable=not context.progress, leave=False)
         dense_hidden: list[Tensor] = []
         if self.inputs == "dense" and changes_outside_blocks(walk):
-            dense_hidden = dense_first_inputs(walk, every_block=not same, recalibrate=bool(norms))
+            dense_hidden = dense_first_inputs(walk, every_block=not same, recalibrate=self.batch_norm == "recalibrate")
         for block, run in walk.block_passes(every_block=not same):
             if self.inputs == "compressed" or not dense_hidden:
                 dense_hidden = list(run.hidden)
