@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from kinds import NETWORKS, KindModule
 from test_polish import GRIDS
 from tiny import Regressor, blamed, make_data, make_model, regression_loader, trainer
 from torch import nn
@@ -235,6 +236,31 @@ def test_no_block_ends_further_from_the_dense_one_than_it_began(tmp_path, kind, 
         assert later <= earlier * (1 + 1e-5), name
         better.append(later < 0.999 * earlier)
     assert any(better)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_layers_of_every_kind_are_trained_or_left(tmp_path, kind):
+    blocks = ["inlet", "network"]
+    prefix = [Magnitude(0.5), RTN(3)]
+    modules = []
+    for stages in (prefix, [*prefix, BlockMatching(20, blocks=blocks)]):
+        modules.append(KindModule(kind))
+        trainer(tmp_path / f"{len(stages)}", *stages).fit(modules[-1], *[regression_loader()] * 2)
+    before, after = modules
+    note = " ".join(read_records(tmp_path / "3")[-1]["notes"])
+    kept = collect_constraints(after)
+    assert not broken_constraints(after, kept)
+    assert len(kept) == len(collect_constraints(before)) > 0
+    changed = []
+    for (name, old), new in zip(before.network.named_parameters(), after.network.parameters(), strict=True):
+        if not torch.equal(old, new):
+            changed.append(name)
+    if kind in ("lstm", "gru", "rnn"):
+        assert not changed
+        assert "cannot exchange their weights in a forward pass" in note
+    else:
+        assert changed, note
+        assert "bias" not in "".join(changed)
 
 
 class Watched(BlockMatching):

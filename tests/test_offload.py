@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import LLAMA, trainer, write_tokens
 
-from pqqp_lightning.callbacks import GPTQ, SparseGPT
+from pqqp_lightning.callbacks import GPTQ, BlockMatching, SparseGPT
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.models import CausalLM
 from pqqp_lightning.network import offload
@@ -114,7 +114,7 @@ def assert_same(folder, tmp_path, stages, **options):
 
 
 def test_a_run_on_disk_is_the_same_bit_for_bit(folder, tmp_path, all_sizes):
-    module = assert_same(folder, tmp_path, lambda: [SparseGPT(0.5), GPTQ(4, group_size=16)])
+    module = assert_same(folder, tmp_path, lambda: [SparseGPT(0.5), GPTQ(4, group_size=16), BlockMatching(1)])
     for _, layer, constraints in constrained_layers(module):
         for tensor in (layer.weight, constraints.mask_bits, constraints.grid.scale):
             assert resident_kb(tensor)[1] == 0
