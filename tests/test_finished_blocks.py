@@ -74,6 +74,10 @@ def die_and_resume(folder, stages, solved, death, **options):
     return list(solved.layers)
 
 
+def prune_convolutions():
+    return [callbacks.SparseGPT(0.5), callbacks.GPTQ(8)]
+
+
 def result(folder):
     """The stored weights, masks, scales and records of a finished run."""
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
@@ -170,7 +174,7 @@ LATER = {
         ("GPTQ", "lm_head"),
         "llama",
     ),
-    "convolutions, which are calibrated as one": (prune_then_quantize, ("GPTQ", "layer3"), "resnet"),
+    "convolutions, which are calibrated as one": (prune_convolutions, ("GPTQ", "layer3"), "resnet"),
 }
 
 
@@ -310,13 +314,13 @@ def test_the_progress_bar_starts_at_the_block_that_is_not_finished(tmp_path, sol
     original = walk.tqdm
 
     def remember(*arguments, **options):
-        bars.append(original(*arguments, **options))
+        bars.append(original(*arguments, **options | {"disable": False}))
         return bars[-1]
 
     monkeypatch.setattr(walk, "tqdm", remember)
     die_and_resume(tmp_path / "run", lambda: [callbacks.SparseGPT(0.5)], solved, ("SparseGPT", "layers.2"))
     assert [(bar.initial, bar.total) for bar in bars] == [(0, 4), (2, 4)]
-    assert bars[-1].n in (2, 4)  # a bar that is off does not count
+    assert bars[-1].n == 4
 
 
 @pytest.mark.parametrize("stage", ["SLEB", "SparseGPT"])

@@ -134,8 +134,7 @@ class FinishedBlocks:
             return None
         file = self._sound(key)
         if not self._is_usable(file is not None and file.header["before"] == before):
-            self._reads = False
-            self._delete_unused()
+            self._end_reading()
             return None
         assert file is not None
         self._used.add(file.path)
@@ -193,6 +192,7 @@ class FinishedBlocks:
             before: see :meth:`find`.
             content: what to keep with it; if it is not plain, nothing is kept from here on.
         """
+        self._end_reading()
         if not self._writes:
             return
         tensors: list[Tensor] = []
@@ -268,11 +268,12 @@ class FinishedBlocks:
                     return file
         return None
 
-    def _delete_unused(self) -> None:
+    def _end_reading(self) -> None:
         """Delete the files from the first missing one on: their blocks are computed again."""
-        if self._writes and self._folder.is_dir():
+        if self._reads and self._writes and self._folder.is_dir():
             for path in set(self._folder.iterdir()) - self._used:
                 path.unlink()
+        self._reads = False
 
     def _stop(self) -> None:
         """Keep nothing from here on."""

@@ -109,8 +109,8 @@ def _contents(
         tensors_of_plan = {k: v for k, v in item.plan.items() if isinstance(v, Tensor)}
         stored.update({f"plan.{position}:{k}": v for k, v in tensors_of_plan.items()})
         plans.append({"class_path": dotted_name(item.stage), "plan": plain, "tensors": sorted(tensors_of_plan)})
-    own_memory = {name: own_memory(tensor) for name, tensor in stored.items()}
-    return own_memory, {"plans": plans, "packed": entries, "aliases": aliases}
+    whole = {name: own_memory(tensor) for name, tensor in stored.items()}
+    return whole, {"plans": plans, "packed": entries, "aliases": aliases}
 
 
 def own_memory(tensor: Tensor) -> Tensor:

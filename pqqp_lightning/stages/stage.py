@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import isroutine
 from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule
@@ -72,11 +73,15 @@ class Context:
         arguments = arguments_of(type(stage))
 
         def state() -> dict[str, Any]:
+            attributes = {}
+            for name, value in vars(stage).items():
+                if name not in arguments and not isroutine(value):  # Lightning puts methods there
+                    attributes[name] = value
             return {
                 "notes": [*self.notes],
                 "findings": self.findings,
                 "notes_of_walk": [*self._notes_of_walk],
-                "attributes": {name: value for name, value in vars(stage).items() if name not in arguments},
+                "attributes": attributes,
                 "random": random_state(),
             }
 
