@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import tiny
 import torch
+from composition import STAGES
 from forked import run_forked
 from interrupt import Died
 from test_resume import write_recipe
@@ -21,7 +22,7 @@ from pqqp_lightning.checkpoint import finished_blocks
 from pqqp_lightning.checkpoint.finished_blocks import FinishedBlocks
 from pqqp_lightning.network.constraints import Constraints, constraints_of, set_constraints
 from pqqp_lightning.runs import stage_runner
-from pqqp_lightning.stages import Compressed, LayerwiseStage, SquaredNorm
+from pqqp_lightning.stages import Compressed, Context, LayerwiseStage, SquaredNorm
 
 BLOCKS = 4
 RECORDED = ("elapsed_s", "peak_memory_bytes")  # what no two runs have in common
@@ -225,6 +226,20 @@ def test_a_damaged_file_is_not_used(tmp_path, undisturbed, solved):
     fit(tmp_path / "run", prune_then_quantize(), "last")
     assert {name.split(".")[3] for method, name in solved.layers if method == "SparseGPT"} == {"1", "2", "3"}
     assert result(tmp_path / "run") == result(undisturbed)
+
+
+LAYERWISE = [name for name, cls in STAGES.items() if issubclass(cls, LayerwiseStage) and name != "GradualPruning"]
+"""GradualPruning prunes while it trains."""
+
+
+@pytest.mark.parametrize("name", LAYERWISE)
+def test_the_attributes_of_our_layerwise_stages_can_be_kept(tmp_path, name):
+    layers = linear(0)
+    context = Context(lambda blocks: None, finished=FinishedBlocks(tmp_path))
+    kept = context.part(tiny.make_stage(STAGES[name]))
+    assert not kept.restore(layers)
+    kept.keep(layers)
+    assert len(list((tmp_path / "blocks").iterdir())) == 1
 
 
 def linear(seed):
