@@ -32,6 +32,10 @@ import torch
 from lightning.pytorch import Callback
 
 from pqqp_lightning import Stage
+from pqqp_lightning.callbacks import GPTQ
+from pqqp_lightning.checkpoint import finished_blocks
+
+finished_blocks.PAUSE_S, finished_blocks.SHARE = 0.0, float("inf")  # tiny blocks are kept, too
 
 
 class Dump(Callback):
@@ -63,10 +67,25 @@ class Die(Stage):
     compresses = True
 
     def compress(self, model, context):
-        if os.environ.get("LOCAL_RANK", "0") == "0" and not Path("died").exists():
-            Path("died").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        die_once("died")
         return {}
+
+
+class Mortal(GPTQ):
+    """Kills the first process at the second block, once; every process says which layers it quantizes."""
+
+    def compress_layer(self, inputs):
+        if ".layers.1." in inputs.name:
+            die_once("died-in-block")
+        with Path(f"quantized-{os.environ.get('LOCAL_RANK', '0')}.txt").open("a") as file:
+            print(inputs.name, file=file)
+        return super().compress_layer(inputs)
+
+
+def die_once(name):
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not Path(name).exists():
+        Path(name).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 '''
 PRUNE = {"class_path": "SparseGPT", "init_args": {"sparsity": 0.5}}
 QUANTIZE = {"class_path": "GPTQ", "init_args": {"bits": 4, "group_size": 16}}
@@ -255,11 +274,18 @@ def test_processes_that_end_a_stage_with_different_weights_are_stopped(folder):
 
 def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder, matched):
     die = {"class_path": "watcher.Die"}
-    write_recipe(folder, "die.yaml", {"prune": PRUNE, "die": die, "quantize": QUANTIZE, "match": MATCH})
+    mortal = QUANTIZE | {"class_path": "watcher.Mortal"}
+    write_recipe(folder, "die.yaml", {"prune": PRUNE, "die": die, "quantize": mortal, "match": MATCH})
     killed = run(folder, *on_two("die.yaml", "killed"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [r["name"] for r in records(folder / "killed")] == ["dense", "prune"]
+    killed = run(folder, *on_two("die.yaml", "killed"), "--ckpt_path", "last")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     finish(folder, *on_two("die.yaml", "killed"), "--ckpt_path", "last")
+    for rank in (0, 1):
+        quantized = (folder / f"quantized-{rank}.txt").read_text().split()
+        first_block = [name for name in quantized if ".layers.0." in name]
+        assert len(first_block) == len(set(first_block)) == 7
     ours, theirs = load_weights(folder / "killed"), load_weights(matched)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [[line["world"] for line in rank] for rank in digests(folder, "killed")] == [[2] * 5] * 2

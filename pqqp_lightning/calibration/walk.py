@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice, repeat
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,22 @@ from pqqp_lightning.seeding import keep_random_state
 Compress = Callable[[Reading], None]
 Unreached = Callable[[dict[str, Layer]], None]
 """Called with the layers of a block that no calibration row reached, after the block's readings."""
+
+
+class Kept(Protocol):
+    """The finished blocks of a stage that a killed run left, and those of this run."""
+
+    @property
+    def waiting(self) -> int:
+        """The number of finished blocks that can be restored next."""
+
+    def restore(self, layers: Mapping[str, Layer]) -> bool:
+        """Restore these layers of the next block; False if it is not finished, and then it is compressed and kept."""
+
+    def keep(self, layers: Mapping[str, Layer]) -> None:
+        """Keep the block that was not finished."""
+
+
 Forward = Callable[[int], object]
 """Runs the calibration batch of that number, through the model or through one block."""
 
@@ -110,6 +126,7 @@ class Walk:
         kind: type[Statistic],
         compress: Compress,
         unreached: Unreached | None = None,
+        kept: Kept | None = None,
     ) -> None:
         """Collect ``kind`` for each of ``layers`` and hand it to ``compress``, block after block.
 
@@ -118,6 +135,7 @@ class Walk:
             kind: the statistic's class.
             compress: gets each reading. Some groups of a fused weight may have no row, see ``Statistic.counts``.
             unreached: gets the layers that no row reached; None refuses them.
+            kept: has the blocks that need not be compressed again, and gets the others.
 
         Raises:
             RecipeError: a statistic is unusable, or no row reached a layer and ``unreached`` is None; the message
@@ -132,9 +150,11 @@ class Walk:
             inside = {name: layer for name, layer in layers.items() if chained and self.block_of(name) is not None}
             outside = {name: layer for name, layer in layers.items() if name not in inside}
             if inside:
-                self._blocks_in_turn(inside, kind, compress, unreached, every_block=not same)
-            if outside:
+                self._blocks_in_turn(inside, kind, compress, unreached, kept, every_block=not same)
+            if outside and not self._is_restored(outside, kept):
                 self._collect_outside(outside, kind, compress, unreached)
+                if kept is not None:
+                    kept.keep(outside)
 
     def masks(self) -> list[TokenMask | None]:
         """The positions of each batch that count, for every sum over positions. Call it in ``calibrating()``."""
@@ -207,6 +227,7 @@ class Walk:
         kind: type[Statistic],
         compress: Compress,
         unreached: Unreached | None,
+        kept: Kept | None,
         *,
         every_block: bool,
     ) -> None:
@@ -215,22 +236,32 @@ class Walk:
             block = self.block_of(name)
             if block is not None:
                 of_block[block][name] = layer
-        last = max(i for i, inside in enumerate(of_block.values()) if inside)  # later ones have nothing to compress
+        acted_on = [i for i, inside in enumerate(of_block.values()) if inside]
+        last = acted_on[-1]  # later ones have nothing to compress
+        waiting = min(kept.waiting, len(acted_on)) if kept is not None else 0
+        first = acted_on[waiting - 1] + 1 if waiting else 0  # the first one that is not finished
         passes = islice(self.block_passes(every_block=every_block), last + 1)
         dense_passes: Iterator[tuple[str, BlockPass] | None] = repeat(None)
         if self._pairs(kind):
             dense_passes = iter(self.block_passes(every_block=every_block, dense=True))
-        for (block, run_block), dense_pass in tqdm(
-            zip(passes, dense_passes, strict=False),
-            total=last + 1,
-            desc=self.title,
-            unit="block",
-            disable=not self.progress,
-            leave=False,
-        ):
-            if of_block[block]:
-                run_dense = dense_pass[1] if dense_pass is not None else None
-                self._collect(of_block[block], kind, compress, unreached, run_block, run_dense)
+        with tqdm(
+            total=last + 1, initial=first, desc=self.title, unit="block", disable=not self.progress, leave=False
+        ) as bar:
+            for position, ((block, run_block), dense_pass) in enumerate(zip(passes, dense_passes, strict=False)):
+                if of_block[block] and not self._is_restored(of_block[block], kept):
+                    run_dense = dense_pass[1] if dense_pass is not None else None
+                    self._collect(of_block[block], kind, compress, unreached, run_block, run_dense)
+                    if kept is not None:
+                        kept.keep(of_block[block])
+                if position >= first:
+                    bar.update()
+
+    def _is_restored(self, layers: dict[str, Layer], kept: Kept | None) -> bool:
+        """Whether a killed run finished these layers, which then are as it left them."""
+        if kept is None:
+            return False
+        self.masks()  # while the block is as the killed run found it
+        return kept.restore(layers)
 
     def block_passes(self, *, every_block: bool, dense: bool = False) -> Iterator[tuple[str, BlockPass]]:
         """Each block in turn, with the forward pass of that block alone. Call it in ``calibrating()``.
