@@ -20,6 +20,7 @@ from pqqp_lightning.experiments.search_answer import Answer, Measured
 from pqqp_lightning.experiments.search_budget import Candidates, check_count, check_targets, find_candidates
 from pqqp_lightning.experiments.search_choice import SAMPLERS, Choice, Chooser
 from pqqp_lightning.experiments.search_objectives import SIZE, Objectives, check_objectives, further_metrics
+from pqqp_lightning.experiments.search_prior import count_weaker
 from pqqp_lightning.experiments.search_space import Space, read_space
 from pqqp_lightning.experiments.session import (
     Show,
@@ -180,7 +181,7 @@ class PipelineSearch:
             options.sampler_seed,
             len(objectives),
             journal,
-            fills_budget=bool(found.budget.name),
+            count_weaker(self._space, list(found.fitting), found.savings) if found.budget.name else None,
         )
 
     def _announce(self) -> None:
