@@ -4,8 +4,8 @@
     python benchmarks/gpu_large.py --layers 2 --hidden 256 --samples 8 --tokens 128     # to try it on a CPU
 
 The blocks have the shapes of LLaMA-3-8B and random weights, in bfloat16; the calibration tokens are random as well.
-What is measured does not depend on the values, except for the sweep's retries on a Hessian that cannot be factorized. Each
-method runs with float32 matrix products at the precision "highest", "high" and "medium" (torch's words), then with
+What is measured does not depend on the values, except for the sweep's retries on a Hessian that cannot be factorized.
+Each method runs with float32 matrix products at the precision "highest", "high" and "medium" (torch's words), then with
 float32 weights; what no longer fits into the minutes is left out. The figures for 32 blocks are extrapolated: the
 seconds of a block times 32, and the peak with the weights of the blocks that are missing.
 """
