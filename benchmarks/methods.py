@@ -35,6 +35,7 @@ CORRECT = (
     "--stages.correct LoRA --stages.correct.initialization eora --stages.correct.rank 64 --stages.correct.epochs 0 "
 )
 CORRECT += "--stages.correct.merge false"
+GROUPS = f"{GPTQ} --stages.quantize.group_size 64"
 EIGHT = "--stages.quantize GPTQ --stages.quantize.bits 8"
 GPTQ_3 = f"{THREE.format('GPTQ')} --stages.quantize.bits 3"
 MIXED_3 = f"{THREE.format('MixedPrecision')} --stages.quantize.average_bits 3"
@@ -85,8 +86,9 @@ METHODS = {
         "finetune": f"{HALF} {RECOVER.format('Finetune', 0.00002)}",
         "lora": f"{HALF} {RECOVER.format('LoRA', 0.0005)}",
         "lora-aware": f"{HALF} {RECOVER.format('LoRA', 0.0005)} --stages.recover.merge_aware true",
-        "sparse24-gptq": f"{SPARSE24} {GPTQ}",
-        "sparse24-gptq-eora": f"{SPARSE24} {GPTQ} {CORRECT}",
+        "sparse24-gptq": f"{SPARSE24} {GROUPS}",
+        "sparse24-gptq-eora": f"{SPARSE24} {GROUPS} {CORRECT}",
+        "sparse24-gptq-eora-4": f"{SPARSE24} {GROUPS} {CORRECT} --stages.correct.adapter_bits 4",
         "gradual": "--stages.prune GradualPruning --stages.prune.sparsity 0.5 --stages.prune.epochs 1 "
         "--stages.prune.ramp 0.5 --stages.prune.learning_rate 0.00005 --trainer.limit_train_batches 12",
         "qat": "--stages.quantize QAT --stages.quantize.bits 4 --stages.quantize.learning_rate 0.00002 "
