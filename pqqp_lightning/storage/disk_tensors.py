@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class DiskTensors:
 
     def __init__(self, folder: Path) -> None:
         self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - closed on exit
-        self._mappings: dict[int, mmap.mmap] = {}  # by the address of their data
+        # by the address of their data; a mapping ends with its tensor
+        self._mappings: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 
     def put(self, tensor: Tensor) -> Tensor:
         """Store a tensor and return an equal one that is mapped from the file."""
