@@ -1,6 +1,7 @@
 """SparseGPT 50%, GPTQ 4-bit and Polish after both, on SmolLM2-135M: seconds, peak memory, ratio to a forward pass.
 
     PQQP_DATA=... python benchmarks/compression.py [--dtype bfloat16] [--batch 4] [--pairs 3] [--methods GPTQ Polish]
+        [--blocks 3]
 
 The forward pass and the stage are timed in turn, pair by pair, over the same calibration tokens (32 x 512), since
 machines drift; medians are quoted. Seconds are the processor's, which other work on the machine disturbs least. Memory
@@ -82,9 +83,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--blocks", type=int, default=30, help="the first ones only: quicker, and all blocks are alike")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     dense = CausalLM("smollm2-135m", dtype=options.dtype).eval()
+    dense.model.model.layers = dense.model.model.layers[: options.blocks]
     weights = sum(p.numel() * p.element_size() for p in dense.parameters())
     files = (f"{TOKENS}/calibration.npy", f"{TOKENS}/evaluation.npy")
     data = TokenData(*files, calibration_batch_size=options.batch)
