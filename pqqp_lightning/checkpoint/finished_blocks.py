@@ -84,7 +84,7 @@ class FinishedBlocks:
         *,
         writes: bool = True,
         agree: Callable[[bool], bool] = bool,
-        turn: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext,
+        turn: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._folder = Path() if folder is None else folder / BLOCKS
         self._identity = json.loads(json.dumps([FORMAT, identity], default=str))
