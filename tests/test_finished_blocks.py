@@ -22,7 +22,10 @@ from pqqp_lightning.checkpoint import finished_blocks
 from pqqp_lightning.checkpoint.finished_blocks import FinishedBlocks
 from pqqp_lightning.network.constraints import Constraints, constraints_of, set_constraints
 from pqqp_lightning.runs import stage_runner
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages import Compressed, Context, LayerwiseStage, SquaredNorm
+from pqqp_lightning.storage.result_store import ResultStore
+from pqqp_lightning.trials.prefix_tree import PrefixTree
 
 BLOCKS = 4
 RECORDED = ("elapsed_s", "peak_memory_bytes")  # what no two runs have in common
@@ -365,6 +368,38 @@ def test_a_run_that_dies_in_the_evaluation_does_not_compress_again(tmp_path, mon
     fit(tmp_path / "run", stages(), "last")
     assert len(compressed) == 2
     assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
+def test_a_search_that_dies_in_the_middle_of_a_stage_resumes_there(tmp_path, solved):
+    def measure(name):
+        stages = {"prune": callbacks.SparseGPT(0.5), "quantize": callbacks.GPTQ(4, group_size=16)}
+        engine = tiny.trainer(tmp_path / name, *stages.values())
+        source = RunData(tiny.make_model("llama", BLOCKS), datamodule=tiny.make_data("llama", tmp_path, batch_size=2))
+        tree = PrefixTree(engine, source, stages, ResultStore(tmp_path / f"store-{name}"))
+        tree.open()
+        record = tree.measure(("prune", "quantize")).record
+        weights = tree.snapshot(("prune", "quantize")) / "model.safetensors"
+        return {k: v for k, v in record.items() if k not in RECORDED}, weights.read_bytes()
+
+    whole = measure("whole")
+    solved.death = ("GPTQ", "layers.2")
+    with pytest.raises(Died):
+        measure("run")
+    solved.death = None
+    solved.layers.clear()
+    assert measure("run") == whole
+    assert Counter(name.split(".")[3] for _, name in solved.layers) == {"2": 7, "3": 7}
+    assert not list(tmp_path.rglob("blocks"))
+
+
+def test_an_evaluation_that_is_stopped_early_leaves_no_blocks(tmp_path):
+    stage = callbacks.SparseGPT(0.5)
+    engine = tiny.trainer(tmp_path / "run", stage)
+    source = RunData(tiny.make_model("llama"), datamodule=tiny.make_data("llama", tmp_path, batch_size=2))
+    tree = PrefixTree(engine, source, {"prune": stage}, ResultStore(tmp_path / "store"))
+    tree.open()
+    tree.measure_unless(("prune",), "perplexity", lambda samples: True)
+    assert not list(tmp_path.rglob("blocks"))
 
 
 KILLER = """

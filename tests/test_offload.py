@@ -1,13 +1,16 @@
 """Offloading: a model whose weights lie on disk is compressed to the same bits, and its pages leave memory."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from interrupt import Died
 from tiny import LLAMA, trainer, write_tokens
 
 from pqqp_lightning.callbacks import GPTQ, BlockMatching, SparseGPT
+from pqqp_lightning.checkpoint import finished_blocks
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.models import CausalLM
 from pqqp_lightning.network import offload
@@ -118,3 +121,34 @@ def test_a_run_on_disk_is_the_same_bit_for_bit(folder, tmp_path, all_sizes):
     for _, layer, constraints in constrained_layers(module):
         for tensor in (layer.weight, constraints.mask_bits, constraints.grid.scale):
             assert resident_kb(tensor)[1] == 0
+
+
+def test_a_killed_run_on_disk_resumes_at_the_block_that_was_not_finished(folder, tmp_path, all_sizes, monkeypatch):
+    monkeypatch.setattr(finished_blocks, "PAUSE_S", 0.0)
+    monkeypatch.setattr(finished_blocks, "SHARE", math.inf)
+    data = json.loads((folder / "data.json").read_text())
+    quantized = []
+    original = GPTQ.compress_layer
+
+    def dying(stage, inputs):
+        if ".layers.1." in inputs.name and len(quantized) == 7:
+            raise Died
+        quantized.append(inputs.name)
+        return original(stage, inputs)
+
+    def run(name, ckpt_path=None):
+        torch.manual_seed(1)
+        module = CausalLM(str(folder / "tiny"), offload="disk")
+        trainer(tmp_path / name, SparseGPT(0.5), GPTQ(4, group_size=16)).fit(
+            module, datamodule=TokenData(**data), ckpt_path=ckpt_path
+        )
+        return (RunFolder(tmp_path / name).model / WEIGHTS).read_bytes()
+
+    whole = run("whole")
+    quantized.clear()
+    monkeypatch.setattr(GPTQ, "compress_layer", dying)
+    with pytest.raises(Died):
+        run("died")
+    quantized.append("dead")
+    assert run("died", "last") == whole
+    assert sum(".layers.0." in name for name in quantized) == 7

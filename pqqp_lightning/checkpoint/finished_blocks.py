@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -19,14 +20,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pqqp_lightning.checkpoint.nested import CannotStore, describe, rebuild
 from pqqp_lightning.checkpoint.packing import pack_weight, unpack_values, unpack_weight
 from pqqp_lightning.checkpoint.save import own_memory
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.constraints import constraints_of, set_constraints
-from pqqp_lightning.network.layers import Layer, layout_of
+from pqqp_lightning.network.layers import Layer, layout_of, weight_place
 from pqqp_lightning.storage.files import sha256_of
 from pqqp_lightning.storage.run_folder import BLOCKS
 
@@ -69,6 +70,8 @@ class FinishedBlocks:
         identity: plain data; files of another one are not used.
         writes: whether this is the first rank.
         agree: gives every rank the first one's answer.
+        turn: inside its context, the weights in a module may be changed, see
+            :meth:`~pqqp_lightning.network.offload.Offload.turn`.
 
     Attributes:
         earlier_s: the seconds that killed runs spent on the blocks that were read.
@@ -81,12 +84,13 @@ class FinishedBlocks:
         *,
         writes: bool = True,
         agree: Callable[[bool], bool] = bool,
+        turn: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._folder = Path() if folder is None else folder / BLOCKS
         self._identity = json.loads(json.dumps([FORMAT, identity], default=str))
         self._reads = folder is not None  # until the first file is missing
         self._writes = folder is not None and writes
-        self._agree = agree
+        self._agree, self._turn = agree, turn
         self._parts = 0
         self._used: set[Path] = set()
         self._unwritten: list[_Finished] = []
@@ -177,8 +181,10 @@ class FinishedBlocks:
                 keys = [key for key in names if key.startswith(f"{name}:")]
                 parts = {key.removeprefix(f"{name}:"): opened.get_tensor(key) for key in keys}
                 weight, constraints = unpack_weight(entry, parts)
-                layers[name].weight.copy_(weight)
-                set_constraints(layers[name], constraints)
+                holder, _ = weight_place(layers[name])
+                with self._turn(holder):
+                    layers[name].weight.copy_(weight)
+                    set_constraints(layers[name], constraints)
             tensors = [opened.get_tensor(f"{_STATE}:{number}") for number in range(header["tensors"])]
         self.earlier_s = header["elapsed_s"]
         return rebuild(header["content"], tensors)
@@ -366,10 +372,9 @@ def _holds(parts: dict[str, Tensor], entry: dict[str, Any], weight: Tensor) -> b
 
 
 def _digests(layers: Mapping[str, Layer]) -> dict[str, int]:
-    """The sum of some entries of each weight, taken as integers of the same bits: exact in any order."""
+    """The sum of each weight's first entries, taken as integers of the same bits: exact in any order."""
     found = {}
     for name, layer in layers.items():
-        entries = layer.weight.detach().flatten()
-        sample = entries[:: max(1, len(entries) // _SAMPLE)].contiguous()
+        sample = layer.weight.detach().flatten()[:_SAMPLE]
         found[name] = int(sample.view(_INTEGERS[sample.element_size()]).sum(dtype=torch.int64))
     return found

@@ -386,7 +386,8 @@ class StageRunner:
             "processes": self.trainer.world_size,
         }
         agree = self.trainer.strategy.broadcast if self.trainer.world_size > 1 else bool
-        return FinishedBlocks(folder, identity, writes=self.trainer.is_global_zero, agree=agree)
+        turn = offload_of(self.module).turn
+        return FinishedBlocks(folder, identity, writes=self.trainer.is_global_zero, agree=agree, turn=turn)
 
     def _measured(self, stage: Stage, unmeasured: Unmeasured, metrics: dict[str, float]) -> Record:
         """The record of a stage that was compressed and not finetuned."""
