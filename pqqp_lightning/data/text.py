@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pqqp_lightning.argument_types import refuse_wrong_types
 from pqqp_lightning.data import hub_tables as sources
 from pqqp_lightning.data import text_sources as corpora
 from pqqp_lightning.data.loaders import (
@@ -88,6 +89,7 @@ class TextData(LightningDataModule):
         bos: Bos = "auto",
     ) -> None:
         super().__init__()
+        refuse_wrong_types(TextData.__init__, locals(), "data")
         self.source: str | list[str]
         if isinstance(source, str):
             self.source = sources.expand_variables(source)
