@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from composition import STAGES as STAGE_CLASSES
 
 from pqqp_lightning import Trainer, export, load
 from pqqp_lightning.argument_types import wrong_types
@@ -15,6 +16,7 @@ from pqqp_lightning.experiments import OrderOptions, PipelineOptions, SweepOptio
 from pqqp_lightning.inference.classification import classify_images
 from pqqp_lightning.inference.generation import generate_text
 from pqqp_lightning.models import CausalLM, ImageClassifier
+from pqqp_lightning.stages.arguments import argument_problems
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +95,12 @@ def test_a_stage_made_with_another_type_is_refused_with_the_rest(what, folder):
     assert words in text
     assert "bits=12" in text
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("name", STAGE_CLASSES)
+def test_a_stage_with_its_defaults_has_the_right_types(name):
+    """Also where its constructor takes another type than its base's, as the bits of MixedPrecision."""
+    assert [problem for stage in tiny.make_stages(STAGE_CLASSES[name]) for problem in argument_problems(stage)] == []
 
 
 def test_values_of_the_right_types_pass():

@@ -234,6 +234,7 @@ def test_processes_that_end_a_stage_with_different_weights_are_stopped(folder):
     assert [r["name"] for r in records(folder / "differ")] == ["dense"]
 
 
+@pytest.mark.long  # test_resume.py kills runs of one process, and the test above compares two processes with one
 def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder, two):
     die = {"class_path": "watcher.Die"}
     write_recipe(folder, "die.yaml", {"prune": PRUNE, "die": die, "quantize": QUANTIZE, "polish": POLISH})

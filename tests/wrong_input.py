@@ -245,7 +245,6 @@ WRONG = [
         "--model.model exports/modle",
         files={"exports/model": "not read"},
     ),
-    Wrong("report of nothing", "command line ~ report needs one run folder", command="report ''"),
     Wrong("methods of something", "command line ~ Unexpected argument 'SparseGPT'", command="methods SparseGPT"),
     Wrong(
         "no model",

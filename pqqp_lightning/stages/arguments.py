@@ -98,12 +98,15 @@ def required(cls: type) -> list[str]:
 
 def argument_problems(stage: object) -> list[Problem]:
     """The problems of a stage's arguments whose values have another type than its constructor says."""
-    problems: dict[str, Problem] = {}
+    problems: list[Problem] = []
+    seen: set[str] = set()
     for base in type(stage).__mro__:
-        if "__init__" in vars(base) and issubclass(base, Callback):
-            for problem in wrong_types(base.__init__, vars(stage)):  # type: ignore[misc]
-                problems.setdefault(problem.key, problem)
-    return list(problems.values())
+        if "__init__" not in vars(base) or not issubclass(base, Callback):
+            continue
+        own = {name: value for name, value in vars(stage).items() if name not in seen}
+        problems += wrong_types(base.__init__, own)  # type: ignore[misc]
+        seen |= set(inspect.signature(base.__init__).parameters)  # type: ignore[misc]  # a base may say another type
+    return problems
 
 
 def _constructors(cls: type) -> Iterator[list[inspect.Parameter]]:
