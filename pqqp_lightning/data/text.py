@@ -131,9 +131,6 @@ class TextData(LightningDataModule):
                 text = "is a folder; a list is for text files"
                 problems.append(Problem("source", source, text, "Give it alone.").within("data"))
             problems += sources.check_builtin(source, corpora.PYTHON_DOCS)
-        if self.bos not in (True, False, "auto"):
-            text, way_out = "is not one of auto, true, false", "auto follows the tokenizer."
-            problems.append(Problem("bos", self.bos, text, way_out).within("data"))
         return problems + (self.questions.check() if self.questions else [])
 
     def prepare_data(self) -> None:
