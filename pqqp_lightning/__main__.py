@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TextIO
 
 from pqqp_lightning.cli.command_table import COMMANDS, general_help
 
@@ -17,10 +19,37 @@ HOW_TO_RESUME = "What was finished is kept. To resume, run the same command with
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. Exits with code 2 and prints one line per problem if the user has to put something right.
 
+    Exits silently, as other programs do, if whoever reads the output has stopped (``... | head``).
+
     Args:
         argv: the words after ``pqqp-lightning``; by default those that this process was started with.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # what cannot be written is noticed here, not when Python exits
+    except BrokenPipeError:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+        if not unread:  # another pipe, such as that of a worker
+            raise
+        for stream in unread:  # Python would write the rest when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether nobody reads what is written to a stream."""
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)  # errors and hang-ups are always reported
+    except (OSError, ValueError):  # not a file
+        return False
+    return bool(poll.poll(0))
+
+
+def _run(arguments: list[str]) -> None:
+    """Run a command, given the words after ``pqqp-lightning``."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(general_help(), end="")
         return

@@ -47,6 +47,7 @@ PIPELINES: dict[str, Callable[[], list[Stage]]] = {
     "ChannelPruning of one block, RTN": lambda: [c.ChannelPruning(0.3, targets=["*.1.*"]), c.RTN(4, targets=["*.0.*"])],
     "ChannelPruning, GPTQ, LoRA": lambda: [c.ChannelPruning(0.5), c.GPTQ(4), c.LoRA()],
     "GPTQ, LoRA kept apart": lambda: [c.GPTQ(4), c.LoRA(merge=False)],
+    "RTN 8, ActivationQuantization": lambda: [c.RTN(8), c.ActivationQuantization()],
 }
 
 

@@ -61,6 +61,13 @@ RUNS: dict[str, Any] = {
     "grouped-convolution": lambda: [c.RTN(4, group_size=4, targets=["*grouped"])],
     "rtn4-rows": lambda: [c.RTN(4)],
     "rounded": lambda: [c.RTN(8), c.ActivationQuantization()],
+    "rounded-rtn4": lambda: [c.RTN(4), c.ActivationQuantization()],
+    "rounded-mlp": lambda: [c.RTN(8), c.ActivationQuantization(targets=["*mlp*"])],
+    "rounded-to-4": lambda: [c.RTN(8), c.ActivationQuantization(4)],
+    "rounded-dense": lambda: [c.RTN(8, targets=["*mlp*"]), c.ActivationQuantization()],
+    "rounded-groups": lambda: [c.RTN(8, group_size=16), c.ActivationQuantization()],
+    "rounded-asymmetric": lambda: [c.RTN(8, symmetric=False), c.ActivationQuantization()],
+    "rounded-values": lambda: [c.RTN(8), c.ActivationQuantization(kv_bits=8)],
     "adapters": lambda: [c.RTN(4), c.LoRA(merge=False, learning_rate=0.05)],
 }
 """The stages of each run by name."""

@@ -31,6 +31,7 @@ FLOORS = {
     "storage": 2,
     "algorithms": 1,
     "metrics": 1,
+    "argument_types": 1,
     "errors": 0,
     "seeding": 0,
 }

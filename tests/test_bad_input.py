@@ -101,7 +101,9 @@ def test_it_is_refused_before_any_work(wrong, folder, capfd):
     assert everything_in(folder) == before
 
 
-@pytest.mark.parametrize("what", ["corrupt GGUF", "a model that cannot be built, and the rest"])
+@pytest.mark.parametrize(
+    "what", ["corrupt GGUF", pytest.param("a model that cannot be built, and the rest", marks=pytest.mark.long)]
+)
 def test_a_real_process_says_the_same(what, folder, capfd):
     wrong = next(wrong for wrong in WRONG if wrong.what == what)
     write_files(wrong, folder)
@@ -190,6 +192,7 @@ def test_disk_full_in_the_second_stage_keeps_the_first(folder, monkeypatch):
     assert run("fit", "--config", "recipe.yaml", "--ckpt_path", "last") == 0
 
 
+@pytest.mark.long  # the test above fills the disk while a stage is saved
 def test_disk_full_while_lightning_writes_is_worded_too(folder, capfd):
     arguments = ["--data.train", "train.npy", "--stages.prune.epochs", "1"]
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, {resource.RLIM_INFINITY}))"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +19,7 @@ import yaml
 from command_line import RECIPE, prepare, run, run_command, run_process, write_recipe
 
 import pqqp_lightning
+import pqqp_lightning.__main__ as entry
 from pqqp_lightning.cli.command_table import COMMANDS
 from pqqp_lightning.experiments import AnalysisOptions, OrderOptions, SweepOptions
 from pqqp_lightning.runs.stage_runner import StageRunner
@@ -45,6 +49,28 @@ def weights(run_folder: Path) -> bytes:
 
 
 # Help
+
+
+@pytest.mark.parametrize("arguments", ["--help", "fti"])
+def test_it_ends_quietly_when_nobody_reads(arguments, folder):
+    """As in ``pqqp-lightning ... | head``, of both streams."""
+    command = [sys.executable, "-m", "pqqp_lightning", arguments]
+    reading, writing = os.pipe()
+    os.close(reading)
+    errors = writing if arguments == "fti" else subprocess.PIPE
+    done = subprocess.run(command, stdout=writing, stderr=errors, text=True, check=False, timeout=120)
+    os.close(writing)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert not done.stderr
+
+
+def test_a_broken_pipe_of_another_process_is_not_hidden(folder, monkeypatch):
+    def fail(arguments):
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr(entry, "_run", fail)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        entry.main(["fit"])
 
 
 @pytest.mark.parametrize("arguments", [["--help"], [], ["--version"]])

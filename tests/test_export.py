@@ -292,7 +292,7 @@ def test_a_failed_check_exits_with_1(folder, capsys):
         ("--to hf --out x", "command line: export needs a run folder"),
         ("run --out x", "command line: export needs --to. Choose one of"),
         ("nowhere --to hf --out x", "command line: run='nowhere' is not a folder"),
-        ("my-data --to hf --out x", "my-data/model: has no checkpoint"),
+        ("my-data --to hf --out x", "command line: run='my-data' is not a run folder"),
     ],
 )
 def test_wrong_input_is_refused_with_the_way_out(folder, arguments, message):

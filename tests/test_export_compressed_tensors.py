@@ -8,6 +8,7 @@ import tiny
 import torch
 from exports import checks_here, run_of  # noqa: F401  # a fixture
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from pqqp_lightning import load
 from pqqp_lightning.algorithms.grid import Grid, decode, encode, fit_grid
@@ -28,6 +29,11 @@ REFUSED = {
     "adapters": "has no quantized layer left .Adapters were merged",
     "uneven": "uneven widths",
     "online": "rotate their inputs",
+    "rounded-to-4": "rounds the inputs of 14 layers .* not to 8 bits",
+    "rounded-dense": r"rounds the inputs of 8 layers .* without codes.*Quantize these layers too",
+    "rounded-groups": "rounds the inputs of 14 layers .* with scales for groups of columns",
+    "rounded-asymmetric": "rounds the inputs of 14 layers .* with zero points",
+    "rounded-values": "has 4 layers .* that round keys or values",
 }
 
 
@@ -103,6 +109,49 @@ def test_what_the_format_does_not_have_is_refused(name, tmp_path):
 def test_zeros_take_the_place_of_removed_channels(tmp_path, checks_here):  # noqa: F811
     done = export(tmp_path, "uneven", pad=True, dtype="float32")
     assert done.agreement.largest_difference == 0
+
+
+def rounded_by_127_and_a_half(layer, args):
+    scale = args[0].abs().amax(-1, keepdim=True) / 127.5
+    return (args[0] / scale).round().clamp(-128, 127) * scale
+
+
+@pytest.mark.parametrize(("name", "layers"), [("rounded", 14), ("rounded-rtn4", 14), ("rounded-mlp", 6)])
+def test_transformers_rounds_the_inputs_of_layers_as_the_run_does(name, layers, tmp_path, checks_here):  # noqa: F811
+    """With one difference: it divides a token's largest value by 127.5 for the scale, and the run by 127."""
+    done = export(tmp_path, name, dtype="float32")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    rounding = [group for group in settings["config_groups"].values() if group.get("input_activations")]
+    assert [group["format"] for group in rounding] == ["int-quantized"]
+    assert rounding[0]["input_activations"]["dynamic"] is True
+    assert settings["format"] == ("int-quantized" if layers == 14 else "mixed-precision")
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    assert sum(tensor.dtype == torch.int8 for tensor in written.values()) == layers
+    assert any("127.5" in remark for remark in done.remarks)
+
+    network = load(run_of(name)).model
+    module = network.get_submodule("model.layers.0.mlp.up_proj")
+    grid = replace(constraints_of(module).grid, bits=8)
+    codes = encode(module.weight, grid).to(torch.int16) - 128
+    assert torch.equal(written["model.layers.0.mlp.up_proj.weight"].to(torch.int16), codes)
+    ids = torch.arange(32)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")(input_ids=ids).logits
+    for layer in network.modules():
+        if layer._forward_pre_hooks:
+            layer._forward_pre_hooks.clear()
+            layer.register_forward_pre_hook(rounded_by_127_and_a_half)
+    assert torch.allclose(network(input_ids=ids).logits, loaded, atol=1e-5)
+
+
+def test_rounded_inputs_of_narrow_codes_need_widening(tmp_path):
+    with pytest.raises(RecipeError, match=r"widen=False leaves 14 layers .* in bits that no kernel reads"):
+        export(tmp_path, "rounded-rtn4", widen=False)
+
+
+def test_a_folder_that_rounds_inputs_is_not_read_back(tmp_path):
+    export(tmp_path, "rounded", check=False)
+    with pytest.raises(RecipeError, match=r"rounds activations while it runs.*The stage ActivationQuantization"):
+        CausalLM(str(tmp_path / "model"))
 
 
 def test_scales_that_bfloat16_would_change_are_refused(tmp_path):

@@ -1,5 +1,7 @@
 """Uploads to the hub, with a mocked hub: exactly the folder's files, after everything was checked."""
 
+import re
+
 import huggingface_hub
 import pytest
 import tiny
@@ -58,10 +60,23 @@ def test_a_folder_in_a_folder_goes_along(tmp_path, hub):
 
 
 @pytest.mark.parametrize(
-    "name", ["my-model", "me/my/model", "me/", "/model", "me/a b", "https://hf.co/me/m", "me/a--b", ""]
+    ("name", "wrong"),
+    [
+        ("my-model", "it has no slash, and needs one"),
+        ("me/my/model", "it has 2 slashes, and needs one"),
+        ("me/", "it has nothing before or after the slash"),
+        ("/model", "it has nothing before or after the slash"),
+        ("me/a b ü", "it contains ' ', 'ü'"),
+        ("https://hf.co/me/m", "it is an address"),
+        ("me/a--b", "the hub allows no --"),
+        (".me/a", "the hub allows no --, no .., no - or . at either end"),
+        ("", "it has no slash"),
+        (7, "it is not text"),
+    ],
 )
-def test_what_is_not_an_id_is_refused_before_any_work(name, tmp_path, hub):
-    with pytest.raises(RecipeError, match=r"push_to_hub=.* is not an id of the hub. Write OWNER/NAME"):
+def test_what_is_not_an_id_is_refused_before_any_work(name, wrong, tmp_path, hub):
+    words = f"is not an id of the hub: {re.escape(wrong)}.*Write OWNER/NAME"
+    with pytest.raises(RecipeError, match=words):
         export_run(run_of("rtn4"), to="hf", out=tmp_path / "model", push_to_hub=name)
     assert not list(tmp_path.iterdir())
 

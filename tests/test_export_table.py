@@ -19,7 +19,14 @@ def test_the_page_is_current(checks_here):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("title", "kind"), [("`RTN`", "llama"), ("`QuaRot`", "llama"), ("SparseGPT, GPTQ", "llama"), ("`RTN`", "deit")]
+    ("title", "kind"),
+    [
+        ("`RTN`", "llama"),
+        ("`QuaRot`", "llama"),
+        ("SparseGPT, GPTQ", "llama"),
+        ("RTN 8, ActivationQuantization", "llama"),
+        ("`RTN`", "deit"),
+    ],
 )
 def test_a_row_of_the_page_is_current(title, kind, tmp_path, checks_here):  # noqa: F811
     found = export_table.examine(title, kind, tmp_path)

@@ -143,6 +143,22 @@ def test_all_problems_of_generate_come_at_once(folder):
     assert keys == {"prompt", "seed", "temperature"}
 
 
+def test_wrong_words_and_wrong_values_come_at_once(folder):
+    words = "generate run --prompt a --temperature hot --max_new_tokens 0 --seed -3 --pak"
+    problems = refused(*words.split())
+    assert [problem.key for problem in problems] == ["temperature", "", "run", "max_new_tokens", "seed"]
+    assert str(problems[1]) == "command line: Unknown option '--pak'. Did you mean '--packed'?"
+    *_, last = refused("generate", "nowhere", "--promt", "a")
+    assert str(last).startswith("command line: run='nowhere' is not a folder")
+
+
+def test_an_empty_path_is_not_the_current_folder(folder, vision_run):
+    run_folder, _ = vision_run
+    assert [p.key for p in refused("generate", "", "--prompt", "a")] == ["run"]
+    problems = refused("classify", str(run_folder), "", "--out", "")
+    assert [(p.key, p.value) for p in problems] == [("images", ""), ("out", "")]
+
+
 def test_generate_refuses_a_run_without_a_tokenizer_and_a_vision_run(folder):
     assert "has no tokenizer" in str(refused("generate", str(run_of("rtn4")), "--prompt", "a")[0])
     assert "Use pqqp-lightning classify" in str(refused("generate", str(run_of("rtn8", "resnet")), "--prompt", "a")[0])

@@ -212,7 +212,7 @@ def test_it_starts_where_rounding_to_nearest_stands_and_ends_as_trained(tmp_path
     assert evaluations[-1] != pytest.approx(rtn["mse"], rel=1e-3)
 
 
-@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize("learn", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("bits", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_training_through_the_rounding_loses_less_than_rounding(tmp_path, bits, learn):
     every = {"targets": ["*"]}

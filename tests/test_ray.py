@@ -155,6 +155,7 @@ def test_a_result_that_a_lost_worker_left_is_counted_once(folder):
     assert [outcome.applications for outcome in done] == [1, 0, 1]
 
 
+@pytest.mark.long  # the test of one lost worker is quicker
 def test_a_node_that_kills_every_worker_ends_the_search(own_stage, monkeypatch, capsys):
     monkeypatch.setattr(executor_ray, "MAX_LOST_WORKERS", 2)
     (own_stage / "once").unlink()

@@ -16,6 +16,13 @@ TEXT = ["--data.source", "python-docs", "--data.config_name", "null", "--data.ca
 TEXT += ["--data.evaluation_samples", "4", "--data.sequence_length", "64"]
 IMAGES = ["--data.source", "digits", "--data.calibration_samples", "16", "--data.evaluation_samples", "32"]
 IMAGES += ["--data.train_samples", "128", "--data.batch_size", "32", "--data.train_transforms", "[]"]
+LONG = {
+    "digits-deit": "all 24 orders of four stages: order/digits-resnet has the six of three, and smollm2 removes blocks",
+    "digits-resnet-polish": "order/digits-deit-polish is the same sweep of a smaller network",
+    "polish-both-orders": "order/digits-deit-polish is the same sweep of a smaller network",
+    "multi-stage": "order/smollm2 tries the orders of as many stages",
+}
+"""Experiments that a quicker one stands for, and which."""
 EXPERIMENTS = [p for p in RECIPES if p.parent.name in ("paper", "order")]
 LANGUAGE = [p for p in EXPERIMENTS if "smollm2" in p.read_text()]
 VISION = [p for p in EXPERIMENTS if p not in LANGUAGE and not p.stem.endswith("-train")]
@@ -44,8 +51,17 @@ def few(path: Path) -> list[str]:
     return ["--grid", json.dumps(grids[path.stem])] if path.stem in grids else []
 
 
+def cases(paths: list[Path]) -> list:
+    """The recipes as a test's parameters."""
+    found = []
+    for path in paths:
+        marks = [pytest.mark.long] if path.stem in LONG else []
+        found.append(pytest.param(path, id=f"{path.parent.name}/{path.stem}", marks=marks))
+    return found
+
+
 @needs_smollm2
-@pytest.mark.parametrize("path", LANGUAGE, ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("path", cases(LANGUAGE))
 def test_language_model_experiments_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PQQP_DATA", "nowhere")
@@ -60,14 +76,7 @@ def test_language_model_experiments_run(path, tmp_path, monkeypatch):
         assert any("lost a constraint" in order["marks"] for order in report["orders"])
 
 
-def long_where_a_quicker_one_does_the_same(path: Path):
-    """All 24 orders of four stages: order/digits-resnet searches the six of three, and smollm2 removes blocks, too."""
-    return pytest.param(path, marks=pytest.mark.long) if path.stem == "digits-deit" else path
-
-
-@pytest.mark.parametrize(
-    "path", [*map(long_where_a_quicker_one_does_the_same, VISION)], ids=lambda p: f"{p.parent.name}/{p.stem}"
-)
+@pytest.mark.parametrize("path", cases(VISION))
 def test_vision_experiments_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PQQP_DATA", "nowhere")

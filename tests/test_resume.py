@@ -163,7 +163,9 @@ def test_the_undisturbed_run_trains_and_compresses(undisturbed):
     assert quantize["bits_per_weight"] < prune["bits_per_weight"] < dense["bits_per_weight"]
 
 
-@pytest.mark.parametrize("part", KILLS)
+@pytest.mark.parametrize(  # finetuning and its saving stand for the parts without an optimizer's state
+    "part", [pytest.param(part, marks=[] if part == "finetuning" else [pytest.mark.long]) for part in KILLS]
+)
 def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(undisturbed, part):
     killed(undisturbed, "fit", "--config", "recipe.yaml", "--run_dir", part, kills=KILLS[part])
     assert read_result(undisturbed / part) == read_result(undisturbed / "undisturbed")
@@ -202,6 +204,7 @@ def test_another_recipe_does_not_go_on_with_the_run(undisturbed, option, message
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.long  # test_order.py kills a search in one process at random moments
 def test_a_killed_search_for_the_order_ends_as_an_undisturbed_one(undisturbed):
     write_recipe(undisturbed, "order.yaml", stages=ORDER)
     finish(undisturbed, "order", "--config", "order.yaml", "--run_dir", "order")

@@ -152,8 +152,15 @@ def test_a_stage_is_deterministic(tmp_path, name):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+OFTEN = {"SparseGPT", "GPTQ"}
+"""The stages that pairs with every other one are tried with on each change."""
+
+
 def pairs():
-    """Every ordered pair on every model; on DeiT and ResNet those of a ring over the stages stand for the long rest."""
+    """Every ordered pair on every model.
+
+    Those of a ring over the stages, and on LLaMA those with the stages of :data:`OFTEN`, stand for the long rest.
+    """
     ring = [*STAGES]
     neighbours = set(itertools.pairwise([*ring, ring[0]]))
     found = []
@@ -161,7 +168,8 @@ def pairs():
         if first == second:
             continue
         marks = [pytest.mark.xdist_group(f"pairs {kind} {first}")]  # one process, which applies the first stage once
-        if kind != "llama" and (first, second) not in neighbours:
+        often = kind == "llama" and OFTEN & {first, second}
+        if not often and (first, second) not in neighbours:
             marks.append(pytest.mark.long)
         found.append(pytest.param(first, second, kind, marks=marks))
     return found
@@ -239,7 +247,17 @@ TRIPLES = [
 ]
 
 
-@pytest.mark.parametrize("names", TRIPLES, ids=">".join)
+QUICK_TRIPLES = [{"SparseGPT", "GPTQ", "LoRA"}, {"SLEB", "RTN", "LoRA"}, {"ChannelPruning", "MixedPrecision", "LoRA"}]
+"""Each stage in one triple stands for the long rest."""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(names, id=">".join(names), marks=[] if set(names) in QUICK_TRIPLES else [pytest.mark.long])
+        for names in TRIPLES
+    ],
+)
 def test_every_order_of_pruning_quantizing_and_recovering_runs(tmp_path, names):
     stages = stages_named(*names)
     module, _ = run(tmp_path, "llama", *stages)

@@ -320,5 +320,5 @@ def test_data_that_can_be_iterated_only_once_is_refused(tmp_path, what):
 
 
 def test_an_option_of_the_trainer_that_is_no_flag_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="fold_parametrizations='false' is not true or false"):
+    with pytest.raises(RecipeError, match="fold_parametrizations='false' should be true or false"):
         tiny.trainer(tmp_path / "run", fold_parametrizations="false")

@@ -234,6 +234,17 @@ WRONG = [
         "recipe.yaml: data ~ there is no evaluation data",
         recipe={RECIPE[RECIPE.index("data:") : RECIPE.index("trainer:")]: ""},
     ),
+    Wrong(
+        "data without what it needs",
+        "command line: data.calibration=None ~ should be text",
+        "--data.calibration null",
+    ),
+    Wrong(
+        "a model's folder with a slip",
+        "command line: model='exports/modle' ~ Did you mean 'exports/model'?",
+        "--model.model exports/modle",
+        files={"exports/model": "not read"},
+    ),
     Wrong("methods of something", "command line ~ Unexpected argument 'SparseGPT'", command="methods SparseGPT"),
     Wrong(
         "no model",
@@ -738,6 +749,25 @@ WRONG = [
         "search under two budgets, by an unknown sampler, for no pipeline",
         ["command line: target_rate=8", "command line: sampler='tpee' ~ Did you mean 'tpe'?", "command line: trials=0"],
         "--target_rate 8 --target_bits 3 --sampler tpee --trials 0",
+        command=SEARCH,
+    ),
+    Wrong(
+        "search with a budget that begins with a dash",
+        "command line: target_size='-5MB'",
+        "--target_size -5MB",
+        command=SEARCH,
+        message="command line: target_size='-5MB' begins with a dash, as options do. Write --target_size=-5MB.",
+    ),
+    Wrong(
+        "search with a seed that is none",
+        "command line: sampler_seed=-1 ~ from 0 to 4294967295",
+        "--target_rate 2 --sampler_seed -1",
+        command=SEARCH,
+    ),
+    Wrong(
+        "search in a range that a shell left without quotes",
+        "command line: space.prune.sparsity='{low:0.3,high:0.7,step:0.2}' ~ with blanks after the colons",
+        "--space.prune.sparsity {low:0.3,high:0.7,step:0.2}",
         command=SEARCH,
     ),
     Wrong(

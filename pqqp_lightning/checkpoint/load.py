@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pqqp_lightning.argument_types import path_problems, refuse_wrong_types
 from pqqp_lightning.checkpoint.construction import (
     arguments_for,
     left_on_meta,
@@ -221,6 +222,9 @@ def load(run: str | Path, module: LightningModule | None = None, *, packed: bool
         RecipeError: the checkpoint is missing, truncated or altered, or cannot build the module, or the module computes
             something else than the saved one.
     """
+    refuse_wrong_types(load, {"run": run, "packed": packed})
+    if problems := path_problems(run=run):
+        raise RecipeError(problems)
     folder = model_folder(Path(run))
     loaded = load_quietly(folder, module, packed=packed)
     say_memory(loaded, Path(run), folder, packed)

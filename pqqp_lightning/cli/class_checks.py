@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args, get_origin
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
+from pqqp_lightning.argument_types import WORDS, choices, in_words, parts_of
 from pqqp_lightning.cli.settings import Setting, add_sources
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, suggest
-from pqqp_lightning.stages.arguments import WORDS, choices, in_words, parser_of, parts_of, required, takes_null
+from pqqp_lightning.stages.arguments import parser_of, required, takes_null
 from pqqp_lightning.stages.stage import Stage
 
 PARSER_OPTIONS = {"print_config", "help", "h", "print_shtab", "config"}

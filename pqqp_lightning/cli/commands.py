@@ -17,8 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pqqp_lightning.cli.diagnosis import check_sections, diagnose, refuse_nulls
-from pqqp_lightning.cli.export_command import run_export
-from pqqp_lightning.cli.inference_commands import run_classify, run_generate
+from pqqp_lightning.cli.export_command import EXPORT
+from pqqp_lightning.cli.inference_commands import CLASSIFY, GENERATE
 from pqqp_lightning.cli.methods import print_methods
 from pqqp_lightning.cli.parser import CommandLine, NotStarted, problems_behind
 from pqqp_lightning.cli.saved_recipe import packaged, with_saved_recipe
@@ -43,6 +43,7 @@ from pqqp_lightning.stages.discovery import (
     load_installed,
 )
 
+ON_RUN_FOLDERS = {options.command: options for options in (EXPORT, GENERATE, CLASSIFY)}
 MERGED = {"sweep": "grid", "search": "space"}
 """The sections of dictionaries by stage and argument, which the recipe and the command line set together."""
 
@@ -69,16 +70,12 @@ def run_command(arguments: Sequence[str]) -> None:
             print(warning, file=sys.stderr)
         print_methods(known_stages())
     elif command == "report":
-        if len(rest) != 1 or rest[0].startswith("-"):
+        if len(rest) != 1 or rest[0].startswith("-") or not rest[0].strip():
             way_out = "Run pqqp-lightning report RUN, as in pqqp-lightning report runs/quickstart."
             raise RecipeError(Problem(text="report needs one run folder", way_out=way_out, source=COMMAND_LINE))
         show_run(Path(rest[0]))
-    elif command == "export":
-        run_export(rest)
-    elif command == "generate":
-        run_generate(rest)
-    elif command == "classify":
-        run_classify(rest)
+    elif command in ON_RUN_FOLDERS:
+        ON_RUN_FOLDERS[command].run(rest)
     else:
         with with_saved_recipe(command, [packaged(argument) for argument in rest]) as complete:
             _run_recipe(command, complete)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -65,6 +66,7 @@ def diagnose(command: str, arguments: Sequence[str], error: ArgumentError) -> li
         if re.match(r"-[a-z]\w", word) and name in (*SECTIONS, *option_names(command)):
             text, way_out = f"'{word}' has one dash", f"Write -{word}."
             problems.append(Problem(name, text=text, way_out=way_out, source=COMMAND_LINE, complete=True))
+    problems += _dashed_values(arguments)
     settings = [setting for setting in settings if setting.value is not NO_VALUE]
     if not problems and not any(setting.key.split(".")[0] == "model" for setting in settings):
         way_out = "Add model: {class_path: CausalLM}, or give --config."
@@ -78,6 +80,18 @@ def diagnose(command: str, arguments: Sequence[str], error: ArgumentError) -> li
         lines = [line.strip(" -") for line in str(error).splitlines()]
         kept = [line for line in lines if line and not line.startswith(("Subtypes:", "Errors:", "Given value type"))]
         problems.append(Problem(text=" ".join(kept[:4]), source=recipe))
+    return problems
+
+
+def _dashed_values(arguments: Sequence[str]) -> list[Problem]:
+    """The problem of each value that the parser takes for an option, because it begins with a dash."""
+    problems = []
+    for word, value in pairwise(arguments):
+        # argparse itself takes plain negative numbers for values; -stages is named as an option with one dash
+        taken = re.match(r"-\d", value) and not re.fullmatch(r"-\d+|-\d*\.\d+", value)
+        if word.startswith("--") and "=" not in word and taken:
+            text = "begins with a dash, as options do"
+            problems.append(Problem(word.lstrip("-"), value, text, f"Write {word}={value}.", source=COMMAND_LINE))
     return problems
 
 
@@ -136,7 +150,7 @@ def check_sections(settings: Sequence[Setting]) -> list[Problem]:
     for section, base in (("model", LightningModule), ("data", LightningDataModule)):
         own = [setting for setting in settings if setting.key.split(".")[0] == section]
         if section == "data":  # null is allowed: a model may have its own data
-            own = [setting for setting in own if setting.value is not None]
+            own = [setting for setting in own if (setting.key, setting.value) != ("data", None)]
         if own:
             known = {cls.__name__: cls for cls in subclasses(base) if cls.__module__.startswith("pqqp_lightning.")}
             problems += check_class(own, section, (base,), known)

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
+from pqqp_lightning.argument_types import refuse_wrong_types
 from pqqp_lightning.data import hub_tables as sources
 from pqqp_lightning.data import image_sources as pictures
 from pqqp_lightning.data.augmentation import Preprocessing, Spec, build_pipeline, normalization
@@ -85,6 +86,7 @@ class ImageData(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        refuse_wrong_types(ImageData.__init__, locals(), "data")
         self.source = sources.expand_variables(source)
         self.config_name = config_name
         self.train_transforms: Sequence[Spec] = train_transforms or ()

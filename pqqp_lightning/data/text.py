@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pqqp_lightning.argument_types import refuse_wrong_types
 from pqqp_lightning.data import hub_tables as sources
 from pqqp_lightning.data import text_sources as corpora
 from pqqp_lightning.data.loaders import (
@@ -88,6 +89,7 @@ class TextData(LightningDataModule):
         bos: Bos = "auto",
     ) -> None:
         super().__init__()
+        refuse_wrong_types(TextData.__init__, locals(), "data")
         self.source: str | list[str]
         if isinstance(source, str):
             self.source = sources.expand_variables(source)
@@ -129,9 +131,6 @@ class TextData(LightningDataModule):
                 text = "is a folder; a list is for text files"
                 problems.append(Problem("source", source, text, "Give it alone.").within("data"))
             problems += sources.check_builtin(source, corpora.PYTHON_DOCS)
-        if self.bos not in (True, False, "auto"):
-            text, way_out = "is not one of auto, true, false", "auto follows the tokenizer."
-            problems.append(Problem("bos", self.bos, text, way_out).within("data"))
         return problems + (self.questions.check() if self.questions else [])
 
     def prepare_data(self) -> None:

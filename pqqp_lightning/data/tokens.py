@@ -9,6 +9,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from pqqp_lightning.argument_types import refuse_wrong_types
 from pqqp_lightning.data.hub_tables import expand_variables
 from pqqp_lightning.data.loaders import (
     Windows,
@@ -62,6 +63,7 @@ class TokenData(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        refuse_wrong_types(TokenData.__init__, locals(), "data")
         files = {"calibration": calibration, "evaluation": evaluation, "train": train}
         self.files: dict[str, str | None] = {}
         for argument, file in files.items():

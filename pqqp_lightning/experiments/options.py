@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pqqp_lightning.argument_types import refuse_wrong_types
 from pqqp_lightning.calibration.layer_errors import SAMPLES
 from pqqp_lightning.trials.executors import LOCAL
 
@@ -26,6 +27,14 @@ class ExperimentOptions:
     metric: str | None = None
     higher_is_better: bool | None = None
     store: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values of another type, which only Python code can pass.
+
+        Raises:
+            RecipeError: with every such value.
+        """
+        refuse_wrong_types(type(self).__init__, vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,6 +112,9 @@ def _check_sampler(options: PipelineOptions) -> list[Problem]:
         value = getattr(options, name)
         if value is not None and value < 1:
             problems.append(Problem(name, value, "measures no pipeline", "Use 1 or more."))
+    if not 0 <= options.sampler_seed < 2**32:
+        way_out = "Use a whole number from 0 to 4294967295."
+        problems.append(Problem("sampler_seed", options.sampler_seed, "is not a seed", way_out))
     return problems
 
 

@@ -159,6 +159,10 @@ def _read_arguments(stage: Stage, given: Mapping[str, Any]) -> tuple[dict[str, l
             problems += found
             if found:
                 continue
+        elif isinstance(entry, str) and entry.startswith("{"):  # a mapping without blanks, which YAML reads as text
+            way_out = "Write it in quotes, with blanks after the colons: '{low: 0.3, high: 0.7, step: 0.1}'."
+            problems.append(Problem(argument, entry, "is not a range", way_out))
+            continue
         values[argument], found = read_values(stage, argument, listed)
         problems += found
         if values[argument] and all(_is_number(value) for value in values[argument]):

@@ -7,33 +7,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from pqqp_lightning.checkpoint.format import model_folder
-from pqqp_lightning.errors import Problem, RecipeError
+from pqqp_lightning.errors import Problem
 from pqqp_lightning.export.discovery import known_targets
 from pqqp_lightning.export.target import Target
 from pqqp_lightning.storage.files import new_folder, sync
 from pqqp_lightning.storage.run_folder import RunFolder
 
 WAY_OUT = "Free some space, or choose another --out."
-
-
-def read_paths(**given: Any) -> dict[str, Path]:
-    """The paths of arguments by name, ``~`` expanded.
-
-    Raises:
-        RecipeError: with every argument that is not a path, or empty.
-    """
-    example = {"run": "Name a run folder, such as runs/quickstart.", "out": "Name the folder or file to write."}
-    problems = [
-        Problem(name, value, "is not a path", example[name])
-        for name, value in given.items()
-        if not isinstance(value, str | os.PathLike) or not str(value).strip()
-    ]
-    if problems:
-        raise RecipeError(problems)
-    return {name: Path(value).expanduser() for name, value in given.items()}
 
 
 def check_out(out: Path, run: Path) -> list[Problem]:

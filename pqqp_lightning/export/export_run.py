@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from pqqp_lightning.argument_types import path_problems, wrong_types
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.export.card import CARD, write_card
 from pqqp_lightning.export.compressed_size import compressed_remark
-from pqqp_lightning.export.destination import check_kind, check_out, destination, failed_name, new_parents, read_paths
+from pqqp_lightning.export.destination import check_kind, check_out, destination, failed_name, new_parents
 from pqqp_lightning.export.discovery import find_target
 from pqqp_lightning.export.hub import check_hub, upload
 from pqqp_lightning.export.runtime_check import Agreement, RuntimeFailed
 from pqqp_lightning.export.source import read_run
 from pqqp_lightning.export.target import DTYPES, DType, Exported, Target
 from pqqp_lightning.export.tensor_check import compare_tensors
+from pqqp_lightning.storage.run_folder import check_run_folder
 
 FAILED = "CHECK_FAILED.txt"
 """Marks a folder whose check failed, and says why."""
@@ -97,8 +99,12 @@ def export_run(
         CheckFailed: the result differs from the run; its folder is marked.
         NotUploaded: the hub cannot be reached, or refuses.
     """
-    run, out = read_paths(run=run, out=out).values()
-    target, model = _prepare(run, to, out, dtype, widen, pad, push_to_hub, options)
+    if problems := check_export(
+        run, to=to, out=out, dtype=dtype, widen=widen, pad=pad, check=check, push_to_hub=push_to_hub, **options
+    ):
+        raise RecipeError(problems)
+    run, out = Path(run).expanduser(), Path(out).expanduser()
+    target, model = _prepare(run, find_target(to, **options), dtype, widen, pad)
     done = Export(out, own_bytes=model.source.checkpoint_bytes, loading=target.loading_words(out))
     zeros = _zeros_remark(model)
     done.remarks = [*model.rewritten, *zeros, *target.remarks(model), *model.incomplete]
@@ -127,21 +133,24 @@ def export_run(
     return done
 
 
-def _prepare(
-    run: Path,
+def check_export(
+    run: str | Path,
+    *,
     to: str,
-    out: Path,
-    dtype: DType | None,
-    widen: bool,
-    pad: bool,
-    hub_id: str | None,
-    options: dict[str, Any],
-) -> tuple[Target, Exported]:
-    """The target and what it writes.
-
-    Raises:
-        RecipeError: with all problems of the arguments, or all of the model.
-    """
+    out: str | Path,
+    dtype: DType | None = None,
+    widen: bool = True,
+    pad: bool = False,
+    check: bool = True,
+    push_to_hub: str | None = None,
+    **options: Any,
+) -> list[Problem]:
+    """What is wrong with the arguments of :func:`export_run`, before the model is loaded."""
+    problems = wrong_types(export_run, {"to": to, "widen": widen, "pad": pad, "check": check})
+    problems += path_problems(run=run, out=out)
+    if problems:
+        return problems
+    run, out = Path(run).expanduser(), Path(out).expanduser()
     problems = check_out(out, run)
     target = None
     try:
@@ -150,14 +159,16 @@ def _prepare(
     except RecipeError as error:
         problems += error.problems
     problems += _check_dtype(dtype, target.dtypes if target else DTYPES, to)
-    problems += check_hub(hub_id, out, target)
-    try:
-        source = read_run(run)
-    except RecipeError as error:
-        raise RecipeError([*problems, *error.problems]) from error
-    if problems or target is None:
-        raise RecipeError(problems)
-    model = target.prepare(source, dtype=dtype or target.dtypes[0], widen=widen, pad=pad)
+    return [*problems, *check_hub(push_to_hub, out, target), *check_run_folder(run)]
+
+
+def _prepare(run: Path, target: Target, dtype: DType | None, widen: bool, pad: bool) -> tuple[Target, Exported]:
+    """The target and what it writes.
+
+    Raises:
+        RecipeError: with all problems of the model.
+    """
+    model = target.prepare(read_run(run), dtype=dtype or target.dtypes[0], widen=widen, pad=pad)
     problems = [*model.problems, *_check_range(model), *target.problems(model)]
     if problems:
         raise RecipeError(problems)

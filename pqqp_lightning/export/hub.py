@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pqqp_lightning.errors import Problem
@@ -27,18 +28,11 @@ def check_hub(hub_id: str | None, out: Path, target: Target | None) -> list[Prob
     if hub_id is None:
         return []
     from huggingface_hub import constants, get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     problems = []
-    well_formed = isinstance(hub_id, str) and HUB_ID.fullmatch(hub_id) is not None
-    try:
-        validate_repo_id(hub_id)
-    except HFValidationError:
-        well_formed = False
-    if not well_formed:
+    if wrong := _what_is_no_id(hub_id):
         way_out = "Write OWNER/NAME, such as me/my-model: letters, digits, -, _ and . in NAME."
-        problems.append(Problem(OPTION, hub_id, "is not an id of the hub", way_out))
+        problems.append(Problem(OPTION, hub_id, f"is not an id of the hub: {wrong}", way_out))
     if constants.HF_HUB_OFFLINE:
         way_out = "Unset HF_HUB_OFFLINE, or leave it out and upload the folder later: hf upload OWNER/NAME FOLDER."
         problems.append(Problem(OPTION, hub_id, "needs the hub, and HF_HUB_OFFLINE is set", way_out))
@@ -48,6 +42,28 @@ def check_hub(hub_id: str | None, out: Path, target: Target | None) -> list[Prob
         way_out = "Name a folder in --out."
         problems.append(Problem(OPTION, hub_id, f"uploads a folder with its model card, and {out} is a file", way_out))
     return problems
+
+
+def _what_is_no_id(hub_id: str) -> str:
+    """What keeps ``hub_id`` from being OWNER/NAME; empty if nothing does."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not isinstance(hub_id, str):
+        return "it is not text"
+    if "://" in hub_id:
+        return "it is an address"
+    if (slashes := hub_id.count("/")) != 1:
+        return f"it has {slashes or 'no'} slash{'es' if slashes else ''}, and needs one"
+    if "" in hub_id.split("/"):
+        return "it has nothing before or after the slash"
+    if odd := sorted(set(re.findall(r"[^\w./-]", hub_id, re.ASCII))):
+        return f"it contains {', '.join(map(repr, odd))}"
+    try:
+        validate_repo_id(hub_id)
+    except HFValidationError:
+        return "the hub allows no --, no .., no - or . at either end, no .git at the end and at most 96 letters"
+    return "" if HUB_ID.fullmatch(hub_id) else "OWNER begins with a letter, a digit, - or _"
 
 
 def upload(folder: Path, hub_id: str) -> str:

@@ -185,6 +185,9 @@ def _compare(model: ExportedModel, runtime: Runtime, ids: Tensor, logits: np.nda
             targets = row[start + 1 : start + 1 + len(a)]
             for side, log_p in enumerate((log_a, log_b)):
                 losses[side] += float(F.nll_loss(log_p[: len(targets)], targets, reduction="sum"))
+    accepted = runtime.largest_divergence[model.dtype]
+    if model.stock.rounding:
+        accepted = max(accepted, runtime.rounding_divergence)
     predicted = ids.shape[0] * (ids.shape[1] - 1)
     perplexities = [float(np.exp(loss / predicted)) for loss in losses]
     return TokenAgreement(
@@ -195,7 +198,7 @@ def _compare(model: ExportedModel, runtime: Runtime, ids: Tensor, logits: np.nda
         own_perplexity=perplexities[0],
         shape=(ids.shape[0], ids.shape[1]),
         kind="evaluation" if model.source.has_samples() else "random",
-        largest_divergence=runtime.largest_divergence[model.dtype],
+        largest_divergence=accepted,
         version=version,
     )
 

@@ -68,6 +68,7 @@ class StockModel:
         grids: the grids of its quantized Linear layers, by layer name.
         tied: whether the head is the embedding.
         adapters: what adapters add to its layers, by layer name, where they are kept apart; not in ``weights``.
+        rounding: what rounds the inputs of its layers, by layer name, where the format may hold it.
         rewritten: what was changed to make it stock, in whole sentences.
         problems: why it cannot be made stock; then the rest is incomplete.
         uneven: whether blocks have widths of their own, which ``config`` does not state.
@@ -79,6 +80,7 @@ class StockModel:
     grids: dict[str, Grid]
     tied: bool
     adapters: dict[str, LowRank] = field(default_factory=dict)
+    rounding: dict[str, QuantizeInput] = field(default_factory=dict)
     rewritten: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     uneven: bool = False
@@ -111,6 +113,7 @@ def stock_model(
     pad: bool,
     uneven_shapes: UnevenShapes | None = None,
     keep_adapters: bool = False,
+    keep_rounding: bool = False,
 ) -> StockModel:
     """Rewrite a network as a stock one.
 
@@ -121,6 +124,7 @@ def stock_model(
         uneven_shapes: without ``pad``, the shapes to store where blocks have different widths, from the model and the
             tensors that its configuration describes. None where the format has one width for all blocks.
         keep_adapters: leave adapters apart that the run kept apart; else they are added to their layers' weights.
+        keep_rounding: set aside what rounds the inputs of layers; else it is a problem.
     """
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     grids: dict[str, Grid] = {}
@@ -136,7 +140,9 @@ def stock_model(
     stock = StockModel(type(network), copy_config(network.config), weights, grids, tied)
     if other:
         stock.rewritten.append(f"The codes of {shorten(other)}, which are not Linear, are written as values.")
-    stock.problems += _run_time_problems(network)
+    if keep_rounding:
+        _set_rounding_aside(network, stock)
+    stock.problems += _run_time_problems(network, stock)
     if keep_adapters:
         _set_adapters_aside(network, stock)
     else:
@@ -159,11 +165,20 @@ def build_on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) 
         return model_class(copy_config(config))
 
 
-def _run_time_problems(network: nn.Module) -> list[Problem]:
-    """What layers do besides their weights: no configuration describes it."""
+def _set_rounding_aside(network: nn.Module, stock: StockModel) -> None:
+    """Note what rounds the inputs of layers."""
+    for name, module in network.named_modules():
+        for transform in transforms_of(module):
+            if isinstance(transform, QuantizeInput):
+                stock.rounding[name] = transform
+
+
+def _run_time_problems(network: nn.Module, stock: StockModel) -> list[Problem]:
+    """What layers do besides their weights and the rounding that was set aside: no configuration describes it."""
     problems = []
     for kind, (what, way_out) in RUN_TIME.items():
-        layers = [name for name, module in network.named_modules() if _has(module, kind)]
+        noted = stock.rounding if kind is QuantizeInput else {}
+        layers = [name for name, module in network.named_modules() if _has(module, kind) and name not in noted]
         if layers:
             problems.append(Problem("run", text=f"has {shorten(layers)} that {what}", way_out=f"{way_out} it again."))
     packed = [name for name, m in network.named_modules() if isinstance(m, nn.Linear) and is_packed(m)]

@@ -34,6 +34,7 @@ class Runtime:
         script: a file in ``runtimes/``: reads the written model and inputs, writes outputs, without this package.
         largest_divergence: of a language model: the largest mean KL divergence (nats per token) that counts as
             agreement, by dtype.
+        rounding_divergence: the same where inputs of layers are rounded, in any dtype.
         needs_tokenizer: whether it loads no model without a tokenizer.
     """
 
@@ -42,6 +43,7 @@ class Runtime:
     modules: tuple[str, ...]
     script: str
     largest_divergence: dict[str, float] = field(default_factory=dict)
+    rounding_divergence: float = 0.0
     needs_tokenizer: bool = False
 
     def missing(self) -> bool:
@@ -181,6 +183,7 @@ class Target(ABC, Generic[Model]):
         file: the one file that the format consists of; ``--out`` may name it. Empty for a folder.
         runtime: the program that the check loads the result with, or None.
         keeps_adapters: whether adapters that a run kept apart stay apart; else they are added to the weights.
+        keeps_rounding: whether it can say that inputs of layers are rounded.
         dtypes: those that it can hold, the default one first.
         card: the fields of the model card's head.
         writes: which models, in words.
@@ -193,6 +196,7 @@ class Target(ABC, Generic[Model]):
     file: ClassVar[str] = ""
     runtime: Runtime | None = None
     keeps_adapters: ClassVar[bool] = False
+    keeps_rounding: ClassVar[bool] = False
     dtypes: ClassVar[tuple[DType, ...]] = DTYPES
     writes: ClassVar[str] = "language models"
     card: ClassVar[dict[str, str]] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -244,6 +248,7 @@ class Target(ABC, Generic[Model]):
             pad=pad,
             uneven_shapes=self.uneven_shapes,
             keep_adapters=self.keeps_adapters,
+            keep_rounding=self.keeps_rounding,
         )
         model: Any = ExportedModel(source, dtype, widen, stock)
         return model

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pqqp_lightning.argument_types import path_problems, wrong_types
 from pqqp_lightning.data.augmentation import Preprocessing
 from pqqp_lightning.data.image_sources import to_tensor
 from pqqp_lightning.errors import Problem, RecipeError
@@ -66,7 +67,7 @@ class _Batch:
 
 def classify_images(
     run: str | Path,
-    images: Sequence[str],
+    images: Sequence[str | Path],
     *,
     out: str | Path = "classes.csv",
     top: int = 3,
@@ -89,15 +90,10 @@ def classify_images(
         RecipeError: with everything that is wrong with the arguments or the run, before the model is loaded; or no
             image can be read.
     """
-    folder, table = Path(run), Path(out)
-    problems = check_run_folder(folder) or _check_kind(folder)
-    files, missing = _find_images(images)
-    problems += [*missing, *_check_out(table)]
-    for name, number in (("top", top), ("batch_size", batch_size)):
-        if number < 1:
-            problems.append(Problem(name, number, "is not above 0", f"Leave --{name} out."))
-    if problems:
+    if problems := check_classification(run, images, out=out, top=top, batch_size=batch_size, packed=packed):
         raise RecipeError(problems)
+    folder, table = Path(run), Path(out)
+    files, _ = _find_images(images)
     preprocessing = _preprocessing(folder)
     module = load_for_use(folder, packed)
     answers: list[Answer] = []
@@ -108,8 +104,29 @@ def classify_images(
     if not answers:
         reasons = "; ".join(f"{file}: {reason}" for file, reason in list(skipped.items())[:3])
         raise RecipeError(Problem("images", text=f"cannot be read ({reasons})", way_out="Name other images."))
-    write_csv(table, [_row(answer) for answer in answers])
+    write_csv(table, [_row(answer) for answer in answers], "Choose another --out.")
     return Classified(answers, skipped, table)
+
+
+def check_classification(
+    run: str | Path,
+    images: Sequence[str | Path],
+    *,
+    out: str | Path = "classes.csv",
+    top: int = 3,
+    batch_size: int = 32,
+    packed: bool = False,
+) -> list[Problem]:
+    """What is wrong with the arguments of :func:`classify_images`, before the model is loaded."""
+    if problems := wrong_types(classify_images, locals()):
+        return problems
+    problems = path_problems(run=run) or check_run_folder(Path(run)) or _check_kind(Path(run))
+    _, missing = _find_images(images)
+    problems += [*missing, *(path_problems(out=out) or _check_out(Path(out)))]
+    for name, number in (("top", top), ("batch_size", batch_size)):
+        if number < 1:
+            problems.append(Problem(name, number, "is not above 0", f"Leave --{name} out."))
+    return problems
 
 
 def _check_kind(folder: Path) -> list[Problem]:
@@ -143,12 +160,15 @@ def _preprocessing(folder: Path) -> Preprocessing:
     return ImageData(**(_image_data_of(files) or {})).image_preprocessing(read=False)
 
 
-def _find_images(given: Sequence[str]) -> tuple[list[Path], list[Problem]]:
+def _find_images(given: Sequence[str | Path]) -> tuple[list[Path], list[Problem]]:
     """The image files, those of a folder in the order of their paths, and what is wrong with ``given``."""
     files: dict[Path, None] = {}
-    problems = []
-    for path in map(Path, given):
-        if path.is_dir():
+    problems = [] if given else [Problem("images", [], "names no image", "Name image files, or a folder of them.")]
+    for word in given:
+        path = Path(word)
+        if not str(word).strip():
+            problems.append(Problem("images", str(word), "is not a path", "Name image files, or a folder of them."))
+        elif path.is_dir():
             inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in EXTENSIONS and file.is_file()]
             if not inside:
                 text = "is a folder without images"

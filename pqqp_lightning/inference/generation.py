@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pqqp_lightning.argument_types import path_problems, wrong_types
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.inference.finished_run import load_for_use
 from pqqp_lightning.models.loading import load_tokenizer
@@ -64,14 +65,13 @@ def generate_text(
         RecipeError: with everything that is wrong with the arguments or the run, before the model is loaded; then,
             more tokens than the model reads.
     """
-    folder = Path(run)
     if prompt == STDIN:
         prompt = sys.stdin.read()
-    problems = [*_check_run(folder), *_check_numbers(max_new_tokens, temperature, seed)]
-    if not prompt.strip():
-        problems.append(Problem("prompt", prompt, "is empty", 'Write --prompt "Once upon a time".'))
-    if problems:
+    if problems := check_generation(
+        run, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, packed=packed
+    ):
         raise RecipeError(problems)
+    folder = Path(run)
     tokenizer = load_tokenizer(str(files_beside_model(folder).tokenizer))
     network = _network(folder, packed)
     ids: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"].to(network.device)  # [1, T]
@@ -86,6 +86,25 @@ def generate_text(
     new = output[0, ids.shape[1] :]
     elapsed_s = time.perf_counter() - start
     return Generated(str(tokenizer.decode(new, skip_special_tokens=True)), len(new), elapsed_s)
+
+
+def check_generation(
+    run: str | Path,
+    *,
+    prompt: str,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    packed: bool = False,
+) -> list[Problem]:
+    """What is wrong with the arguments of :func:`generate_text`, before the model is loaded."""
+    if problems := wrong_types(generate_text, locals()):
+        return problems
+    problems = path_problems(run=run) or _check_run(Path(run))
+    problems += _check_numbers(max_new_tokens, temperature, seed)
+    if not prompt.strip():
+        problems.append(Problem("prompt", prompt, "is empty", 'Write --prompt "Once upon a time".'))
+    return problems
 
 
 def _check_run(folder: Path) -> list[Problem]:

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
+from pqqp_lightning.argument_types import refuse_wrong_types
 from pqqp_lightning.errors import Problem, RecipeError, suggest
 from pqqp_lightning.metrics.multiple_choice import ChoiceAccuracy, group_by_question, log_likelihoods
 from pqqp_lightning.metrics.perplexity import Perplexity
@@ -64,6 +65,7 @@ class CausalLM(LightningModule):
         offload: Choice = "auto",
     ) -> None:
         super().__init__()
+        refuse_wrong_types(CausalLM.__init__, {"model": model, "dtype": dtype}, "model")
         if dtype not in DTYPES:
             text, way_out = f"is not one of {', '.join(DTYPES)}", suggest(dtype, DTYPES).strip()
             raise RecipeError(Problem("dtype", dtype, text, way_out).within("model"))

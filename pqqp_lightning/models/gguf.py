@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -62,8 +63,8 @@ def convert(path: Path) -> Path:
     """
     from filelock import FileLock
 
-    with path.open("rb") as file:
-        key = hashlib.file_digest(file, "sha256").hexdigest()[:20]
+    status = path.stat()
+    key = _digest(path.absolute(), status.st_size, status.st_mtime_ns)[:20]
     folder = cache_folder() / "gguf" / f"{path.stem}-{key}"
     if folder.is_dir():
         return folder
@@ -86,12 +87,34 @@ def convert(path: Path) -> Path:
     return folder
 
 
+@functools.lru_cache(maxsize=8)
+def _digest(path: Path, size: int, modified_ns: int) -> str:
+    """The SHA-256 of a file, read once as long as its size and time stay the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def save_vocabulary(path: Path, folder: Path) -> None:
-    """Write ``tokenizer.gguf`` into ``folder``: the vocabulary of a GGUF file, without weights."""
+    """Write ``tokenizer.gguf`` into ``folder``: the vocabulary of a GGUF file, without weights.
+
+    Reading it takes seconds, so the cached folder of the converted file keeps it.
+    """
+    kept = convert(path) / VOCABULARY
+    if not kept.is_file():
+        partial = kept.with_name(f".{VOCABULARY}.{os.getpid()}.tmp")
+        try:
+            _write_vocabulary(path, partial)
+            os.replace(partial, kept)
+        finally:
+            partial.unlink(missing_ok=True)
+    shutil.copyfile(kept, folder / VOCABULARY)
+
+
+def _write_vocabulary(path: Path, file: Path) -> None:
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
     reader = GGUFReader(path)
-    writer = GGUFWriter(folder / VOCABULARY, "llama")
+    writer = GGUFWriter(file, "llama")
     for field in reader.fields.values():
         if field.name.startswith("tokenizer."):
             inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pqqp_lightning.argument_types import refuse_wrong_types
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.models import image_networks as vision
 from pqqp_lightning.models.optimizers import build_optimizer
@@ -55,6 +56,7 @@ class ImageClassifier(LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
+        refuse_wrong_types(ImageClassifier.__init__, locals(), "model")
         super().__init__()
         _check_numbers(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
         self._network_args: dict[str, Any] | None = None

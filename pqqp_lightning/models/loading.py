@@ -14,6 +14,7 @@ from pqqp_lightning.models import packed_folders
 from pqqp_lightning.models.transformers_bridge import check_loading, third_party_errors
 from pqqp_lightning.network.free_memory import free_memory
 from pqqp_lightning.network.quiet import quiet_transformers
+from pqqp_lightning.storage.run_folder import check_run_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -43,6 +44,8 @@ def resolve_source(source: str, key: str = MODEL) -> str:
     """
     from pqqp_lightning.models import gguf
 
+    if not source.strip():
+        raise RecipeError(_problem(key, source, "is empty", f"Give a hub id, a folder or {BUNDLED}."))
     if source == BUNDLED:
         return str(gguf.convert(gguf.find_bundled()))
     if not is_path(source):
@@ -148,6 +151,9 @@ def _unreadable(key: str, source: str, what: str) -> Problem:
     if is_path(source):
         return _problem(key, source, f"{subject}cannot be read", "Save or download it again, or name another.")
     known = near_miss(source, [BUNDLED]) if "/" not in source else ""
+    parent = Path(source).parent
+    if "/" in source and parent.is_dir():  # more likely a folder here than an id of the hub
+        known = near_miss(source, [str(path) for path in parent.iterdir()], cutoff=0.8)
     return _problem(key, source, f"{subject}cannot be loaded from the hub", f"{OFFLINE_WAYS_OUT}{known}")
 
 
@@ -159,6 +165,8 @@ def _read_config(source: str) -> PretrainedConfig:
         raise RecipeError(_problem(MODEL, source, "is an adapter without its model", way_out))
     if is_path(source) and not (Path(source) / "config.json").is_file():
         way_out = "Give a folder that save_pretrained wrote, or a .gguf file."
+        if not check_run_folder(Path(source)):
+            way_out = f"It is a run: pqqp-lightning export {source} --to hf --out FOLDER, and give that folder."
         raise RecipeError(_problem(MODEL, source, "is a folder without config.json", way_out))
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     settings = packed_folders.settings_of(config)

@@ -12,6 +12,7 @@ from pqqp_lightning.checkpoint.format import ORIGIN, Applied, Origin, origin_of
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.single_step import call_step, without_logging
 from pqqp_lightning.runs.run_data import RunData
+from pqqp_lightning.stages.arguments import argument_problems
 from pqqp_lightning.surgery.parametrized import fold, parametrized_tensors
 from pqqp_lightning.surgery.preparation import (
     Prepared,
@@ -30,8 +31,9 @@ def prepare(trainer: Trainer, data: RunData) -> None:
     """Give the model all of its layers, and fold its parametrized weights if the trainer says so.
 
     Raises:
-        RecipeError: the layers cannot be made before the run.
+        RecipeError: the layers cannot be made before the run, or a stage has a value of another type.
     """
+    _refuse_wrong_types(trainer, data)
     module = data.module
     skeleton = skeleton_of(module)
     plan = build_layers(trainer, data)
@@ -41,6 +43,22 @@ def prepare(trainer: Trainer, data: RunData) -> None:
     if plan:
         origin = origin_of(module) or Origin(skeleton, [])
         vars(module)[ORIGIN] = Origin(origin.skeleton, [*origin.applied, Applied(Prepared, plan)])
+
+
+def _refuse_wrong_types(trainer: Trainer, data: RunData) -> None:
+    """Refuse stages that Python code made with values of other types, which no check could compare.
+
+    Raises:
+        RecipeError: with every such value, and what is wrong with the data and the other stages' arguments.
+    """
+    wrong = {stage.name: argument_problems(stage) for stage in trainer.stages}
+    if not any(wrong.values()):
+        return
+    problems = data.check()
+    for stage in trainer.stages:
+        for problem in wrong[stage.name] or stage.check_arguments():
+            problems.append(problem.within(f"stages.{stage.name}", type(stage).__name__))
+    raise RecipeError(problems)
 
 
 def build_layers(trainer: Trainer, data: RunData) -> dict[str, Any]:

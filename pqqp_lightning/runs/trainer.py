@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from pqqp_lightning.argument_types import refuse_wrong_types
 from pqqp_lightning.checkpoint.format import model_folder
 from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.errors import Problem, RecipeError
@@ -63,12 +64,11 @@ class Trainer(pl.Trainer):
     recipe_text: str
 
     def __init__(self, *args: Any, fold_parametrizations: bool = False, **kwargs: Any) -> None:
-        if not isinstance(fold_parametrizations, bool):
-            text = "is not true or false"
-            raise RecipeError(Problem("fold_parametrizations", fold_parametrizations, text).within("trainer"))
+        refuse_wrong_types(Trainer.__init__, {"fold_parametrizations": fold_parametrizations}, "trainer")
         self.fold_parametrizations = fold_parametrizations
         callbacks = kwargs.get("callbacks") or []
-        callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
+        callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+        _refuse_others(callbacks)
         kwargs["default_root_dir"] = kwargs.get("default_root_dir") or "runs/run"
         if kwargs.get("logger") is None and not kwargs.get("fast_dev_run"):
             kwargs["logger"] = CSVLogger(
@@ -190,6 +190,23 @@ def is_resume(ckpt_path: Any, command: str) -> bool:
         text = f"is not supported: {command} resumes the run in --run_dir"
         raise RecipeError(Problem("ckpt_path", str(ckpt_path), text, "Use --ckpt_path last."))
     return ckpt_path is not None
+
+
+def _refuse_others(callbacks: Sequence[Any]) -> None:
+    """Refuse what is not a callback; Lightning would fail on it with an error of its own.
+
+    Raises:
+        RecipeError: with every one.
+    """
+    problems = []
+    for callback in callbacks:
+        if not isinstance(callback, pl.Callback):
+            made = isinstance(callback, type) and issubclass(callback, pl.Callback)
+            text = f"holds {callback!r}, which is not a callback"
+            way_out = f"Make one: {callback.__name__}(...)." if made else "Give stages and Lightning's callbacks."
+            problems.append(Problem("callbacks", text=text, way_out=way_out).within("trainer"))
+    if problems:
+        raise RecipeError(problems)
 
 
 def name_stages(stages: Sequence[Stage]) -> None:

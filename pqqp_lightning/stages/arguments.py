@@ -7,16 +7,16 @@ import inspect
 from argparse import ArgumentError
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Any
 
 import docstring_parser
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 
-from pqqp_lightning.errors import near_miss
+from pqqp_lightning.argument_types import choices, in_words, parts_of, wrong_types
+from pqqp_lightning.errors import Problem, near_miss
 
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null", Any: "a value"}
 STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -96,31 +96,17 @@ def required(cls: type) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind not in STARRED]
 
 
-def in_words(kind: Any) -> str:
-    """A type for people: ``"a number, {name: a number} or null"``."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        parts = list(dict.fromkeys(in_words(part) for part in inner))
-        return " or ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
-    if origin is Literal:
-        return ", ".join(map(repr, inner))
-    if origin is dict:
-        return f"{{name: {in_words(inner[1])}}}"
-    if origin is list:
-        return f"[{in_words(inner[0])}, ...]"
-    return WORDS.get(kind) or str(getattr(kind, "__name__", kind))
-
-
-def parts_of(kind: Any) -> Iterator[Any]:
-    """The type, and the types and values inside it."""
-    yield kind
-    for inner in get_args(kind):
-        yield from parts_of(inner)
-
-
-def choices(kind: Any) -> list[Any]:
-    """The values of the ``Literal`` types in a type."""
-    return [value for part in parts_of(kind) if get_origin(part) is Literal for value in get_args(part)]
+def argument_problems(stage: object) -> list[Problem]:
+    """The problems of a stage's arguments whose values have another type than its constructor says."""
+    problems: list[Problem] = []
+    seen: set[str] = set()
+    for base in type(stage).__mro__:
+        if "__init__" not in vars(base) or not issubclass(base, Callback):
+            continue
+        own = {name: value for name, value in vars(stage).items() if name not in seen}
+        problems += wrong_types(base.__init__, own)  # type: ignore[misc]
+        seen |= set(inspect.signature(base.__init__).parameters)  # type: ignore[misc]  # a base may say another type
+    return problems
 
 
 def _constructors(cls: type) -> Iterator[list[inspect.Parameter]]:

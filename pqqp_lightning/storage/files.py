@@ -15,6 +15,9 @@ from typing import Any
 
 from pqqp_lightning.errors import RecipeError
 
+RESUME = "Finished stages are kept: free some space and resume with --ckpt_path last, or choose another --run_dir."
+"""The way out where a run's file cannot be written."""
+
 
 def cache_folder() -> Path:
     """``$PQQP_CACHE``, or ``~/.cache/pqqp-lightning``."""
@@ -22,15 +25,15 @@ def cache_folder() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "pqqp-lightning"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` atomically."""
-    write_bytes(path, text.encode("utf-8"))
+def write_text(path: Path, text: str, way_out: str = RESUME) -> None:
+    """Write ``text`` atomically; ``way_out`` says what to do if that fails."""
+    write_bytes(path, text.encode("utf-8"), way_out)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` atomically."""
+def write_bytes(path: Path, content: bytes, way_out: str = RESUME) -> None:
+    """Write ``content`` atomically; ``way_out`` says what to do if that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _worded(path):
+    with _worded(path, way_out):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
@@ -47,8 +50,8 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``rows`` as CSV, atomically; the columns are those of all rows, and missing values stay empty."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], way_out: str = RESUME) -> None:
+    """Write ``rows`` as CSV as :func:`write_text`; the columns are those of all rows, and missing values stay empty."""
     text = io.StringIO()
     columns: dict[str, None] = {}
     for row in rows:
@@ -56,7 +59,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_text(path, text.getvalue(), way_out)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -92,10 +95,6 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
         if not isinstance(content, dict) or (missing := set(needed) - content.keys()):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}" if isinstance(content, dict) else "no object")
         return content
-
-
-RESUME = "Finished stages are kept: free some space and resume with --ckpt_path last, or choose another --run_dir."
-"""The way out where a run's file cannot be written."""
 
 
 @contextmanager

@@ -19,12 +19,19 @@ from pqqp_lightning.export.larger import finer_scales, wider_codes
 from pqqp_lightning.export.stock_files import read_config, read_tensors, write_stock_folder
 from pqqp_lightning.export.target import ExportedModel, Target
 from pqqp_lightning.export.targets.hf import TRANSFORMERS
+from pqqp_lightning.network.activation_hooks import QuantizeInput
 
 FORMAT = "pack-quantized"
+ROUNDED = "int-quantized"
+"""Layers whose inputs are rounded while the model runs: codes of 8 bits, not packed, one scale for each row."""
+SEVERAL = "mixed-precision"
+INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+"""The library's arguments for inputs that are rounded to 8 bits with a scale for each token."""
 WIDTHS = (4, 8)
 """Bits that vLLM's kernels read. The library packs others, too, in a way that changed between its versions."""
 FAST_GROUPS = (32, 64, 128)
 """Groups that vLLM's kernels read, besides whole rows."""
+ROUNDING_DIVERGENCE = 1e-2
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
 """What a layer may hold; ``weight`` are codes that are not packed."""
 
@@ -39,7 +46,13 @@ class CompressedTensors(Target):
         "vLLM": 'vllm serve "{out}"',
     }
     requires = ("compressed_tensors",)
-    runtime = replace(TRANSFORMERS, package="compressed-tensors", modules=("transformers", "compressed_tensors"))
+    runtime = replace(
+        TRANSFORMERS,
+        package="compressed-tensors",
+        modules=("transformers", "compressed_tensors"),
+        rounding_divergence=ROUNDING_DIVERGENCE,
+    )
+    keeps_rounding = True
 
     def __init__(self) -> None:
         self.dequantize = False
@@ -47,6 +60,7 @@ class CompressedTensors(Target):
 
     def problems(self, model: ExportedModel) -> list[Problem]:
         problems = [*codebook_problems(model), *scale_problems(model), *no_code_problems(model)]
+        problems += self._rounding_problems(model)
         if problems or not _has_several_settings(grids := _stored_grids(model)):
             return problems
         if any(grid.zero is not None for grid in grids.values()):
@@ -62,10 +76,14 @@ class CompressedTensors(Target):
         schemes: dict[str, tuple[dict[str, Any], list[str]]] = {}
         for name, grid in _stored_grids(model).items():
             del tensors[f"{name}.weight"]
-            parts = _packed(model.stock.weights[f"{name}.weight"], grid, model.torch_dtype)
+            weight = model.stock.weights[f"{name}.weight"]
+            rounded = name in model.stock.rounding
+            parts = (_unpacked if rounded else _packed)(weight, grid, model.torch_dtype)
             tensors.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
-            arguments = _arguments(grid)
-            schemes.setdefault(str(arguments), (arguments, []))[1].append(name)
+            scheme = {"weights": _arguments(grid), "format": FORMAT}
+            if rounded:
+                scheme |= {"input_activations": INPUTS, "format": ROUNDED}
+            schemes.setdefault(str(scheme), (scheme, []))[1].append(name)
         write_stock_folder(model, tensors, folder, self._config(model, list(schemes.values())))
 
     def decoded(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -84,12 +102,42 @@ class CompressedTensors(Target):
             remarks.append(f"vLLM joins {shorten(half)} with quantized layers, so that it does not load this folder.")
         if slow := [name for name, grid in stored.items() if not _has_kernel(grid)]:
             remarks.append(f"vLLM has no kernel for the bits or groups of {shorten(slow)}; transformers loads them.")
+        if model.stock.rounding:
+            what = f"The inputs of {shorten(model.stock.rounding)} are rounded to 8 bits"
+            remarks.append(f"{what}: transformers divides a token's largest value by 127.5, the run and vLLM by 127.")
         return remarks
+
+    def _rounding_problems(self, model: ExportedModel) -> list[Problem]:
+        """What keeps the rounding of inputs from being written."""
+        run = str(model.source.folder)
+        rounding = model.stock.rounding
+        grids = {name: grid for name, grid in model.stock.grids.items() if name in rounding}
+        problems = []
+        if other := [name for name, transform in rounding.items() if not _is_plain(transform)]:
+            text = f"rounds the inputs of {shorten(other)} not to 8 bits, or with zero points, clip or outliers"
+            way_out = "Use ActivationQuantization with its defaults, and run it again."
+            problems.append(Problem("run", run, text, way_out))
+        if dense := [name for name in rounding if name not in grids]:
+            text = f"rounds the inputs of {shorten(dense)} without codes, which this format leaves alone"
+            way_out = "Quantize these layers too, or add them to ignore of ActivationQuantization, and run it again."
+            problems.append(Problem("run", run, text, way_out))
+        if grouped := [name for name, grid in grids.items() if grid.scale.shape[1] > 1]:
+            text = f"rounds the inputs of {shorten(grouped)} with scales for groups of columns, which no kernel reads"
+            problems.append(Problem("run", run, text, "Quantize without group_size, and run it again."))
+        if asymmetric := [name for name, grid in grids.items() if grid.zero is not None]:
+            text = f"rounds the inputs of {shorten(asymmetric)} with zero points, which no kernel reads"
+            problems.append(Problem("run", run, text, "Quantize with symmetric: true, and run it again."))
+        if not model.widen and (narrow := [name for name, grid in grids.items() if grid.bits != 8]):
+            text = f"leaves {shorten(narrow)} in bits that no kernel reads with rounded inputs"
+            problems.append(Problem("widen", False, text, "Use --widen true."))
+        if rounding and self.dequantize:
+            text = f"rounds the inputs of {shorten(rounding)}, which transformers leaves out under adapters"
+            problems.append(Problem("run", run, text, "Leave ActivationQuantization out, and run it again."))
+        return problems
 
     def _config(self, model: ExportedModel, schemes: list[tuple[dict[str, Any], list[str]]]) -> dict[str, Any]:
         """The ``quantization_config`` of config.json."""
         from compressed_tensors.quantization import (
-            QuantizationArgs,
             QuantizationConfig,
             QuantizationScheme,
             QuantizationStatus,
@@ -97,20 +145,19 @@ class CompressedTensors(Target):
 
         groups: dict[str, QuantizationScheme | list[str]] = {}
         quantized = set()
-        for number, (arguments, names) in enumerate(schemes):
+        for number, (scheme, names) in enumerate(schemes):
             targets = ["Linear"] if len(schemes) == 1 else names
-            groups[f"group_{number}"] = QuantizationScheme(
-                targets=targets, weights=QuantizationArgs(**arguments), format=FORMAT
-            )
+            groups[f"group_{number}"] = QuantizationScheme(targets=targets, **scheme)
             quantized.update(names)
+        formats = {scheme["format"] for scheme, _ in schemes}
         config = QuantizationConfig(
             config_groups=groups,
             ignore=[name for name in model.stock.linear_layers() if name not in quantized],
-            format=FORMAT,
+            format=formats.pop() if len(formats) == 1 else SEVERAL,
             quantization_status=QuantizationStatus.COMPRESSED,
         )
         settings = {"quant_method": "compressed-tensors", **config.model_dump(mode="json", exclude_none=True)}
-        if self.dequantize or any(not arguments["symmetric"] for arguments, _ in schemes):
+        if self.dequantize or any(not scheme["weights"]["symmetric"] for scheme, _ in schemes):
             settings["dequantize"] = True  # transformers loads zero points in no other way
         return settings
 
@@ -153,7 +200,7 @@ def _stored_grids(model: ExportedModel) -> dict[str, Grid]:
     """The grid that is written for each quantized layer: as it is, or widened."""
     grids = dict(model.stock.grids)
     if model.widen:
-        bits = wider_bits(grids, WIDTHS)
+        bits = wider_bits(grids, WIDTHS) | {name: 8 for name in grids if name in model.stock.rounding}
         grids = _alike({name: replace(grid, bits=bits[name]) for name, grid in grids.items()})
     return {name: in_rows(grid, len(model.stock.weights[f"{name}.weight"])) for name, grid in grids.items()}
 
@@ -175,6 +222,11 @@ def _alike(grids: dict[str, Grid]) -> dict[str, Grid]:
     return alike
 
 
+def _is_plain(transform: QuantizeInput) -> bool:
+    """Whether inputs are rounded as :data:`INPUTS` says."""
+    return transform.bits == 8 and transform.options == {"symmetric": True, "clip": 1.0, "outliers": None}
+
+
 def _has_several_settings(grids: dict[str, Grid]) -> bool:
     return len({str(_arguments(grid)) for grid in grids.values()}) > 1
 
@@ -188,17 +240,25 @@ def _packed(weight: Tensor, grid: Grid, dtype: torch.dtype) -> dict[str, Tensor]
     """The tensors of one layer; ``weight`` lies on ``grid``."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    middle = 1 << (grid.bits - 1)
-    signed = (encode(weight, grid).to(torch.int16) - middle).to(torch.int8)
     parts = {
-        "weight_packed": pack_to_int32(signed, grid.bits),
+        "weight_packed": pack_to_int32(_signed(weight, grid), grid.bits),
         "weight_scale": grid.scale.to(dtype),
         "weight_shape": torch.tensor(weight.shape),
     }
     if grid.zero is not None:
-        zero = (grid.zero.to(torch.int16) - middle).to(torch.int8)
+        zero = (grid.zero.to(torch.int16) - grid.middle).to(torch.int8)
         parts["weight_zero_point"] = pack_to_int32(zero, grid.bits, packed_dim=0)
     return parts
+
+
+def _unpacked(weight: Tensor, grid: Grid, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one layer whose inputs are rounded; ``weight`` lies on ``grid``, which has 8 bits."""
+    return {"weight": _signed(weight, grid), "weight_scale": grid.scale.to(dtype)}
+
+
+def _signed(weight: Tensor, grid: Grid) -> Tensor:
+    """The codes of a weight around 0: int8 [O, I]."""
+    return (encode(weight, grid).to(torch.int16) - grid.middle).to(torch.int8)
 
 
 def _arguments(grid: Grid) -> dict[str, Any]:

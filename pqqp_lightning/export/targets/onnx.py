@@ -39,12 +39,13 @@ DEQUANTIZED = "_DequantizeLinear_Output"
 """What ONNX Runtime's quantization appends to the name of a weight that it computes from codes."""
 LARGEST_BYTES = 2_000_000_000
 """Of one file: protobuf reads no larger ones."""
-AGREES = {"floats": 1e-3, "rounded inputs": 5e-2, "static ranges": 1.0}
+AGREES = {"floats": 1e-3, "rounded inputs": 5e-2, "static ranges": 0.8}
 """Largest accepted difference of the outputs, relative to their norm.
 
 Other kernels change a ResNet-18 and a DeiT by about 1e-6. A rounded input between two values of its grid falls either
 way. Activations in 8 bits with static ranges are another function than the run's: the digits ResNet differs by 0.2 and
-has the same top for 97% of samples, an untrained one by up to 0.7. Unrelated outputs differ by 1.4.
+has the same top for 97% of samples, an untrained one by 0.35 to 0.71, whatever was quantized, and a DeiT by less than
+0.3. Unrelated outputs differ by 1.4, and outputs of 0 by 1.
 """
 Weights = Literal["dense", "dequantize", "qdq"]
 
