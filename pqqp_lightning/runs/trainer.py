@@ -7,7 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from zipfile import is_zipfile
 
 import lightning.pytorch as pl
@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from pqqp_lightning.checkpoint.format import model_folder
 from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.errors import Problem, RecipeError
+from pqqp_lightning.runs.calibration_precision import MatmulPrecision
 from pqqp_lightning.runs.checks import check_recipe, check_uses, read_data
 from pqqp_lightning.runs.preparation import attach, prepare
 from pqqp_lightning.runs.run import Run
@@ -46,6 +47,10 @@ class Trainer(pl.Trainer):
         fold_parametrizations: make plain weights of all parametrized ones (weight_norm, spectral_norm, orthogonal,
             masks of torch.nn.utils.prune) before the first stage, also of layers that no stage acts on. The model
             computes the same in evaluation mode; training then moves the plain weights.
+        calibration_precision: of float32 matrix products while stages calibrate, in the words of
+            ``torch.set_float32_matmul_precision``: "highest" computes in float32, "high" in TF32 and "medium" in
+            bfloat16 where the device has it. Statistics are summed, factorized and swept in float32. None leaves
+            torch's own setting.
         kwargs: Lightning's.
 
     Attributes:
@@ -62,11 +67,21 @@ class Trainer(pl.Trainer):
     recipe: dict[str, Any]
     recipe_text: str
 
-    def __init__(self, *args: Any, fold_parametrizations: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        fold_parametrizations: bool = False,
+        calibration_precision: MatmulPrecision | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(fold_parametrizations, bool):
             text = "is not true or false"
             raise RecipeError(Problem("fold_parametrizations", fold_parametrizations, text).within("trainer"))
+        if calibration_precision is not None and calibration_precision not in get_args(MatmulPrecision):
+            text = f"is not one of {', '.join(get_args(MatmulPrecision))}"
+            raise RecipeError(Problem("calibration_precision", calibration_precision, text).within("trainer"))
         self.fold_parametrizations = fold_parametrizations
+        self.calibration_precision = calibration_precision
         callbacks = kwargs.get("callbacks") or []
         callbacks = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
         kwargs["default_root_dir"] = kwargs.get("default_root_dir") or "runs/run"
