@@ -9,6 +9,7 @@ from tiny import make_data, make_model, trainer
 from pqqp_lightning.algorithms import gptq, sparsegpt
 from pqqp_lightning.algorithms.gptq import quantize_gptq, quantize_gptq_together
 from pqqp_lightning.algorithms.grid import fit_grid, round_to_grid
+from pqqp_lightning.algorithms.hessian import invert_upper
 from pqqp_lightning.algorithms.sparsegpt import prune_sparsegpt, prune_sparsegpt_together
 from pqqp_lightning.callbacks import GPTQ, SparseGPT
 from pqqp_lightning.network.constraints import constraints_of
@@ -141,3 +142,12 @@ def test_a_method_that_redefines_one_layer_gets_each(tmp_path):
     stage = Named(0.5)
     layers = compressed(tmp_path, stage)
     assert len(stage.seen) == len(layers) == 14
+
+
+@pytest.mark.parametrize("size", [1, 100, 301])
+def test_a_triangular_matrix_is_inverted_by_halves(size):
+    generator = torch.Generator().manual_seed(0)
+    upper = torch.randn(size, size, generator=generator).triu() / size + torch.eye(size)
+    inverse = invert_upper(upper)
+    assert torch.equal(inverse, inverse.triu())
+    torch.testing.assert_close(inverse, torch.linalg.inv(upper.double()).float(), rtol=1e-5, atol=1e-6)
