@@ -102,6 +102,10 @@ def main() -> None:
     data.setup("validate")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype}, batches of {options.batch}")
     print(f"weights {weights / 1e6:.0f} MB")
+    # A process's first stage loads libraries and makes buffers, about 70 MB that no later stage needs again.
+    few = TokenData(*files, calibration_samples=1)
+    few.setup("validate")
+    stage_seconds(copy.deepcopy(dense), few, GPTQ(4))
     for method in options.methods:
         forwards, stages, extra, earlier = [], [], [], []
         for _ in range(options.pairs):
