@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--parts", action="store_true")
     parser.add_argument("--blocks", type=int, default=30, help="the first ones only: quicker, and all blocks are alike")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -105,7 +106,7 @@ def main() -> None:
     # A process's first stage loads libraries and makes buffers, about 70 MB that no later stage needs again.
     few = TokenData(*files, calibration_samples=1)
     few.setup("validate")
-    stage_seconds(copy.deepcopy(dense), few, GPTQ(4))
+    stage_costs(copy.deepcopy(dense), few, [GPTQ(4)])
     for method in options.methods:
         forwards, stages, extra, earlier = [], [], [], []
         for _ in range(options.pairs):
