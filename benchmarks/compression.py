@@ -1,11 +1,12 @@
 """SparseGPT 50%, GPTQ 4-bit and Polish after both, on SmolLM2-135M: seconds, peak memory, ratio to a forward pass.
 
     PQQP_DATA=... python benchmarks/compression.py [--dtype bfloat16] [--batch 4] [--pairs 3] [--methods GPTQ Polish]
-        [--blocks 3]
+        [--blocks 3] [--parts]
 
 The forward pass and the stage are timed in turn, pair by pair, over the same calibration tokens (32 x 512), since
 machines drift; medians are quoted. Seconds are the processor's, which other work on the machine disturbs least. Memory
 is the resident peak above what the process holds before the stage. Polish is compared with the GPTQ before it, too.
+With ``--parts`` a last run says which part of the stage takes which share of its time, and the peak in each.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import psutil
 import torch
+from parts import Parts
 
 from pqqp_lightning import Trainer
 from pqqp_lightning.callbacks import GPTQ, Polish, SparseGPT
@@ -53,8 +55,13 @@ def forward_seconds(module: CausalLM, data: TokenData) -> float:
     return time.process_time() - start
 
 
-def stage_costs(module: CausalLM, data: TokenData, stages: list[Stage]) -> list[tuple[float, int]]:
-    """What each of ``stages`` costs in turn, from the dense model on: seconds, and resident bytes above its start."""
+def stage_costs(
+    module: CausalLM, data: TokenData, stages: list[Stage], parts: Parts | None = None
+) -> list[tuple[float, int]]:
+    """What each of ``stages`` costs in turn, from the dense model on: seconds, and resident bytes above its start.
+
+    ``parts`` gets the parts of the last stage.
+    """
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     runner = StageRunner(trainer, RunData(module, datamodule=data))
     runner.describe_dense(stages)
@@ -62,7 +69,8 @@ def stage_costs(module: CausalLM, data: TokenData, stages: list[Stage]) -> list[
     for stage in stages:
         release_freed_memory()
         before = psutil.Process().memory_info().rss
-        with peak_memory(torch.device("cpu")) as peak:
+        inside = parts.inside() if parts is not None and stage is stages[-1] else nullcontext()
+        with peak_memory(torch.device("cpu")) as peak, inside:
             start = time.process_time()
             runner.compress(stage)
             seconds = time.process_time() - start
@@ -83,6 +91,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--parts", action="store_true")
     parser.add_argument("--blocks", type=int, default=30, help="the first ones only: quicker, and all blocks are alike")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -94,6 +103,10 @@ def main() -> None:
     data.setup("validate")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype}, batches of {options.batch}")
     print(f"weights {weights / 1e6:.0f} MB")
+    # A process's first stage loads libraries and makes buffers, about 70 MB that no later stage needs again.
+    few = TokenData(*files, calibration_samples=1)
+    few.setup("validate")
+    stage_costs(copy.deepcopy(dense), few, [GPTQ(4)])
     for method in options.methods:
         forwards, stages, extra, earlier = [], [], [], []
         for _ in range(options.pairs):
@@ -111,6 +124,10 @@ def main() -> None:
             times = statistics.median(s / e for s, (e, _) in zip(stages, earlier, strict=True))
             held = max(memory for _, memory in earlier)
             print(f"{'':16}{times:.2f} times the seconds of the stage before it, whose memory is {held / 1e6:.0f} MB")
+        if options.parts:
+            parts = Parts()
+            stage_costs(copy.deepcopy(dense), data, METHODS[method](), parts)
+            print(parts.table(forward), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pqqp_lightning.algorithms.gptq import quantize_gptq
+from pqqp_lightning.algorithms.gptq import quantize_gptq_together
 from pqqp_lightning.algorithms.hessian import InverseFactor
 from pqqp_lightning.stages import (
     Compressed,
@@ -18,6 +18,7 @@ from pqqp_lightning.stages import (
     Problem,
     QuantizationStage,
     check_hessian_arguments,
+    equal_runs,
     factorize,
 )
 
@@ -69,8 +70,17 @@ class GPTQ(QuantizationStage):
         return factorize(statistic, self.damping, found, activation_order=self.activation_order)
 
     def compress_layer(self, inputs: LayerInputs) -> Compressed:
-        options = self.grid_options(inputs.name)
-        quantized = quantize_gptq(
-            inputs.weight, inputs.statistic, mask=inputs.mask, block_size=self.block_size, **options
-        )
-        return Compressed(quantized.weight, grid=quantized.grid)
+        return self.compress_together([inputs])[0]
+
+    def compress_together(self, inputs: Sequence[LayerInputs]) -> list[Compressed]:
+        compressed = []
+        for batch in equal_runs(inputs, lambda one: self.grid_options(one.name)):
+            quantized = quantize_gptq_together(
+                [one.weight for one in batch],
+                batch[0].statistic,
+                [one.mask for one in batch],
+                block_size=self.block_size,
+                **self.grid_options(batch[0].name),
+            )
+            compressed += [Compressed(q.weight, grid=q.grid) for q in quantized]
+        return compressed

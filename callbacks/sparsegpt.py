@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pqqp_lightning.algorithms.hessian import InverseFactor
-from pqqp_lightning.algorithms.sparsegpt import prune_sparsegpt
+from pqqp_lightning.algorithms.sparsegpt import prune_sparsegpt_together
 from pqqp_lightning.stages import (
     Compressed,
     Found,
@@ -17,6 +17,7 @@ from pqqp_lightning.stages import (
     OneShotPruning,
     Problem,
     check_hessian_arguments,
+    equal_runs,
     factorize,
 )
 
@@ -65,13 +66,25 @@ class SparseGPT(OneShotPruning):
         return (weight / statistic.factor.diagonal()).square()
 
     def compress_layer(self, inputs: LayerInputs) -> Compressed:
-        amount = self.amount(inputs.name)
-        pruned = prune_sparsegpt(
-            inputs.weight,
-            inputs.statistic,
-            mask=inputs.mask,
-            grid=inputs.grid,
-            block_size=self.block_size,
-            **amount,
-        )
-        return Compressed(pruned.weight, mask=pruned.mask, pattern=amount.get("pattern"))
+        return self.compress_together([inputs])[0]
+
+    def compress_together(self, inputs: Sequence[LayerInputs]) -> list[Compressed]:
+        compressed = []
+        for batch in equal_runs(inputs, self._sweep_options):
+            amount = self.amount(batch[0].name)
+            pruned = prune_sparsegpt_together(
+                [one.weight for one in batch],
+                batch[0].statistic,
+                [one.mask for one in batch],
+                [one.grid for one in batch],
+                block_size=self.block_size,
+                **amount,
+            )
+            compressed += [Compressed(p.weight, mask=p.mask, pattern=amount.get("pattern")) for p in pruned]
+        return compressed
+
+    def _sweep_options(self, inputs: LayerInputs) -> list[Any]:
+        """What matrices that are swept together have in common."""
+        grid = inputs.grid
+        levels = None if grid is None else (grid.bits, grid.codebook, grid.group_size, grid.zero is None)
+        return [self.amount(inputs.name), levels]

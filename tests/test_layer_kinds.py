@@ -202,7 +202,7 @@ def test_a_matrix_goes_back_into_its_weight_and_the_layer_stays_the_same_object(
 def test_copies_and_pickles_have_layers_of_their_own_with_the_constraints(kind):
     module = KindModule(kind)
     for layer in own_layers(module).values():
-        Magnitude(0.5)._compress_groups("", layer, [None], None)
+        Magnitude(0.5)._compress_groups({"": layer}, [None], [None])
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert set(collect_constraints(twin)) == set(own_layers(module))
         for name, layer in own_layers(twin).items():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pqqp_lightning.metrics import Perplexity
 
@@ -121,3 +122,17 @@ def test_processes_are_summed():
     other.update(logits[1:], targets[1:])
     one.merge_state(other)  # by the reductions that are used between processes
     assert one.compute().item() == pytest.approx(reference(logits, targets), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_pieces_on_a_cpu_leave_the_sum_as_it_was(dtype):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(2, 150, 500, dtype=dtype), torch.randint(0, 500, (2, 150))
+    total = torch.zeros((), dtype=torch.float64)
+    for sequence, labels in zip(logits, targets, strict=True):
+        for start in range(0, 150, 64):
+            part = slice(start, start + 64)
+            total += F.cross_entropy(sequence[part].float(), labels[part], reduction="none").double().sum()
+    metric = Perplexity()
+    metric.update(logits, targets)
+    assert torch.equal(metric.total, total)

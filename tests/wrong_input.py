@@ -553,6 +553,16 @@ WRONG = [
         "--trainer.precision 17",
     ),
     Wrong(
+        "precision of calibration that is no word of torch's",
+        "command line: calibration_precision='fast'",
+        "--calibration_precision fast",
+    ),
+    Wrong(
+        "two precisions of calibration",
+        "command line: calibration_precision='high' ~ contradicts trainer.calibration_precision='medium'",
+        "--calibration_precision high --trainer.calibration_precision medium",
+    ),
+    Wrong(
         "option that Lightning refuses",
         "command line: trainer.limit_val_batches=7.5",
         "--trainer.limit_val_batches 7.5",

@@ -11,7 +11,7 @@ are held transposed, so that a column is contiguous.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -71,6 +71,19 @@ def sweep_columns(
     return columns.T.contiguous()
 
 
+def join_rows(weights: Sequence[Tensor]) -> Tensor:
+    """Put matrices [O_i, I] below one another: [O, I]. A single one is not copied."""
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
+
+
+def join_masks(masks: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
+    """Put the keep-masks of ``weights`` below one another; None if there is none, else None counts as all kept."""
+    if all(mask is None for mask in masks):
+        return None
+    pairs = zip(masks, weights, strict=True)
+    return join_rows([torch.ones_like(w, dtype=torch.bool) if mask is None else mask for mask, w in pairs])
+
+
 def _sweep_step(
     columns: Tensor,
     factor: Tensor,
@@ -82,17 +95,27 @@ def _sweep_step(
 ) -> None:
     """Sweep one step: decide the columns in place and set ``errors[k]`` to the error of column ``first + k``."""
     diagonal = factor.diagonal()[first:last].tolist()  # one transfer instead of one for each column
-    for i in range(first, last):
-        column = columns[i]
-        error = errors[i - first]
-        if i > first:
-            column.addmv_(errors[: i - first].T, factor[first:i, i], alpha=-1)
-        decided = column if grid is None else grid.round(i, column)
-        if mask is not None:
-            decided = decided * mask[i]
-        torch.sub(column, decided, out=error)
-        error.div_(diagonal[i - first])
-        column.copy_(decided)
+    step = columns[first:last]
+    # Multiplying by numbers is faster than by booleans. Few operations per column matter: each has few entries.
+    kept = None if mask is None else mask[first:last].to(columns.dtype)
+    removed = None if mask is None else (~mask[first:last]).to(columns.dtype)
+    for k, column in enumerate(step):
+        error = errors[k]
+        if k > 0:
+            column.addmv_(errors[:k].T, factor[first : first + k, first + k], alpha=-1)
+        if grid is not None:
+            decided = grid.round(first + k, column)
+            if kept is not None:
+                decided.mul_(kept[k])
+            torch.sub(column, decided, out=error)
+            column.copy_(decided)
+        elif removed is not None:
+            torch.mul(column, removed[k], out=error)
+        else:
+            error.zero_()
+        error.div_(diagonal[k])
+    if grid is None and kept is not None:
+        step.mul_(kept)
 
 
 def step_for(columns: Tensor, grid: ColumnGrid | None) -> Callable[..., None]:

@@ -14,12 +14,21 @@ Differs from the published code in four ways:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from pqqp_lightning.algorithms.column_sweep import sweep_columns
-from pqqp_lightning.algorithms.grid import ColumnGrid, Grid, Quantized, concatenate_columns, fit_grid, round_to_grid
+from pqqp_lightning.algorithms.column_sweep import join_masks, join_rows, sweep_columns
+from pqqp_lightning.algorithms.grid import (
+    ColumnGrid,
+    Grid,
+    Quantized,
+    concatenate_columns,
+    concatenate_rows,
+    fit_grid,
+    round_to_grid,
+)
 from pqqp_lightning.algorithms.hessian import InverseFactor, factorize_inverse
 
 STEP = 32
@@ -27,8 +36,26 @@ STEP = 32
 
 
 def quantize_gptq(
-    weight: Tensor,
+    weight: Tensor, hessian: Tensor | InverseFactor, *, mask: Tensor | None = None, **options: Any
+) -> Quantized:
+    """Quantize ``weight`` [O, I].
+
+    Args:
+        weight: [O, I].
+        hessian: as in :func:`quantize_gptq_together`.
+        mask: keep-mask [O, I]; its zeros stay zero.
+        options: those of :func:`quantize_gptq_together`.
+
+    Raises:
+        ArithmeticError: the Hessian cannot be factorized.
+    """
+    return quantize_gptq_together([weight], hessian, [mask], **options)[0]
+
+
+def quantize_gptq_together(
+    weights: Sequence[Tensor],
     hessian: Tensor | InverseFactor,
+    masks: Sequence[Tensor | None],
     *,
     bits: int,
     group_size: int | None = None,
@@ -38,24 +65,25 @@ def quantize_gptq(
     damping: float = 0.01,
     block_size: int = 128,
     activation_order: bool = False,
-    mask: Tensor | None = None,
-) -> Quantized:
-    """Quantize ``weight`` [O, I].
+) -> list[Quantized]:
+    """Quantize ``weights`` [O_i, I], which share a Hessian, in one sweep over the columns of all of them.
+
+    Each gets what it would get alone, up to the order of summation in matrix products of another shape.
 
     Args:
-        weight: [O, I].
-        hessian: X^T X [I, I], or its factorized inverse if several matrices share it (which then fixes ``damping`` and
+        weights: each [O_i, I].
+        hessian: X^T X [I, I], or its factorized inverse if several calls share it (which then fixes ``damping`` and
             ``activation_order``).
+        masks: keep-mask [O_i, I] of each, whose zeros stay zero, or None.
         bits: 2 to 8.
         group_size: columns that share a scale; None for one scale per output row.
         symmetric: use no zero points.
-        per_tensor: one scale for the whole matrix.
+        per_tensor: one scale for each whole matrix.
         clip: search each scale, see :func:`~pqqp_lightning.algorithms.grid.fit_grid`; the error of column i is weighed
             by 1 / U_ii^2, as in the objective.
         damping: fraction of the mean diagonal added to the diagonal.
         block_size: columns per block.
         activation_order: sweep the columns by descending diagonal of the Hessian.
-        mask: keep-mask [O, I]; its zeros stay zero.
 
     Raises:
         ArithmeticError: the Hessian cannot be factorized.
@@ -63,7 +91,9 @@ def quantize_gptq(
     if isinstance(hessian, Tensor):
         hessian = factorize_inverse(hessian, damping, activation_order=activation_order)
     order = hessian.order
-    live = weight.float()
+    rows = [len(weight) for weight in weights]
+    live = join_rows(weights).float()
+    mask = join_masks(masks, weights)
     mask_columns = mask  # [I, O] below, in the order of the sweep
     importance = hessian.factor.diagonal().pow(-2)  # [I]
     if order is not None:
@@ -75,9 +105,9 @@ def quantize_gptq(
         mask_columns = mask_columns.T.contiguous()
 
     groups = None if per_tensor else group_size
-    columns = ColumnGrid(weight.shape[1], groups, order)
+    columns = ColumnGrid(live.shape[1], groups, order)
     options: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "clip": clip}
-    fitted: list[Grid] = []
+    fitted: list[list[Grid]] = []  # for each group of columns, or for all, the grid of each matrix
     step = STEP
     on_step = None
     if groups is not None and order is None:
@@ -88,21 +118,28 @@ def quantize_gptq(
 
         def fit_group(start: int, stop: int, updated: Tensor) -> None:
             kept = updated if mask_columns is None else updated * mask_columns[start:stop]  # [size, O]
-            fitted.append(fit_grid(kept.T, importance=importance[start:stop], **options))
-            columns.add(fitted[-1])
+            parts = kept.T.split(rows)
+            fitted.append([fit_grid(part, importance=importance[start:stop], **options) for part in parts])
+            columns.add(concatenate_rows(fitted[-1], rows))
 
         on_step = fit_group
     else:
         original = live if order is None else live[:, order.argsort()]
-        fitted.append(fit_grid(original, group_size=groups, per_tensor=per_tensor, importance=importance, **options))
-        columns.add(fitted[0])
+        options |= {"group_size": groups, "per_tensor": per_tensor, "importance": importance}
+        fitted.append([fit_grid(part, **options) for part in original.split(rows)])
+        del original
+        columns.add(concatenate_rows(fitted[0], rows))
 
     swept = sweep_columns(
         live, hessian.factor, block_size=block_size, step=step, mask=mask_columns, grid=columns, on_step=on_step
     )
     if order is not None:
         swept = swept[:, order.argsort()]
-    grid = concatenate_columns(fitted) if on_step is not None else fitted[0]
-    # Round once more after the cast: the weights then equal bit for bit what their codes decode to in this dtype.
-    rounded = round_to_grid(swept.to(weight.dtype), grid)
-    return Quantized(rounded if mask is None else rounded.masked_fill(~mask, 0.0), grid)
+    results = []
+    for i, (weight, part) in enumerate(zip(weights, swept.split(rows), strict=True)):
+        grid = concatenate_columns([grids[i] for grids in fitted]) if on_step is not None else fitted[0][i]
+        # Round once more after the cast: the weights then equal bit for bit what their codes decode to in this dtype.
+        rounded = round_to_grid(part.to(weight.dtype), grid)
+        own = masks[i]
+        results.append(Quantized(rounded if own is None else rounded.masked_fill(~own, 0.0), grid))
+    return results

@@ -279,6 +279,9 @@ class ColumnGrid:
     def round(self, i: int, column: Tensor) -> Tensor:
         """Round the i-th column of the sweep, [O], to the nearest points of its grid."""
         grid, scale, zero = self._groups[self._group_of[i]]
+        if grid.codebook is None and not isinstance(zero, Tensor):
+            # moving the bounds by the zero point saves adding and subtracting it
+            return (column / scale).round_().clamp_(-zero, grid.levels - zero).mul_(scale)
         return grid.values(grid.nearest(column, scale, zero), scale, zero)
 
 

@@ -20,6 +20,9 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(count, dim=-1, keepdim=True).values  # [R, 1]
+    marked = scores <= threshold
+    if bool((marked.sum(dim=-1) == count).all()):  # the usual case: no tie
+        return marked
     below = scores < threshold
     tied = scores == threshold
     missing = count - below.sum(dim=-1, keepdim=True)  # how many of the tied entries to take: the first ones

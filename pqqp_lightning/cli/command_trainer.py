@@ -20,6 +20,7 @@ from pqqp_lightning.experiments import (
     sweep_grid,
 )
 from pqqp_lightning.report.pages import show_run
+from pqqp_lightning.runs.calibration_precision import MatmulPrecision
 from pqqp_lightning.runs.trainer import Trainer, is_resume
 
 SECTIONS = ("model", "data", "trainer", "stages")
@@ -27,6 +28,7 @@ SECTIONS = ("model", "data", "trainer", "stages")
 RECIPE_OPTIONS: dict[str, tuple[Any, str]] = {
     "stage_order": (list[str] | None, "The stages in another order."),
     "run_dir": (str | None, "The run folder."),
+    "calibration_precision": (MatmulPrecision | None, "Short for trainer.calibration_precision."),
 }
 """Options of every command beyond those of LightningCLI: type and help."""
 

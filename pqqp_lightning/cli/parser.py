@@ -97,6 +97,8 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         config.run_dir = str(run_folder(config, self._command))
         config.trainer.default_root_dir = config.run_dir
+        config.trainer.calibration_precision = calibration_precision(config)
+        config.calibration_precision = None
         # YAML reads the names 1 and yes as numbers and booleans
         stages = {str(name): stage for name, stage in config.stages.items()}
         config.stages = ordered(stages, config.stage_order)
@@ -154,6 +156,19 @@ def run_folder(config: Namespace, command: str) -> Path:
     files = config.get("config") or []
     stem = "-".join(Path(str(file)).stem for file in files) or "run"
     return Path("runs") / (f"{stem}-{command}" if COMMANDS[command].is_experiment else stem)
+
+
+def calibration_precision(config: Namespace) -> str | None:
+    """``--calibration_precision``, or the trainer's.
+
+    Raises:
+        NotStarted: both are given and differ.
+    """
+    given, of_trainer = config.calibration_precision, config.trainer.calibration_precision
+    if given is not None and of_trainer not in (None, given):
+        text = f"contradicts trainer.calibration_precision={of_trainer!r}"
+        raise NotStarted(Problem("calibration_precision", given, text, "Give one of them."))
+    return given or of_trainer
 
 
 def ordered(stages: dict[str, Any], order: list[str] | None) -> dict[str, Any]:

@@ -32,15 +32,21 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
-        _CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set size (VmHWM)
+    reset_resident_peak()
     try:
         yield peak
     finally:
-        peak.size_bytes = torch.cuda.max_memory_allocated() if on_gpu else _resident_peak()
+        peak.size_bytes = torch.cuda.max_memory_allocated() if on_gpu else resident_peak()
 
 
-def _resident_peak() -> int:
+def reset_resident_peak() -> None:
+    """Let :func:`resident_peak` begin anew, on Linux."""
+    with suppress(OSError):
+        _CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set size (VmHWM)
+
+
+def resident_peak() -> int:
+    """The process's resident peak in bytes."""
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM"):  # "VmHWM:   123456 kB"

@@ -176,4 +176,6 @@ def run_identity(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> di
     }
     if trainer.fold_parametrizations:  # only then: older runs do not have it
         plain["fold_parametrizations"] = True
+    if trainer.calibration_precision is not None:
+        plain["calibration_precision"] = trainer.calibration_precision
     return json.loads(json.dumps(plain, default=str))

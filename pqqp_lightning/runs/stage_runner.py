@@ -38,6 +38,7 @@ from pqqp_lightning.network.layer_uses import LayerUse, mark_uses, marked_uses
 from pqqp_lightning.network.layers import Layer
 from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.network.structure import Skeleton, class_path
+from pqqp_lightning.runs.calibration_precision import forward_context
 from pqqp_lightning.runs.distillation import make_teacher
 from pqqp_lightning.runs.early_stop import StoppedEarly, Watch
 from pqqp_lightning.runs.evaluation import evaluate, evaluate_batches, require_metrics
@@ -430,7 +431,7 @@ class StageRunner:
             batches,
             probe,
             partial(run_batch, self.trainer, self.module),
-            self.trainer.precision_plugin.forward_context,
+            partial(forward_context, self.trainer),
             title,
             self._shows_progress(),
             loss=partial(loss_of, self.trainer, self.module),

@@ -19,6 +19,7 @@ from pqqp_lightning.argument_types import refuse_wrong_types
 from pqqp_lightning.checkpoint.format import model_folder
 from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.errors import Problem, RecipeError
+from pqqp_lightning.runs.calibration_precision import MatmulPrecision
 from pqqp_lightning.runs.checks import check_recipe, check_uses, read_data
 from pqqp_lightning.runs.preparation import attach, prepare
 from pqqp_lightning.runs.run import Run
@@ -47,6 +48,10 @@ class Trainer(pl.Trainer):
         fold_parametrizations: make plain weights of all parametrized ones (weight_norm, spectral_norm, orthogonal,
             masks of torch.nn.utils.prune) before the first stage, also of layers that no stage acts on. The model
             computes the same in evaluation mode; training then moves the plain weights.
+        calibration_precision: of float32 matrix products while stages calibrate, in the words of
+            ``torch.set_float32_matmul_precision``: "highest" computes in float32, "high" in TF32 and "medium" in
+            bfloat16 where the device has it. Statistics are summed, factorized and swept in float32. None leaves
+            torch's own setting.
         kwargs: Lightning's.
 
     Attributes:
@@ -63,9 +68,17 @@ class Trainer(pl.Trainer):
     recipe: dict[str, Any]
     recipe_text: str
 
-    def __init__(self, *args: Any, fold_parametrizations: bool = False, **kwargs: Any) -> None:
-        refuse_wrong_types(Trainer.__init__, {"fold_parametrizations": fold_parametrizations}, "trainer")
+    def __init__(
+        self,
+        *args: Any,
+        fold_parametrizations: bool = False,
+        calibration_precision: MatmulPrecision | None = None,
+        **kwargs: Any,
+    ) -> None:
+        own = {"fold_parametrizations": fold_parametrizations, "calibration_precision": calibration_precision}
+        refuse_wrong_types(Trainer.__init__, own, "trainer")
         self.fold_parametrizations = fold_parametrizations
+        self.calibration_precision = calibration_precision
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
         _refuse_others(callbacks)

@@ -14,7 +14,7 @@ from pqqp_lightning.stages.correction import correct_outputs
 from pqqp_lightning.stages.dense_target import check_aims_at_dense
 from pqqp_lightning.stages.distillation import Distillation
 from pqqp_lightning.stages.hessian import check_hessian_arguments, factorize
-from pqqp_lightning.stages.layerwise import Compressed, Found, LayerInputs, LayerwiseStage, write_back
+from pqqp_lightning.stages.layerwise import Compressed, Found, LayerInputs, LayerwiseStage, equal_runs, write_back
 from pqqp_lightning.stages.one_shot_pruning import OneShotPruning
 from pqqp_lightning.stages.pruning import PatternArgument, PruningStage, parse_pattern
 from pqqp_lightning.stages.quantization import BlockSize, CodebookStage, GridStage, GroupSize, QuantizationStage
@@ -59,6 +59,7 @@ __all__ = [
     "check_hessian_arguments",
     "constraints_of",
     "correct_outputs",
+    "equal_runs",
     "factorize",
     "measure_costs",
     "parse_pattern",

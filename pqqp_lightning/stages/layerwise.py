@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,12 @@ from pqqp_lightning.network.layers import (
     weight_matrix,
 )
 from pqqp_lightning.stages.stage import Context, Plan, Stage
+
+LARGEST_BATCH = 2**22
+"""Weights that layers compressed together may have on a CPU: the sweep holds some copies of them, 16 MB each."""
+
+LARGEST_GPU_BATCH = 2**26
+"""The same for a GPU, which needs more rows to be busy."""
 
 UNREACHED = object()
 """In place of the statistic of a layer or an expert that no calibration row reached."""
@@ -113,6 +120,13 @@ class LayerwiseStage(Stage):
         """The method itself: the new weight, which keeps the mask and the grid in ``inputs``."""
         raise NotImplementedError(f"{type(self).__name__} defines no compress_layer")
 
+    def compress_together(self, inputs: Sequence[LayerInputs]) -> list[Compressed]:
+        """The method for layers that share one ``statistic``, each as :meth:`compress_layer` would compress it.
+
+        A method that does several at once faster than one after another overrides it.
+        """
+        return [self.compress_layer(one) for one in inputs]
+
     def compress_unreached(self, inputs: LayerInputs) -> Compressed:
         """The method for a layer or an expert that no calibration row reached, without a statistic.
 
@@ -141,7 +155,7 @@ class LayerwiseStage(Stage):
         if self.statistic is None:
             for name, layer in context.each(layers):
                 if not kept.restore({name: layer}):
-                    self._compress_groups(name, layer, [None], self._dense_of(layer, context))
+                    self._compress_groups({name: layer}, [None], [self._dense_of(layer, context)])
                     kept.keep({name: layer})
         else:
             self._calibrate(model, layers, context, kept)
@@ -157,15 +171,17 @@ class LayerwiseStage(Stage):
             value = value if bool(reached.all()) else value[reached]
             prepared = iter(self.prepare(value, lambda what: context.found(what, reading.layers)))
             statistics = [next(prepared) if own else UNREACHED for own in reached.tolist()]
-            for name, layer in reading.layers.items():
-                self._compress_groups(name, layer, statistics, self._dense_of(layer, context))
+            for layers in self._batches(reading.layers):
+                dense = [self._dense_of(layer, context) for layer in layers.values()]
+                self._compress_groups(layers, statistics, dense)
+            for name in reading.layers:
                 for number, own in enumerate(reached.tolist()):
                     if not own:
                         context.found(self.without_statistics, [f"{name}[{number}]"])
 
         def unreached(missed: dict[str, Layer]) -> None:
             for name, layer in missed.items():
-                self._compress_groups(name, layer, [UNREACHED] * groups_of(layer), None)
+                self._compress_groups({name: layer}, [UNREACHED] * groups_of(layer), [None])
             context.found(self.without_statistics, missed)
 
         context.calibrate(self.find_blocks(model), layers, self.statistic, compress, unreached, kept)
@@ -173,25 +189,71 @@ class LayerwiseStage(Stage):
     def _dense_of(self, layer: Layer, context: Context) -> Tensor | None:
         return context.dense(layer) if self.needs_dense else None
 
-    def _compress_groups(self, name: str, layer: Layer, statistics: Sequence[Any], dense: Tensor | None) -> None:
-        """Compress one layer in one row group for each statistic."""
+    def _batches(self, layers: dict[str, Layer]) -> Iterator[dict[str, Layer]]:
+        """Split layers that share a statistic into those that :meth:`compress_together` gets at once.
+
+        Layers with many weights keep a processor busy alone, and together they would need more memory.
+        """
+        batch: dict[str, Layer] = {}
+        entries = 0
+        for name, layer in layers.items():
+            size = layer.weight.numel()
+            most = LARGEST_BATCH if layer.weight.device.type == "cpu" else LARGEST_GPU_BATCH
+            if batch and (entries + size > most or not self._compresses_together()):
+                yield batch
+                batch = {}
+                entries = 0
+            batch[name] = layer
+            entries += size
+        yield batch
+
+    def _compresses_together(self) -> bool:
+        """Whether the class that defines the method last defines it for several layers at once."""
+        names = {"compress_layer", "compress_together"}
+        last = next(cls for cls in type(self).__mro__ if names & vars(cls).keys())
+        return last is not LayerwiseStage and "compress_together" in vars(last)
+
+    def _compress_groups(
+        self, layers: dict[str, Layer], statistics: Sequence[Any], dense: Sequence[Tensor | None]
+    ) -> None:
+        """Compress layers that share statistics, in one row group for each statistic; ``dense`` has their weights."""
+        split = []
+        for (name, layer), own_dense in zip(layers.items(), dense, strict=True):
+            split.append(self._row_groups(name, layer, statistics, own_dense))
+        parts: list[list[Compressed]] = [[] for _ in layers]
+        for statistic, *inputs in zip(statistics, *split, strict=True):
+            if statistic is UNREACHED:
+                compressed = [self.compress_unreached(one) for one in inputs]
+            elif len(inputs) == 1:
+                compressed = [self.compress_layer(inputs[0])]
+            else:
+                compressed = self.compress_together(inputs)
+            for own, part in zip(parts, compressed, strict=True):
+                own.append(part)
+        for layer, own in zip(layers.values(), parts, strict=True):
+            write_back(layer, _joined(own))
+
+    def _row_groups(
+        self, name: str, layer: Layer, statistics: Sequence[Any], dense: Tensor | None
+    ) -> Iterator[LayerInputs]:
+        """The inputs of one layer's row groups, each with its rows of the mask and of the grid."""
         constraints, matrix, count = constraints_of(layer), weight_matrix(layer), len(statistics)
-        # each group gets its rows of the mask and of the grid
         grids: Sequence[Grid | None] = [None] * count
         shares_scale = False
         if constraints.grid is not None:
             grids = constraints.grid.to(matrix.device).chunk(count)
             shares_scale = count > 1 and len(constraints.grid.scale) == 1
         groups = row_groups(matrix, constraints.mask(matrix.device), dense, groups=count)
-        parts = []
         for (weight, mask, dense_part), statistic, grid in zip(groups, statistics, grids, strict=True):
             if statistic is UNREACHED:
-                inputs = LayerInputs(name, weight, None, mask, grid, shares_scale=shares_scale)
-                parts.append(self.compress_unreached(inputs))
+                yield LayerInputs(name, weight, None, mask, grid, shares_scale=shares_scale)
             else:
-                inputs = LayerInputs(name, weight, statistic, mask, grid, dense_part, shares_scale)
-                parts.append(self.compress_layer(inputs))
-        write_back(layer, _joined(parts))
+                yield LayerInputs(name, weight, statistic, mask, grid, dense_part, shares_scale)
+
+
+def equal_runs(inputs: Sequence[LayerInputs], options_of: Callable[[LayerInputs], Any]) -> list[list[LayerInputs]]:
+    """Split ``inputs`` into runs with equal options, in their order."""
+    return [list(run) for _, run in groupby(inputs, options_of)]
 
 
 def write_back(layer: Layer, compressed: Compressed) -> None:

@@ -49,6 +49,9 @@ RESULT_OPTIONS = (
 )
 """Trainer options that change the numbers: a run is not resumed with other values."""
 
+SWITCHES = ("fast_dev_run", "calibration_precision")
+"""Trainer options that change the numbers as well; a resumed run compares the latter apart, which older runs lack."""
+
 TRAINING_OPTIONS = ("max_steps", "min_steps", "min_epochs", "gradient_clip_algorithm", "overfit_batches")
 """Trainer options that change finetuning only."""
 
@@ -67,7 +70,7 @@ def base_fingerprint(trainer: Trainer, data: RunData, targeted: Sequence[str]) -
         data: the dense model, and its data, set up.
         targeted: names of the layers that sparsity and bits are counted over.
     """
-    settings = {name: str(getattr(trainer, name, None)) for name in (*RESULT_OPTIONS, "fast_dev_run")}
+    settings = {name: str(getattr(trainer, name, None)) for name in (*RESULT_OPTIONS, *SWITCHES)}
     settings["ranks"] = str(trainer.world_size)
     settings["device"] = trainer.strategy.root_device.type
     module = data.module
