@@ -7,23 +7,45 @@ import pytest
 import torch
 from tiny import LLAMA, trainer, write_tokens
 
-from pqqp_lightning.callbacks import GPTQ, SparseGPT
+from pqqp_lightning.callbacks import (
+    FP4,
+    GPTQ,
+    INT8,
+    NF4,
+    RTN,
+    SLEB,
+    ActivationQuantization,
+    BasisSharing,
+    ChannelPruning,
+    LoRA,
+    Magnitude,
+    MixedPrecision,
+    Polish,
+    QuaRot,
+    Refit,
+    SparseGPT,
+    Wanda,
+)
+from pqqp_lightning.checkpoint.load import load_weights
 from pqqp_lightning.data import TokenData
+from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
 from pqqp_lightning.network import offload
 from pqqp_lightning.network.constraints import constrained_layers
-from pqqp_lightning.network.offload import offload_of
+from pqqp_lightning.network.offload import Offload, offload_of
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.storage.run_folder import WEIGHTS, RunFolder
+from pqqp_lightning.trials.fingerprint import base_fingerprint, training_fingerprint
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with a model ``large``, whose matrices are larger than ``SMALLEST``, and one ``tiny``; and token files."""
+    """A folder with two models, of which ``large`` has matrices larger than ``SMALLEST``, and token files."""
     folder = tmp_path_factory.mktemp("offload")
     torch.manual_seed(0)
-    CausalLM(LLAMA).model.save_pretrained(folder / "tiny")
+    CausalLM(LLAMA | {"num_hidden_layers": 3}).model.save_pretrained(folder / "tiny")
     wide = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
     CausalLM(LLAMA | wide).model.save_pretrained(folder / "large")
     (folder / "data.json").write_text(json.dumps(write_tokens(folder)))
@@ -113,8 +135,148 @@ def assert_same(folder, tmp_path, stages, **options):
     return offloaded
 
 
-def test_a_run_on_disk_is_the_same_bit_for_bit(folder, tmp_path, all_sizes):
-    module = assert_same(folder, tmp_path, lambda: [SparseGPT(0.5), GPTQ(4, group_size=16)])
+ATTENTION, MLP = ["self_attn"], ["mlp"]
+SEQUENCES = {
+    "sweeps": lambda: [SparseGPT(0.5), GPTQ(4, group_size=16)],
+    "rotation": lambda: [QuaRot(online=True), ActivationQuantization(), Wanda(0.5), RTN(4)],
+    "grids": lambda: [Magnitude(0.3), NF4(targets=ATTENTION), FP4(targets=["gate_proj"]), INT8(targets=["up_proj"])],
+    "removal": lambda: [SLEB(1), ChannelPruning(0.25), MixedPrecision(average_bits=4.0, sensitivity="output")],
+    "narrower": lambda: [ChannelPruning(0.25, importance="activation", head_ratio=0.5), BasisSharing(0.2)],
+    "repair": lambda: [SparseGPT(0.5), Refit(), Polish(epochs=0)],
+}
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES)
+def test_a_run_on_disk_is_the_same_bit_for_bit(sequence, folder, tmp_path, all_sizes):
+    module = assert_same(folder, tmp_path, SEQUENCES[sequence])
     for _, layer, constraints in constrained_layers(module):
-        for tensor in (layer.weight, constraints.mask_bits, constraints.grid.scale):
-            assert resident_kb(tensor)[1] == 0
+        parts = [layer.weight, constraints.mask_bits, None if constraints.grid is None else constraints.grid.scale]
+        for tensor in parts:
+            assert tensor is None or resident_kb(tensor)[1] == 0
+
+
+def test_a_model_of_another_dtype_is_converted_weight_by_weight(folder, tmp_path, all_sizes):
+    assert_same(folder, tmp_path, lambda: [GPTQ(4)], dtype="bfloat16")
+
+
+def test_a_model_without_files_lies_in_scratch_files(folder, tmp_path, all_sizes):
+    torch.manual_seed(2)
+    module = CausalLM(LLAMA, offload="disk")
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    offload_of(module).connect(CPU)
+    for name, tensor in module.named_parameters():
+        assert torch.equal(before[name], tensor)
+        offload_of(module).settle(module)
+        assert resident_kb(tensor) == (0, 0)
+
+
+def test_a_checkpoint_is_loaded_into_files(folder, tmp_path, all_sizes):
+    """A killed run resumes with another mode."""
+    fit(folder / "tiny", folder, tmp_path / "run", [SparseGPT(0.5)], "none")
+    module = CausalLM(str(folder / "tiny"), offload="disk")
+    one = trainer(tmp_path / "run", SparseGPT(0.5))
+    one.fit(module, datamodule=TokenData(**json.loads((folder / "data.json").read_text())), ckpt_path="last")
+    saved = load_weights(tmp_path / "run")
+    for name, tensor in module.named_parameters():
+        assert torch.equal(saved[name], tensor)
+        assert resident_kb(tensor)[1] == 0
+
+
+def test_stages_that_need_the_whole_model_are_refused(folder, tmp_path):
+    stages = [
+        Magnitude(0.5, scope="global"),
+        Wanda(0.5, allocation="sensitivity"),
+        MixedPrecision(),
+        ChannelPruning(importance="taylor"),
+        LoRA(),
+    ]
+    with pytest.raises(RecipeError) as error:
+        fit(folder / "large", folder, tmp_path / "run", stages, "disk")
+    refused = [problem for problem in error.value.problems if "whole model" in problem.text]
+    assert [problem.argument for problem in refused] == ["scope", "allocation", "sensitivity", "importance", "epochs"]
+    assert "model.offload: none" in refused[0].way_out
+    assert "scope: layer" in refused[0].way_out
+    assert "GB of gradients" in refused[-1].text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("free", "mode"), [(1 << 40, "none"), (1 << 20, "disk"), (None, "none")])
+def test_auto_chooses_what_fits(free, mode, folder, monkeypatch, capsys):
+    monkeypatch.setattr(offload, "free_memory", lambda: free)
+    module = CausalLM(str(folder / "large"))
+    said = []
+    monkeypatch.setattr(offload, "rank_zero_info", said.append)
+    offload_of(module).connect(CPU)
+    assert offload_of(module).mode == mode
+    assert len(said) == (mode == "disk")
+    if said:
+        assert said[0].startswith("model.offload: disk, since ")
+
+
+class Far(Offload):
+    """A device with a memory of its own, on a machine that has none: turns copy weights to other tensors and back."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.copies = {}
+
+    def _is_elsewhere(self):
+        return True
+
+    def _to_device(self, home):
+        copy = home.clone()
+        self.copies[copy.data_ptr()] = copy
+        return copy
+
+    def _at_home(self, tensor):
+        return super()._at_home(tensor.clone())
+
+    def _is_home(self, tensor):
+        return tensor.data_ptr() not in self.copies
+
+
+@pytest.mark.parametrize("mode", ["host", "disk"])
+def test_a_turn_on_a_device_brings_weights_and_returns_what_changed(mode, folder, all_sizes):
+    module = CausalLM(str(folder / "tiny"), offload="none")
+    far = Far(module, mode)
+    far.mode, far._device = mode, CPU
+    far._take_over(module)
+    first, second, _ = module.model.model.layers
+    weight = first.mlp.up_proj.weight
+    home, before = weight.data_ptr(), weight.clone()
+    with far.turn(first, second):
+        assert not far._is_home(weight)
+        with far.turn(first.mlp), far.turn(first):  # nested turns leave it to the outermost
+            pass
+        assert not far._is_home(weight)
+        weight.data.add_(1)
+        first.mlp.gate_proj.weight = torch.nn.Parameter(far._to_device(torch.ones(3, 32)))
+        fetched = [copy.data_ptr() for _, _, copy in far._ahead[second]]
+    assert far._is_home(weight)
+    assert torch.equal(weight, before + 1)
+    assert far._is_home(first.mlp.gate_proj.weight)
+    assert torch.equal(first.mlp.gate_proj.weight, torch.ones(3, 32))
+    assert (weight.data_ptr() == home) == (mode == "host")  # a file of the model's is never written to
+    with torch.no_grad():
+        second.mlp.up_proj.weight.mul_(3)  # after it was fetched
+    with far.turn(second, read_only=True):
+        brought = {id(p): p.data_ptr() for p in second.parameters()}
+        assert sum(pointer in fetched for pointer in brought.values()) == len(brought) - 1
+    assert torch.equal(
+        second.mlp.up_proj.weight, 3 * CausalLM(str(folder / "tiny")).model.model.layers[1].mlp.up_proj.weight
+    )
+    unmoved = far.staying(lambda tensor: tensor.to("meta"))
+    assert unmoved(weight) is weight
+    assert unmoved(module.model.model.embed_tokens.weight).is_meta
+
+
+def test_offloading_does_not_tell_runs_apart(folder, tmp_path):
+    fingerprints = set()
+    for choice in ("none", "disk"):
+        module = CausalLM(str(folder / "tiny"), offload=choice)
+        data = RunData(module, datamodule=TokenData(**json.loads((folder / "data.json").read_text())))
+        one = trainer(tmp_path)
+        one.recipe = {}
+        data.read(one)
+        fingerprints.add((base_fingerprint(one, data, []), training_fingerprint(one, data)))
+    assert len(fingerprints) == 1

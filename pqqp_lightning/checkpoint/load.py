@@ -35,6 +35,7 @@ from pqqp_lightning.checkpoint.stored_tensors import StoredTensors
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.network.constraints import constrained_layers, set_constraints
 from pqqp_lightning.network.layers import Layer, stored_weights
+from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.storage.run_folder import WEIGHTS
 
 MOVED = {"pqqp_lightning.trainer.Training": "pqqp_lightning.runs.trainer.Training"}
@@ -76,7 +77,7 @@ def restore(module: LightningModule, folder: Path, doubt: str | None = None, *, 
         weights = stored_weights(module)
         layers = _layers_to_pack(manifest, weights) if packed else {}
         with torch.no_grad():
-            for name, target in own.items():
+            for name, target in offload_of(module).visit(own.items()):
                 if name in manifest["aliases"]:
                     continue
                 entry = manifest["packed"].get(name)
@@ -91,6 +92,7 @@ def restore(module: LightningModule, folder: Path, doubt: str | None = None, *, 
             for alias, name in manifest["aliases"].items():
                 if own[alias].is_meta and own[alias] is not own[name]:  # not tied by the constructor
                     _assign(module, own[alias], module.get_parameter(name).detach())
+    offload_of(module).settle(module)  # the constraints
     _require_same_outputs(module, folder, doubt)
     return manifest
 

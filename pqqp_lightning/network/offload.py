@@ -136,24 +136,20 @@ class Offload:
         if self.mode != "disk":
             return
         for tensor in _tensors(module):
-            mapping = self._mapping_of(tensor)
-            if mapping is None:
-                if tensor.device.type == "cpu" and tensor.nbytes >= SMALLEST and tensor.is_contiguous():
-                    _replace(tensor, self._stored(tensor))
-            elif mapping.place is not None and differs(tensor, mapping.place):
-                _replace(tensor, self._stored(tensor))
-            else:
-                mapping.drop()
+            self._settle_one(tensor)
         for original in self._originals:
             original.drop()
 
     def visit(self, tensors: Iterable[tuple[Key, Tensor]]) -> Iterator[tuple[Key, Tensor]]:
-        """The same named tensors, one by one; the pages of each leave memory when the next is asked for."""
+        """The same named tensors, one by one; each settles when the next is asked for.
+
+        Args:
+            tensors: parameters, or views of whole parameters, which must not be written to.
+        """
         for key, tensor in tensors:
             yield key, tensor
-            mapping = self._mapping_of(tensor)
-            if mapping is not None and (mapping.place is None or not differs(tensor, mapping.place)):
-                mapping.drop()
+            if self.mode == "disk" and (isinstance(tensor, nn.Parameter) or not self._is_changed(tensor)):
+                self._settle_one(tensor)
 
     def original(self, tensor: Tensor) -> Tensor | None:
         """What ``tensor`` holds now, as a tensor that will not change with it and takes no memory; None if in no file.
@@ -185,6 +181,19 @@ class Offload:
             return tensor if dtype == tensor.dtype else self._at_home(tensor.detach().to(dtype))
 
         return stay
+
+    def _settle_one(self, tensor: Tensor) -> None:
+        if self._is_changed(tensor):
+            _replace(tensor, self._stored(tensor))
+        elif (mapping := self._mapping_of(tensor)) is not None:
+            mapping.drop()
+
+    def _is_changed(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` holds memory that only a scratch file can free."""
+        mapping = self._mapping_of(tensor)
+        if mapping is None:
+            return self._is_home(tensor) and tensor.nbytes >= SMALLEST and tensor.is_contiguous()
+        return mapping.place is not None and differs(tensor, mapping.place)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Offload:
         """Itself: blocks that a copy of the model's structure gives back have hooks that refer to it."""
@@ -313,6 +322,8 @@ class Offload:
                 if not torch.equal(as_bytes(on_host), as_bytes(home)):  # else a mapped file would be written anew
                     home.copy_(on_host)
             _replace(parameter, home)
+        if any(module is part for outer in self._turns for part in outer.modules()):
+            return  # the outer turn brought the others, and still needs the new ones
         for parameter in module.parameters():
             if not self._is_home(parameter):
                 _replace(parameter, self._at_home(parameter.detach()))
