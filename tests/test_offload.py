@@ -1,5 +1,6 @@
 """Offloading: a model whose weights lie on disk is compressed to the same bits, and its pages leave memory."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from pqqp_lightning.checkpoint.load import load_weights
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM
-from pqqp_lightning.network import offload
+from pqqp_lightning.network import free_memory, offload, weight_files
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.offload import Offload, offload_of
 from pqqp_lightning.runs.run_data import RunData
@@ -55,7 +56,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def all_sizes(monkeypatch):
     """Tensors of every size are offloaded."""
-    monkeypatch.setattr(offload, "SMALLEST", 1)
+    for module in (offload, weight_files):
+        monkeypatch.setattr(module, "SMALLEST", 1)
 
 
 def on_disk(model, **options):
@@ -280,3 +282,46 @@ def test_offloading_does_not_tell_runs_apart(folder, tmp_path):
         data.read(one)
         fingerprints.add((base_fingerprint(one, data, []), training_fingerprint(one, data)))
     assert len(fingerprints) == 1
+
+
+def test_free_memory_is_that_of_the_machine_and_of_its_control_groups(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   5000 kB\n")
+    (tmp_path / "cgroup").write_text("4:cpu:/a\n3:memory:/b/c\n0::/d\n")
+    monkeypatch.setattr(free_memory, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(free_memory, "_GROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(free_memory, "_GROUPS", tmp_path)
+    assert free_memory.free_memory() == 5000 * 1024
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "memory.max").write_text("max\n")
+    assert free_memory.free_memory() == 5000 * 1024
+    (tmp_path / "d" / "memory.max").write_text("4000000\n")
+    assert free_memory.free_memory() == 4000000
+    (tmp_path / "memory" / "b" / "c").mkdir(parents=True)
+    (tmp_path / "memory" / "b" / "c" / "memory.limit_in_bytes").write_text("3000000\n")
+    assert free_memory.free_memory() == 3000000
+    monkeypatch.setattr(free_memory, "_MEMORY", tmp_path / "nothing")
+    monkeypatch.setattr(free_memory, "_GROUPS", tmp_path / "nothing")
+    assert free_memory.free_memory() is None
+
+
+def test_a_full_disk_is_an_error_with_a_way_out(folder, monkeypatch):
+    module = on_disk(folder / "large")
+
+    def full(**options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weight_files.tempfile, "TemporaryFile", full)
+    layer = module.model.model.layers[0].mlp.up_proj
+    with pytest.raises(RecipeError, match=r"No space left on device\. Free some space"), offload_of(module).turn(layer):
+        layer.weight.data.mul_(2)
+
+
+def test_a_copy_of_an_offloaded_model_is_a_model_of_its_own(folder, all_sizes):
+    module = on_disk(folder / "tiny")
+    copied = copy.deepcopy(module)
+    assert offload_of(copied).mode == "none"
+    ids = torch.arange(8)[None]
+    before = module(ids)
+    copied.model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    assert torch.equal(module(ids), before)
+    assert not torch.equal(copied(ids), before)
