@@ -30,6 +30,7 @@ from pqqp_lightning.callbacks import (
 from pqqp_lightning.checkpoint.load import load_weights
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.experiments import OrderOptions, search_orders
 from pqqp_lightning.models import CausalLM
 from pqqp_lightning.network import free_memory, offload, weight_files
 from pqqp_lightning.network.constraints import constrained_layers
@@ -325,3 +326,26 @@ def test_a_copy_of_an_offloaded_model_is_a_model_of_its_own(folder, all_sizes):
     copied.model.model.layers[0].mlp.up_proj.weight.data.zero_()
     assert torch.equal(module(ids), before)
     assert not torch.equal(copied(ids), before)
+
+
+def test_a_search_of_orders_is_the_same(folder, tmp_path, all_sizes):
+    """Each order begins with the dense model, whose modules are then made anew."""
+    found = {}
+    for choice in ("none", "disk"):
+        module = CausalLM(str(folder / "tiny"), offload=choice)
+        data = TokenData(**json.loads((folder / "data.json").read_text()))
+        one = trainer(tmp_path / choice, ChannelPruning(0.25), RTN(4))
+        search_orders(one, module, data, OrderOptions(store=str(tmp_path / f"store-{choice}")))
+        assert offload_of(module).mode == choice
+        answer = json.loads((tmp_path / choice / "order.json").read_text())
+        found[choice] = []
+        for order in answer["orders"]:
+            found[choice].append([(stage["name"], stage["metrics"], stage["size_bytes"]) for stage in order["stages"]])
+        if choice == "disk":
+            for parameter in module.parameters():
+                assert resident_kb(parameter)[1] == 0
+            ids = torch.arange(8)[None]
+            module(ids)
+            assert resident_kb(module.model.model.layers[0].mlp.up_proj.weight)[0] == 0  # its block still has turns
+    assert len(found["none"]) == 2
+    assert found["none"] == found["disk"]
