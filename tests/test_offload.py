@@ -119,11 +119,11 @@ def fit(model, folder, run, stages, choice, **options) -> tuple[CausalLM, list]:
     return module, [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
 
 
-def assert_same(folder, tmp_path, stages, **options):
-    """A run of ``stages``, a function, on disk gives the same weights, records and checkpoint as one in memory."""
+def assert_same(folder, tmp_path, stages, mode="disk", **options):
+    """An offloaded run of ``stages``, a function, gives the same weights, records and checkpoint as one in memory."""
     plain, records = fit(folder / "tiny", folder, tmp_path / "none", stages(), "none", **options)
-    offloaded, others = fit(folder / "tiny", folder, tmp_path / "disk", stages(), "disk", **options)
-    assert offload_of(offloaded).mode == "disk"
+    offloaded, others = fit(folder / "tiny", folder, tmp_path / mode, stages(), mode, **options)
+    assert offload_of(offloaded).mode == mode
     own = dict(offloaded.state_dict())
     assert list(own) == list(plain.state_dict())
     for name, tensor in plain.state_dict().items():
@@ -133,7 +133,7 @@ def assert_same(folder, tmp_path, stages, **options):
         for name in varying:
             record.pop(name)
     assert records == others
-    weights = [(RunFolder(tmp_path / mode).model / WEIGHTS).read_bytes() for mode in ("none", "disk")]
+    weights = [(RunFolder(tmp_path / name).model / WEIGHTS).read_bytes() for name in ("none", mode)]
     assert weights[0] == weights[1]
     return offloaded
 
@@ -223,6 +223,9 @@ class Far(Offload):
         super().__init__(*arguments)
         self.copies = {}
 
+    def _chosen(self, model, device):
+        return self._choice
+
     def _is_elsewhere(self):
         return True
 
@@ -242,8 +245,7 @@ class Far(Offload):
 def test_a_turn_on_a_device_brings_weights_and_returns_what_changed(mode, folder, all_sizes):
     module = CausalLM(str(folder / "tiny"), offload="none")
     far = Far(module, mode)
-    far.mode, far._device = mode, CPU
-    far._take_over(module)
+    far.connect(CPU)
     first, second, _ = module.model.model.layers
     weight = first.mlp.up_proj.weight
     home, before = weight.data_ptr(), weight.clone()
@@ -271,6 +273,13 @@ def test_a_turn_on_a_device_brings_weights_and_returns_what_changed(mode, folder
     unmoved = far.staying(lambda tensor: tensor.to("meta"))
     assert unmoved(weight) is weight
     assert unmoved(module.model.model.embed_tokens.weight).is_meta
+
+
+@pytest.mark.parametrize("mode", ["host", "disk"])
+@pytest.mark.parametrize("sequence", ["rotation", "removal", "narrower"])
+def test_a_run_on_a_device_brings_every_change_home(sequence, mode, folder, tmp_path, all_sizes, monkeypatch):
+    monkeypatch.setattr(offload, "Offload", Far)
+    assert_same(folder, tmp_path, SEQUENCES[sequence], mode)
 
 
 def test_offloading_does_not_tell_runs_apart(folder, tmp_path):

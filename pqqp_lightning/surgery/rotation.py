@@ -145,7 +145,9 @@ def rotate_decoder(model: nn.Module, decoder: Decoder, plan: dict[str, Any]) -> 
     for name, options in changes:
         layer = _linear(model, name)
         with offload_of(model).turn(layer):
-            _write(layer, *rewrite_linear(layer.weight, layer.bias, **options))
+            device = layer.weight.device
+            here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in options.items()}
+            _write(layer, *rewrite_linear(layer.weight, layer.bias, **here))
     if stream is not None:
         _rotate_ends(model, decoder, plan, stream, last_norm)
 
