@@ -4,7 +4,7 @@
     python benchmarks/methods.py --page > docs/methods.md     # the page, from what the runs recorded
 
 The runs lie in runs/methods, one folder for each row. All of them take three to four hours on two cores; the recipes
-for digits need the networks of recipes/digits-resnet-train.yaml and recipes/digits-deit-train.yaml.
+for images need the networks of recipes/digits-{resnet,deit}-train.yaml and recipes/paper/{resnet,deit}-train.yaml.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ METHODS = {
         "sparsegpt-gptq-polish": f"{HALF} {GPTQ} --stages.polish Polish",
         "gptq-sparsegpt-polish": f"{HALF} {GPTQ} --stages.polish Polish --stage_order [quantize,prune,polish]",
         "gptq-polish": f"{GPTQ} --stages.polish Polish",
+        "sparsegpt-gptq-match": f"{HALF} {GPTQ} --stages.match BlockMatching",
         "wanda-refit": "--stages.prune Wanda --stages.prune.sparsity 0.5 --stages.refit Refit",
         "sparsegpt-refit": f"{HALF} --stages.refit Refit",
     },
@@ -127,6 +128,12 @@ RECIPES = {
     "digits-resnet-channels": "pruning/digits-resnet-channels.yaml",
     "digits-deit-heads": "pruning/digits-deit-heads.yaml",
     "digits-qat": "recovery/digits-qat.yaml",
+    "digits-deit-match": "recovery/digits-deit-match.yaml",
+    "digits-deit-match-last": "recovery/digits-deit-match.yaml --stage_order [quantize,prune,polish,match]",
+    "cifar10-resnet-match": "recovery/cifar10-resnet-match.yaml",
+    "cifar10-resnet-polish": "recovery/cifar10-resnet-match.yaml --stages.match Polish",
+    "cifar10-deit-match": "recovery/cifar10-deit-match.yaml",
+    "cifar10-deit-polish": "recovery/cifar10-deit-match.yaml --stages.match Polish",
 }
 
 ROWS = {

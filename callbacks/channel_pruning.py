@@ -18,7 +18,7 @@ from pqqp_lightning.network.blocks import is_selected, tied_weights
 from pqqp_lightning.network.layers import columns_of, is_adapter, layout_of, named_layers
 from pqqp_lightning.network.name_patterns import value_for
 from pqqp_lightning.network.offload import offload_of
-from pqqp_lightning.network.structure import weightless_copy
+from pqqp_lightning.network.structure import find_once, weightless_copy
 from pqqp_lightning.stages import Context, Layer, Plan, PruningStage, SearchSpace, Stage
 from pqqp_lightning.surgery.coupling import CoupledGroup, Coupling, built_groups, has_attention
 from pqqp_lightning.surgery.dependency import example_input, run_example, traced_groups
@@ -137,7 +137,7 @@ class ChannelPruning(Stage):
         if not problems:
             coupled = [member.name for group in self._chosen(model, coupling) for member in group.members]
             problems = self.refuse_parametrized(model, coupled) or self._check_amounts(model, coupling)
-        return problems or self._check_earlier(model, coupling, earlier) + self._check_runs(model)
+        return problems or self._check_earlier(model, coupling, earlier) + self._check_runs(model, coupling)
 
     def expected_plan(self, model: LightningModule) -> Plan:
         coupling = _find_groups(model)
@@ -279,20 +279,30 @@ class ChannelPruning(Stage):
                 problems.append(Problem(text=text, way_out=way_out))
         return problems
 
-    def _check_runs(self, model: LightningModule) -> list[Problem]:
+    def _check_runs(self, model: LightningModule, coupling: Coupling) -> list[Problem]:
         """Whether the narrower network runs."""
         if has_attention(model):  # its groups follow a known build; only traced ones may be wrong
             return []
-        # a traced graph misses sizes that the model's own code has as numbers, as in a reshape
+        kept = tuple((group.name, self._kept_count(group)) for group in self._chosen(model, coupling))
+        reason = find_once(model, ("runs with", kept), lambda: self._reason_not_to_run(model))
+        if not reason:
+            return []
+        text = f"the network does not run with fewer channels ({reason})"
+        return [Problem(text=text, way_out="Add the layers it concerns to ignore.")]
+
+    def _reason_not_to_run(self, model: LightningModule) -> str:
+        """The error of the narrower network; empty if it runs.
+
+        A traced graph misses sizes that the model's own code has as numbers, as in a reshape.
+        """
         copy = weightless_copy(model).eval()
         rebuild_narrowed(copy, self.expected_plan(model))
         try:
             with torch.no_grad():
                 run_example(copy, example_input(copy))
         except Exception as error:
-            text = f"the network does not run with fewer channels ({str(error).splitlines()[0]})"
-            return [Problem(text=text, way_out="Add the layers it concerns to ignore.")]
-        return []
+            return next(iter(str(error).splitlines()), type(error).__name__)
+        return ""
 
     def _note(self, context: Context, coupling: Coupling, groups: list[CoupledGroup], units: dict[str, int]) -> None:
         for kind in ("channels", "heads"):

@@ -136,7 +136,7 @@ class MixedPrecision(QuantizationStage):
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         layers = self.find_layers(model)
-        costs, sizes = self._measure(model, layers, context)
+        costs, sizes = context.once(self, lambda: self._measure(model, layers, context))
         chosen = self._choose(model, layers, costs, sizes, context)
         used = sorted(set(chosen.values()), reverse=self.schedule == "progressive")
         for bits in used:

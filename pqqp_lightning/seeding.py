@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,30 @@ def seed_from(*parts: int) -> None:
     random.seed(digest)
     np.random.seed(int.from_bytes(digest[:4], "little"))
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # manual_seed takes 63 bits
+
+
+def random_state() -> dict[str, Any]:
+    """The random state of Python, NumPy, torch and all GPUs, as tensors and plain data."""
+    version, python, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state()  # a tuple, unlike what its type says
+    name, numpy, *rest = numpy_state
+    return {
+        "python": [version, torch.tensor(python), gauss],
+        "numpy": [name, torch.from_numpy(numpy.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set the random state that :func:`random_state` returned."""
+    version, python, gauss = state["python"]
+    random.setstate((version, tuple(python.tolist()), gauss))
+    name, numpy, *rest = state["numpy"]
+    np.random.set_state((name, numpy.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import forked
@@ -70,14 +71,19 @@ def run_with_kills(words: Sequence[str], folder: Path, seed: int, kills: int, lo
         if process.exitcode is not None:
             assert process.exitcode == 0
             return killed
-        started = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        process.join()
-        until = time.monotonic() + 30
-        while alive := [child for child in started if _stays(child)]:
-            assert time.monotonic() < until, alive
-            time.sleep(0.2)
+        kill(process)
     raise AssertionError
+
+
+def kill(process: ForkServerProcess) -> None:
+    """End the process by SIGKILL, and wait until no process that it started is left."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.join()
+    until = time.monotonic() + 30
+    while alive := [child for child in started if _stays(child)]:
+        assert time.monotonic() < until, alive
+        time.sleep(0.2)
 
 
 def _stays(process: psutil.Process) -> bool:

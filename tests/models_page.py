@@ -308,6 +308,8 @@ def kind_lines(reasons: dict[str, int]) -> list[str]:
 def _kind_cell(cls: type[Stage], model: LightningModule, where: str, reasons: dict[str, int]) -> str:
     """What a stage does with the layers below ``where``."""
     *earlier, stage = tiny.make_stages(cls)
+    if cls.needs_chain:
+        stage.blocks = ["inlet", where]  # a module of one kind has no row of blocks to find
     if problems := check_stages([*earlier, stage], RunData(model, datamodule=tiny.RegressionData()))[-1]:
         text = composition.reason_of(str(problems[0]))
         return f"no [{reasons.setdefault(text, len(reasons) + 1)}]"

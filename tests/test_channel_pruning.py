@@ -18,13 +18,15 @@ from pqqp_lightning import load
 from pqqp_lightning.algorithms.channels import choose_units
 from pqqp_lightning.algorithms.packing import unpack_mask
 from pqqp_lightning.calibration.walk import Walk
-from pqqp_lightning.callbacks import GPTQ, NF4, RTN, ChannelPruning, Magnitude, QuaRot
+from pqqp_lightning.callbacks import GPTQ, NF4, RTN, ChannelPruning, Magnitude, QuaRot, channel_pruning
 from pqqp_lightning.data import ImageData, TokenData
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.models import CausalLM, ImageClassifier
 from pqqp_lightning.network.constraints import broken_constraints, collect_constraints
 from pqqp_lightning.network.layers import mark_adapter
 from pqqp_lightning.network.structure import weightless_copy
+from pqqp_lightning.runs.forecast import Forecast
+from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.stages.stage import Context
 from pqqp_lightning.surgery import dependency
 from pqqp_lightning.surgery.coupling import built_groups
@@ -234,6 +236,28 @@ def test_a_network_is_traced_once_for_each_structure(monkeypatch):
     assert widths == [
         group.width // 2 for group in trace(ImageClassifier(**RESNET, num_classes=4, pretrained=False)).groups
     ]
+
+
+def test_a_search_traces_each_structure_once_whichever_prefix_leaves_it(monkeypatch, tmp_path):
+    traced, ran = [], []
+    trace, run_example = dependency._trace, channel_pruning.run_example
+    monkeypatch.setattr(dependency, "_trace", lambda model: traced.append(model) or trace(model))
+    monkeypatch.setattr(channel_pruning, "run_example", lambda *given: ran.append(given) or run_example(*given))
+    module = ImageClassifier(**RESNET, num_classes=4, pretrained=False)
+    half, quarter = ChannelPruning(0.5), ChannelPruning(0.25)
+    others = [Magnitude(0.5), RTN(8), Magnitude(0.7), RTN(4)]
+    forecast = Forecast(RunData(module, datamodule=tiny.make_data("resnet", tmp_path)), [half, quarter, *others])
+    sizes = set()
+    for narrow in (half, quarter):
+        for other in others:
+            for stages in ([narrow, other], [other, narrow]):
+                turn = forecast.after(stages)
+                assert not turn.problems
+                sizes.add(turn.size.size_bytes)
+                assert turn.model.model.fc.in_features == narrow._kept_count(traced_groups(module).groups[-1])
+    assert len(sizes) > len(others)
+    assert len(traced) == 1  # the dense one, which every prefix here leaves
+    assert len(ran) == 2
 
 
 def test_groups_of_mlps_are_those_that_torch_pruning_finds():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,10 @@ import torch
 from lightning.pytorch import Callback
 
 from pqqp_lightning import Stage
+from pqqp_lightning.callbacks import GPTQ
+from pqqp_lightning.checkpoint import finished_blocks
+
+finished_blocks.PAUSE_S, finished_blocks.SHARE = 0.0, float("inf")  # tiny blocks are kept, too
 
 
 class Dump(Callback):
@@ -62,14 +67,30 @@ class Die(Stage):
     compresses = True
 
     def compress(self, model, context):
-        if os.environ.get("LOCAL_RANK", "0") == "0" and not Path("died").exists():
-            Path("died").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        die_once("died")
         return {}
+
+
+class Mortal(GPTQ):
+    """Kills the first process at the second block, once; every process says which layers it quantizes."""
+
+    def compress_layer(self, inputs):
+        if ".layers.1." in inputs.name:
+            die_once("died-in-block")
+        with Path(f"quantized-{os.environ.get('LOCAL_RANK', '0')}.txt").open("a") as file:
+            print(inputs.name, file=file)
+        return super().compress_layer(inputs)
+
+
+def die_once(name):
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not Path(name).exists():
+        Path(name).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 '''
 PRUNE = {"class_path": "SparseGPT", "init_args": {"sparsity": 0.5}}
 QUANTIZE = {"class_path": "GPTQ", "init_args": {"bits": 4, "group_size": 16}}
 POLISH = {"class_path": "Polish", "init_args": {"inputs": "dense"}}
+MATCH = {"class_path": "BlockMatching"}
 FINETUNE = {"class_path": "Finetune", "init_args": {"epochs": 2, "learning_rate": 0.01}}
 
 
@@ -94,6 +115,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "watcher.py").write_text(WATCHER)
     write_recipe(folder, "compress.yaml", {"prune": PRUNE, "quantize": QUANTIZE, "polish": POLISH})
+    write_recipe(folder, "match.yaml", {"prune": PRUNE, "quantize": QUANTIZE, "match": MATCH})
     write_recipe(folder, "train.yaml", {"prune": PRUNE, "finetune": FINETUNE, "quantize": QUANTIZE})
     return folder
 
@@ -177,6 +199,22 @@ def test_half_of_the_calibration_set_gives_other_weights(folder, here, one):
     assert float((whole[name] - half[name]).norm() / whole[name].norm()) > 0.05
 
 
+@pytest.fixture(scope="module")
+def matched(folder) -> Path:
+    """The run folder of two processes that trained blocks and that nothing disturbed."""
+    finish(folder, *on_two("match.yaml", "matched"))
+    return folder / "matched"
+
+
+def test_processes_train_a_block_together(folder, matched):
+    first, second = ([line["digest"] for line in rank] for rank in digests(folder, "matched"))
+    assert first == second
+    assert first[2] != first[3]
+    (note,) = [note for note in records(matched)[3]["notes"] if "blocks' outputs" in note]
+    after, before = (float(number) for number in re.findall(r"[0-9.]+(?:e-[0-9]+)?", note)[:2])
+    assert after < before
+
+
 def test_processes_end_with_equal_weights_also_after_finetuning(folder):
     finish(folder, *on_two("train.yaml", "trained"))
     first, second = ([line["digest"] for line in rank] for rank in digests(folder, "trained"))
@@ -234,14 +272,21 @@ def test_processes_that_end_a_stage_with_different_weights_are_stopped(folder):
     assert [r["name"] for r in records(folder / "differ")] == ["dense"]
 
 
-def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder, two):
+def test_a_killed_distributed_run_ends_as_an_undisturbed_one(folder, matched):
     die = {"class_path": "watcher.Die"}
-    write_recipe(folder, "die.yaml", {"prune": PRUNE, "die": die, "quantize": QUANTIZE, "polish": POLISH})
+    mortal = QUANTIZE | {"class_path": "watcher.Mortal"}
+    write_recipe(folder, "die.yaml", {"prune": PRUNE, "die": die, "quantize": mortal, "match": MATCH})
     killed = run(folder, *on_two("die.yaml", "killed"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [r["name"] for r in records(folder / "killed")] == ["dense", "prune"]
+    killed = run(folder, *on_two("die.yaml", "killed"), "--ckpt_path", "last")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     finish(folder, *on_two("die.yaml", "killed"), "--ckpt_path", "last")
-    ours, theirs = load_weights(folder / "killed"), load_weights(two)
+    for rank in (0, 1):
+        quantized = (folder / f"quantized-{rank}.txt").read_text().split()
+        first_block = [name for name in quantized if ".layers.0." in name]
+        assert len(first_block) == len(set(first_block)) == 7
+    ours, theirs = load_weights(folder / "killed"), load_weights(matched)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [[line["world"] for line in rank] for rank in digests(folder, "killed")] == [[2] * 5] * 2
 

@@ -17,6 +17,7 @@ from pqqp_lightning.callbacks import (
     SLEB,
     ActivationQuantization,
     BasisSharing,
+    BlockMatching,
     ChannelPruning,
     LoRA,
     Magnitude,
@@ -145,7 +146,7 @@ SEQUENCES = {
     "grids": lambda: [Magnitude(0.3), NF4(targets=ATTENTION), FP4(targets=["gate_proj"]), INT8(targets=["up_proj"])],
     "removal": lambda: [SLEB(1), ChannelPruning(0.25), MixedPrecision(average_bits=4.0, sensitivity="output")],
     "narrower": lambda: [ChannelPruning(0.25, importance="activation", head_ratio=0.5), BasisSharing(0.2)],
-    "repair": lambda: [SparseGPT(0.5), Refit(), Polish(epochs=0)],
+    "repair": lambda: [SparseGPT(0.5), Refit(), GPTQ(4, group_size=16), Polish(), BlockMatching(1)],
 }
 
 

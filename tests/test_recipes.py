@@ -150,7 +150,10 @@ def test_the_recipe_with_questions_measures_both(folder, capsys, monkeypatch):
     assert re.search(rf" acc .* {str(stages[0]['metrics']['acc'])[:7]}", capsys.readouterr().out)
 
 
-GOES_ON = {"resnet": ["digits-resnet-channels", "digits-qat"], "deit": ["digits-deit-heads"]}
+GOES_ON = {
+    "resnet": ["digits-resnet-channels", "digits-qat"],
+    "deit": ["digits-deit-heads", "digits-deit-match"],
+}
 """What else begins with the network that digits-NETWORK-train.yaml trains."""
 BRIEFLY = ["--trainer.limit_train_batches", "2", "--data.calibration_samples", "32", "--data.evaluation_samples", "64"]
 

@@ -66,9 +66,11 @@ KILLS = {  # one after another: each run goes on where the one before was killed
         "before the stage is on record": ("pqqp_lightning.runs.run:append_record", 1, "before"),
     },
     "the second stage": {
-        "between the stages": ("pqqp_lightning.runs.run:append_record", 3, "before"),
+        "between the stages": ("pqqp_lightning.runs.run:append_record", 2, "after"),
         "in the calibration": (ROWS, 5, "after"),
         "while the quantized model is saved": ("pqqp_lightning.checkpoint.save:save_file", 1, "after"),
+        "after the evaluation": ("pqqp_lightning.runs.stage_runner:StageRunner.evaluate", 1, "after"),
+        "before the stage is on record": ("pqqp_lightning.runs.run:append_record", 1, "before"),
         "before the final report": ("pqqp_lightning.runs.run:write_report", 2, "before"),
     },
 }

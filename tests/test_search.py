@@ -11,7 +11,6 @@ import pytest
 import tiny
 import yaml
 from command_line import prepare, run
-from interrupt import run_with_kills
 from tiny import RegressionData, Regressor, trainer
 
 from pqqp_lightning.callbacks import RTN, Magnitude
@@ -19,6 +18,7 @@ from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.experiments import PipelineOptions, search_pipelines
 from pqqp_lightning.experiments.search_budget import find_candidates
 from pqqp_lightning.experiments.search_choice import SAMPLERS, Chooser
+from pqqp_lightning.experiments.search_prior import count_weaker
 from pqqp_lightning.experiments.search_space import read_space
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.stage_runner import StageRunner
@@ -145,26 +145,6 @@ def test_a_pipeline_clearly_behind_is_stopped_and_the_answer_stays(folder):
     assert all(full[tuple(entry["steps"])] > best for entry in stopped)
 
 
-@pytest.mark.long  # resuming, in the test of the latency, is quicker
-def test_killed_at_random_moments_the_search_ends_with_the_same_front(folder):
-    words = [
-        "-m",
-        "pqqp_lightning",
-        "search",
-        "--config",
-        "recipe.yaml",
-        *SPACE,
-        "--target_rate",
-        "2.2",
-        "--trials",
-        "5",
-    ]
-    report = search(folder, *words[5:], "--store", "other", name="undisturbed")
-    run_with_kills([*words, "--run_dir", "search"], folder, seed=0, kills=3, longest=8)
-    assert same(json.loads((folder / "search/search.json").read_text())) == same(report)
-    assert (folder / "search/model" / WEIGHTS).read_bytes() == (folder / "undisturbed/model" / WEIGHTS).read_bytes()
-
-
 def test_from_python_with_a_module_of_ones_own_in_any_order(folder):
     options = PipelineOptions(space={"magnitude": {"sparsity": [0.3, 0.6]}}, target_bits=4.5, trials=3)
     search_pipelines(trainer(folder / "run", Magnitude(0.5), RTN(3)), Regressor(), RegressionData(), options)
@@ -220,6 +200,30 @@ def test_choices_depend_on_the_seed_and_the_results_alone(tmp_path):
         return chosen
 
     assert choose(0) == choose(0) != choose(1)
+
+
+def test_pipelines_with_the_fewest_weaker_ones_that_fit_come_first(tmp_path):
+    given = {
+        "prune": {"sparsity": {"low": 0.1, "high": 0.9, "step": 0.1}, "optional": True},
+        "quantize": {"bits": [2, 3, 4, 8], "group_size": ["channel", 32]},
+    }
+    space, found = candidates_of(tmp_path, given, target_bits=3)
+    ranks = count_weaker(space, list(found.fitting), found.savings)
+    names = {steps: [space.steps[step].name for step in steps] for steps in found.fitting}
+    saved = {steps: dict(zip(names[steps], map(found.savings.get, steps), strict=True)) for steps in found.fitting}
+    for steps, own in saved.items():
+        weaker = 0
+        for other, less in saved.items():
+            within = [name for name in names[steps] if name in less] == names[other]
+            weaker += within and less != own and all(less[name] <= own[name] for name in less)
+        assert ranks[steps] == weaker, steps
+    firsts = [steps for steps in ranks if ranks[steps] == 0]
+    assert len({frozenset(steps) for steps in firsts}) == 4
+    chooser = Chooser(space, found.fitting, "tpe", 0, 1, None, ranks)
+    chosen = [chooser.choose(1, lambda steps: [0.0 for _ in steps])[0].candidate.steps for _ in range(5)]
+    assert set(chosen[:4]) <= set(firsts)
+    assert len({frozenset(steps) for steps in chosen}) == 5
+    assert ranks[chosen[4]] == min(rank for rank in ranks.values() if rank)
 
 
 def test_a_budget_in_any_unit(tmp_path):

@@ -7,8 +7,9 @@ dense network. Here they become those of the compressed network, without labels 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from pqqp_lightning.calibration.chain import is_chain
 from pqqp_lightning.calibration.collect import StopForward, watching_inputs
 from pqqp_lightning.calibration.statistics import sum_over_ranks
-from pqqp_lightning.calibration.walk import Forward, Walk, calibrating
+from pqqp_lightning.calibration.walk import BlockPass, Forward, Walk, calibrating
 
 FEW_VALUES = 64
 """A variance of fewer values a channel is off by more than a sixth (its standard error); the record says so."""
@@ -69,7 +70,55 @@ def recalibrate_batch_norms(walk: Walk) -> dict[str, list[str]]:
     return found
 
 
-def _calls(walk: Walk, norms: dict[str, _BatchNorm]) -> Counter[str]:
+@dataclass(frozen=True)
+class BlockNorms:
+    """The BatchNorm layers of one block, whose statistics can be estimated again for other inputs and weights.
+
+    Attributes:
+        norms: by their names in the block, in the order of the forward pass.
+        repeated: the names of those that a forward pass calls several times.
+    """
+
+    norms: Mapping[str, _BatchNorm]
+    repeated: frozenset[str]
+
+    def recalibrate(
+        self, run: BlockPass, hidden: Sequence[Tensor] | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Set the running statistics to those of the calibration data, layer after layer, in place.
+
+        Call it in ``calibrating()``.
+
+        Args:
+            run: the block's forward pass.
+            hidden: for each calibration batch what the block reads; that of ``run`` by default.
+            tensors: parameters that take the place of the block's own, by their names in it.
+        """
+
+        def forward(i: int) -> Tensor:
+            return run(i, None if hidden is None else hidden[i], tensors)
+
+        for name, norm in self.norms.items():
+            moments = _collect(name, norm, forward, len(run.hidden), stop=name not in self.repeated)
+            _set_statistics(norm, moments)
+
+
+def norms_of_blocks(walk: Walk) -> dict[str, BlockNorms]:
+    """Return the BatchNorm layers of each block that has some, by the block's name. Call it in ``calibrating()``."""
+    norms = batch_norms(walk.model)
+    if not norms:
+        return {}
+    calls = _calls(walk, norms)
+    found = {}
+    for block in walk.blocks:
+        inside = {name.removeprefix(f"{block}."): name for name in calls if walk.block_of(name) == block}
+        if inside:
+            repeated = frozenset(own for own, name in inside.items() if calls[name] > 1)
+            found[block] = BlockNorms({own: norms[name] for own, name in inside.items()}, repeated)
+    return found
+
+
+def _calls(walk: Walk, norms: Mapping[str, _BatchNorm]) -> Counter[str]:
     """How often the probe's forward pass calls each of ``norms``, in the order of their first calls."""
     calls: Counter[str] = Counter()
     with watching_inputs(norms, lambda name, inputs: calls.update([name])):

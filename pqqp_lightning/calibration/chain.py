@@ -20,6 +20,8 @@ from pqqp_lightning.network.blocks import Blocks
 Run = Callable[[Any], object]
 """Runs the whole model on one calibration batch."""
 
+_UNCHAINED = "_pqqp_unchained"
+
 
 @dataclass
 class Call:
@@ -50,6 +52,11 @@ class Call:
         """Return all arguments except the hidden state, in a comparable order."""
         values = [*self.args, *(self.kwargs[name] for name in sorted(self.kwargs))]
         return [value for value in values if value is not self.hidden]
+
+    def equals(self, other: Call, *, by_value: bool = False) -> bool:
+        """Whether another call has the same arguments except for the hidden state, see :func:`same`."""
+        form, other_form = (len(self.args), sorted(self.kwargs)), (len(other.args), sorted(other.kwargs))
+        return form == other_form and same(self.rest(), other.rest(), by_value=by_value)
 
 
 def first_output(output: object) -> Tensor | None:
@@ -104,13 +111,23 @@ def is_chain(blocks: Blocks, run: Run, batch: Any) -> tuple[bool, bool]:
     """
     passage = _watch(blocks, run, batch)
     arguments = list(passage.rest.values())
-    if passage.order != list(blocks) or not passage.linked or not all(map(_is_plain, arguments)):
+    if passage.order != list(blocks) or not passage.linked or not all(map(is_plain, arguments)):
         return False, False
-    if all(_same(arguments[0], other) for other in arguments[1:]):
+    if all(same(arguments[0], other) for other in arguments[1:]):
         return True, True
     disturbed = _watch(blocks, run, batch, disturb=True)
-    independent = all(_same(disturbed.rest[name], rest, by_value=True) for name, rest in passage.rest.items())
+    independent = all(same(disturbed.rest[name], rest, by_value=True) for name, rest in passage.rest.items())
     return independent, False
+
+
+def mark_unchained(model: nn.Module, blocks: Blocks) -> None:
+    """Mark in ``model`` that ``blocks`` are not a chain; the mark is copied with the model."""
+    vars(model).setdefault(_UNCHAINED, set()).add(tuple(blocks))
+
+
+def is_unchained(model: nn.Module, blocks: Blocks) -> bool:
+    """Whether ``model`` has the mark that ``blocks`` are not a chain; without one nothing is known."""
+    return tuple(blocks) in vars(model).get(_UNCHAINED, ())
 
 
 def _watch(blocks: Blocks, run: Run, batch: Any, *, disturb: bool = False) -> _Passage:
@@ -179,27 +196,27 @@ def capture_calls(blocks: Blocks, run: Run, batches: Iterable[Any], *, every_blo
     return captured
 
 
-def _same(a: Any, b: Any, *, by_value: bool = False) -> bool:
+def same(a: Any, b: Any, *, by_value: bool = False) -> bool:
     """Whether two arguments are the same; tensors must be the same object, or with ``by_value`` hold equal values."""
     if a is b:
         return True
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
-        return by_value and a.shape == b.shape and bool((a == b).all())
+        return by_value and (a.shape, a.dtype) == (b.shape, b.dtype) and bool((a == b).all())
     if isinstance(a, dict):
-        return list(a) == list(b) and all(_same(a[key], b[key], by_value=by_value) for key in a)
+        return list(a) == list(b) and all(same(a[key], b[key], by_value=by_value) for key in a)
     if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(_same(x, y, by_value=by_value) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same(x, y, by_value=by_value) for x, y in zip(a, b, strict=True))
     return bool(a == b)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether ``value`` is plain data. Other objects, such as a cache, may remember a call, which rules out replay."""
     if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
+        return all(map(is_plain, value.values()))
     if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     return value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device)
 
 

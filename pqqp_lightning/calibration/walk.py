@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice, repeat
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from pqqp_lightning.calibration.chain import Call, Run, capture_calls, first_output, is_chain
@@ -18,7 +19,7 @@ from pqqp_lightning.calibration.functional import without_fast_paths
 from pqqp_lightning.calibration.statistics import PairedHessian, Statistic
 from pqqp_lightning.calibration.token_mask import TokenMask, token_masks
 from pqqp_lightning.errors import Problem, RecipeError, shorten
-from pqqp_lightning.network.blocks import Blocks
+from pqqp_lightning.network.blocks import Blocks, containing_block
 from pqqp_lightning.network.layers import Layer
 from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.seeding import keep_random_state
@@ -26,8 +27,64 @@ from pqqp_lightning.seeding import keep_random_state
 Compress = Callable[[Reading], None]
 Unreached = Callable[[dict[str, Layer]], None]
 """Called with the layers of a block that no calibration row reached, after the block's readings."""
+
+
+class Kept(Protocol):
+    """The finished blocks of a stage that a killed run left, and those of this run."""
+
+    @property
+    def waiting(self) -> int:
+        """The number of finished blocks that can be restored next."""
+
+    def restore(self, layers: Mapping[str, Layer]) -> bool:
+        """Restore these layers of the next block; False if it is not finished, and then it is compressed and kept."""
+
+    def keep(self, layers: Mapping[str, Layer]) -> None:
+        """Keep the block that was not finished."""
+
+
 Forward = Callable[[int], object]
 """Runs the calibration batch of that number, through the model or through one block."""
+
+
+@dataclass
+class BlockPass:
+    """The forward pass of one block alone.
+
+    Attributes:
+        block: the block.
+        calls: for each calibration batch, how the block is called, without its hidden state.
+        hidden: for each calibration batch, the hidden state that the block reads.
+        forward_context: entered around every forward pass (precision).
+        within: entered around every forward pass with the block (dense weights).
+        outputs: keeps what the block computed for each batch; None keeps nothing.
+    """
+
+    block: nn.Module
+    calls: list[Call]
+    hidden: list[Tensor]
+    forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    within: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+    outputs: dict[int, Tensor] | None = None
+
+    def __call__(self, i: int, hidden: Tensor | None = None, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the hidden state that the block computes for batch ``i``.
+
+        Args:
+            i: number of the calibration batch.
+            hidden: read this instead of ``self.hidden[i]``.
+            tensors: parameters, by their names in the block, that take the place of the block's own.
+        """
+        call = self.calls[i].with_hidden(self.hidden[i] if hidden is None else hidden)
+        with self.forward_context(), self.within(self.block):
+            if tensors:
+                output = first_output(functional_call(self.block, dict(tensors), call.args, call.kwargs))
+            else:
+                output = first_output(self.block(*call.args, **call.kwargs))
+        assert output is not None
+        if self.outputs is not None:
+            self.outputs[i] = output
+        return output
 
 
 @dataclass
@@ -69,6 +126,7 @@ class Walk:
         kind: type[Statistic],
         compress: Compress,
         unreached: Unreached | None = None,
+        kept: Kept | None = None,
     ) -> None:
         """Collect ``kind`` for each of ``layers`` and hand it to ``compress``, block after block.
 
@@ -77,6 +135,7 @@ class Walk:
             kind: the statistic's class.
             compress: gets each reading. Some groups of a fused weight may have no row, see ``Statistic.counts``.
             unreached: gets the layers that no row reached; None refuses them.
+            kept: has the blocks that need not be compressed again, and gets the others.
 
         Raises:
             RecipeError: a statistic is unusable, or no row reached a layer and ``unreached`` is None; the message
@@ -91,9 +150,11 @@ class Walk:
             inside = {name: layer for name, layer in layers.items() if chained and self.block_of(name) is not None}
             outside = {name: layer for name, layer in layers.items() if name not in inside}
             if inside:
-                self._blocks_in_turn(inside, kind, compress, unreached, every_block=not same)
-            if outside:
+                self._blocks_in_turn(inside, kind, compress, unreached, kept, every_block=not same)
+            if outside and not self._is_restored(outside, kept):
                 self._collect_outside(outside, kind, compress, unreached)
+                if kept is not None:
+                    kept.keep(outside)
 
     def masks(self) -> list[TokenMask | None]:
         """The positions of each batch that count, for every sum over positions. Call it in ``calibrating()``."""
@@ -131,7 +192,7 @@ class Walk:
 
     def block_of(self, layer: str) -> str | None:
         """The name of the block that the layer lies in or is, or None."""
-        return next((block for block in self.blocks if layer == block or layer.startswith(f"{block}.")), None)
+        return containing_block(layer, self.blocks)
 
     def _collect_outside(
         self, layers: dict[str, Layer], kind: type[Statistic], compress: Compress, unreached: Unreached | None
@@ -166,6 +227,7 @@ class Walk:
         kind: type[Statistic],
         compress: Compress,
         unreached: Unreached | None,
+        kept: Kept | None,
         *,
         every_block: bool,
     ) -> None:
@@ -174,24 +236,34 @@ class Walk:
             block = self.block_of(name)
             if block is not None:
                 of_block[block][name] = layer
-        last = max(i for i, inside in enumerate(of_block.values()) if inside)  # later ones have nothing to compress
+        acted_on = [i for i, inside in enumerate(of_block.values()) if inside]
+        last = acted_on[-1]  # later ones have nothing to compress
+        waiting = min(kept.waiting, len(acted_on)) if kept is not None else 0
+        first = acted_on[waiting - 1] + 1 if waiting else 0  # the first one that is not finished
         passes = islice(self.block_passes(every_block=every_block), last + 1)
-        dense_passes: Iterator[tuple[str, Forward] | None] = repeat(None)
+        dense_passes: Iterator[tuple[str, BlockPass] | None] = repeat(None)
         if self._pairs(kind):
             dense_passes = iter(self.block_passes(every_block=every_block, dense=True))
-        for (block, run_block), dense_pass in tqdm(
-            zip(passes, dense_passes, strict=False),
-            total=last + 1,
-            desc=self.title,
-            unit="block",
-            disable=not self.progress,
-            leave=False,
-        ):
-            if of_block[block]:
-                run_dense = dense_pass[1] if dense_pass is not None else None
-                self._collect(of_block[block], kind, compress, unreached, run_block, run_dense)
+        with tqdm(
+            total=last + 1, initial=first, desc=self.title, unit="block", disable=not self.progress, leave=False
+        ) as bar:
+            for position, ((block, run_block), dense_pass) in enumerate(zip(passes, dense_passes, strict=False)):
+                if of_block[block] and not self._is_restored(of_block[block], kept):
+                    run_dense = dense_pass[1] if dense_pass is not None else None
+                    self._collect(of_block[block], kind, compress, unreached, run_block, run_dense)
+                    if kept is not None:
+                        kept.keep(of_block[block])
+                if position >= first:
+                    bar.update()
 
-    def block_passes(self, *, every_block: bool, dense: bool = False) -> Iterator[tuple[str, Forward]]:
+    def _is_restored(self, layers: dict[str, Layer], kept: Kept | None) -> bool:
+        """Whether a killed run finished these layers, which then are as it left them."""
+        if kept is None:
+            return False
+        self.masks()  # while the block is as the killed run found it
+        return kept.restore(layers)
+
+    def block_passes(self, *, every_block: bool, dense: bool = False) -> Iterator[tuple[str, BlockPass]]:
         """Each block in turn, with the forward pass of that block alone. Call it in ``calibrating()``.
 
         The consumer changes the block before it asks for the next one, which gets the changed block's outputs.
@@ -212,24 +284,15 @@ class Walk:
             calls.append([call.without_hidden() for call in batch_calls])  # else they keep the first states alive
         following = [*list(self.blocks.values())[1:], None]
         for position, (name, block) in enumerate(self.blocks.items()):
-            outputs: dict[int, Tensor] = {}  # a dense block does not change between its passes
-
-            def run_block(
-                i: int, block: nn.Module = block, position: int = position, outputs: dict[int, Tensor] = outputs
-            ) -> Tensor:
-                call = calls[i][position if every_block else 0].with_hidden(hidden[i])
-                with self.forward_context(), within(block):
-                    output = first_output(block(*call.args, **call.kwargs))
-                assert output is not None
-                if dense:
-                    outputs[i] = output
-                return output
-
+            own_calls = [batch_calls[position if every_block else 0] for batch_calls in calls]
+            # a dense block does not change between its passes
+            outputs: dict[int, Tensor] | None = {} if dense else None
+            run_block = BlockPass(block, own_calls, hidden, self.forward_context, within, outputs)
             with offload_of(self.model).turn(block, following[position]):
                 yield name, run_block
                 if position + 1 < len(self.blocks):
                     for i in range(len(hidden)):
-                        hidden[i] = outputs.pop(i) if i in outputs else run_block(i)
+                        hidden[i] = outputs.pop(i) if outputs and i in outputs else run_block(i)
 
     def _collect(
         self,

@@ -12,7 +12,7 @@ from the same encoding as the counted size. Two things are left to the data:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -215,7 +215,11 @@ class ExpectedWeights:
 
     def all_changed(self) -> ExpectedWeights:
         """These weights with values that are not the dense ones."""
-        return replace(self, weights={name: replace(w, changed=True) for name, w in self.weights.items()})
+        return self.values_changed(self.weights)
+
+    def values_changed(self, names: Iterable[str]) -> ExpectedWeights:
+        """These weights with other values in the layers ``names``, whose masks and grids stay."""
+        return self.changed({name: replace(self.weights[name], changed=True) for name in names})
 
     def moved(self, before: Mapping[str, Layer], model: nn.Module) -> ExpectedWeights:
         """The weights after ``model`` got another structure.

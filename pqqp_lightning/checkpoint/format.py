@@ -60,7 +60,22 @@ class Origin:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a checkpoint, and verify it and the weights file.
+    """Read the manifest of a checkpoint, and verify it and the weights file; raises as :func:`read_manifest_alone`."""
+    manifest = read_manifest_alone(folder)
+    weights = folder / WEIGHTS
+    size = weights.stat().st_size if weights.is_file() else 0
+    if size != manifest["weights"]["bytes"]:
+        raise RecipeError(
+            f"{weights}: has {size} bytes instead of {manifest['weights']['bytes']}: truncated or altered. "
+            "Run the recipe again."
+        )
+    if sha256_of(weights) != manifest["weights"]["sha256"]:
+        raise RecipeError(f"{weights}: its checksum differs: altered. Run the recipe again.")
+    return manifest
+
+
+def read_manifest_alone(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a checkpoint, and verify it.
 
     Raises:
         RecipeError: the checkpoint is missing, truncated, altered or of another format.
@@ -80,15 +95,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise RecipeError(
             f"{path}: has format {manifest['format']}; this version reads {readable}. Update the package."
         )
-    weights = folder / WEIGHTS
-    size = weights.stat().st_size if weights.is_file() else 0
-    if size != manifest["weights"]["bytes"]:
-        raise RecipeError(
-            f"{weights}: has {size} bytes instead of {manifest['weights']['bytes']}: truncated or altered. "
-            "Run the recipe again."
-        )
-    if sha256_of(weights) != manifest["weights"]["sha256"]:
-        raise RecipeError(f"{weights}: its checksum differs: altered. Run the recipe again.")
     return manifest
 
 

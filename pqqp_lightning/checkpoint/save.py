@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pqqp_lightning.checkpoint.construction import skeleton_of, why_not_described
 from pqqp_lightning.checkpoint.encoding import stored_constraints, stored_tensors
-from pqqp_lightning.checkpoint.format import FORMAT, Applied, digest_of_manifest, origin_of
+from pqqp_lightning.checkpoint.format import FORMAT, Applied, digest_of_manifest, origin_of, read_manifest_alone
 from pqqp_lightning.checkpoint.packing import pack_weight
 from pqqp_lightning.checkpoint.probe import Probe
 from pqqp_lightning.network.constraints import constraints_of, is_constrained
@@ -24,7 +24,7 @@ from pqqp_lightning.network.layers import layout_of, stored_weights
 from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.network.structure import dotted_name
 from pqqp_lightning.storage.disk_tensors import DiskTensors
-from pqqp_lightning.storage.files import new_folder, sha256_of
+from pqqp_lightning.storage.files import new_folder, sha256_of, write_bytes
 from pqqp_lightning.storage.run_folder import MANIFEST, WEIGHTS, checkpoint_bytes
 
 
@@ -67,11 +67,23 @@ def save_checkpoint(
         if skeleton is None:
             manifest["not_described"] = why_not_described(module)
         manifest["weights"] = {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
-        manifest["sha256"] = digest_of_manifest(manifest)
-        (temporary / MANIFEST).write_bytes(gzip.compress(json.dumps(manifest).encode(), mtime=0))
+        _write_manifest(temporary / MANIFEST, manifest)
         if probe is not None:
             probe.write(temporary)
     return checkpoint_bytes(folder)
+
+
+def replace_extra(folder: Path, extra: dict[str, Any], outdated: str) -> None:
+    """Add ``extra`` to the manifest of a checkpoint in place of its entry ``outdated``, atomically."""
+    manifest = read_manifest_alone(folder)
+    del manifest[outdated]
+    _write_manifest(folder / MANIFEST, manifest | extra)
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with its own checksum, atomically."""
+    whole = manifest | {"sha256": digest_of_manifest(manifest)}
+    write_bytes(path, gzip.compress(json.dumps(whole).encode(), mtime=0))
 
 
 def _contents(
@@ -98,11 +110,11 @@ def _contents(
         tensors_of_plan = {k: v for k, v in item.plan.items() if isinstance(v, Tensor)}
         stored.update({f"plan.{position}:{k}": v for k, v in tensors_of_plan.items()})
         plans.append({"class_path": dotted_name(item.stage), "plan": plain, "tensors": sorted(tensors_of_plan)})
-    own_memory = {name: _own_memory(tensor) for name, tensor in stored.items()}
-    return own_memory, {"plans": plans, "packed": entries, "aliases": aliases}
+    whole = {name: own_memory(tensor) for name, tensor in stored.items()}
+    return whole, {"plans": plans, "packed": entries, "aliases": aliases}
 
 
-def _own_memory(tensor: Tensor) -> Tensor:
+def own_memory(tensor: Tensor) -> Tensor:
     """``tensor``, copied if it is not contiguous or shares its memory, which safetensors refuses."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor

@@ -24,10 +24,10 @@ from pqqp_lightning.calibration.layer_errors import (
 )
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.experiments.options import AnalysisOptions
-from pqqp_lightning.experiments.session import Show, check_store, exclusive_run_folder, open_search, store_of
+from pqqp_lightning.experiments.session import Show, check_experiment, exclusive_run_folder, open_search, store_of
 from pqqp_lightning.report.analysis_numbers import layer_rows, order_key
 from pqqp_lightning.report.pictures import draw_analysis
-from pqqp_lightning.runs.checks import check_places, check_run, read_data
+from pqqp_lightning.runs.checks import check_places, read_data
 from pqqp_lightning.runs.layer_probe import probe_layers
 from pqqp_lightning.runs.preparation import prepare
 from pqqp_lightning.runs.run_data import RunData
@@ -72,22 +72,23 @@ def analyze_pair(
     results = store_of(trainer, options.store)
     data = RunData(module, datamodule=datamodule)
     prepare(trainer, data)
-    orders = check_analysis(trainer, data, results, options.samples)
+    orders = check_analysis(trainer, data, results, options)
     read_data(trainer, data, trainer.stages)
     if probe_layers(trainer, data, trainer.stages):  # it shows only now how the model uses its layers
-        orders = check_analysis(trainer, data, results, options.samples)
+        orders = check_analysis(trainer, data, results, options)
     with exclusive_run_folder(trainer, results, show):
         Analysis(trainer, data, orders, results, options).run(resume=resume)
 
 
-def check_analysis(trainer: Trainer, data: RunData, store: ResultStore, samples: int) -> list[Order]:
+def check_analysis(trainer: Trainer, data: RunData, store: ResultStore, options: AnalysisOptions) -> list[Order]:
     """The orders of the two stages that can run.
 
     Raises:
         RecipeError: with every problem.
     """
     stages: Sequence[Stage] = trainer.stages
-    problems = check_run(trainer, data, stages) + check_store(trainer, store)
+    problems = check_experiment(trainer, data, store, options)
+    samples = options.samples
     if samples < 1:
         problems.append(Problem("samples", samples, "compares nothing", "Use 1 or more."))
     if len(stages) != 2:

@@ -18,15 +18,14 @@ from pqqp_lightning.experiments.prediction import PREDICT, Prediction, check_pre
 from pqqp_lightning.experiments.repeats import Repeats, check_draws, check_repeats
 from pqqp_lightning.experiments.session import (
     Show,
-    check_store,
-    check_time_limit,
+    check_experiment,
     exclusive_run_folder,
     link_folder,
     open_search,
     start_or_resume,
     store_of,
 )
-from pqqp_lightning.runs.checks import check_places, check_run, read_data
+from pqqp_lightning.runs.checks import check_places, read_data
 from pqqp_lightning.runs.layer_probe import probe_layers
 from pqqp_lightning.runs.preparation import prepare
 from pqqp_lightning.runs.run_data import RunData
@@ -37,7 +36,7 @@ from pqqp_lightning.storage.files import write_json
 from pqqp_lightning.storage.reports import RepeatsReport
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import RunFolder
-from pqqp_lightning.trials.executors import Executor, check_executor, open_executor
+from pqqp_lightning.trials.executors import Executor, open_executor
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.strategies import STRATEGIES, Strategy
@@ -110,14 +109,10 @@ class OrderSearch:
             RecipeError: too few or too many stages, bad options, or no order passes its checks.
         """
         stages, options = list(self._stages.values()), self._options
-        problems: list[Problem] = check_store(self._trainer, self._store) + check_executor(
-            options.executor, self._trainer
-        )
-        problems += self._check_strategy()
+        problems = check_experiment(self._trainer, self._data, self._store, options) + self._check_strategy()
         if options.max_runs is not None and options.max_runs < 1:
             problems.append(Problem("max_runs", options.max_runs, "measures no order", "Use 1 or more."))
-        problems += check_time_limit(options.time_limit) + check_repeats(options.repeats, self._data, stages)
-        problems += check_run(self._trainer, self._data, stages)
+        problems += check_repeats(options.repeats, self._data, stages)
         if not 2 <= len(self._stages) <= MOST_STAGES:
             text = f"order needs 2 to {MOST_STAGES} stages, but the recipe has {len(self._stages)}"
             problems.append(Problem(text=text, way_out="Change the stages.").within("stages"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -21,11 +20,11 @@ from pqqp_lightning.experiments.search_answer import Answer, Measured
 from pqqp_lightning.experiments.search_budget import Candidates, check_count, check_targets, find_candidates
 from pqqp_lightning.experiments.search_choice import SAMPLERS, Choice, Chooser
 from pqqp_lightning.experiments.search_objectives import SIZE, Objectives, check_objectives, further_metrics
+from pqqp_lightning.experiments.search_prior import count_weaker
 from pqqp_lightning.experiments.search_space import Space, read_space
 from pqqp_lightning.experiments.session import (
     Show,
-    check_store,
-    check_time_limit,
+    check_experiment,
     exclusive_run_folder,
     link_folder,
     open_search,
@@ -33,7 +32,7 @@ from pqqp_lightning.experiments.session import (
 )
 from pqqp_lightning.report.pictures import draw_search
 from pqqp_lightning.report.search_numbers import write_pipelines
-from pqqp_lightning.runs.checks import check_run, read_data
+from pqqp_lightning.runs.checks import read_data
 from pqqp_lightning.runs.layer_probe import probe_layers
 from pqqp_lightning.runs.preparation import prepare
 from pqqp_lightning.runs.run_data import RunData
@@ -41,7 +40,7 @@ from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.storage.files import write_json, write_text
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import RunFolder
-from pqqp_lightning.trials.executors import LOCAL, Executor, check_executor, open_executor
+from pqqp_lightning.trials.executors import LOCAL, Executor, is_installed, open_executor
 from pqqp_lightning.trials.prefix_tree import Order, PrefixTree, distinct_prefixes
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.rungs import Rungs
@@ -90,8 +89,7 @@ def check_search(trainer: Trainer, data: RunData, store: ResultStore, options: P
     Raises:
         RecipeError: with every problem.
     """
-    problems: list[Problem] = check_run(trainer, data, trainer.stages) + check_store(trainer, store)
-    problems += check_time_limit(options.time_limit) + check_executor(options.executor, trainer)
+    problems = check_experiment(trainer, data, store, options)
     problems += check_targets(options) + check_objectives(options, trainer) + _check_sampler(options)
     try:
         space = read_space(trainer.stages, options.space)
@@ -107,8 +105,7 @@ def _check_sampler(options: PipelineOptions) -> list[Problem]:
     problems = []
     if options.sampler not in SAMPLERS:
         problems.append(Problem("sampler", options.sampler, "is unknown", suggest(options.sampler, SAMPLERS).strip()))
-    found = find_spec("optuna")
-    if found is None or found.origin is None:  # or it is a folder of that name
+    if not is_installed("optuna"):
         way_out = 'Run pip install "pqqp-lightning[search]".'
         problems.append(Problem(text="search needs Optuna, which is not installed", way_out=way_out))
     for name in ("trials", "at_once"):
@@ -184,7 +181,7 @@ class PipelineSearch:
             options.sampler_seed,
             len(objectives),
             journal,
-            fills_budget=bool(found.budget.name),
+            count_weaker(self._space, list(found.fitting), found.savings) if found.budget.name else None,
         )
 
     def _announce(self) -> None:

@@ -53,8 +53,8 @@ class Chooser:
         seed: of the sampler.
         objectives: number of values that each pipeline gets; more is better in all of them.
         journal: file of the study; None keeps it in memory.
-        fills_budget: whether the first pipelines are drawn from the half that uses most of the budget, since a larger
-            model is rarely worse.
+        ranks: of the pipelines before anything is known; those of the lowest rank are drawn first. Without ranks all
+            are drawn alike.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class Chooser:
         seed: int,
         objectives: int,
         journal: Path | None,
-        fills_budget: bool = False,
+        ranks: Mapping[Order, int] | None = None,
     ) -> None:
         self._space = space
         self._left = dict(candidates)
         self._variants_seen: set[frozenset[str]] = set()
         self._random = random.Random(seed)
         self._draws_all = sampler == RANDOM
-        self._fills_budget = fills_budget and not self._draws_all
+        self._ranks = {} if ranks is None or self._draws_all else ranks
         self._steps = space.steps
         self._indices = {v.step: (name, i) for name, own in space.variants.items() for i, v in own.items()}
         self.study = _make_study(sampler, seed, objectives, journal)
@@ -149,11 +149,13 @@ class Chooser:
         return Choice(trial, candidate)
 
     def _draw(self) -> Order:
-        """A pipeline at random, or of the half that uses most of the budget."""
-        pool = sorted(self._left.values(), key=lambda candidate: (-candidate.expected.size_bytes, candidate.steps))
-        if self._fills_budget:
-            pool = pool[: (len(pool) + 1) // 2]
-        return self._random.choice(pool).steps
+        """A pipeline at random, of the lowest rank among those whose strengths were in no pipeline so far."""
+        pool = list(self._left)
+        if self._ranks:
+            pool = [steps for steps in pool if frozenset(steps) not in self._variants_seen] or pool
+            lowest = min(self._ranks[steps] for steps in pool)
+            pool = [steps for steps in pool if self._ranks[steps] == lowest]
+        return self._random.choice(sorted(pool))
 
     def _ask(self) -> Choice | Order:
         """The sampler's next pipeline that can be used, or the nearest one to its last."""

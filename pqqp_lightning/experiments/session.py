@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from pqqp_lightning.errors import Problem, RecipeError
-from pqqp_lightning.experiments.options import ExperimentOptions
+from pqqp_lightning.experiments.options import ExperimentOptions, SearchOptions
+from pqqp_lightning.runs.checks import check_run
 from pqqp_lightning.runs.run import run_identity
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import RunFolder, check_writable
+from pqqp_lightning.trials.executors import check_executor
 from pqqp_lightning.trials.prefix_tree import PrefixTree
 from pqqp_lightning.trials.verdict import Judge, deciding_metric
 
@@ -30,7 +32,15 @@ def store_of(trainer: Trainer, store: str | Path | None) -> ResultStore:
     return ResultStore(Path(store) if store else Path(trainer.default_root_dir).parent / "store")
 
 
-def check_store(trainer: Trainer, store: ResultStore) -> list[Problem]:
+def check_experiment(trainer: Trainer, data: RunData, store: ResultStore, options: ExperimentOptions) -> list[Problem]:
+    """The problems of the run, the store, the time limit and the executor, which every experiment looks for first."""
+    problems = check_run(trainer, data, trainer.stages) + _check_store(trainer, store)
+    if isinstance(options, SearchOptions):
+        problems += _check_time_limit(options.time_limit) + check_executor(options.executor, trainer)
+    return problems
+
+
+def _check_store(trainer: Trainer, store: ResultStore) -> list[Problem]:
     """The problems of the store's folder."""
     problems, folder = check_writable("store", store.folder), Path(trainer.default_root_dir)
     if store.folder.resolve().is_relative_to(folder.resolve()):
@@ -39,7 +49,7 @@ def check_store(trainer: Trainer, store: ResultStore) -> list[Problem]:
     return problems
 
 
-def check_time_limit(minutes: float | None) -> list[Problem]:
+def _check_time_limit(minutes: float | None) -> list[Problem]:
     """The problem of a time limit that is not positive."""
     if minutes is None or minutes > 0:
         return []

@@ -14,8 +14,7 @@ from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.experiments.options import SweepOptions
 from pqqp_lightning.experiments.session import (
     Show,
-    check_store,
-    check_time_limit,
+    check_experiment,
     exclusive_run_folder,
     open_search,
     store_of,
@@ -25,7 +24,7 @@ from pqqp_lightning.experiments.sweep_pair import PairAnalysis, analyse, pair_no
 from pqqp_lightning.experiments.sweep_plan import Plan, make_plan
 from pqqp_lightning.report.pictures import draw_sweep
 from pqqp_lightning.report.sweep_numbers import write_tables
-from pqqp_lightning.runs.checks import check_run, read_data
+from pqqp_lightning.runs.checks import read_data
 from pqqp_lightning.runs.layer_probe import probe_layers
 from pqqp_lightning.runs.preparation import prepare
 from pqqp_lightning.runs.run_data import RunData
@@ -36,7 +35,7 @@ from pqqp_lightning.storage.records import finite_or_none, hardware, package_ver
 from pqqp_lightning.storage.reports import AloneReport, PointReport, SweepReport
 from pqqp_lightning.storage.result_store import ResultStore
 from pqqp_lightning.storage.run_folder import RunFolder
-from pqqp_lightning.trials.executors import Executor, check_executor, open_executor
+from pqqp_lightning.trials.executors import Executor, open_executor
 from pqqp_lightning.trials.prefix_tree import PrefixTree, prefixes
 from pqqp_lightning.trials.progress import Progress, TimeLimit
 from pqqp_lightning.trials.verdict import Judge
@@ -81,11 +80,10 @@ def check_sweep(trainer: Trainer, data: RunData, store: ResultStore, options: Sw
     Raises:
         RecipeError: with every problem.
     """
-    problems: list[Problem] = check_run(trainer, data, trainer.stages) + check_store(trainer, store)
+    problems = check_experiment(trainer, data, store, options)
     max_points = options.max_points
     if max_points < 1:
         problems.append(Problem("max_points", max_points, "allows no point", "Use 1 or more."))
-    problems += check_time_limit(options.time_limit) + check_executor(options.executor, trainer)
     # a bad max_points is already reported, so that make_plan must not report it again
     try:
         plan = make_plan(trainer.stages, data, replace(options, max_points=max(1, max_points)))

@@ -117,6 +117,23 @@ def recording(model: nn.Module) -> Iterator[Recorded]:
             found[name] = Samples(_pristine(metric), torch.stack(own), name)
 
 
+@contextmanager
+def without_updates(model: nn.Module) -> Iterator[None]:
+    """Inside, the metrics of ``model`` whose states are sums count nothing, and nothing is recorded of them.
+
+    Other metrics may fail when they compute their value from nothing.
+    """
+    metrics = [metric for metric in model.modules() if isinstance(metric, Metric) and _adds_up(metric)]
+    before = [vars(metric)["update"] for metric in metrics]  # a metric's own attribute: torchmetrics wraps the method
+    for metric in metrics:
+        metric.update = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for metric, update in zip(metrics, before, strict=True):
+            metric.update = update  # type: ignore[method-assign]
+
+
 def gather_samples(recorded: dict[str, Samples]) -> dict[str, Samples]:
     """Concatenate the samples of all processes in rank order; every rank gets the same.
 

@@ -99,13 +99,17 @@ def find_layers(
         if is_adapter(layer) or is_selected(name, layer, ignore or []):
             continue
         if targets is None:
-            inside = any(name == block or name.startswith(f"{block}.") or not block for block in blocks)
-            chosen = inside and id(layer.weight) not in tied
+            chosen = (containing_block(name, blocks) is not None or "" in blocks) and id(layer.weight) not in tied
         else:
             chosen = is_selected(name, layer, targets)
         if chosen:
             layers[name] = layer
     return layers
+
+
+def containing_block(layer: str, blocks: Blocks) -> str | None:
+    """Return the name of the block that the layer of this name lies in or is, or None."""
+    return next((block for block in blocks if layer == block or layer.startswith(f"{block}.")), None)
 
 
 def is_selected(name: str, layer: Layer | nn.Module, patterns: Sequence[str]) -> bool:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
+Found = TypeVar("Found")
+
+
+class _Findings(dict[Hashable, Any]):
+    """What was found out about a model's structures. A class of its own, since a plain dict has no weak references."""
+
+
+_findings: WeakKeyDictionary[nn.Module, _Findings] = WeakKeyDictionary()
+"""The findings of each model, which it shares with its weightless copies."""
 
 
 def copy_model(model: Model) -> Model:
@@ -35,7 +45,42 @@ def weightless_copy(model: Model) -> Model:
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 memo.setdefault(id(buffer), _on_meta(buffer))
     with _detached(model):
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
+    _findings[copied] = _findings_of(model)
+    return copied
+
+
+def find_once(model: nn.Module, question: Hashable, find: Callable[[], Found]) -> Found:
+    """What ``find`` returns for the structure that ``model`` has now.
+
+    It is called once for each structure of the model and of its weightless copies: the modules, and the shapes and the
+    sharing of their parameters.
+
+    Args:
+        model: may get another structure afterwards.
+        question: what is asked about the structure.
+        find: must depend on the structure and the question alone, and return a value that nobody changes.
+    """
+    known, key = _findings_of(model), (question, _structure_of(model))
+    if key not in known:
+        known[key] = find()
+    return known[key]
+
+
+def _findings_of(model: nn.Module) -> _Findings:
+    return _findings.setdefault(model, _Findings())
+
+
+def _structure_of(model: nn.Module) -> Hashable:
+    numbers: dict[int, int] = {}  # a parameter that two modules share has one number
+    structure: list[Hashable] = []
+    for name, module in model.named_modules():
+        shapes = []
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                shapes.append((key, parameter.shape, numbers.setdefault(id(parameter), len(numbers))))
+        structure.append((name, type(module), tuple(shapes)))
+    return tuple(structure)
 
 
 class Skeleton:

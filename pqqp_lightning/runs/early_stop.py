@@ -46,12 +46,12 @@ class WatchSamples(Callback):
 
 
 @contextmanager
-def stoppable(module: LightningModule) -> Iterator[None]:
-    """Put the modes and the metrics of ``module`` back if the evaluation inside is stopped early."""
+def stoppable(module: LightningModule, reason: type[Exception] = StoppedEarly) -> Iterator[None]:
+    """Put the modes and the metrics of ``module`` back if ``reason`` ends the evaluation inside."""
     modes = {part: part.training for part in module.modules()}
     try:
         yield
-    except StoppedEarly:
+    except reason:
         for part, training in modes.items():
             part.training = training
             if isinstance(part, Metric):

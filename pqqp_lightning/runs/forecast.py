@@ -14,7 +14,7 @@ from pqqp_lightning.checkpoint.expected import (
     dense_weights,
 )
 from pqqp_lightning.errors import Problem
-from pqqp_lightning.network.layers import named_layers
+from pqqp_lightning.network.layers import Layer, named_layers
 from pqqp_lightning.network.structure import weightless_copy
 from pqqp_lightning.runs.checks import check_stage
 from pqqp_lightning.runs.run_data import RunData
@@ -43,6 +43,21 @@ class Turn:
         return self.structure.size(self.weights)
 
 
+@dataclass(frozen=True)
+class Restructured:
+    """A model that a stage has restructured.
+
+    Attributes:
+        model: a weightless copy.
+        structure: its tensors.
+        before: the copy's layers by name before that; those that are still there are the same objects.
+    """
+
+    model: LightningModule
+    structure: Structure
+    before: dict[str, Layer]
+
+
 class Forecast:
     """Checks sequences of stages, and counts the size of the model after them; a common prefix is looked at once.
 
@@ -61,6 +76,7 @@ class Forecast:
         self._turns: dict[tuple[int, ...], Turn] = {
             (): Turn(model, Structure(model, self._targeted), dense_weights(data.module))
         }
+        self._restructured: dict[tuple[int, int], Restructured] = {}
 
     def after(self, stages: Sequence[Stage]) -> Turn:
         """The model after ``stages``, or at the first one that cannot run."""
@@ -81,8 +97,16 @@ class Forecast:
             weights = weights.all_changed()
         if type(stage).expected_plan is Stage.expected_plan:
             return Turn(model, before.structure, weights)
-        model = weightless_copy(model)
-        layers = dict(named_layers(model))
-        stage.restructure(model, stage.expected_plan(model))
-        moved = weights.moved(layers, model).all_changed()
-        return Turn(model, Structure(model, self._targeted), moved)
+        after = self._restructure(model, stage)
+        moved = weights.moved(after.before, after.model).all_changed()
+        return Turn(after.model, after.structure, moved)
+
+    def _restructure(self, model: LightningModule, stage: Stage) -> Restructured:
+        """A copy of ``model`` that ``stage`` has restructured; many prefixes leave the same model."""
+        key = (id(model), id(stage))
+        if key not in self._restructured:
+            copy = weightless_copy(model)
+            before = dict(named_layers(copy))
+            stage.restructure(copy, stage.expected_plan(model))
+            self._restructured[key] = Restructured(copy, Structure(copy, self._targeted), before)
+        return self._restructured[key]

@@ -12,7 +12,9 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from pqqp_lightning.calibration.chain import is_chain, mark_unchained
 from pqqp_lightning.calibration.layer_probe import observe_uses
+from pqqp_lightning.calibration.walk import calibrating
 from pqqp_lightning.network.layer_uses import mark_uses
 from pqqp_lightning.network.layers import is_called, named_layers
 from pqqp_lightning.runs.run_data import RunData
@@ -24,13 +26,15 @@ _log = logging.getLogger(__name__)
 
 
 def probe_layers(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> bool:
-    """Run one batch and mark in the model how it uses each layer. The data must have been read.
+    """Run one batch and mark in the model how it uses each layer, and blocks that are not the chain that a stage needs.
+
+    The data must have been read.
 
     Nothing is marked where no stage asks, in a distributed run, whose processes have not met yet, or where the model
     does not run on its own before Lightning has set it up: such layers count as called.
 
     Returns:
-        Whether some layer is not called as a module.
+        Whether a mark says that a stage may be refused: some layer is not called as a module, or blocks are no chain.
     """
     asked = any(stage.needs_forward or stage.needs_calibration for stage in stages)
     module = data.module
@@ -46,6 +50,7 @@ def probe_layers(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> bo
             batch = _transferred(data, _with_dtype(data.calibration_probe(), module.dtype), device)
             module._trainer = trainer
             uses = observe_uses(module, layers, lambda: _run(module, batch))
+            unchained = _mark_unchained(module, stages, batch)
     except Exception as error:  # a model that needs what Lightning sets up later: the run itself will tell
         _log.debug("the layers' use is not known: %s", error)
         return False
@@ -54,7 +59,23 @@ def probe_layers(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> bo
         if module.device != home:
             module.to(home)
     mark_uses(module, uses)
-    return any(use != "called" for use in uses.values())
+    return unchained or any(use != "called" for use in uses.values())
+
+
+def _mark_unchained(module: LightningModule, stages: Sequence[Stage], batch: Any) -> bool:
+    """Mark the blocks that are not the chain that a stage needs; returns whether there are any."""
+    found = False
+    for stage in stages:
+        if not stage.needs_chain:
+            continue
+        blocks = stage.find_blocks(module)
+        if "" not in blocks:
+            with calibrating(module):
+                chained, _ = is_chain(blocks, lambda batch: run_step(module, batch), batch)
+            if not chained:
+                mark_unchained(module, blocks)
+                found = True
+    return found
 
 
 def _run(module: LightningModule, batch: Any) -> None:

@@ -16,7 +16,7 @@ from pqqp_lightning.network.structure import class_path
 from pqqp_lightning.runs.companions import keep_companions
 from pqqp_lightning.runs.finetuning import continue_steps
 from pqqp_lightning.runs.run_data import RunData
-from pqqp_lightning.runs.stage_runner import StageRunner
+from pqqp_lightning.runs.stage_runner import RECORD, UNMEASURED, StageRunner
 from pqqp_lightning.seeding import run_seed
 from pqqp_lightning.stages.stage import Stage
 from pqqp_lightning.storage.records import append_record, read_records, write_report
@@ -87,7 +87,7 @@ class Run:
         """Load the model of the last compressed stage, finetuned or not."""
         continue_steps(self._trainer, max(record.get("logged_steps", 0) for record in self._records))
         applied = len(self._records) - 1
-        if applied < len(self._stages) and self._compressed_record(applied):
+        if applied < len(self._stages) and self._half_done(applied) is not None:
             applied += 1
         if applied:
             folder = self._stage_folder(applied - 1)
@@ -101,24 +101,32 @@ class Run:
         if position + 1 < len(self._records):
             return
         folder = self._stage_folder(position)
-        compressed_record = None
+        manifest = None
         if position < len(self._runner.applied):  # loaded by _restore
-            compressed_record = self._compressed_record(position)
-        if compressed_record:
-            record = self._runner.finetune(stage, folder, compressed_record)
-        else:
+            manifest = self._half_done(position)
+        if manifest is None:
             record = self._runner.apply(stage, folder)
+        else:
+            if RECORD in manifest:
+                record = manifest[RECORD]
+            else:
+                record = self._runner.measure(stage, folder, manifest[UNMEASURED])
+            if stage.epochs:
+                record = self._runner.finetune(stage, folder, record)
         self._add(record)
         if self._trainer.is_global_zero and position:  # only now can the run resume from this stage's folder
             shutil.rmtree(self._stage_folder(position - 1), ignore_errors=True)
 
-    def _compressed_record(self, position: int) -> Record | None:
-        """The record of a stage that was compressed but not finetuned when the run was killed; else None."""
+    def _half_done(self, position: int) -> dict[str, Any] | None:
+        """The manifest of a stage that was compressed, and perhaps measured, when the run was killed; else None.
+
+        A stage that was finetuned but is not on record begins anew: the loggers' step belongs to its training.
+        """
         folder = self._stage_folder(position)
-        if not self._stages[position].epochs or not (folder / MANIFEST).is_file():
+        if not (folder / MANIFEST).is_file():
             return None
-        record = read_manifest(folder)["record"]
-        return None if "metrics_before_finetuning" in record else record
+        manifest = read_manifest(folder)
+        return None if "metrics_before_finetuning" in manifest.get(RECORD, {}) else manifest
 
     def _finish(self) -> None:
         """Move the last stage's checkpoint to its final place, and write the finished report."""
@@ -132,7 +140,7 @@ class Run:
             last.replace(model)
             shutil.rmtree(self._folder.stages, ignore_errors=True)
         elif not model.is_dir():  # no stages: the model is dense or loaded
-            extra = {"record": self._records[-1]}
+            extra = {RECORD: self._records[-1]}
             save_checkpoint(self._runner.module, model, self._runner.applied, extra, probe=probe)
         keep_companions(self._folder, self._data)
         self._report("finished")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Any, TypedDict
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -20,10 +21,11 @@ from pqqp_lightning.calibration.batch_norm import batch_norms, recalibrate_batch
 from pqqp_lightning.calibration.dense_weights import DenseWeights, mark_layers
 from pqqp_lightning.calibration.walk import Walk
 from pqqp_lightning.checkpoint.construction import skeleton_of
+from pqqp_lightning.checkpoint.finished_blocks import FinishedBlocks
 from pqqp_lightning.checkpoint.format import Applied
 from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.checkpoint.probe import Probe, take_probe
-from pqqp_lightning.checkpoint.save import save_checkpoint
+from pqqp_lightning.checkpoint.save import replace_extra, save_checkpoint
 from pqqp_lightning.checkpoint.size import ModelSize, measure_size, size_numbers
 from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.metrics.samples import Samples
@@ -35,9 +37,9 @@ from pqqp_lightning.network.coverage import count_nonzero_parameters, count_para
 from pqqp_lightning.network.layer_uses import LayerUse, mark_uses, marked_uses
 from pqqp_lightning.network.layers import Layer
 from pqqp_lightning.network.offload import offload_of
-from pqqp_lightning.network.structure import Skeleton
+from pqqp_lightning.network.structure import Skeleton, class_path
 from pqqp_lightning.runs.distillation import make_teacher
-from pqqp_lightning.runs.early_stop import Watch
+from pqqp_lightning.runs.early_stop import StoppedEarly, Watch
 from pqqp_lightning.runs.evaluation import evaluate, evaluate_batches, require_metrics
 from pqqp_lightning.runs.finetuning import logged_steps, train_segment
 from pqqp_lightning.runs.peak_memory import peak_memory
@@ -51,6 +53,18 @@ from pqqp_lightning.storage.records import make_record
 from pqqp_lightning.storage.reports import CoverageNumbers, Record, SizeNumbers
 
 RESUME_POINT = "training.ckpt"
+RECORD, UNMEASURED = "record", "unmeasured"
+"""Entries of a checkpoint's manifest: the stage's record, or what is known of it before the model is evaluated."""
+
+
+class Unmeasured(TypedDict):
+    """What the record of a compressed stage says besides its metrics and what can be counted."""
+
+    elapsed_s: float
+    peak_memory_bytes: int
+    notes: list[str]
+    undone: bool
+    coverage: CoverageNumbers | None
 
 
 @dataclass
@@ -181,7 +195,7 @@ class StageRunner:
         Args:
             stage: the stage to apply.
             folder: where the checkpoint is written.
-            half: save before finetuning as well, so that a killed run resumes there.
+            half: save before measuring and finetuning as well, so that a killed run resumes there.
             watch: may stop the evaluation of a stage that does not train.
 
         Raises:
@@ -191,27 +205,58 @@ class StageRunner:
         coverage = self._coverage(stage)  # before the stage changes the model's structure
         start = time.perf_counter()
         with peak_memory(self.trainer.strategy.root_device) as peak:
-            context = self.compress(stage)
-        elapsed = time.perf_counter() - start
-        metrics = self.evaluate(None if stage.epochs else watch)
-        record = self._record(stage, metrics, elapsed, peak.size_bytes, context.all_notes(), context.undone)
-        if coverage is not None:
-            record["coverage"] = coverage
-        if half or not stage.epochs:
-            self.save(folder, record)
+            context = self.compress(stage, folder)
+        unmeasured: Unmeasured = {
+            "elapsed_s": time.perf_counter() - start + context.finished.earlier_s,
+            "peak_memory_bytes": peak.size_bytes,
+            "notes": context.all_notes(),
+            "undone": context.undone,
+            "coverage": coverage,
+        }
+        if half:
+            self.save(folder, {UNMEASURED: unmeasured})
+            record = self.measure(stage, folder, unmeasured)
+        else:
+            try:
+                metrics = self.evaluate(None if stage.epochs else watch)
+            except StoppedEarly:
+                context.finished.drop()
+                raise
+            record = self._measured(stage, unmeasured, metrics)
+            if not stage.epochs:
+                self.save(folder, {RECORD: record})
         if stage.epochs:
             record = self.finetune(stage, folder, record)
         return record
 
+    def measure(self, stage: Stage, folder: Path, unmeasured: Unmeasured) -> Record:
+        """Measure the compressed model, whose checkpoint is in ``folder``, and write the record there.
+
+        Args:
+            stage: the stage that was compressed.
+            folder: of its checkpoint.
+            unmeasured: what the checkpoint's manifest says of the stage.
+        """
+        record = self._measured(stage, unmeasured, self.evaluate())
+        if self.trainer.is_global_zero:
+            replace_extra(folder, {RECORD: record}, UNMEASURED)
+        self.trainer.strategy.barrier("measured")
+        return record
+
     def apply_again(self, stage: Stage, folder: Path, record: Record) -> None:
         """Apply ``stage`` without evaluating and save the model; ``record`` is its known result."""
-        self.compress(stage)
+        self.compress(stage, folder)
         if stage.epochs:
             self._train(stage, folder)
-        self.save(folder, record)
+        self.save(folder, {RECORD: record})
 
-    def compress(self, stage: Stage) -> Context:
+    def compress(self, stage: Stage, folder: Path | None = None) -> Context:
         """Compress the model with ``stage`` and verify every promise; returns what it noted.
+
+        Args:
+            stage: the stage to apply.
+            folder: of its checkpoint. Until that is saved, it has the blocks that the stage has finished, so that a
+                killed run resumes at the next one.
 
         Raises:
             RecipeError: the stage fails, or broke an earlier stage's constraint.
@@ -220,6 +265,7 @@ class StageRunner:
         seed_from(run_seed(), len(self.applied))
         self._keep_dense()
         context = self._context(stage)
+        context.finished = self._finished_blocks(stage, folder)
         promised = collect_promises(self.module)
         for what, layers in stage.left_layers(self.module).items():
             context.found(what, layers)
@@ -275,7 +321,7 @@ class StageRunner:
             record["coverage"] = compressed["coverage"]
         record["metrics_before_finetuning"] = compressed["metrics"]
         record["logged_steps"] = logged_steps(self.trainer)
-        self.save(folder, record)
+        self.save(folder, {RECORD: record})
         return record
 
     def _train(self, stage: Stage, folder: Path) -> Context:
@@ -291,11 +337,11 @@ class StageRunner:
         self.applied[-1] = replace(self.applied[-1], plan=plan)
         return context
 
-    def save(self, folder: Path, record: Record) -> None:
-        """Save the model with its record, on the first rank."""
+    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Save the model, with ``extra`` in its manifest, on the first rank."""
         probe = self.probe()  # on every rank: the user's step may wait for the others
         if self.trainer.is_global_zero:
-            save_checkpoint(self.module, folder, self.applied, {"record": record}, self._build, probe)
+            save_checkpoint(self.module, folder, self.applied, extra, self._build, probe)
         self.trainer.strategy.barrier("saved")
 
     def probe(self) -> Probe:
@@ -330,6 +376,25 @@ class StageRunner:
             dense=self._dense_weight,
             offload=offload_of(self.module),
         )
+
+    def _finished_blocks(self, stage: Stage, folder: Path | None) -> FinishedBlocks:
+        identity = {
+            "stage": class_path(stage),
+            "arguments": stage.arguments(),
+            "position": len(self.applied),
+            "seed": run_seed(),
+            "processes": self.trainer.world_size,
+        }
+        agree = self.trainer.strategy.broadcast if self.trainer.world_size > 1 else bool
+        return FinishedBlocks(folder, identity, writes=self.trainer.is_global_zero, agree=agree)
+
+    def _measured(self, stage: Stage, unmeasured: Unmeasured, metrics: dict[str, float]) -> Record:
+        """The record of a stage that was compressed and not finetuned."""
+        elapsed, peak_bytes = unmeasured["elapsed_s"], unmeasured["peak_memory_bytes"]
+        record = self._record(stage, metrics, elapsed, peak_bytes, unmeasured["notes"], unmeasured["undone"])
+        if unmeasured["coverage"] is not None:
+            record["coverage"] = unmeasured["coverage"]
+        return record
 
     def _record(
         self,

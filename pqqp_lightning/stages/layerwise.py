@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from pqqp_lightning.algorithms.selection import Pattern
 from pqqp_lightning.calibration.collect import Reading
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.checkpoint.expected import ExpectedWeights
+from pqqp_lightning.checkpoint.finished_blocks import Part
 from pqqp_lightning.network.constraints import constraints_of, set_constraints
 from pqqp_lightning.network.layers import (
     Layer,
@@ -79,6 +80,10 @@ class LayerwiseStage(Stage):
     ``compress_layer`` gets the whole weight of a layer. With a ``statistic`` it gets a layer with groups (a grouped
     convolution, experts) group by group, because each group has its own inputs.
 
+    A run that is killed in the middle of such a stage resumes at the first block that it had not finished. Other stages
+    (BasisSharing, SLEB, LoRA, ...) begin anew, and so does one whose attributes besides its arguments are anything but
+    plain data and CPU tensors.
+
     Args:
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
@@ -102,8 +107,7 @@ class LayerwiseStage(Stage):
 
     def expected_weights(self, model: LightningModule, weights: ExpectedWeights) -> ExpectedWeights:
         """Other values, with the masks and grids as they were."""
-        layers = self.find_layers(model)
-        return weights.changed({name: replace(weights.weights[name], changed=True) for name in layers})
+        return weights.values_changed(self.find_layers(model))
 
     def compress_layer(self, inputs: LayerInputs) -> Compressed:
         """The method itself: the new weight, which keeps the mask and the grid in ``inputs``."""
@@ -130,11 +134,22 @@ class LayerwiseStage(Stage):
         return {}
 
     def compress_layers(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> None:
-        """Compress ``layers`` in place, calibrated on the current ``model``."""
+        """Compress ``layers`` in place, calibrated on the current ``model``; a resumed run leaves finished ones out."""
+        kept = context.part(self)
+        if kept.restore_all(layers):
+            return
         if self.statistic is None:
             for name, layer in context.each(layers):
-                self._compress_groups(name, layer, [None], self._dense_of(layer, context))
-            return
+                if not kept.restore({name: layer}):
+                    self._compress_groups(name, layer, [None], self._dense_of(layer, context))
+                    kept.keep({name: layer})
+        else:
+            self._calibrate(model, layers, context, kept)
+        kept.finish()
+
+    def _calibrate(self, model: LightningModule, layers: dict[str, Layer], context: Context, kept: Part) -> None:
+        """Compress ``layers`` in place, each with the statistic of its inputs."""
+        assert self.statistic is not None
 
         def compress(reading: Reading) -> None:
             reached = reading.statistic.counts.ne(0)
@@ -153,7 +168,7 @@ class LayerwiseStage(Stage):
                 self._compress_groups(name, layer, [UNREACHED] * groups_of(layer), None)
             context.found(self.without_statistics, missed)
 
-        context.calibrate(self.find_blocks(model), layers, self.statistic, compress, unreached)
+        context.calibrate(self.find_blocks(model), layers, self.statistic, compress, unreached, kept)
 
     def _dense_of(self, layer: Layer, context: Context) -> Tensor | None:
         return context.dense(layer) if self.needs_dense else None

@@ -108,7 +108,9 @@ class OneShotPruning(PruningStage):
         return problems
 
     def compress_layers(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> None:
-        self._fractions = {} if self.allocation == "uniform" else self._allocate(model, layers, context)
+        self._fractions = {}
+        if self.allocation != "uniform":
+            self._fractions = context.once(self, lambda: self._allocate(model, layers, context))
         super().compress_layers(model, layers, context)
 
     def _allocate(self, model: LightningModule, layers: dict[str, Layer], context: Context) -> dict[str, float]:

@@ -36,16 +36,10 @@ class Prepared:
     dense_inputs: Tensor | None = None
 
 
-class RepairStage(LayerwiseStage):
-    """A stage that moves compressed layers towards the dense ones, within their masks and grids.
-
-    A method writes :meth:`repair`.
+class DenseAimedStage(Stage):
+    """A stage that wins back what earlier stages lost: it aims at the dense model, within masks and grids.
 
     Args:
-        inputs: where the outputs come from that a layer shall reproduce: those of its dense weights on the "compressed"
-            model's inputs, the outputs in the "dense" model itself, which also makes up for earlier layers' errors, or
-            the mean of both ("mixed").
-        damping: fraction of the Hessian's mean diagonal that is added to it.
         kwargs: see :class:`~pqqp_lightning.stages.Stage`.
     """
 
@@ -53,38 +47,9 @@ class RepairStage(LayerwiseStage):
     nothing_to_repair: ClassVar[str] = "no earlier stage prunes or quantizes its layers"
     """Why :meth:`repairs` is False of every layer, for the refusal."""
 
-    def __init__(self, inputs: RepairInputs = "compressed", damping: float = 0.01, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.inputs, self.damping = inputs, damping
-        self._ratios: list[float] = []  # of the objective, after by before, for the record
-
-    @property
-    def statistic(self) -> type[Hessian]:  # type: ignore[override]
-        """X^T X, with the dense model's inputs beside it where the target needs them."""
-        return Hessian if self.inputs == "compressed" else PairedHessian
-
-    def repair(self, inputs: LayerInputs, target: Tensor) -> Repaired:
-        """The method itself: new weights within the mask and the grid of ``inputs``, as near to ``target`` as possible.
-
-        Args:
-            inputs: of the layer; the statistic is the damped Hessian [I, I].
-            target: the weights [O, I], without mask and grid, whose outputs the layer shall have.
-        """
-        raise NotImplementedError(f"{type(self).__name__} defines no repair")
-
     def repairs(self, kept: Collection[str]) -> bool:
         """Whether the method applies to a layer that must keep these: "mask", "grid", both or none."""
         return bool(kept)
-
-    def check_arguments(self) -> list[Problem]:
-        problems = super().check_arguments() + check_hessian_arguments(1, self.damping)
-        if self.inputs not in get_args(RepairInputs):  # Python does not enforce the signature
-            text = f"is not one of {', '.join(get_args(RepairInputs))}"
-            problems.append(Problem("inputs", self.inputs, text, "Leave it out for the default."))
-        elif self.inputs != "compressed" and self.damping == 0:
-            text = f"leaves the target of inputs={self.inputs} undetermined"
-            problems.append(Problem("damping", self.damping, text, "Use 0.01, or inputs: compressed."))
-        return problems
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:
         problems = super().check(model, data, earlier)
@@ -105,6 +70,62 @@ class RepairStage(LayerwiseStage):
         if any(self.repairs(promises) for promises in kept.values()):
             return []
         return [Problem(text=f"has nothing to repair: {self.nothing_to_repair}", way_out="Put it after them.")]
+
+    def repairable_layers(self, model: LightningModule, context: Context) -> dict[str, Layer]:
+        """The stage's layers that the method applies to and that the dense model has; the record says what is left."""
+        layers: dict[str, Layer] = {}
+        for name, layer in self.find_layers(model).items():
+            kept = [promise for promise in ("mask", "grid") if constraints_of(layer).has(promise)]
+            if not self.repairs(kept):
+                context.found(f"left as it is: {self.nothing_to_repair}", [name])
+            elif context.dense(layer) is None:
+                context.found("left as it is: the dense model has no such layer", [name])
+            else:
+                layers[name] = layer
+        return layers
+
+
+class RepairStage(DenseAimedStage, LayerwiseStage):
+    """A stage that moves compressed layers towards the dense ones, within their masks and grids.
+
+    A method writes :meth:`repair`.
+
+    Args:
+        inputs: where the outputs come from that a layer shall reproduce: those of its dense weights on the "compressed"
+            model's inputs, the outputs in the "dense" model itself, which also makes up for earlier layers' errors, or
+            the mean of both ("mixed").
+        damping: fraction of the Hessian's mean diagonal that is added to it.
+        kwargs: see :class:`~pqqp_lightning.stages.Stage`.
+    """
+
+    def __init__(self, inputs: RepairInputs = "compressed", damping: float = 0.01, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.inputs, self.damping = inputs, damping
+        self._ratios: list[float] = []  # of the objective, after by before, for the record
+
+    @property
+    def statistic(self) -> type[Hessian]:  # type: ignore[override]
+        """X^T X, with the dense model's inputs beside it where the target needs them."""
+        return Hessian if self.inputs == "compressed" else PairedHessian
+
+    def repair(self, inputs: LayerInputs, target: Tensor) -> Repaired:
+        """The method itself: new weights within the mask and the grid of ``inputs``, as near to ``target`` as possible.
+
+        Args:
+            inputs: of the layer; the statistic is the damped Hessian [I, I].
+            target: the weights [O, I], without mask and grid, whose outputs the layer shall have.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no repair")
+
+    def check_arguments(self) -> list[Problem]:
+        problems = super().check_arguments() + check_hessian_arguments(1, self.damping)
+        if self.inputs not in get_args(RepairInputs):  # Python does not enforce the signature
+            text = f"is not one of {', '.join(get_args(RepairInputs))}"
+            problems.append(Problem("inputs", self.inputs, text, "Leave it out for the default."))
+        elif self.inputs != "compressed" and self.damping == 0:
+            text = f"leaves the target of inputs={self.inputs} undetermined"
+            problems.append(Problem("damping", self.damping, text, "Use 0.01, or inputs: compressed."))
+        return problems
 
     def prepare(self, statistic: Tensor, found: Found) -> Sequence[Prepared]:
         if self.inputs == "compressed":
@@ -140,15 +161,6 @@ class RepairStage(LayerwiseStage):
 
     def compress(self, model: LightningModule, context: Context) -> Plan:
         self._ratios = []
-        layers: dict[str, Layer] = {}
-        for name, layer in self.find_layers(model).items():
-            kept = [promise for promise in ("mask", "grid") if constraints_of(layer).has(promise)]
-            if not self.repairs(kept):
-                context.found(f"left as it is: {self.nothing_to_repair}", [name])
-            elif context.dense(layer) is None:
-                context.found("left as it is: the dense model has no such layer", [name])
-            else:
-                layers[name] = layer
-        self.compress_layers(model, layers, context)
+        self.compress_layers(model, self.repairable_layers(model, context), context)
         context.notes += describe_gain(self._ratios, "masks and grids")
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import isroutine
 from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 from pqqp_lightning.calibration.statistics import Statistic
 from pqqp_lightning.calibration.walk import Compress, Unreached, Walk
 from pqqp_lightning.checkpoint.expected import ExpectedWeights
+from pqqp_lightning.checkpoint.finished_blocks import FinishedBlocks, Part
 from pqqp_lightning.errors import Problem, RecipeError, near_miss, shorten
 from pqqp_lightning.network.blocks import Blocks, find_blocks, find_layers, is_selected, model_blocks, tied_weights
 from pqqp_lightning.network.constraints import constrained_layers
@@ -20,7 +22,8 @@ from pqqp_lightning.network.layer_uses import use_of
 from pqqp_lightning.network.layers import Layer, is_packed, kind_name, named_layers, weight_place
 from pqqp_lightning.network.name_patterns import matches, value_for
 from pqqp_lightning.network.offload import Offload
-from pqqp_lightning.stages.arguments import argument_values
+from pqqp_lightning.seeding import random_state, set_random_state
+from pqqp_lightning.stages.arguments import argument_values, arguments_of
 from pqqp_lightning.stages.distillation import Distillation
 from pqqp_lightning.surgery.parametrized import parametrized_tensors
 
@@ -44,6 +47,7 @@ class Context:
         notes: notes for the stage's record; the stage appends to it.
         findings: what was found, with the names of the layers.
         undone: whether the stage broke a constraint of an earlier stage; a note says which.
+        finished: the blocks that a killed run finished, and those of this run.
         dense: the weight matrix [O, I] that a layer had in the dense model, on the layer's device; None where an
             earlier stage changed what the layer computes. Only for a stage that ``needs_dense``.
         offload: where the model's weights lie: a stage that works on them outside of a walk takes turns.
@@ -57,6 +61,45 @@ class Context:
     undone: bool = False
     dense: Callable[[Layer], Tensor | None] = lambda layer: None
     offload: Offload = field(default_factory=Offload)
+    finished: FinishedBlocks = field(default_factory=FinishedBlocks)
+    _notes_of_walk: list[str] = field(default_factory=list, init=False)
+
+    def part(self, stage: Stage) -> Part:
+        """The next part of the work of ``stage`` that a resumed run does not do again, see :class:`FinishedBlocks`.
+
+        With each block the random state and what was noted are kept, and those attributes of ``stage`` that are not
+        arguments. If they are not plain data and tensors, nothing is kept.
+        """
+        arguments = arguments_of(type(stage))
+
+        def state() -> dict[str, Any]:
+            attributes = {}
+            for name, value in vars(stage).items():
+                if name not in arguments and not isroutine(value):  # Lightning puts methods there
+                    attributes[name] = value
+            return {
+                "notes": [*self.notes],
+                "findings": self.findings,
+                "notes_of_walk": [*self._notes_of_walk],
+                "attributes": attributes,
+                "random": random_state(),
+            }
+
+        def set_state(kept: dict[str, Any]) -> None:
+            self.notes[:] = kept["notes"]
+            self.findings = kept["findings"]
+            self._notes_of_walk[:] = kept["notes_of_walk"]
+            vars(stage).update(kept["attributes"])
+            set_random_state(kept["random"])
+
+        return self.finished.part(state, set_state)
+
+    def once(self, stage: Stage, compute: Callable[[], Any]) -> Any:
+        """The result of ``compute``, plain data, which a resumed run does not compute again."""
+        part = self.part(stage)
+        if not part.restore_all({}):
+            part.finish(compute())
+        return part.value
 
     def found(self, what: str, layers: Iterable[str]) -> None:
         """Note that ``what`` was found in ``layers``; the record has their number and the first names."""
@@ -73,17 +116,21 @@ class Context:
         kind: type[Statistic],
         compress: Compress,
         unreached: Unreached | None = None,
+        kept: Part | None = None,
     ) -> None:
         """Walk over ``blocks``: collect ``kind`` for ``layers`` and call ``compress`` with each reading.
 
-        ``unreached`` gets the layers that no calibration row reached; without it they end the run.
+        ``unreached`` gets the layers that no calibration row reached; without it they end the run. ``kept`` is for a
+        stage whose ``compress`` changes nothing but the layers of the reading.
         """
         walk = self.walk(blocks)
+        self._notes_of_walk = walk.notes
         try:
-            walk.over(layers, kind, compress, unreached)
+            walk.over(layers, kind, compress, unreached, kept)
         except RecipeError as error:
             raise RecipeError([problem.within(f"stages.{self.title}") for problem in error.problems]) from error
         self.notes.extend(walk.notes)
+        self._notes_of_walk = []
 
     def each(self, layers: dict[str, Layer]) -> Iterator[tuple[str, Layer]]:
         """The layers one by one, each in a turn of its weights, with a progress bar."""
@@ -105,7 +152,8 @@ class Stage(Callback):
     Class attributes describe a stage: ``promises`` (the constraints that its weights satisfy, "mask" or "grid"),
     ``needs_calibration``, ``needs_dense`` (the dense model's weights, to repair what earlier stages did to them),
     ``compresses``, ``needs_forward`` (it changes what its layers' modules compute, so that a weight that is passed to a
-    function instead cannot take part), ``keeps_function`` (the model's outputs do not change),
+    function instead cannot take part), ``needs_chain`` (blocks that feed one another directly; the run marks those that
+    do not), ``keeps_function`` (the model's outputs do not change),
     ``changes_before_training`` (``compress`` changes the outputs, not only the training after it), and
     ``comparable_layers`` (a layer has the same inputs and outputs as in the dense model, so that its outputs can be
     compared). ``search_space`` has the values of arguments that ``search`` tries if its user names none.
@@ -129,6 +177,7 @@ class Stage(Callback):
     needs_dense: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
     needs_forward: ClassVar[bool] = False
+    needs_chain: ClassVar[bool] = False
     keeps_function: ClassVar[bool] = False
     changes_before_training: ClassVar[bool] = True
     comparable_layers: ClassVar[bool] = True

@@ -24,12 +24,17 @@ def cache_folder() -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _worded(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -15,6 +15,8 @@ WEIGHTS, MANIFEST = "model.safetensors", "manifest.json.gz"
 """The files of a checkpoint that are its size."""
 PROBE = "probe.safetensors"
 """What the saved model computes on a few samples, to compare with after loading."""
+BLOCKS = "blocks"
+"""The folder of the blocks that an unfinished stage has compressed, in the folder of its checkpoint."""
 
 
 class _File:

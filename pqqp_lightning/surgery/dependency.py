@@ -14,7 +14,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,30 +21,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pqqp_lightning.errors import Problem, RecipeError
 from pqqp_lightning.network.blocks import tied_weights
-from pqqp_lightning.network.structure import weightless_copy
+from pqqp_lightning.network.structure import find_once, weightless_copy
 from pqqp_lightning.surgery.coupling import CoupledGroup, Coupling, Member, Side
 from pqqp_lightning.surgery.slicing import SLICED_LAYERS, SLICED_NORMS, is_depthwise
 
 IMAGE_SIZE = 224
 """Height and width of the example image in pixels, for a model without ``img_size``."""
 
-_cache: WeakKeyDictionary[nn.Module, tuple[list[Any], Coupling]] = WeakKeyDictionary()
-"""The groups of each model, and the structure for which they were traced."""
-
 
 def traced_groups(model: nn.Module) -> Coupling:
-    """Trace the coupled groups of ``model``; cached until its modules or their shapes change.
+    """Trace the coupled groups of ``model``, once for each of its structures.
 
     Raises:
         RecipeError: torch-pruning is not installed, or the model cannot be run on an example input.
     """
-    structure: list[Any] = []
-    for name, module in model.named_modules():
-        shapes = [(key, parameter.shape) for key, parameter in module._parameters.items() if parameter is not None]
-        structure.append((name, type(module), shapes))
-    if model not in _cache or _cache[model][0] != structure:
-        _cache[model] = structure, _trace(model)
-    return _cache[model][1]
+    return find_once(model, "coupled groups", lambda: _trace(model))
 
 
 def _trace(model: nn.Module) -> Coupling:

@@ -74,14 +74,19 @@ def open_executor(name: str, trainer: Trainer, tree: PrefixTree, progress: Progr
         executor.close()
 
 
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a mere folder of its name in the working folder does not count."""
+    found = find_spec(package)
+    return found is not None and found.origin is not None
+
+
 def check_executor(name: str, trainer: Trainer) -> list[Problem]:
     """The problem if the executor is unknown, not installed, or cannot run with this trainer."""
     if name not in EXECUTORS:
         return [Problem("executor", name, "is unknown", suggest(name, EXECUTORS).strip())]
     if name == LOCAL:
         return []
-    found = find_spec("ray")
-    if found is None or found.origin is None:  # or it is a folder of that name
+    if not is_installed("ray"):
         way_out = 'Run pip install "pqqp-lightning[ray]", or use --executor local.'
         return [Problem("executor", name, "needs Ray, which is not installed", way_out)]
     strategy = trainer.strategy
