@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import prepare, run
 from tiny import LLAMA, trainer, write_tokens
 
 from pqqp_lightning.callbacks import (
@@ -112,12 +113,12 @@ def test_what_is_written_outside_of_a_turn_is_kept(folder):
     assert resident_kb(weight)[1] == 0
 
 
-def fit(model, folder, run, stages, choice, **options) -> tuple[CausalLM, list]:
+def fit(model, folder, run_folder, stages, choice, **options) -> tuple[CausalLM, list]:
     torch.manual_seed(1)
     module = CausalLM(str(model), offload=choice, **options)
-    one = trainer(run, *stages)
+    one = trainer(run_folder, *stages)
     one.fit(module, datamodule=TokenData(**json.loads((folder / "data.json").read_text())))
-    return module, [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    return module, [json.loads(line) for line in (run_folder / "records.jsonl").read_text().splitlines()]
 
 
 def assert_same(folder, tmp_path, stages, mode="disk", **options):
@@ -200,7 +201,7 @@ def test_stages_that_need_the_whole_model_are_refused(folder, tmp_path):
     assert [problem.argument for problem in refused] == ["scope", "allocation", "sensitivity", "importance", "epochs"]
     assert "model.offload: none" in refused[0].way_out
     assert "scope: layer" in refused[0].way_out
-    assert "GB of gradients" in refused[-1].text
+    assert "MB of gradients" in refused[-1].text
     assert not (tmp_path / "run").exists()
 
 
@@ -359,3 +360,14 @@ def test_a_search_of_orders_is_the_same(folder, tmp_path, all_sizes):
             assert resident_kb(module.model.model.layers[0].mlp.up_proj.weight)[0] == 0  # its block still has turns
     assert len(found["none"]) == 2
     assert found["none"] == found["disk"]
+
+
+def test_a_run_is_resumed_with_weights_elsewhere(tmp_path, monkeypatch):
+    """The recipe's option does not change results, and so not the identity of the run."""
+    work = prepare(tmp_path, monkeypatch)
+    assert run("fit", "--config", "recipe.yaml", "--model.offload", "disk") == 0
+    before = (work / "run" / "report.json").stat().st_mtime_ns
+    command = ("fit", "--config", "recipe.yaml", "--ckpt_path", "last")
+    assert run(*command, "--model.offload", "none") == 0
+    assert (work / "run" / "report.json").stat().st_mtime_ns > before
+    assert len((work / "run" / "records.jsonl").read_text().splitlines()) == 3

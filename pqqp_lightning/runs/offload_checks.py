@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from pqqp_lightning.errors import Problem
 from pqqp_lightning.network.offload import OPTION, offload_of
+from pqqp_lightning.report.formatting import human_bytes
 from pqqp_lightning.stages.stage import Stage
 
 MOMENTS = 2
@@ -26,10 +27,10 @@ def check_offload(trainer: Trainer, module: LightningModule, stages: Sequence[St
     problems = []
     for stage in stages:
         for argument, instead in stage.whole_model_arguments.items():
-            needed = f"{weights / 1e9:.2f} GB of weights"
+            needed = f"{human_bytes(weights)} of weights"
             if argument == "epochs":
-                moments = MOMENTS * trained / 1e9
-                needed += f", {trained / 1e9:.2f} GB of gradients and, with AdamW, {moments:.2f} GB of moments"
+                needed += f", {human_bytes(trained)} of gradients and, with AdamW, {human_bytes(MOMENTS * trained)}"
+                needed += " of moments"
             text = f"needs the whole model in memory ({needed}), which model.{OPTION}={offload.mode} avoids"
             way_out = f"Set model.{OPTION}: none with enough memory, or {argument}: {instead}."
             problem = Problem(argument, getattr(stage, argument), text, way_out)
