@@ -8,7 +8,7 @@ the fast implementations are compared with. Shapes: O out, I in, G groups of col
 - SparseGPT: arXiv 2301.00774, Algorithm 1
 - GPTQ: arXiv 2210.17323, Algorithm 1
 - EoRA: arXiv 2410.21271, the projection into the eigenspace of the inputs
-- ALPS: arXiv 2406.07831, Algorithm 1 with the rho update of its appendix
+- ALPS: arXiv 2406.07831, Algorithm 1, rho as in its published code
 
 SparseGPT and GPTQ are one loop over the columns with a different decision at each column, so the loop
 (how an error is compensated) and the decisions (which value a column takes) are kept apart. There are

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import LLAMA, trainer, write_tokens
 
 import pqqp_lightning
+from pqqp_lightning.calibration.dense_weights import DenseWeights, mark_layers
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.models import CausalLM
 
@@ -26,6 +28,7 @@ import torch
 torch.set_num_threads(1)
 from pqqp_lightning import Trainer
 from pqqp_lightning.callbacks import GPTQ, SparseGPT
+from pqqp_lightning.calibration.dense_weights import DenseWeights, mark_layers
 from pqqp_lightning.data import TokenData
 from pqqp_lightning.models import CausalLM
 
@@ -93,3 +96,23 @@ def test_the_limit_would_stop_a_copy_of_the_model(folder):
     assert result.returncode != 0
     assert "loaded" not in result.stdout
     assert "DefaultCPUAllocator" in result.stderr or "MemoryError" in result.stderr
+
+
+def resident_file_pages() -> int:
+    """Bytes of mapped files that count as this process's memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what is resident")
+def test_dense_weights_that_were_read_do_not_stay_resident(tmp_path):
+    size = 1 << 20
+    module = torch.nn.Sequential(*(torch.nn.Linear(1024, size // 1024, bias=False) for _ in range(8)))
+    mark_layers(module)
+    weights = DenseWeights(module, tmp_path)
+    expected = [layer.weight.detach().clone() for layer in module]
+    before = resident_file_pages()
+    for layer, dense in zip(module, expected, strict=True):
+        layer.weight.data.zero_()  # a stage changed the model
+        assert torch.equal(weights.of(layer), dense)
+    assert resident_file_pages() - before < 2 * 4 * size  # all eight have 8 * 4 * size bytes

@@ -175,10 +175,12 @@ class _Descent:
         self._zero: Tensor | float = grid.middle
         if grid.zero is not None:
             self._zero = grid.zero.float().T.expand(-1, rows).contiguous()
-        ones = torch.ones((), device=weight.device)
+        self._one = torch.ones((), device=weight.device)  # decoded with it, codes become levels
+        # A scale of 0 has one level only. Scales never become 0, so that most layers need not look at every column.
+        self._is_used = None if bool((self._scale > 0).all()) else self._scale > 0
         origin = grid.expanded_zero()
         codes = encode(weight, grid).to(torch.float32 if grid.codebook is None else torch.int64)
-        self._levels = grid.values(codes, ones, origin).T.contiguous()  # [I, O]
+        self._levels = grid.values(codes, self._one, origin).T.contiguous()  # [I, O]
         if self._mask is not None:
             self._levels.mul_(self._mask)
         self._residual = hessian @ (self.values().T - dense.float().T)  # R^T [I, O]
@@ -207,18 +209,15 @@ class _Descent:
                 if j > start:
                     residual = torch.addmv(residual, moves[: j - start].T, self._hessian[start:j, j])
                 current = self._levels[j] * scale
-                best = self._nearest_level(current - residual / diagonal[j], scale, zero)
+                codes = self.grid.nearest(current - residual / diagonal[j], scale, zero)
+                best = self.grid.values(codes, self._one, zero)
+                if self._is_used is not None:
+                    best = torch.where(self._is_used[group], best, 0.0)
                 if self._mask is not None:
                     best = best * self._mask[j]
                 moves[j - start] = best * scale - current
                 self._levels[j] = best
             self._residual.addmm_(self._hessian[:, start:stop], moves)
-
-    def _nearest_level(self, target: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
-        """The level, of scale 1, whose value is nearest to ``target`` [O]."""
-        codes = self.grid.nearest(target, scale, zero)
-        levels = self.grid.values(codes, torch.ones_like(scale), zero)
-        return torch.where(scale > 0, levels, 0.0)  # a scale of 0 has one level only
 
     def move_scales(self) -> None:
         """Move every scale to its best value for the present levels, group after group."""

@@ -69,7 +69,7 @@ class DenseWeights:
         weight = self._weights.get(vars(layer).get(_NAME, ""))
         if weight is None or tuple(weight.shape) != matrix_shape(layer):
             return None
-        return weight.to(layer.weight.device)
+        return self._disk.copy(weight, layer.weight.device)
 
     @contextmanager
     def inside(self, module: nn.Module) -> Iterator[None]:
