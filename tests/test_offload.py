@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from command_line import prepare, run
@@ -371,3 +372,18 @@ def test_a_run_is_resumed_with_weights_elsewhere(tmp_path, monkeypatch):
     assert run(*command, "--model.offload", "none") == 0
     assert (work / "run" / "report.json").stat().st_mtime_ns > before
     assert len((work / "run" / "records.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_on_disk_takes_the_memory_of_a_block(folder, tmp_path):
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    CausalLM(LLAMA | wide | {"num_hidden_layers": 24}).model.save_pretrained(tmp_path / "deep")
+    fit(folder / "tiny", folder, tmp_path / "first", [Magnitude(0.5), RTN(4)], "none")  # loads what a run imports
+    extra = {}
+    for choice in ("disk", "none"):
+        before = psutil.Process().memory_info().rss
+        module, records = fit(tmp_path / "deep", folder, tmp_path / choice, [Magnitude(0.5), RTN(4)], choice)
+        weights = sum(parameter.nbytes for parameter in module.parameters())
+        extra[choice] = (max(record["peak_memory_bytes"] for record in records) - before) / weights
+        del module
+    assert extra["none"] > 0.9
+    assert extra["disk"] < 0.3
