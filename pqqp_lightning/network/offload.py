@@ -85,6 +85,11 @@ class Offload:
             if self.mode != "none":
                 self._take_over(model)
 
+    @property
+    def folder(self) -> Path:
+        """Where scratch files go."""
+        return self._files.existing_folder()
+
     @contextmanager
     def turn(self, module: nn.Module, ahead: nn.Module | None = None, *, read_only: bool = False) -> Iterator[None]:
         """Inside, the weights in ``module`` are on the device and may be changed or replaced.

@@ -62,6 +62,10 @@ class WeightFiles:
             return _is_worth_it(tensor)
         return mapping.place is not None and differs(tensor, mapping.place)
 
+    def existing_folder(self) -> Path:
+        """The folder where scratch files go now."""
+        return self.folder if self.folder is not None and self.folder.is_dir() else Path(tempfile.gettempdir())
+
     def stored(self, tensor: Tensor) -> Tensor:
         """A copy of ``tensor`` in a scratch file of its own, whose space is free again when the copy is.
 
@@ -71,7 +75,7 @@ class WeightFiles:
         on_host = tensor.detach().cpu().contiguous()
         # At the same place within a page: by the alignment, kernels choose how to sum.
         lead = on_host.data_ptr() % mmap.PAGESIZE
-        folder = self.folder if self.folder is not None and self.folder.is_dir() else Path(tempfile.gettempdir())
+        folder = self.existing_folder()
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.seek(lead)

@@ -31,6 +31,7 @@ from pqqp_lightning.calibration.hidden_states import HiddenStates
 from pqqp_lightning.checkpoint.nested import tensors_in
 from pqqp_lightning.metrics.samples import without_updates
 from pqqp_lightning.network.blocks import Blocks, model_blocks, pack_output
+from pqqp_lightning.network.offload import Offload, offload_of
 from pqqp_lightning.runs.early_stop import stoppable
 from pqqp_lightning.seeding import keep_random_state
 
@@ -50,16 +51,13 @@ class NotInTurn(Exception):
     """The blocks of a model cannot run on all samples one after another; says why."""
 
 
-def evaluate_by_blocks(
-    trainer: Trainer, module: LightningModule, evaluate: Evaluate, states: HiddenStates, *, verbose: bool = False
-) -> Any:
+def evaluate_by_blocks(trainer: Trainer, module: LightningModule, evaluate: Evaluate, *, verbose: bool = False) -> Any:
     """Call ``evaluate`` so that each block of ``module`` runs on all samples before the next one does.
 
     Args:
         trainer: the one that ``evaluate`` uses.
         module: the model.
         evaluate: runs Lightning's validation or test.
-        states: empty; keeps the hidden states between two blocks.
         verbose: whether Lightning prints the metrics.
 
     Returns:
@@ -69,7 +67,7 @@ def evaluate_by_blocks(
     if "" in blocks:  # a whole model without blocks
         return evaluate(verbose=verbose)
     shows_progress = trainer.progress_bar_callback is not None and trainer.is_global_zero
-    in_turn = _BlocksInTurn(blocks, states, progress=shows_progress)
+    in_turn = _BlocksInTurn(blocks, offload_of(module), progress=shows_progress)
     try:
         with stoppable(module, Exception), keep_random_state(), _unnoticed(trainer, module), in_turn.recording(module):
             evaluate(verbose=False)
@@ -85,14 +83,15 @@ class _BlocksInTurn:
 
     Args:
         blocks: of the model, in the order of the forward pass.
-        states: gets the hidden state of every forward pass of the model.
+        offload: of the model.
         progress: whether to show a progress bar.
     """
 
-    def __init__(self, blocks: Blocks, states: HiddenStates, *, progress: bool) -> None:
+    def __init__(self, blocks: Blocks, offload: Offload, *, progress: bool) -> None:
         self._blocks = list(blocks.values())
         self._own = [{name: vars(block).get(name) for name in ("forward", *HOOKS)} for block in self._blocks]
-        self._states = states
+        self._offload = offload
+        self._states = HiddenStates(offload)  # one for every forward pass of the model
         self._progress = progress
         self._calls: list[list[Call]] = []  # of each forward pass: the call of each block, without the hidden state
         self._latest: Call | None = None  # the same of the latest call, as it came
@@ -224,8 +223,9 @@ class _BlocksInTurn:
     def _run_blocks(self) -> None:
         """Send all hidden states through all blocks."""
         bar = tqdm(self._blocks, desc="evaluation", unit="block", disable=not self._progress, leave=False)
-        for position, _ in enumerate(bar):
-            with self._real(position) as block:
+        following = [*self._blocks[1:], None]
+        for position, block in enumerate(bar):
+            with self._real(position), self._offload.turn(block, following[position], read_only=True):
                 for i, calls in enumerate(self._calls):
                     call = calls[position].with_hidden(self._states[i])
                     output = block(*call.args, **call.kwargs)
@@ -236,7 +236,7 @@ class _BlocksInTurn:
 
     @contextmanager
     def _real(self, position: int) -> Iterator[nn.Module]:
-        """The block itself, in place of its stand-in."""
+        """Inside, the block at ``position`` is itself, and not its stand-in."""
         with _attributes(self._blocks[position], self._own[position]):
             yield self._blocks[position]
 

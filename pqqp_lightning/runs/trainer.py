@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -18,6 +19,8 @@ from lightning.pytorch.loggers import CSVLogger
 from pqqp_lightning.checkpoint.format import model_folder
 from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.errors import Problem, RecipeError
+from pqqp_lightning.network.offload import offload_of
+from pqqp_lightning.runs.block_evaluation import Evaluate, evaluate_by_blocks
 from pqqp_lightning.runs.checks import check_recipe, check_uses, read_data
 from pqqp_lightning.runs.preparation import attach, prepare
 from pqqp_lightning.runs.run import Run
@@ -149,7 +152,10 @@ class Trainer(pl.Trainer):
     ) -> Any:
         """Lightning's ``validate``; ``ckpt_path`` may name a run folder ("last": this trainer's)."""
         ckpt_path = self._load_run(model, ckpt_path, datamodule or dataloaders)
-        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        plain = partial(
+            super().validate, model, dataloaders, ckpt_path, datamodule=datamodule, weights_only=weights_only
+        )
+        return self._by_blocks(model, plain, verbose)
 
     def test(
         self,
@@ -162,7 +168,19 @@ class Trainer(pl.Trainer):
     ) -> Any:
         """Lightning's ``test``; ``ckpt_path`` may name a run folder ("last": this trainer's)."""
         ckpt_path = self._load_run(model, ckpt_path, datamodule or dataloaders)
-        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        given = {"datamodule": datamodule, "weights_only": weights_only}
+        plain = partial(super().test, model, dataloaders, ckpt_path, **given)
+        return self._by_blocks(model, plain, verbose)
+
+    def _by_blocks(self, model: LightningModule | None, evaluate: Evaluate, verbose: bool) -> Any:
+        """Evaluate an offloaded model block by block: its weights then come to the device once, not for each batch."""
+        if model is None:
+            return evaluate(verbose=verbose)
+        offload = offload_of(model)
+        offload.connect(self.strategy.root_device, Path(self.default_root_dir))
+        if offload.mode == "none":
+            return evaluate(verbose=verbose)
+        return evaluate_by_blocks(self, model, evaluate, verbose=verbose)
 
     def _load_run(self, model: LightningModule | None, ckpt_path: Any, data: Any) -> Any:
         """Load ``model`` from a run folder; returns the ``ckpt_path`` that is left for Lightning to load."""
