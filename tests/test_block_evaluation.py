@@ -203,10 +203,10 @@ def test_callbacks_loggers_samples_and_the_random_state_see_one_evaluation(tmp_p
     module, hooks, heard = Regressor(), Hooks(), Heard()
     run = trainer(tmp_path, callbacks=[hooks], logger=heard)
     states = []
-    for evaluate in (plain, by_blocks):
+    for measure in (plain, by_blocks):
         torch.manual_seed(0)
         with recording(module) as found:
-            evaluate(run, module, dataloaders=regression_loader())
+            measure(run, module, dataloaders=regression_loader())
         states.append((found["mse"].states, torch.get_rng_state()))
     (samples, random), (samples_by_blocks, random_by_blocks) = states
     assert torch.equal(samples_by_blocks, samples)

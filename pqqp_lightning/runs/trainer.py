@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -152,10 +151,11 @@ class Trainer(pl.Trainer):
     ) -> Any:
         """Lightning's ``validate``; ``ckpt_path`` may name a run folder ("last": this trainer's)."""
         ckpt_path = self._load_run(model, ckpt_path, datamodule or dataloaders)
-        plain = partial(
-            super().validate, model, dataloaders, ckpt_path, datamodule=datamodule, weights_only=weights_only
-        )
-        return self._by_blocks(model, plain, verbose)
+
+        def evaluate(*, verbose: bool) -> Any:
+            return super(Trainer, self).validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+        return self._by_blocks(model, evaluate, verbose)
 
     def test(
         self,
@@ -168,9 +168,11 @@ class Trainer(pl.Trainer):
     ) -> Any:
         """Lightning's ``test``; ``ckpt_path`` may name a run folder ("last": this trainer's)."""
         ckpt_path = self._load_run(model, ckpt_path, datamodule or dataloaders)
-        given = {"datamodule": datamodule, "weights_only": weights_only}
-        plain = partial(super().test, model, dataloaders, ckpt_path, **given)
-        return self._by_blocks(model, plain, verbose)
+
+        def evaluate(*, verbose: bool) -> Any:
+            return super(Trainer, self).test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+        return self._by_blocks(model, evaluate, verbose)
 
     def _by_blocks(self, model: LightningModule | None, evaluate: Evaluate, verbose: bool) -> Any:
         """Evaluate an offloaded model block by block: its weights then come to the device once, not for each batch."""
