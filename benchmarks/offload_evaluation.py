@@ -2,7 +2,7 @@
 
     PQQP_DATA=... python benchmarks/offload_evaluation.py [--windows 8] [--offload none disk]
 
-Each mode runs in a process of its own, over windows of 2048 tokens. Memory is the resident peak above what the process
+Each mode runs in a process of its own, over windows of 512 tokens. Memory is the resident peak above what the process
 holds after its imports; pages of files that are mapped count.
 """
 

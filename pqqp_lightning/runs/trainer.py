@@ -196,6 +196,7 @@ class Trainer(pl.Trainer):
             return ckpt_path
         if overridden_hooks(model):  # those that make layers may ask for the trainer and the data
             attach(self, RunData(model, datamodule=data if isinstance(data, LightningDataModule) else None))
+        offload_of(model).connect(self.strategy.root_device, Path(self.default_root_dir))
         restore(model, model_folder(folder))
         return None
 
