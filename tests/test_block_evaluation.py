@@ -218,14 +218,24 @@ def test_callbacks_loggers_samples_and_the_random_state_see_one_evaluation(tmp_p
     assert all("forward" not in vars(part) for part in module.modules())
 
 
-def test_a_watch_may_stop_it(tmp_path):
+@pytest.mark.parametrize(("samples", "passes"), [(4, 2), (6, 3), (7, 12)])
+def test_a_watch_may_stop_it_before_the_blocks_have_seen_all_samples(samples, passes, tmp_path):
     module = Regressor()
+    calls = count_calls(module)
     with recording(module) as found:
-        run = trainer(tmp_path, callbacks=[WatchSamples(found, lambda states: len(states["mse"]) >= 16)])
+        run = trainer(tmp_path, callbacks=[WatchSamples(found, lambda states: len(states["mse"]) >= samples)])
         with pytest.raises(StoppedEarly) as stopped:
-            by_blocks(run, module, dataloaders=regression_loader())
-    assert len(stopped.value.states["mse"]) == 16
+            by_blocks(run, module, dataloaders=regression_loader(batch_size=2))
+    assert len(stopped.value.states["mse"]) == 2 * -(-samples // 2)
+    blocks = len(model_blocks(module))
+    assert len(calls) == 1 + passes * blocks
     assert all("forward" not in vars(part) for part in module.modules())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_in_half_precision(precision, tmp_path):
+    data = make_data("llama", tmp_path)
+    require_the_same(trainer(tmp_path, precision=precision), make_model("llama"), datamodule=data)
 
 
 class Ranked(Regressor):
