@@ -11,6 +11,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from test_multiple_choice import make_data as make_questions
 from test_multiple_choice import make_model as make_answerer
 from test_multiple_choice import make_rows, make_tokenizer, write_rows
+from test_offload import all_sizes  # noqa: F401 - a fixture
 from tiny import Regressor, make_data, make_model, regression_loader, trainer
 from torch import nn
 from torchmetrics.classification import BinaryAUROC
@@ -82,8 +83,8 @@ def test_multiple_choice_is_that_of_a_plain_validation(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["validate", "test"])
 @pytest.mark.parametrize("kind", ["llama", "resnet"])
+@pytest.mark.usefixtures("all_sizes")
 def test_an_offloaded_model_is_evaluated_by_blocks_with_its_states_in_a_file(kind, command, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "SMALLEST", 0)
     run, data = trainer(tmp_path), make_data(kind, tmp_path)
     expected = getattr(run, command)(make_model(kind), datamodule=data, verbose=False)
     module = make_model(kind)
@@ -98,8 +99,8 @@ def test_an_offloaded_model_is_evaluated_by_blocks_with_its_states_in_a_file(kin
     assert len(writes) == passes * (blocks + 1)
 
 
-def test_samples_of_an_offloaded_model_are_kept_and_may_stop_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "SMALLEST", 0)
+@pytest.mark.usefixtures("all_sizes")
+def test_samples_of_an_offloaded_model_are_kept_and_may_stop_it(tmp_path):
     run, loader = trainer(tmp_path), regression_loader()
     expected = evaluate(run, RunData(Regressor(), validation=loader), keep_samples=True)
     module = Regressor()

@@ -8,6 +8,7 @@ from command_line import prepare, run
 from exports import run_of
 from safetensors.torch import load_file
 from test_inference import save_tokenizer
+from test_offload import all_sizes  # noqa: F401 - a fixture
 
 from pqqp_lightning import load
 from pqqp_lightning.checkpoint import load as loading
@@ -20,19 +21,14 @@ from pqqp_lightning.storage.files import read_json
 
 
 @pytest.fixture
-def all_sizes(monkeypatch):
-    """Tensors of every size are offloaded."""
-    monkeypatch.setattr(offload, "SMALLEST", 1)
-
-
-@pytest.fixture
-def little_memory(all_sizes, monkeypatch):
+def little_memory(monkeypatch):
     """No model fits into memory."""
     for module in (offload, loading):
         monkeypatch.setattr(module, "free_memory", lambda: 1000)
 
 
-def test_fit_and_test_of_a_run_on_disk(tmp_path, monkeypatch, all_sizes):
+@pytest.mark.usefixtures("all_sizes")
+def test_fit_and_test_of_a_run_on_disk(tmp_path, monkeypatch):
     prepare(tmp_path, monkeypatch)
     counts = []
     by_blocks = trainer.evaluate_by_blocks
@@ -51,7 +47,8 @@ def test_fit_and_test_of_a_run_on_disk(tmp_path, monkeypatch, all_sizes):
 
 
 @pytest.mark.parametrize("name", ["rtn4", "sleb", "channels", "basis"])
-def test_a_run_that_is_larger_than_memory_is_loaded_onto_disk(name, tmp_path, little_memory, monkeypatch):
+@pytest.mark.usefixtures("all_sizes", "little_memory")
+def test_a_run_that_is_larger_than_memory_is_loaded_onto_disk(name, monkeypatch):
     module = load(run_of(name))
     assert offload_of(module).mode == "disk"
     assert not [name for name, parameter in module.named_parameters() if parameter.is_meta]
@@ -66,7 +63,8 @@ def test_a_run_that_is_larger_than_memory_is_loaded_onto_disk(name, tmp_path, li
     assert torch.equal(module(ids), expected(ids))
 
 
-def test_a_run_that_is_larger_than_memory_is_continued_and_exported(tmp_path, monkeypatch, all_sizes):
+@pytest.mark.usefixtures("all_sizes")
+def test_a_run_that_is_larger_than_memory_is_continued_and_exported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
     shutil.copytree(run_of("rtn4"), folder)
@@ -76,7 +74,7 @@ def test_a_run_that_is_larger_than_memory_is_continued_and_exported(tmp_path, mo
     for module in (offload, loading):
         monkeypatch.setattr(module, "free_memory", lambda: 1000)
     assert generate_text(folder, prompt="Hello", max_new_tokens=5).text == expected
-    export_run(folder, to="hf", out=tmp_path / "disk")
+    export_run(folder, to="hf", out=tmp_path / "disk", check=False)
     found, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("disk", "plain"))
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], plain[name]) for name in found)
