@@ -67,6 +67,14 @@ class Measured:
 class DeviceParts(Parts):
     """Seconds by part on the clock; the device finishes each part's work before the next one begins."""
 
+    def table(self, forward_s: float) -> str:
+        """A line for each part, largest first: seconds, share of the stage, and share of one forward pass."""
+        total = sum(self.seconds.values())
+        lines = []
+        for part, seconds in sorted(self.seconds.items(), key=lambda item: -item[1]):
+            lines.append(f"  {part:28}{seconds:7.2f} s {seconds / total:6.1%}  {seconds / forward_s:5.3f} passes")
+        return "\n".join(lines)
+
     def _switch(self) -> None:
         now = device_time()
         if self._open:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -144,10 +145,19 @@ class BasisSharing(Stage):
     ) -> None:
         # the group's layers have different inputs, and the error counts on all of them
         names, known = group["layers"], [gram for gram in grams if gram is not None]
+        with ExitStack() as turns:
+            for parent in dict.fromkeys(name.rpartition(".")[0] for name in names):  # it will hold the new modules
+                turns.enter_context(context.offload.turn(model.get_submodule(parent)))
+            self._replace(model, names, known, group["rank"], context)
+
+    def _replace(
+        self, model: LightningModule, names: list[str], known: list[Tensor], rank: int, context: Context
+    ) -> None:
+        """Replace the layers ``names`` by factors that share a basis, found from the ``known`` Gram matrices."""
         weights = [model.get_parameter(f"{name}.weight").detach() for name in names]
         gram = torch.stack(known).sum(0) if known else torch.eye(weights[0].shape[1], device=weights[0].device)
-        shared = share_basis(weights, gram, group["rank"], damping=self.damping)
-        modules = factor_layers(model, names, group["rank"])
+        shared = share_basis(weights, gram, rank, damping=self.damping)
+        modules = factor_layers(model, names, rank)
         with torch.no_grad():
             modules[0].basis.weight.copy_(shared.basis)
             for module, coefficients in zip(modules, shared.coefficients, strict=True):

@@ -17,6 +17,7 @@ from pqqp_lightning.network.activation_hooks import RotateInput, transformed_lay
 from pqqp_lightning.network.blocks import is_selected, tied_weights
 from pqqp_lightning.network.layers import columns_of, is_adapter, layout_of, named_layers
 from pqqp_lightning.network.name_patterns import value_for
+from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.network.structure import find_once, weightless_copy
 from pqqp_lightning.stages import Context, Layer, Plan, PruningStage, SearchSpace, Stage
 from pqqp_lightning.surgery.coupling import CoupledGroup, Coupling, built_groups, has_attention
@@ -78,6 +79,12 @@ class ChannelPruning(Stage):
     def needs_calibration(self) -> bool:  # type: ignore[override]
         """Every importance except the norm reads calibration data."""
         return self.importance != "norm"
+
+    @property
+    def whole_model_arguments(self) -> dict[str, Any]:
+        """As in every stage, and ``importance`` by the loss, which takes a backward pass."""
+        own = {"importance": "activation"} if self.importance == "taylor" else {}
+        return super().whole_model_arguments | own
 
     def find_layers(self, model: nn.Module) -> dict[str, Layer]:
         """The layers that become smaller: those that produce the removed channels, and those that read them."""
@@ -324,8 +331,9 @@ def _squares(model: nn.Module, group: CoupledGroup) -> list[Tensor]:
     found = []
     for member in group.members:
         if _has_weight(model, member.name):
-            weight = model.get_parameter(f"{member.name}.weight").detach().float()
-            found.append(sum_by_unit(sum_by_channel(weight.square(), int(member.side == "in")), member.index))
+            with offload_of(model).turn(model.get_submodule(member.name), read_only=True):
+                weight = model.get_parameter(f"{member.name}.weight").detach().float()
+                found.append(sum_by_unit(sum_by_channel(weight.square(), int(member.side == "in")), member.index))
     return found
 
 

@@ -50,6 +50,12 @@ class Magnitude(OneShotPruning):
         super().__init__(sparsity, pattern, **kwargs)
         self.scope = scope
 
+    @property
+    def whole_model_arguments(self) -> dict[str, Any]:
+        """As in every pruning stage, and ``scope``, which compares all weights."""
+        own = {"scope": "layer"} if self.scope == "global" else {}
+        return super().whole_model_arguments | own
+
     def check_arguments(self) -> list[Problem]:
         problems = super().check_arguments()
         if self.scope == "global" and not isinstance(self.sparsity, float | int):

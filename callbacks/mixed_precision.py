@@ -102,6 +102,12 @@ class MixedPrecision(QuantizationStage):
         self.size_bytes, self.schedule, self.method, self.sensitivity = size_bytes, schedule, method, sensitivity
         self.block_size, self.damping, self.activation_order = block_size, damping, activation_order
 
+    @property
+    def whole_model_arguments(self) -> dict[str, Any]:
+        """As in every stage, and ``sensitivity`` by the loss, which takes a backward pass."""
+        own = {"sensitivity": "output"} if self.sensitivity == "loss" else {}
+        return super().whole_model_arguments | own
+
     def check_arguments(self) -> list[Problem]:
         problems = Stage.check_arguments(self) + check_hessian_arguments(self.block_size, self.damping)
         if not self._widths:

@@ -1,5 +1,8 @@
 """Evaluation block by block gives the numbers of a plain validation, whatever the model and its step look like."""
 
+from functools import partial
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -8,27 +11,30 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from test_multiple_choice import make_data as make_questions
 from test_multiple_choice import make_model as make_answerer
 from test_multiple_choice import make_rows, make_tokenizer, write_rows
+from test_offload import all_sizes  # noqa: F401 - a fixture
 from tiny import Regressor, make_data, make_model, regression_loader, trainer
 from torch import nn
 from torchmetrics.classification import BinaryAUROC
 
 from pqqp_lightning.calibration.hidden_states import HiddenStates
+from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.metrics.samples import recording
 from pqqp_lightning.models import causal_lm
+from pqqp_lightning.network import offload
 from pqqp_lightning.network.blocks import model_blocks
+from pqqp_lightning.network.offload import Offload, offload_model
 from pqqp_lightning.runs.block_evaluation import evaluate_by_blocks
 from pqqp_lightning.runs.early_stop import StoppedEarly, WatchSamples
+from pqqp_lightning.runs.evaluation import evaluate
+from pqqp_lightning.runs.run_data import RunData
 
 
 def plain(run, module, command="validate", **data):
     return getattr(pl.Trainer, command)(run, module, verbose=False, **data)
 
 
-def by_blocks(run, module, command="validate", states=None, **data):
-    def evaluate(*, verbose):
-        return getattr(pl.Trainer, command)(run, module, verbose=verbose, **data)
-
-    return evaluate_by_blocks(run, module, evaluate, HiddenStates() if states is None else states)
+def by_blocks(run, module, command="validate", **data):
+    return evaluate_by_blocks(run, module, partial(getattr(pl.Trainer, command), run, module, **data))
 
 
 def count_calls(module):
@@ -39,16 +45,21 @@ def count_calls(module):
     return calls
 
 
-def require_the_same(run, module, command="validate", states=None, **data):
+def require_the_same(run, module, command="validate", **data):
     """The metrics are those of a plain evaluation, and each block ran after the block before had run for all."""
     calls = count_calls(module)
     expected = plain(run, module, command, **data)
     passes, blocks = calls.count(0), len(model_blocks(module))
     assert blocks > 1
     calls.clear()
-    assert by_blocks(run, module, command, states, **data) == expected
-    assert calls == [0, *(number for number in range(blocks) for _ in range(passes))]  # the first run was a trial
+    assert by_blocks(run, module, command, **data) == expected
+    require_turns(calls, passes, blocks)
     return expected, passes
+
+
+def require_turns(calls, passes, blocks):
+    """Each block ran for all forward passes after the block before; the first run of the first block was a trial."""
+    assert calls == [0, *(number for number in range(blocks) for _ in range(passes))]
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
@@ -70,15 +81,57 @@ def test_multiple_choice_is_that_of_a_plain_validation(tmp_path, monkeypatch):
     assert passes > 7  # of three texts and 13 questions in batches of 4, some in parts
 
 
-@pytest.mark.parametrize("places", [("disk",), ("device", "disk")])
-def test_hidden_states_in_a_file_are_the_same(places, tmp_path):
-    for kind in ("llama", "resnet"):
-        states = HiddenStates(places, tmp_path)
-        require_the_same(trainer(tmp_path), make_model(kind), states=states, datamodule=make_data(kind, tmp_path))
+@pytest.mark.parametrize("command", ["validate", "test"])
+@pytest.mark.parametrize("kind", ["llama", "resnet"])
+@pytest.mark.usefixtures("all_sizes")
+def test_an_offloaded_model_is_evaluated_by_blocks_with_its_states_in_a_file(kind, command, tmp_path, monkeypatch):
+    run, data = trainer(tmp_path), make_data(kind, tmp_path)
+    expected = getattr(run, command)(make_model(kind), datamodule=data, verbose=False)
+    module = make_model(kind)
+    offload._OFFLOADS.pop(module, None)  # a language model has chosen "auto"
+    offload_model(module, "disk")
+    calls, writes = count_calls(module), []
+    monkeypatch.setattr(HiddenStates, "_write", watched(HiddenStates._write, writes))
+    assert getattr(run, command)(module, datamodule=data, verbose=False) == expected
+    blocks = len(model_blocks(module))
+    passes = (len(calls) - 1) // blocks
+    require_turns(calls, passes, blocks)
+    assert len(writes) == passes * (blocks + 1)
+
+
+@pytest.mark.usefixtures("all_sizes")
+def test_samples_of_an_offloaded_model_are_kept_and_may_stop_it(tmp_path):
+    run, loader = trainer(tmp_path), regression_loader()
+    expected = evaluate(run, RunData(Regressor(), validation=loader), keep_samples=True)
+    module = Regressor()
+    offload_model(module, "disk")
+    data = RunData(module, validation=loader)
+    found = evaluate(run, data, keep_samples=True)
+    assert found.metrics == expected.metrics
+    assert torch.equal(found.samples["mse"].states, expected.samples["mse"].states)
+    with pytest.raises(StoppedEarly) as stopped:
+        evaluate(run, data, keep_samples=True, watch=lambda states: len(states["mse"]) >= 16)
+    assert torch.equal(stopped.value.states["mse"], expected.samples["mse"].states[:16])
+    assert module.training
+
+
+def watched(method, calls):
+    def watching(*args):
+        calls.append(args)
+        return method(*args)
+
+    return watching
+
+
+def on_disk(folder):
+    """How a model would be offloaded that is on disk."""
+    chosen = Offload()
+    chosen.mode, chosen._files.folder = "disk", folder
+    return chosen
 
 
 def test_a_state_keeps_its_values_strides_and_dtype_in_a_file(tmp_path):
-    states = HiddenStates(("disk",), tmp_path)
+    states = HiddenStates(on_disk(tmp_path))
     images = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     kept = [images, torch.randn(4, 6).T, torch.randn(3, 5, dtype=torch.bfloat16), torch.randn(4, 6)[:, 1:3]]
     for state in kept:
@@ -94,14 +147,25 @@ def test_a_state_keeps_its_values_strides_and_dtype_in_a_file(tmp_path):
     assert torch.equal(states[0], images)
 
 
-def test_a_full_place_leaves_the_rest_to_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr("pqqp_lightning.calibration.hidden_states._free_bytes", lambda *_: 2 * 2 * 40)
-    states = HiddenStates(("device", "disk"), tmp_path)
-    kept = [torch.randn(10) for _ in range(4)]
+def test_states_on_a_gpu_fill_half_of_its_memory_then_half_of_the_hosts_then_a_file(tmp_path, monkeypatch):
+    place = "pqqp_lightning.calibration.hidden_states."
+    monkeypatch.setattr(f"{place}_is_on_gpu", lambda state: True)
+    monkeypatch.setattr(f"{place}_free_bytes", lambda where, device: {"device": 2 * 80, "host": 2 * 40}[where])
+    states = HiddenStates(on_disk(tmp_path))
+    kept = [torch.randn(10) for _ in range(5)]
     for state in kept:
         states.append(state)
-    assert [states[i] is kept[i] for i in range(4)] == [True, True, False, False]
-    assert all(torch.equal(states[i], kept[i]) for i in range(4))
+    assert [place for place, _ in states._homes] == ["device", "device", "host", "disk", "disk"]
+    assert all(torch.equal(states[i], kept[i]) for i in range(5))
+
+
+def test_a_disk_without_space_is_named(tmp_path):
+    states = HiddenStates(on_disk(tmp_path))
+    states.append(torch.ones(3))
+    states._file.close()
+    states._file = Path("/dev/full").open("r+b", buffering=0)  # noqa: SIM115
+    with pytest.raises(RecipeError, match="hidden states cannot be stored: No space left on device"):
+        states.append(torch.ones(3))
 
 
 def test_a_head_computes_once_per_forward_pass(tmp_path):
@@ -140,10 +204,10 @@ def test_callbacks_loggers_samples_and_the_random_state_see_one_evaluation(tmp_p
     module, hooks, heard = Regressor(), Hooks(), Heard()
     run = trainer(tmp_path, callbacks=[hooks], logger=heard)
     states = []
-    for evaluate in (plain, by_blocks):
+    for measure in (plain, by_blocks):
         torch.manual_seed(0)
         with recording(module) as found:
-            evaluate(run, module, dataloaders=regression_loader())
+            measure(run, module, dataloaders=regression_loader())
         states.append((found["mse"].states, torch.get_rng_state()))
     (samples, random), (samples_by_blocks, random_by_blocks) = states
     assert torch.equal(samples_by_blocks, samples)
@@ -155,14 +219,24 @@ def test_callbacks_loggers_samples_and_the_random_state_see_one_evaluation(tmp_p
     assert all("forward" not in vars(part) for part in module.modules())
 
 
-def test_a_watch_may_stop_it(tmp_path):
+@pytest.mark.parametrize(("samples", "passes"), [(4, 2), (6, 3), (7, 12)])
+def test_a_watch_may_stop_it_before_the_blocks_have_seen_all_samples(samples, passes, tmp_path):
     module = Regressor()
+    calls = count_calls(module)
     with recording(module) as found:
-        run = trainer(tmp_path, callbacks=[WatchSamples(found, lambda states: len(states["mse"]) >= 16)])
+        run = trainer(tmp_path, callbacks=[WatchSamples(found, lambda states: len(states["mse"]) >= samples)])
         with pytest.raises(StoppedEarly) as stopped:
-            by_blocks(run, module, dataloaders=regression_loader())
-    assert len(stopped.value.states["mse"]) == 16
+            by_blocks(run, module, dataloaders=regression_loader(batch_size=2))
+    assert len(stopped.value.states["mse"]) == 2 * -(-samples // 2)
+    blocks = len(model_blocks(module))
+    assert len(calls) == 1 + passes * blocks
     assert all("forward" not in vars(part) for part in module.modules())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_in_half_precision(precision, tmp_path):
+    data = make_data("llama", tmp_path)
+    require_the_same(trainer(tmp_path, precision=precision), make_model("llama"), datamodule=data)
 
 
 class Ranked(Regressor):

@@ -191,6 +191,16 @@ WRONG = [
         message="recipe.yaml: stages.prune (Magnitude): sparsity='high' should be a number, {name: a number} or null.",
     ),
     Wrong(
+        "weights that lie nowhere",
+        "command line: model.offload='dsk'",
+        "--model.offload dsk",
+    ),
+    Wrong(
+        "a stage for the whole of an offloaded model",
+        "command line: stages.prune.scope='global' ~ model.offload: none",
+        "--model.offload disk --stages.prune.scope global",
+    ),
+    Wrong(
         "a choice that is none",
         "command line: stages.prune.scope='globl' ~ Did you mean 'global'?",
         "--stages.prune.scope globl",

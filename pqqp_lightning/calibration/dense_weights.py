@@ -10,10 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from pqqp_lightning.calibration.batch_norm import batch_norms
-from pqqp_lightning.network.layers import Layer, matrix_shape, named_layers, set_weight_matrix, weight_matrix
+from pqqp_lightning.network.layers import (
+    Layer,
+    layout_of,
+    matrix_shape,
+    named_layers,
+    set_weight_matrix,
+    weight_matrix,
+    weight_place,
+)
+from pqqp_lightning.network.layouts import as_matrix
+from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.storage.disk_tensors import DiskTensors
 
 _NAME = "_pqqp_dense_name"
+AS_STORED = ("rows", "transposed", "stacked")
+"""Layouts whose matrix is a view of the weight."""
 _STATISTICS = ("running_mean", "running_var")
 """Of a BatchNorm; stages estimate them again."""
 
@@ -36,8 +48,17 @@ class DenseWeights:
         self._disk = DiskTensors(folder)
         self._weights: dict[str, Tensor] = {}
         self._statistics: dict[str, list[Tensor]] = {}
+        offload = offload_of(model)
         for _, layer in named_layers(model):
-            if _NAME in vars(layer):
+            if _NAME not in vars(layer):
+                continue
+            # The file that an offloaded model is mapped from has its dense weights already.
+            original = offload.original(layer.weight) if layout_of(layer) in AS_STORED else None
+            if original is not None:
+                self._weights[vars(layer)[_NAME]] = as_matrix(original, layout_of(layer))
+                continue
+            holder, _ = weight_place(layer)
+            with offload.turn(holder, read_only=True):
                 self._weights[vars(layer)[_NAME]] = self._disk.put(weight_matrix(layer).clone())
         for norm in batch_norms(model).values():
             if _NAME in vars(norm):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from pqqp_lightning.errors import RecipeError
+from pqqp_lightning.network.free_memory import free_memory
+from pqqp_lightning.network.offload import Offload
 
 ALIGNMENT = 4096
 """Bytes; a state begins at a page of the file."""
@@ -26,28 +28,29 @@ class _InFile:
 
     Attributes:
         start: of its bytes.
-        like: an empty tensor of its shape, strides, dtype and device.
+        like: an empty tensor of its shape, strides and dtype.
     """
 
     start: int
     like: Tensor
 
 
-class HiddenStates:
+class HiddenStates(Sequence[Tensor]):
     """A list of tensors that lie on their device, in host memory or in an unnamed file.
+
+    Where a model is not offloaded, they stay where they are. On a GPU they take half of the memory that is free there,
+    then half of that of the host, then the file. If a model on disk runs on a CPU, all of them lie in the file, since
+    there is no memory to spare.
 
     A state comes back with its values and, if its entries are dense in memory, with its strides: a product of another
     layout may round differently.
 
     Args:
-        places: where states may lie, the preferred place first. A place but the last takes states up to half of the
-            memory that is free there at first.
-        folder: of the file, on a disk with enough space; the folder of temporary files by default.
+        offload: of the model.
     """
 
-    def __init__(self, places: Sequence[Place] = ("device",), folder: Path | None = None) -> None:
-        self._places = places
-        self._folder = folder
+    def __init__(self, offload: Offload) -> None:
+        self._offload = offload
         self._file: Any = None
         self._end = 0
         self._room: dict[Place, int] = {}  # bytes that a place may still take
@@ -63,7 +66,7 @@ class HiddenStates:
         self._states.append(None)
         self._keep(len(self._states) - 1, state)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override] # no slices
         state = self._states[index]
         assert state is not None, "the state was forgotten"
         _, device = self._homes[index]
@@ -78,16 +81,19 @@ class HiddenStates:
         self._states[index] = None
 
     def _place(self, state: Tensor) -> Place:
-        """The first place with room for ``state``, which takes the room."""
-        for place in self._places[:-1]:
-            room = self._room.get(place, -1)
-            if room < 0:
-                room = int(SHARE * _free_bytes(place, state.device))
-            taken = state.nbytes <= room
-            self._room[place] = room - state.nbytes if taken else room
-            if taken:
+        """The place for ``state``, which takes the room that it needs there."""
+        if self._offload.mode == "none":
+            return "device"
+        if not _is_on_gpu(state):
+            return "disk" if self._offload.mode == "disk" else "device"
+        places: tuple[Place, ...] = ("device", "host")
+        for place in places:
+            if place not in self._room:
+                self._room[place] = int(SHARE * _free_bytes(place, state.device))
+            if state.nbytes <= self._room[place]:
+                self._room[place] -= state.nbytes
                 return place
-        return self._places[-1]
+        return "disk"
 
     def _keep(self, index: int, state: Tensor) -> None:
         place, _ = self._homes[index]
@@ -97,16 +103,27 @@ class HiddenStates:
             self._states[index] = state.cpu() if place == "host" else state
 
     def _write(self, state: Tensor, earlier: Tensor | _InFile | None) -> _InFile:
-        """Write ``state``, over the bytes of ``earlier`` if they are as many."""
-        if self._file is None:
-            self._file = TemporaryFile(dir=self._folder)  # noqa: SIM115 - lives as long as this object
+        """Write ``state``, over the bytes of ``earlier`` if they are as many.
+
+        Raises:
+            RecipeError: there is no space.
+        """
         if isinstance(earlier, _InFile) and earlier.like.nbytes == state.nbytes:
             start = earlier.start
         else:
             start = self._end
             self._end += state.nbytes + -state.nbytes % ALIGNMENT
-        self._file.seek(start)
-        self._file.write(_bytes_of(state.detach().cpu()))
+        folder = self._offload.folder
+        try:
+            if self._file is None:
+                self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as this object
+            self._file.seek(start)
+            self._file.write(_bytes_of(state.detach().cpu()))
+            self._file.flush()
+        except OSError as error:
+            way_out = "Free some space, or set TMPDIR or --run_dir to a folder on another disk."
+            reason = error.strerror or error
+            raise RecipeError(f"{folder}: hidden states cannot be stored: {reason}. {way_out}") from error
         return _InFile(start, torch.empty_like(state, device="meta"))  # a dense tensor's strides, else ordinary ones
 
     def _read(self, state: _InFile, device: torch.device) -> Tensor:
@@ -125,8 +142,12 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
+def _is_on_gpu(state: Tensor) -> bool:
+    return state.device.type != "cpu"
+
+
 def _free_bytes(place: Place, device: torch.device) -> int:
-    """Memory that is free in ``place``."""
-    if place == "device" and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Memory that is free in ``place``; 0 where nobody tells."""
+    if place == "device":
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return free_memory() or 0

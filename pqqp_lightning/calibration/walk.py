@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice, repeat
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from pqqp_lightning.calibration.chain import Call, Run, capture_calls, first_output, is_chain
 from pqqp_lightning.calibration.collect import Collector, Reading, check_reading
 from pqqp_lightning.calibration.functional import without_fast_paths
+from pqqp_lightning.calibration.hidden_states import HiddenStates
 from pqqp_lightning.calibration.statistics import PairedHessian, Statistic
 from pqqp_lightning.calibration.token_mask import TokenMask, token_masks
 from pqqp_lightning.errors import Problem, RecipeError, shorten
@@ -62,7 +63,7 @@ class BlockPass:
 
     block: nn.Module
     calls: list[Call]
-    hidden: list[Tensor]
+    hidden: Sequence[Tensor]
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext
     within: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
     outputs: dict[int, Tensor] | None = None
@@ -273,7 +274,8 @@ class Walk:
             dense: run the blocks with the dense model's weights.
         """
         within = self.dense if dense and self.dense is not None else nullcontext
-        hidden: list[Tensor] = []  # each batch's input of the current block, replaced by its output
+        offload = offload_of(self.model)
+        hidden = HiddenStates(offload)  # each batch's input of the current block, replaced by its output
         calls: list[list[Call]] = []
         with within(self.model):
             captured = capture_calls(self.blocks, self.forward, self.batches, every_block=every_block)
@@ -288,7 +290,7 @@ class Walk:
             # a dense block does not change between its passes
             outputs: dict[int, Tensor] | None = {} if dense else None
             run_block = BlockPass(block, own_calls, hidden, self.forward_context, within, outputs)
-            with offload_of(self.model).turn(block, following[position]):
+            with offload.turn(block, following[position]):
                 yield name, run_block
                 if position + 1 < len(self.blocks):
                     for i in range(len(hidden)):

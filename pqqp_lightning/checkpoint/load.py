@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -35,7 +36,9 @@ from pqqp_lightning.checkpoint.probe import compare, read_probe, tolerance
 from pqqp_lightning.checkpoint.stored_tensors import StoredTensors
 from pqqp_lightning.errors import RecipeError, shorten
 from pqqp_lightning.network.constraints import constrained_layers, set_constraints
+from pqqp_lightning.network.free_memory import free_memory
 from pqqp_lightning.network.layers import Layer, stored_weights
+from pqqp_lightning.network.offload import ROOM, offload_of
 from pqqp_lightning.storage.run_folder import WEIGHTS
 
 MOVED = {"pqqp_lightning.trainer.Training": "pqqp_lightning.runs.trainer.Training"}
@@ -77,7 +80,7 @@ def restore(module: LightningModule, folder: Path, doubt: str | None = None, *, 
         weights = stored_weights(module)
         layers = _layers_to_pack(manifest, weights) if packed else {}
         with torch.no_grad():
-            for name, target in own.items():
+            for name, target in offload_of(module).visit(own.items()):
                 if name in manifest["aliases"]:
                     continue
                 entry = manifest["packed"].get(name)
@@ -92,6 +95,7 @@ def restore(module: LightningModule, folder: Path, doubt: str | None = None, *, 
             for alias, name in manifest["aliases"].items():
                 if own[alias].is_meta and own[alias] is not own[name]:  # not tied by the constructor
                     _assign(module, own[alias], module.get_parameter(name).detach())
+    offload_of(module).settle(module)  # the constraints
     _require_same_outputs(module, folder, doubt)
     return manifest
 
@@ -251,13 +255,15 @@ def load_quietly(folder: Path, module: LightningModule | None = None, *, packed:
 def _rebuilt(manifest: dict[str, Any], folder: Path, packed: bool) -> tuple[LightningModule, list[Applied]]:
     """The module that the checkpoint describes, with its weights, and the stages that were applied to it."""
     reason = manifest.get("not_described", "")
-    if packed:
+    if packed or _is_larger_than_memory(manifest, folder):
         try:
             with parameters_on_meta():
                 module = build(manifest["model"], folder, reason)
             if not left_on_meta(module):
+                if not packed:
+                    offload_of(module).connect(module.device)
                 doubt = unknown_arguments(type(module), manifest["model"]["init_args"])
-                return module, restore(module, folder, doubt, packed=True)["applied"]
+                return module, restore(module, folder, doubt, packed=packed)["applied"]
         except (RecipeError, NotImplementedError, RuntimeError):
             pass  # whatever does not come from the missing values happens again below
     module = build(manifest["model"], folder, reason)
@@ -267,6 +273,23 @@ def _rebuilt(manifest: dict[str, Any], folder: Path, packed: bool) -> tuple[Ligh
         text = f"{type(module).__name__} computes from its weights while it is built"
         rank_zero_warn(f"{folder}: {text}: loading took the memory of the dense model.")
     return module, applied
+
+
+def _is_larger_than_memory(manifest: dict[str, Any], folder: Path) -> bool:
+    """Whether the unpacked weights of a checkpoint leave too little memory for a run."""
+    free = free_memory()
+    if free is None:
+        return False
+    size_bytes = 0
+    with safe_open(folder / WEIGHTS, framework="pt") as opened:
+        file = StoredTensors(opened, manifest.get("small", []))
+        for name in file.weight_names():
+            entry = manifest["packed"].get(name)
+            if entry is None:
+                size_bytes += file.get(name).nbytes
+            else:
+                size_bytes += math.prod(entry["shape"]) * getattr(torch, entry["dtype"]).itemsize
+    return ROOM * size_bytes > free
 
 
 def build(skeleton: dict[str, Any] | None, folder: Path, reason: str = "") -> LightningModule:
@@ -323,8 +346,11 @@ def _assign(module: nn.Module, target: Tensor, value: Tensor) -> None:
         # The file's tensors are not aligned as torch's own are, which may decide between kernels.
         parameter = nn.Parameter(value.clone(), requires_grad=target.requires_grad)
         for owner in module.modules():  # every module that shares it
-            for key in [key for key, shared in owner._parameters.items() if shared is target]:
+            keys = [key for key, shared in owner._parameters.items() if shared is target]
+            for key in keys:
                 setattr(owner, key, parameter)  # not into the dict: an LSTM keeps its parameters in a list as well
+            if keys:
+                offload_of(module).settle(owner)
         return
     # The stored dtype counts: copy_ alone would convert the value to the dtype of the freshly built module.
     if isinstance(target, Tensor) and target.dtype != value.dtype:

@@ -21,6 +21,7 @@ from pqqp_lightning.checkpoint.packing import pack_weight
 from pqqp_lightning.checkpoint.probe import Probe
 from pqqp_lightning.network.constraints import constraints_of, is_constrained
 from pqqp_lightning.network.layers import layout_of, stored_weights
+from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.network.structure import dotted_name
 from pqqp_lightning.storage.disk_tensors import DiskTensors
 from pqqp_lightning.storage.files import new_folder, sha256_of, write_bytes
@@ -93,7 +94,7 @@ def _contents(
     weights = stored_weights(module)
     stored: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}  # of packed weights
-    for name, tensor in tensors.items():
+    for name, tensor in offload_of(module).visit(tensors.items()):
         _, layer, hidden = weights.get(name, ("", None, False))
         if layer is not None and is_constrained(layer):
             constraints = stored_constraints(constraints_of(layer), hidden)

@@ -15,6 +15,7 @@ from pqqp_lightning.checkpoint.encoding import encode_weight, stored_constraints
 from pqqp_lightning.network.constraints import constraints_of
 from pqqp_lightning.network.coverage import count_parameters
 from pqqp_lightning.network.layers import is_adapter, stored_weights
+from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.storage.reports import SizeNumbers
 
 
@@ -118,7 +119,7 @@ def measure_size(
     targeted_names = set(targeted)
     total = 0
     layers = []
-    for name, tensor in tensors.items():
+    for name, tensor in offload_of(model).visit(tensors.items()):
         if name not in weights:
             total += tensor.numel() * tensor.element_size()
             continue

@@ -130,7 +130,7 @@ class CommandLine(LightningCLI):
         trainer.recipe_text = self._resolved_recipe()
         resolved = yaml.safe_load(trainer.recipe_text)
         trainer.recipe = {key: resolved[key] for key in ("model", "data") if resolved.get(key) is not None}
-        trainer.recipe.get("model", {}).get("init_args", {}).pop(OFFLOAD, None)
+        (trainer.recipe.get("model", {}).get("init_args") or {}).pop(OFFLOAD, None)  # it changes no result
         # a run may be resumed with other options, as long as they do not change its numbers
         options = resolved["trainer"]
         trainer.recipe["trainer"] = {key: options[key] for key in RESULT_OPTIONS if key in options}

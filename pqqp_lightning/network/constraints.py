@@ -6,7 +6,7 @@ Constraints are copied with the module (``copy.deepcopy``, pickling) but are not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -178,7 +178,7 @@ def collect_promises(model: nn.Module) -> list[Promise]:
     return [Promise(name, layer, constraints) for name, layer, constraints in constrained_layers(model)]
 
 
-def broken_promises(model: nn.Module, promises: list[Promise]) -> list[tuple[Promise, list[str]]]:
+def broken_promises(model: nn.Module, promises: Iterable[Promise]) -> list[tuple[Promise, list[str]]]:
     """Find the promises that the model violates, and describe how.
 
     A layer that was removed from the model has no constraints to keep. A layer whose shape changed must carry

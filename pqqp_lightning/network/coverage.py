@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from pqqp_lightning.network.layers import Layer, is_adapter, weight_place
+from pqqp_lightning.network.offload import offload_of
 
 KINDS_OF_MODULES: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Embedding, "embeddings"),
@@ -72,7 +73,8 @@ def count_parameters(model: nn.Module) -> int:
 
 def count_nonzero_parameters(model: nn.Module) -> int:
     """Count the entries of these parameters that are not zero."""
-    return sum(int(parameter.count_nonzero()) for *_, parameter in _own_parameters(model))
+    own = ((name, parameter) for name, *_, parameter in _own_parameters(model))
+    return sum(int(parameter.count_nonzero()) for _, parameter in offload_of(model).visit(own))
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

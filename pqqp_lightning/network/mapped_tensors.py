@@ -66,14 +66,14 @@ def map_again(place: Place, like: Tensor) -> tuple[Mapping, Tensor]:
 
 
 def mapped_files() -> list[tuple[int, int, Place]]:
-    """The private mappings of files in this process: first address, address behind the last, what is mapped there.
+    """The private, writable mappings of files in this process: first address, address behind the last, place.
 
     A library that loads a model may have mapped its weights. Only Linux tells.
     """
     regions = []
     for line in _MAPS.read_text().splitlines() if _MAPS.exists() else ():
         fields = line.split(maxsplit=5)  # "7f01-7f02 rw-p 00001000 fe:00 1234 /path"
-        if len(fields) < 6 or not fields[1].endswith("p") or not fields[5].startswith("/"):
+        if len(fields) < 6 or fields[1] != "rw-p" or not fields[5].startswith("/"):
             continue
         start, end = (int(address, 16) for address in fields[0].split("-"))
         regions.append((start, end, Place(Path(fields[5]), int(fields[2], 16))))

@@ -11,39 +11,27 @@ passes, as constraints, sizes and checkpoints need it. safetensors' lazy slices 
 
 from __future__ import annotations
 
-import mmap
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary, ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.blocks import Blocks, model_blocks
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.free_memory import free_memory
-from pqqp_lightning.network.mapped_tensors import (
-    Mapping,
-    as_bytes,
-    differs,
-    map_again,
-    map_tensor,
-    mapped_files,
-    place_of,
-)
+from pqqp_lightning.network.mapped_tensors import as_bytes, mapped_files, place_of
+from pqqp_lightning.network.weight_files import SMALLEST, WeightFiles, replace
 
 Mode = Literal["none", "host", "disk"]
 Choice = Literal["auto", "none", "host", "disk"]
 OPTION = "offload"
 """The argument of a model that chooses. It does not change results, and so does not tell runs apart."""
-SMALLEST = 1 << 20
-"""Bytes; smaller tensors stay in memory."""
 ROOM = 1.6
 """What a run without training takes beside the data, in weights of the model; tests/test_memory.py holds it to that."""
 
@@ -67,12 +55,10 @@ class Offload:
 
     Attributes:
         mode: what was chosen; "none" until the device is known.
-        folder: where scratch files go; the system's folder for temporary files if it does not exist.
     """
 
     def __init__(self, model: nn.Module | None = None, choice: Choice = "none") -> None:
         self.mode: Mode = "none"
-        self.folder: Path | None = None
         self._choice = choice
         self._model: Callable[[], nn.Module | None] = (lambda: None) if model is None else ref(model)
         self._device: torch.device | None = None
@@ -80,8 +66,7 @@ class Offload:
         self._passes: dict[nn.Module, ExitStack] = {}
         self._ahead: dict[nn.Module, list[tuple[nn.Parameter, int, Tensor]]] = {}
         self._stream: Any = None
-        self._mappings: WeakValueDictionary[int, Mapping] = WeakValueDictionary()  # by the address of the storage
-        self._originals: WeakSet[Mapping] = WeakSet()
+        self._files = WeightFiles()
 
     def connect(self, device: torch.device, folder: Path | None = None) -> None:
         """Say which device the model runs on, and where scratch files may go: now the choice is made.
@@ -90,7 +75,7 @@ class Offload:
             device: of the run.
             folder: of the run; it need not exist yet.
         """
-        self.folder = folder or self.folder
+        self._files.folder = folder or self._files.folder
         model = self._model()
         if model is None or device == self._device:
             return
@@ -99,6 +84,11 @@ class Offload:
             self.mode = self._chosen(model, device)
             if self.mode != "none":
                 self._take_over(model)
+
+    @property
+    def folder(self) -> Path:
+        """Where scratch files go."""
+        return self._files.existing_folder()
 
     @contextmanager
     def turn(self, module: nn.Module, ahead: nn.Module | None = None, *, read_only: bool = False) -> Iterator[None]:
@@ -136,37 +126,24 @@ class Offload:
         if self.mode != "disk":
             return
         for tensor in _tensors(module):
-            mapping = self._mapping_of(tensor)
-            if mapping is None:
-                if tensor.device.type == "cpu" and tensor.nbytes >= SMALLEST and tensor.is_contiguous():
-                    _replace(tensor, self._stored(tensor))
-            elif mapping.place is not None and differs(tensor, mapping.place):
-                _replace(tensor, self._stored(tensor))
-            else:
-                mapping.drop()
-        for original in self._originals:
-            original.drop()
+            if self._is_home(tensor):
+                self._files.settle(tensor)
+        self._files.drop_originals()
 
     def visit(self, tensors: Iterable[tuple[Key, Tensor]]) -> Iterator[tuple[Key, Tensor]]:
-        """The same named tensors, one by one; the pages of each leave memory when the next is asked for."""
-        for key, tensor in tensors:
-            yield key, tensor
-            mapping = self._mapping_of(tensor)
-            if mapping is not None and (mapping.place is None or not differs(tensor, mapping.place)):
-                mapping.drop()
-
-    def original(self, tensor: Tensor) -> Tensor | None:
-        """What ``tensor`` holds now, as a tensor that will not change with it and takes no memory; None if in no file.
+        """The same named tensors, one by one; each settles when the next is asked for.
 
         Args:
-            tensor: a weight.
+            tensors: parameters, or views of whole parameters, which must not be written to.
         """
-        mapping = self._mapping_of(tensor)
-        if mapping is None or mapping.place is None or differs(tensor, mapping.place):
-            return None
-        again, original = map_again(mapping.place, tensor)
-        self._originals.add(again)
-        return original
+        for key, tensor in tensors:
+            yield key, tensor
+            if self.mode == "disk" and (isinstance(tensor, nn.Parameter) or not self._files.is_changed(tensor)):
+                self._files.settle(tensor)
+
+    def original(self, tensor: Tensor) -> Tensor | None:
+        """What the weight ``tensor`` holds, mapped from the file of the model; None if it is not in that file."""
+        return self._files.original(tensor)
 
     def staying(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """``fn`` of ``nn.Module._apply``, which moves and converts tensors, without the moves of offloaded weights."""
@@ -223,19 +200,12 @@ class Offload:
     def _take_over(self, model: nn.Module) -> None:
         """Move the weights of a loaded model to where they belong from now on."""
         if self.mode == "disk":
-            regions = mapped_files()
-            for tensor in _tensors(model):
-                place = place_of(tensor, regions) if tensor.nbytes >= SMALLEST and tensor.is_contiguous() else None
-                # A mapping of its own can be dropped without its neighbours.
-                if place is not None and not differs(tensor, place):
-                    mapping, mapped = map_again(place, tensor)
-                    self._remember(mapping, mapped)
-                    _replace(tensor, mapped)
+            self._files.adopt(_tensors(model))
             self.settle(model)
         elif self._is_elsewhere():
             for block in self._units(model).values():
                 for parameter in block.parameters():
-                    _replace(parameter, self._at_home(parameter.detach()))
+                    replace(parameter, self._at_home(parameter.detach()))
         for unit in self._units(model).values():
             unit.register_forward_pre_hook(self._enter)
             unit.register_forward_hook(self._leave, always_call=True)
@@ -296,7 +266,7 @@ class Offload:
                 copy = self._to_device(home)
             elif self._is_cuda():
                 copy.record_stream(torch.cuda.current_stream(self._device))
-            _replace(parameter, copy)
+            replace(parameter, copy)
             brought.append((parameter, home))
         return brought
 
@@ -312,10 +282,12 @@ class Offload:
                 on_host = now.cpu()
                 if not torch.equal(as_bytes(on_host), as_bytes(home)):  # else a mapped file would be written anew
                     home.copy_(on_host)
-            _replace(parameter, home)
+            replace(parameter, home)
+        if any(module is part for outer in self._turns for part in outer.modules()):
+            return  # the outer turn brought the others, and still needs the new ones
         for parameter in module.parameters():
             if not self._is_home(parameter):
-                _replace(parameter, self._at_home(parameter.detach()))
+                replace(parameter, self._at_home(parameter.detach()))
 
     def _fetch(self, module: nn.Module) -> None:
         """Start to copy the weights in ``module`` to the device, beside the work of the current turn."""
@@ -336,32 +308,8 @@ class Offload:
     def _at_home(self, tensor: Tensor) -> Tensor:
         """A copy of ``tensor`` where weights lie outside of their turns."""
         if self.mode == "disk" and tensor.nbytes >= SMALLEST:
-            return self._stored(tensor)
+            return self._files.stored(tensor)
         return tensor.cpu().pin_memory() if self.mode == "host" and self._is_cuda() else tensor.cpu()
-
-    def _stored(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor`` in a scratch file of its own, whose space is free again when the copy is."""
-        on_host = tensor.detach().cpu().contiguous()
-        # At the same place within a page: by the alignment, kernels choose how to sum.
-        lead = on_host.data_ptr() % mmap.PAGESIZE
-        folder = self.folder if self.folder is not None and self.folder.is_dir() else Path(tempfile.gettempdir())
-        try:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.seek(lead)
-                file.write(as_bytes(on_host).numpy().data)
-                file.flush()
-                mapping, mapped = map_tensor(file.fileno(), lead, on_host)
-        except OSError as error:
-            way_out = "Free some space, or set TMPDIR or --run_dir to a folder on another disk."
-            raise RecipeError(f"{folder}: a weight cannot be stored: {error.strerror or error}. {way_out}") from error
-        self._remember(mapping, mapped)
-        return mapped
-
-    def _remember(self, mapping: Mapping, tensor: Tensor) -> None:
-        self._mappings[tensor.untyped_storage().data_ptr()] = mapping
-
-    def _mapping_of(self, tensor: Tensor) -> Mapping | None:
-        return None if tensor.is_meta else self._mappings.get(tensor.untyped_storage().data_ptr())
 
 
 def offload_of(module: nn.Module) -> Offload:
@@ -391,9 +339,3 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
         grid = constraints.grid
         parts = [constraints.mask_bits] + ([] if grid is None else [grid.scale, grid.zero])
         yield from [part for part in parts if part is not None]
-
-
-def _replace(tensor: Tensor, new: Tensor) -> None:
-    """Let ``tensor`` hold ``new``; it stays the same object."""
-    with torch.inference_mode(False), torch.no_grad():
-        tensor.data = new

@@ -14,8 +14,9 @@ between the first and the last return. Another model is evaluated plainly.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -31,11 +32,14 @@ from pqqp_lightning.calibration.hidden_states import HiddenStates
 from pqqp_lightning.checkpoint.nested import tensors_in
 from pqqp_lightning.metrics.samples import without_updates
 from pqqp_lightning.network.blocks import Blocks, model_blocks, pack_output
-from pqqp_lightning.runs.early_stop import stoppable
+from pqqp_lightning.network.offload import Offload, offload_of
+from pqqp_lightning.runs.early_stop import WatchSamples, stoppable
 from pqqp_lightning.seeding import keep_random_state
 
 logger = logging.getLogger(__name__)
 
+ROUNDS = (1 / 8, 1 / 4, 1)
+"""Shares of the forward passes after which all blocks have run, if the evaluation may be stopped early."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """The attributes of a block that hold its hooks, which shall see the real forward passes only."""
 
@@ -50,16 +54,13 @@ class NotInTurn(Exception):
     """The blocks of a model cannot run on all samples one after another; says why."""
 
 
-def evaluate_by_blocks(
-    trainer: Trainer, module: LightningModule, evaluate: Evaluate, states: HiddenStates, *, verbose: bool = False
-) -> Any:
+def evaluate_by_blocks(trainer: Trainer, module: LightningModule, evaluate: Evaluate, *, verbose: bool = False) -> Any:
     """Call ``evaluate`` so that each block of ``module`` runs on all samples before the next one does.
 
     Args:
         trainer: the one that ``evaluate`` uses.
         module: the model.
         evaluate: runs Lightning's validation or test.
-        states: empty; keeps the hidden states between two blocks.
         verbose: whether Lightning prints the metrics.
 
     Returns:
@@ -69,7 +70,8 @@ def evaluate_by_blocks(
     if "" in blocks:  # a whole model without blocks
         return evaluate(verbose=verbose)
     shows_progress = trainer.progress_bar_callback is not None and trainer.is_global_zero
-    in_turn = _BlocksInTurn(blocks, states, progress=shows_progress)
+    may_stop = any(isinstance(callback, WatchSamples) for callback in trainer.callbacks)
+    in_turn = _BlocksInTurn(blocks, offload_of(module), ROUNDS if may_stop else (1,), progress=shows_progress)
     try:
         with stoppable(module, Exception), keep_random_state(), _unnoticed(trainer, module), in_turn.recording(module):
             evaluate(verbose=False)
@@ -85,14 +87,17 @@ class _BlocksInTurn:
 
     Args:
         blocks: of the model, in the order of the forward pass.
-        states: gets the hidden state of every forward pass of the model.
+        offload: of the model.
+        rounds: shares of the forward passes, the last of which is 1: the blocks run in turn on those up to each.
         progress: whether to show a progress bar.
     """
 
-    def __init__(self, blocks: Blocks, states: HiddenStates, *, progress: bool) -> None:
+    def __init__(self, blocks: Blocks, offload: Offload, rounds: Sequence[float], *, progress: bool) -> None:
         self._blocks = list(blocks.values())
         self._own = [{name: vars(block).get(name) for name in ("forward", *HOOKS)} for block in self._blocks]
-        self._states = states
+        self._offload = offload
+        self._states = HiddenStates(offload)  # one for every forward pass of the model
+        self._rounds = rounds
         self._progress = progress
         self._calls: list[list[Call]] = []  # of each forward pass: the call of each block, without the hidden state
         self._latest: Call | None = None  # the same of the latest call, as it came
@@ -101,6 +106,7 @@ class _BlocksInTurn:
         self._between: Tensor | None = None  # stands for the hidden state between two blocks
         self._position = 0  # of the block that is called next
         self._replayed = 0  # forward passes that the second run has begun
+        self._done = 0  # forward passes that all blocks have computed
 
     @contextmanager
     def recording(self, module: nn.Module) -> Iterator[None]:
@@ -145,7 +151,7 @@ class _BlocksInTurn:
     def _idle_head(self, module: nn.Module) -> Iterator[None]:
         """Inside, linear layers that run after the blocks only return zeros: nothing depends on what a head computes.
 
-        The head of a small language model is a third of its work.
+        The head of SmolLM2-135M has a fifth of its weights.
         """
         inside = {part for block in self._blocks for part in block.modules()}
         with ExitStack() as stack:
@@ -202,7 +208,7 @@ class _BlocksInTurn:
         hidden = call.hidden
         if not position:
             self._require_recorded(hidden)
-            if not self._replayed:
+            if self._replayed == self._done:
                 self._run_blocks()
             self._replayed += 1
         if position + 1 == len(self._blocks):
@@ -222,21 +228,25 @@ class _BlocksInTurn:
             raise NotInTurn("the forward passes of a second run differ from those of the first")
 
     def _run_blocks(self) -> None:
-        """Send all hidden states through all blocks."""
+        """Send the hidden states of the next round through all blocks."""
+        ends = [math.ceil(share * len(self._calls)) for share in self._rounds]
+        end = next(end for end in ends if end > self._done)
         bar = tqdm(self._blocks, desc="evaluation", unit="block", disable=not self._progress, leave=False)
-        for position, _ in enumerate(bar):
-            with self._real(position) as block:
-                for i, calls in enumerate(self._calls):
-                    call = calls[position].with_hidden(self._states[i])
+        following = [*self._blocks[1:], None]
+        for position, block in enumerate(bar):
+            with self._real(position), self._offload.turn(block, following[position], read_only=True):
+                for i in range(self._done, end):
+                    call = self._calls[i][position].with_hidden(self._states[i])
                     output = block(*call.args, **call.kwargs)
                     if _outputs_in(output) != self._outputs[type(block)]:
                         raise NotInTurn("two blocks of one class return something else")
                     self._states[i] = output if isinstance(output, Tensor) else output[0]
             torch.clear_autocast_cache()  # it would keep the converted weights of all blocks
+        self._done = end
 
     @contextmanager
     def _real(self, position: int) -> Iterator[nn.Module]:
-        """The block itself, in place of its stand-in."""
+        """Inside, the block at ``position`` is itself, and no stand-in."""
         with _attributes(self._blocks[position], self._own[position]):
             yield self._blocks[position]
 

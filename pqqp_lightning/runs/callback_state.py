@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor
 
 from pqqp_lightning.errors import Problem, RecipeError
+from pqqp_lightning.network.offload import offload_of
 
 AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 ANEW = (EarlyStopping, ModelCheckpoint, Timer, BaseFinetuning, LearningRateFinder, *AVERAGING)
@@ -238,5 +239,6 @@ class _WeightCheck(Callback):
 
 
 def _weight_sums(module: LightningModule) -> Tensor:
-    sums = [parameter.detach().double().sum().cpu() for parameter in module.parameters()]
+    parameters = offload_of(module).visit(module.named_parameters())
+    sums = [parameter.detach().sum(dtype=torch.double).cpu() for _, parameter in parameters]
     return torch.stack(sums) if sums else torch.zeros(0)

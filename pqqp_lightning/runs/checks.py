@@ -14,9 +14,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from pqqp_lightning.checkpoint.packed_layers import is_packed_model
 from pqqp_lightning.errors import Problem, RecipeError, shorten
 from pqqp_lightning.network.constraints import constrained_layers
+from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.network.structure import weightless_copy
 from pqqp_lightning.runs.callback_state import check_callbacks
 from pqqp_lightning.runs.layer_probe import probe_layers
+from pqqp_lightning.runs.offload_checks import check_offload
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.training_checks import check_training
 from pqqp_lightning.stages.stage import Stage
@@ -61,7 +63,16 @@ def check_run(trainer: Trainer, data: RunData, stages: Sequence[Stage]) -> list[
     """The problems that do not depend on the stages' order: folder, data, model, names, epochs and strategy."""
     run_folder = RunFolder(Path(trainer.default_root_dir))
     folder = [] if trainer.fast_dev_run else check_folder(run_folder.path, run_folder.marks)
-    problems = folder + data.check() + _check_model(data.module) + _check_names(stages) + _check_epochs(trainer, stages)
+    # first, since it decides where the weights lie that the others read
+    offload = check_offload(trainer, data.module, stages)
+    problems = (
+        folder
+        + offload
+        + data.check()
+        + _check_model(data.module)
+        + _check_names(stages)
+        + _check_epochs(trainer, stages)
+    )
     problems += _check_strategy(trainer) + _check_teacher(stages) + check_training(trainer, data.module, stages)
     return problems + check_callbacks(trainer.callbacks)
 
@@ -159,7 +170,8 @@ def _check_model(module: LightningModule) -> list[Problem]:
     if is_packed_model(module):
         text = "has packed weights, which cannot be trained or compressed"
         return [Problem(text=text, way_out="Load it without packed=True.").within("model")]
-    bad = [n for n, p in module.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
+    parameters = offload_of(module).visit(module.named_parameters())
+    bad = [n for n, p in parameters if p.is_floating_point() and not bool(torch.isfinite(p).all())]
     if not bad:
         return []
     text = f"{shorten(bad)} hold NaN or infinite weights"

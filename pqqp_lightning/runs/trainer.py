@@ -19,6 +19,8 @@ from pqqp_lightning.argument_types import refuse_wrong_types
 from pqqp_lightning.checkpoint.format import model_folder
 from pqqp_lightning.checkpoint.load import restore
 from pqqp_lightning.errors import Problem, RecipeError
+from pqqp_lightning.network.offload import offload_of
+from pqqp_lightning.runs.block_evaluation import Evaluate, evaluate_by_blocks
 from pqqp_lightning.runs.calibration_precision import MatmulPrecision
 from pqqp_lightning.runs.checks import check_recipe, check_uses, read_data
 from pqqp_lightning.runs.preparation import attach, prepare
@@ -162,7 +164,11 @@ class Trainer(pl.Trainer):
     ) -> Any:
         """Lightning's ``validate``; ``ckpt_path`` may name a run folder ("last": this trainer's)."""
         ckpt_path = self._load_run(model, ckpt_path, datamodule or dataloaders)
-        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+        def evaluate(*, verbose: bool) -> Any:
+            return super(Trainer, self).validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+        return self._by_blocks(model, evaluate, verbose)
 
     def test(
         self,
@@ -175,7 +181,21 @@ class Trainer(pl.Trainer):
     ) -> Any:
         """Lightning's ``test``; ``ckpt_path`` may name a run folder ("last": this trainer's)."""
         ckpt_path = self._load_run(model, ckpt_path, datamodule or dataloaders)
-        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+        def evaluate(*, verbose: bool) -> Any:
+            return super(Trainer, self).test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+        return self._by_blocks(model, evaluate, verbose)
+
+    def _by_blocks(self, model: LightningModule | None, evaluate: Evaluate, verbose: bool) -> Any:
+        """Evaluate an offloaded model block by block: its weights then come to the device once, not for each batch."""
+        if model is None:
+            return evaluate(verbose=verbose)
+        offload = offload_of(model)
+        offload.connect(self.strategy.root_device, Path(self.default_root_dir))
+        if offload.mode == "none":
+            return evaluate(verbose=verbose)
+        return evaluate_by_blocks(self, model, evaluate, verbose=verbose)
 
     def _load_run(self, model: LightningModule | None, ckpt_path: Any, data: Any) -> Any:
         """Load ``model`` from a run folder; returns the ``ckpt_path`` that is left for Lightning to load."""
@@ -189,6 +209,7 @@ class Trainer(pl.Trainer):
             return ckpt_path
         if overridden_hooks(model):  # those that make layers may ask for the trainer and the data
             attach(self, RunData(model, datamodule=data if isinstance(data, LightningDataModule) else None))
+        offload_of(model).connect(self.strategy.root_device, Path(self.default_root_dir))
         restore(model, model_folder(folder))
         return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
@@ -13,7 +15,8 @@ from pqqp_lightning.network.constraints import (
     constraints_of,
     set_constraints,
 )
-from pqqp_lightning.network.layers import weight_matrix
+from pqqp_lightning.network.layers import weight_matrix, weight_place
+from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.stages.stage import Context, Stage
 
 
@@ -25,7 +28,7 @@ def verify(module: LightningModule, stage: Stage, promised: list[Promise], conte
     Raises:
         RecipeError: a promise is broken.
     """
-    broken = broken_promises(module, promised)
+    broken = broken_promises(module, _in_turn(module, promised))
     if broken and stage.allow_undo:
         for promise, faults in broken:
             kept = constraints_of(promise.layer).without_broken(weight_matrix(promise.layer), promise.constraints)
@@ -33,7 +36,7 @@ def verify(module: LightningModule, stage: Stage, promised: list[Promise], conte
             context.undone = True
             context.notes.append(f"undone in {promise.name}: {'; '.join(faults)}")
         broken = []
-    broken += broken_promises(module, collect_promises(module))
+    broken += broken_promises(module, _in_turn(module, collect_promises(module)))
     if broken:
         first, faults = broken[0]
         names = dict.fromkeys(promise.name for promise, _ in broken)
@@ -42,11 +45,20 @@ def verify(module: LightningModule, stage: Stage, promised: list[Promise], conte
         raise RecipeError(Problem(text=text, way_out=way_out).within(f"stages.{stage.name}", type(stage).__name__))
 
 
+def _in_turn(module: LightningModule, promises: Iterable[Promise]) -> Iterator[Promise]:
+    """The promises, each in a turn of its layer's weights."""
+    for promise in promises:
+        holder, _ = weight_place(promise.layer)
+        with offload_of(module).turn(holder, read_only=True):
+            yield promise
+
+
 def require_equal_ranks(trainer: Trainer, module: LightningModule) -> None:
     """Raise if the ranks hold different weights after a stage, which DDP would train on silently."""
     if trainer.world_size == 1:
         return
-    total = torch.stack([p.detach().double().abs().sum() for p in module.parameters()]).sum()
+    parameters = offload_of(module).visit(module.named_parameters())
+    total = torch.stack([p.detach().abs().sum(dtype=torch.double) for _, p in parameters]).sum()
     sums = trainer.strategy.all_gather(total.to(trainer.strategy.root_device))
     if not bool((sums == sums.flatten()[0]).all()):
         raise RuntimeError("the ranks' weights differ after the stage")

@@ -63,6 +63,12 @@ class OneShotPruning(PruningStage):
         """Whether the method needs a statistic, or allocation measures sensitivities."""
         return self.statistic is not None or self.allocation == "sensitivity"
 
+    @property
+    def whole_model_arguments(self) -> dict[str, Any]:
+        """As in every stage, and ``allocation``, which takes a backward pass."""
+        own = {"allocation": "uniform"} if self.allocation == "sensitivity" else {}
+        return super().whole_model_arguments | own
+
     def scores(self, weight: Tensor, statistic: Any) -> Tensor:
         """The importance [O, I], >= 0, of each entry of ``weight``; the lowest are removed.
 

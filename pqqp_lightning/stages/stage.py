@@ -223,6 +223,11 @@ class Stage(Callback):
         return argument_values(self)
 
     @property
+    def whole_model_arguments(self) -> dict[str, Any]:
+        """The arguments whose values need the whole model in memory at once, each with a value that does not."""
+        return {"epochs": 0} if self.epochs > 0 else {}
+
+    @property
     def recalibrates_batch_norm(self) -> bool:
         """Whether BatchNorm statistics are estimated again after :meth:`compress`."""
         changes = self.compresses and self.changes_before_training and not self.keeps_function

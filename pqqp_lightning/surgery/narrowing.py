@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pqqp_lightning.algorithms.packing import pack_mask
+from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.surgery.coupling import CoupledGroup, Patch
 from pqqp_lightning.surgery.slicing import resize, slice_module
 
@@ -89,7 +90,10 @@ def narrow(
     """
     lost: dict[str, list[str]] = {}
     for name, (rows, columns) in kept_parts(model, groups, kept).items():
-        for description in slice_module(model.get_submodule(name), rows, columns):
+        module = model.get_submodule(name)
+        with offload_of(model).turn(module):
+            descriptions = slice_module(module, rows, columns)
+        for description in descriptions:
             lost.setdefault(description, []).append(name)
     _set_numbers(model, numbers)
     return lost

@@ -22,6 +22,7 @@ from pqqp_lightning.algorithms.quarot import (
     rotate_heads,
 )
 from pqqp_lightning.network.activation_hooks import ProjectedEmbedding, RotateInput
+from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.surgery.decoder import Attention, Decoder, norm_parts
 
 ROWS_AT_ONCE = 4096
@@ -143,7 +144,10 @@ def rotate_decoder(model: nn.Module, decoder: Decoder, plan: dict[str, Any]) -> 
     rotate_structure(model, plan)
     for name, options in changes:
         layer = _linear(model, name)
-        _write(layer, *rewrite_linear(layer.weight, layer.bias, **options))
+        with offload_of(model).turn(layer):
+            device = layer.weight.device
+            here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in options.items()}
+            _write(layer, *rewrite_linear(layer.weight, layer.bias, **here))
     if stream is not None:
         _rotate_ends(model, decoder, plan, stream, last_norm)
 
@@ -153,10 +157,12 @@ def _rotate_ends(model: nn.Module, decoder: Decoder, plan: dict[str, Any], strea
     for table in filter(None, (decoder.embedding, decoder.positions)):
         # A tied embedding is also the head, which needs its mean: ProjectedEmbedding removes it at run time instead.
         keep_mean = decoder.tied and table == decoder.embedding
-        weight: Any = model.get_submodule(table).weight
-        for rows in weight.split(ROWS_AT_ONCE):
-            wide = rows.double()
-            rows.copy_(stream.apply(centre(wide) if decoder.centred and not keep_mean else wide))
+        module = model.get_submodule(table)
+        with offload_of(model).turn(module):
+            weight: Any = module.weight
+            for rows in weight.split(ROWS_AT_ONCE):
+                wide = rows.double()
+                rows.copy_(stream.apply(centre(wide) if decoder.centred and not keep_mean else wide))
     if decoder.tied:
         gain, shift, _ = last_norm
         _write(model.get_submodule(f"{decoder.norm}.gain"), *rotate_gain(stream, gain, shift))

@@ -26,6 +26,7 @@ from pqqp_lightning.checkpoint.construction import skeleton_of
 from pqqp_lightning.checkpoint.format import origin_of
 from pqqp_lightning.data.loaders import undivided_loader
 from pqqp_lightning.network.constraints import constrained_layers
+from pqqp_lightning.network.offload import offload_of
 from pqqp_lightning.network.structure import class_path
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.trainer import Trainer
@@ -114,7 +115,7 @@ def node_fingerprint(base: str, training: str, stages: Sequence[str]) -> str:
 def _digest_model(module: LightningModule) -> str:
     """The digest of the weights, their constraints, and the stages that a loaded model went through."""
     digest = hashlib.sha256(class_path(module).encode())
-    for name, value in module.state_dict().items():
+    for name, value in offload_of(module).visit(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(tensor_bytes(value))
     for name, _, constraints in constrained_layers(module):
