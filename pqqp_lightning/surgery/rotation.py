@@ -146,7 +146,9 @@ def rotate_decoder(model: nn.Module, decoder: Decoder, plan: dict[str, Any]) -> 
         layer = _linear(model, name)
         with offload_of(model).turn(layer):
             device = layer.weight.device
-            here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in options.items()}
+            here: dict[str, Any] = {}  # the options, tensors on the weight's device
+            for key, value in options.items():
+                here[key] = value.to(device) if isinstance(value, Tensor) else value
             _write(layer, *rewrite_linear(layer.weight, layer.bias, **here))
     if stream is not None:
         _rotate_ends(model, decoder, plan, stream, last_norm)
