@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from pathlib import Path
@@ -20,6 +21,8 @@ from pqqp_lightning.experiments.search_budget import find_candidates
 from pqqp_lightning.experiments.search_choice import SAMPLERS, Chooser
 from pqqp_lightning.experiments.search_prior import count_weaker
 from pqqp_lightning.experiments.search_space import read_space
+from pqqp_lightning.runs.early_stop import StoppedEarly
+from pqqp_lightning.runs.evaluation import evaluate
 from pqqp_lightning.runs.run_data import RunData
 from pqqp_lightning.runs.stage_runner import StageRunner
 from pqqp_lightning.stages.discovery import known_stages, load_installed
@@ -143,6 +146,16 @@ def test_a_pipeline_clearly_behind_is_stopped_and_the_answer_stays(folder):
     full = {tuple(e["steps"]): e["record"]["metrics"]["perplexity"] for e in whole["trials"]}
     best = min(full[tuple(e["steps"])] for e in short["trials"] if not e["stopped"])
     assert all(full[tuple(entry["steps"])] > best for entry in stopped)
+
+
+def test_metrics_may_be_replaced_after_an_evaluation_that_was_stopped(tmp_path):
+    module = tiny.make_model("resnet")
+    data = RunData(module, datamodule=tiny.make_data("resnet", tmp_path))
+    engine = trainer(tmp_path / "run")
+    with pytest.raises(StoppedEarly):
+        evaluate(engine, data, keep_samples=True, watch=lambda states: True)
+    module.top1 = copy.deepcopy(module.top1)  # as where a stage's structure is restored
+    assert evaluate(engine, data, keep_samples=True).samples["top1"].states.shape[0] == 32
 
 
 def test_from_python_with_a_module_of_ones_own_in_any_order(folder):

@@ -56,4 +56,6 @@ def stoppable(module: LightningModule, reason: type[Exception] = StoppedEarly) -
             part.training = training
             if isinstance(part, Metric):
                 part.reset()
+        # Lightning's teardown, which did not run, forgets where each metric is; a restored structure has other metrics
+        module._metric_attributes = None
         raise
