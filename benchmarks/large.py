@@ -50,6 +50,8 @@ LLAMA_3_8B: dict[str, Any] = {
 }
 BLOCKS = 32
 """Of LLaMA-3-8B."""
+BLOCKS_FOLDER, UNFINISHED = "blocks", "unfinished"
+"""Where a stage keeps its finished blocks, and the name of the file that is being written."""
 GOAL = 128 * 2048
 """Calibration tokens that papers use."""
 GROWING = ("forward", "Gram")
@@ -176,7 +178,8 @@ def fit(folder: Path, limit: Limit, *more: str, blocks: int = 0) -> float:
     killed = False
     while process.poll() is None:
         limit.watch(process)
-        if blocks and len(list(run.glob("stages/*/blocks/*"))) >= blocks:
+        written = [file for file in run.glob(f"stages/*/{BLOCKS_FOLDER}/*") if file.name != UNFINISHED]
+        if blocks and len(written) >= blocks:
             process.send_signal(signal.SIGKILL)
             killed = True
         time.sleep(0.1)
