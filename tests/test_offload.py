@@ -3,10 +3,6 @@
 import copy
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -378,47 +374,6 @@ def test_a_run_is_resumed_with_weights_elsewhere(tmp_path, monkeypatch):
     assert run(*command, "--model.offload", "none") == 0
     assert (work / "run" / "report.json").stat().st_mtime_ns > before
     assert len((work / "run" / "records.jsonl").read_text().splitlines()) == 3
-
-
-MEASURED = """
-import json, sys
-from pathlib import Path
-
-import psutil
-from tiny import trainer
-
-from pqqp_lightning.callbacks import RTN, Magnitude
-from pqqp_lightning.data import TokenData
-from pqqp_lightning.models import CausalLM
-
-folder, data = Path(sys.argv[1]), json.loads(sys.argv[2])
-extra = {}
-for name, choice in (("tiny", "none"), ("deep", "disk"), ("deep", "none")):  # the first run imports what runs need
-    before = psutil.Process().memory_info().rss
-    module = CausalLM(str(folder / name), offload=choice)
-    run = folder / f"{name}-{choice}"
-    trainer(run, Magnitude(0.5), RTN(4), logger=False).fit(module, datamodule=TokenData(**data))
-    records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
-    weights = sum(parameter.nbytes for parameter in module.parameters())
-    extra[choice] = (max(record["peak_memory_bytes"] for record in records) - before) / weights
-    del module
-print(json.dumps(extra))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can measure the peak of a part of a process's life")
-def test_a_run_on_disk_takes_the_memory_of_a_block(folder, tmp_path):
-    wide = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
-    CausalLM(LLAMA | wide | {"num_hidden_layers": 24}).model.save_pretrained(tmp_path / "deep")
-    shutil.copytree(folder / "tiny", tmp_path / "tiny")
-    # Small temporaries would leave gaps in the heap, which are as large as this model and not its weights.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", MEASURED, str(tmp_path), (folder / "data.json").read_text()]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    extra = json.loads(result.stdout.splitlines()[-1])
-    assert extra["none"] > 0.9
-    assert extra["disk"] < 0.3
 
 
 def test_a_killed_run_on_disk_resumes_at_the_block_that_was_not_finished(folder, tmp_path, all_sizes, monkeypatch):
