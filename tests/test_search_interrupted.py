@@ -66,7 +66,8 @@ def kill_again_and_again(words: list[str], folder: Path, seed: int, kills: int) 
 def test_killed_again_and_again_the_search_ends_with_the_same_front(executor, kills, folder):
     if executor == "ray":
         pytest.importorskip("ray", reason='Ray is not installed: pip install "pqqp-lightning[ray]"')
-    words = [*SEARCH, *SPACE, "--trials", "30", "--at_once", "1" if executor == "local" else "4"]
+    words = [*SEARCH, *SPACE, "--trials", "30"]
+    words += ["--at_once", "1"] if executor == "local" else ["--at_once", "4", "--stop_early", "false"]  # Ray never stops
     assert run(*words, "--run_dir", "undisturbed", "--store", "other") == 0
     ours = ["-m", "pqqp_lightning", *words, "--run_dir", "killed", "--executor", executor]
     kill_again_and_again(ours, folder, seed=0, kills=kills)
