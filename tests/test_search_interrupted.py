@@ -67,7 +67,8 @@ def test_killed_again_and_again_the_search_ends_with_the_same_front(executor, ki
     if executor == "ray":
         pytest.importorskip("ray", reason='Ray is not installed: pip install "pqqp-lightning[ray]"')
     words = [*SEARCH, *SPACE, "--trials", "30"]
-    words += ["--at_once", "1"] if executor == "local" else ["--at_once", "4", "--stop_early", "false"]  # Ray never stops
+    # evaluations with Ray are never stopped early
+    words += ["--at_once", "1"] if executor == "local" else ["--at_once", "4", "--stop_early", "false"]
     assert run(*words, "--run_dir", "undisturbed", "--store", "other") == 0
     ours = ["-m", "pqqp_lightning", *words, "--run_dir", "killed", "--executor", executor]
     kill_again_and_again(ours, folder, seed=0, kills=kills)
