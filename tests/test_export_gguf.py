@@ -14,7 +14,7 @@ from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.export.export_run import CheckFailed, export_run
 from pqqp_lightning.export.targets import gguf as target_file
 from pqqp_lightning.models import CausalLM
-from pqqp_lightning.models.gguf import save_vocabulary
+from pqqp_lightning.models.gguf import write_vocabulary
 
 LLAMA_CPP = importlib.util.find_spec("xllamacpp") is not None
 BLOCK_TYPES = {
@@ -209,7 +209,7 @@ def test_the_vocabulary_of_a_gguf_file_is_kept_as_it_is(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    save_vocabulary(tmp_path / "model.gguf", tmp_path)
+    write_vocabulary(tmp_path / "model.gguf", tmp_path / "tokenizer.gguf")
     kept = GGUFReader(tmp_path / "tokenizer.gguf").fields
     assert "llama.block_count" not in kept
     for field in GGUFReader(tmp_path / "model.gguf").fields.values():

@@ -44,7 +44,7 @@ class Solved:
     def __init__(self, monkeypatch):
         self.layers: list[tuple[str, str]] = []
         self.death: tuple[str, str] | None = None
-        original = LayerwiseStage._compress_groups
+        original = LayerwiseStage._row_groups
 
         def counting(stage, name, *arguments):
             method = type(stage).__name__
@@ -53,7 +53,7 @@ class Solved:
             self.layers.append((method, name))
             return original(stage, name, *arguments)
 
-        monkeypatch.setattr(LayerwiseStage, "_compress_groups", counting)
+        monkeypatch.setattr(LayerwiseStage, "_row_groups", counting)
 
 
 @pytest.fixture

@@ -601,9 +601,9 @@ WRONG = [
         "order with bad options, all at once",
         [
             "command line: store='recipe.yaml/store'",
+            "command line: time_limit=-3.0",
             "command line: strategy='greedy'",
             "command line: max_runs=0",
-            "command line: time_limit=-3.0",
         ],
         "--strategy greedy --max_runs 0 --time_limit -3 --store recipe.yaml/store",
         command="order --config recipe.yaml",

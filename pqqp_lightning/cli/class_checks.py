@@ -181,8 +181,9 @@ def _own_problems(cls: type, section: str, arguments: Sequence[Setting]) -> list
     if not issubclass(cls, Stage | LightningDataModule):
         return []
     try:
-        values = parser_of(cls).parse_object({a.key: copy.deepcopy(a.value) for a in arguments})
-        instance = cls(**values.as_dict())
+        parser = parser_of(cls)
+        values = parser.parse_object({a.key: copy.deepcopy(a.value) for a in arguments})
+        instance = cls(**parser.instantiate_classes(values).as_dict())  # options in a dict become their dataclass
         if isinstance(instance, Stage):
             found = RecipeError(instance.check_arguments()).problems
             return [problem.within(section, cls.__name__) for problem in found]

@@ -103,14 +103,15 @@ def save_vocabulary(path: Path, folder: Path) -> None:
     if not kept.is_file():
         partial = kept.with_name(f".{VOCABULARY}.{os.getpid()}.tmp")
         try:
-            _write_vocabulary(path, partial)
+            write_vocabulary(path, partial)
             os.replace(partial, kept)
         finally:
             partial.unlink(missing_ok=True)
     shutil.copyfile(kept, folder / VOCABULARY)
 
 
-def _write_vocabulary(path: Path, file: Path) -> None:
+def write_vocabulary(path: Path, file: Path) -> None:
+    """Write ``file``, a GGUF file with the vocabulary of the GGUF file ``path`` and nothing else."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
     reader = GGUFReader(path)
