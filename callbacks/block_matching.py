@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -22,7 +22,17 @@ from pqqp_lightning.network.blocks import containing_block
 from pqqp_lightning.network.constraints import constrained_layers
 from pqqp_lightning.network.layers import is_adapter
 from pqqp_lightning.network.parameter_layers import ParameterLayer
-from pqqp_lightning.stages import Compressed, Context, DenseAimedStage, Layer, Plan, Problem, Stage, write_back
+from pqqp_lightning.stages import (
+    Compressed,
+    Context,
+    DenseAimedStage,
+    Layer,
+    Plan,
+    Problem,
+    Stage,
+    check_inputs,
+    write_back,
+)
 from pqqp_lightning.surgery.factored import Factored
 
 MatchingInputs = Literal["dense", "compressed"]
@@ -91,9 +101,7 @@ class BlockMatching(DenseAimedStage):
             problems.append(Problem("passes", self.passes, "is not above 0", "8 is the default."))
         if not 0 < self.step < 1:
             problems.append(Problem("step", self.step, "is not between 0 and 1", "0.01 is the default."))
-        if self.inputs not in get_args(MatchingInputs):  # Python does not enforce the signature
-            text = f"is not one of {', '.join(get_args(MatchingInputs))}"
-            problems.append(Problem("inputs", self.inputs, text, "Leave it out for the default."))
+        problems += check_inputs(self.inputs, MatchingInputs)
         return problems
 
     def check(self, model: LightningModule, data: Any, earlier: Sequence[Stage]) -> list[Problem]:

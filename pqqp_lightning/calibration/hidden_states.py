@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pqqp_lightning.errors import RecipeError
 from pqqp_lightning.network.free_memory import free_memory
 from pqqp_lightning.network.offload import Offload
+from pqqp_lightning.network.weight_files import not_stored
 
 ALIGNMENT = 4096
 """Bytes; a state begins at a page of the file."""
@@ -121,9 +121,7 @@ class HiddenStates(Sequence[Tensor]):
             self._file.write(_bytes_of(state.detach().cpu()))
             self._file.flush()
         except OSError as error:
-            way_out = "Free some space, or set TMPDIR or --run_dir to a folder on another disk."
-            reason = error.strerror or error
-            raise RecipeError(f"{folder}: hidden states cannot be stored: {reason}. {way_out}") from error
+            raise not_stored(folder, "hidden states", error) from error
         return _InFile(start, torch.empty_like(state, device="meta"))  # a dense tensor's strides, else ordinary ones
 
     def _read(self, state: _InFile, device: torch.device) -> Tensor:

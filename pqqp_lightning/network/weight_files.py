@@ -83,8 +83,7 @@ class WeightFiles:
                 file.flush()
                 mapping, mapped = map_tensor(file.fileno(), lead, on_host)
         except OSError as error:
-            way_out = "Free some space, or set TMPDIR or --run_dir to a folder on another disk."
-            raise RecipeError(f"{folder}: a weight cannot be stored: {error.strerror or error}. {way_out}") from error
+            raise not_stored(folder, "a weight", error) from error
         self._mappings[_address(mapped)] = mapping
         return mapped
 
@@ -104,6 +103,12 @@ class WeightFiles:
 
     def _mapping_of(self, tensor: Tensor) -> Mapping | None:
         return None if tensor.device.type != "cpu" else self._mappings.get(_address(tensor))
+
+
+def not_stored(folder: Path, what: str, error: OSError) -> RecipeError:
+    """The error of a scratch file in ``folder`` that has no room for ``what``."""
+    way_out = "Free some space, or set TMPDIR or --run_dir to a folder on another disk."
+    return RecipeError(f"{folder}: {what} cannot be stored: {error.strerror or error}. {way_out}")
 
 
 def replace(tensor: Tensor, new: Tensor) -> None:

@@ -18,7 +18,7 @@ from pqqp_lightning.stages.layerwise import Compressed, Found, LayerInputs, Laye
 from pqqp_lightning.stages.one_shot_pruning import OneShotPruning
 from pqqp_lightning.stages.pruning import PatternArgument, PruningStage, parse_pattern
 from pqqp_lightning.stages.quantization import BlockSize, CodebookStage, GridStage, GroupSize, QuantizationStage
-from pqqp_lightning.stages.repair import DenseAimedStage, RepairInputs, RepairStage
+from pqqp_lightning.stages.repair import DenseAimedStage, RepairInputs, RepairStage, check_inputs
 from pqqp_lightning.stages.sensitivity import Sensitivity, measure_costs
 from pqqp_lightning.stages.stage import Context, Plan, SearchSpace, Stage
 
@@ -57,6 +57,7 @@ __all__ = [
     "Statistic",
     "check_aims_at_dense",
     "check_hessian_arguments",
+    "check_inputs",
     "constraints_of",
     "correct_outputs",
     "equal_runs",

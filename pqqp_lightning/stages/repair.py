@@ -36,6 +36,14 @@ class Prepared:
     dense_inputs: Tensor | None = None
 
 
+def check_inputs(inputs: str, words: Any) -> list[Problem]:
+    """The problem of ``inputs`` that is none of the ``Literal`` type's words, which Python does not enforce."""
+    if inputs in get_args(words):
+        return []
+    text = f"is not one of {', '.join(get_args(words))}"
+    return [Problem("inputs", inputs, text, "Leave it out for the default.")]
+
+
 class DenseAimedStage(Stage):
     """A stage that wins back what earlier stages lost: it aims at the dense model, within masks and grids.
 
@@ -119,13 +127,11 @@ class RepairStage(DenseAimedStage, LayerwiseStage):
 
     def check_arguments(self) -> list[Problem]:
         problems = super().check_arguments() + check_hessian_arguments(1, self.damping)
-        if self.inputs not in get_args(RepairInputs):  # Python does not enforce the signature
-            text = f"is not one of {', '.join(get_args(RepairInputs))}"
-            problems.append(Problem("inputs", self.inputs, text, "Leave it out for the default."))
-        elif self.inputs != "compressed" and self.damping == 0:
+        wrong = check_inputs(self.inputs, RepairInputs)
+        if not wrong and self.inputs != "compressed" and self.damping == 0:
             text = f"leaves the target of inputs={self.inputs} undetermined"
             problems.append(Problem("damping", self.damping, text, "Use 0.01, or inputs: compressed."))
-        return problems
+        return problems + wrong
 
     def prepare(self, statistic: Tensor, found: Found) -> Sequence[Prepared]:
         if self.inputs == "compressed":
